@@ -1,0 +1,31 @@
+"""Errors that effattn raises, one class a mistake. Each says what, where and what to do next."""
+
+from __future__ import annotations
+
+
+class EffattnError(Exception):
+    """Base of every error that effattn raises on purpose."""
+
+
+class PolicyError(EffattnError):
+    """A policy file or dict is not valid. Names the file, the line or key, what is allowed and the nearest match."""
+
+
+class OptionError(EffattnError):
+    """``torch.compile(..., options={...})`` holds a name or value that effattn does not know."""
+
+
+class FormRefused(EffattnError):
+    """A form was asked for (by ``attention(...)`` or under ``strict``) at a place where it does not apply."""
+
+
+class PlanError(EffattnError):
+    """A plan string is not one that this version of effattn wrote."""
+
+
+class VerificationError(EffattnError):
+    """``options={"verify": True}`` found that a rewritten graph and the original one disagree."""
+
+
+class RewriteError(EffattnError):
+    """A pass left the graph in a state that the checks between passes refuse."""

@@ -1,0 +1,121 @@
+"""The vocabulary of predicates and score expressions, as sympy terms.
+
+Index symbols ``b, h, q, k`` name batch, query head, query row and key column of one attention. ``s`` is the raw
+score (query . key, no scale). ``Nq`` and ``Nk`` are the two lengths. Data that an expression depends on appears as
+a :class:`Load`: a named tensor with symbolic indices.
+"""
+
+from __future__ import annotations
+
+import sympy
+from sympy.logic.boolalg import BooleanFunction
+
+b, h, q, k = (sympy.Symbol(name, integer=True, nonnegative=True) for name in "bhqk")
+INDICES = (b, h, q, k)
+s = sympy.Symbol("s", real=True)
+Nq = sympy.Symbol("Nq", integer=True, positive=True)
+Nk = sympy.Symbol("Nk", integer=True, positive=True)
+
+
+def scalar(name: str) -> sympy.Symbol:
+    """An integer that is known when the op runs (a symbolic length other than Nq and Nk)."""
+    return sympy.Symbol(name, integer=True)
+
+
+def number(name: str) -> sympy.Symbol:
+    """A float that is known when the op runs (a scale that arrives as a graph value)."""
+    return sympy.Symbol(name, real=True)
+
+
+class Load(sympy.Function):
+    """``Load(name, i0, i1, ...)``: the element of a floating point tensor at symbolic indices."""
+
+    is_real = True
+
+    @property
+    def name(self) -> str:
+        return str(self.args[0])
+
+    @property
+    def indices(self) -> tuple[sympy.Expr, ...]:
+        return self.args[1:]
+
+
+class IntLoad(Load):
+    """A load from an integer or boolean tensor. A boolean mask appears as ``Ne(IntLoad(...), 0)``."""
+
+    is_integer = True
+
+
+def load(name: str, indices, *, integer: bool) -> Load:
+    """A load by name; the name becomes the first argument so that two tensors never compare equal."""
+    return (IntLoad if integer else Load)(sympy.Symbol(name), *indices)
+
+
+class FloorDiv(sympy.Function):
+    """Integer division rounding down, the divisor positive."""
+
+    is_integer = True
+
+    @classmethod
+    def eval(cls, numerator, divisor):
+        if divisor == 1:
+            return numerator
+        if numerator.is_Integer and divisor.is_Integer:
+            return sympy.Integer(int(numerator) // int(divisor))
+        if numerator.is_zero:
+            return sympy.Integer(0)
+        return None
+
+
+class Modulo(sympy.Function):
+    """Remainder of :class:`FloorDiv`, never negative."""
+
+    is_integer = True
+    is_nonnegative = True
+
+    @classmethod
+    def eval(cls, numerator, divisor):
+        if divisor == 1 or numerator.is_zero:
+            return sympy.Integer(0)
+        if numerator.is_Integer and divisor.is_Integer:
+            return sympy.Integer(int(numerator) % int(divisor))
+        return None
+
+
+class Where(sympy.Function):
+    """``Where(condition, x, y)``: x where the condition holds, else y."""
+
+    is_real = True
+
+    @classmethod
+    def eval(cls, condition, x, y):
+        if condition == sympy.true or x == y:
+            return x
+        if condition == sympy.false:
+            return y
+        return None
+
+
+class IsPowerOfTwo(BooleanFunction):
+    """True where the argument is one of 1, 2, 4, 8, ..."""
+
+    @classmethod
+    def eval(cls, x):
+        if x.is_Integer:
+            value = int(x)
+            return sympy.true if value > 0 and value & (value - 1) == 0 else sympy.false
+        return None
+
+
+def conjuncts(predicate) -> tuple:
+    """The parts of an And, or the predicate itself; () for true."""
+    if predicate == sympy.true:
+        return ()
+    return tuple(predicate.args) if isinstance(predicate, sympy.And) else (predicate,)
+
+
+def loads_of(*terms) -> list[Load]:
+    """Every distinct load in the terms, in a stable order."""
+    found = {atom for term in terms for atom in sympy.sympify(term).atoms(Load)}
+    return sorted(found, key=sympy.default_sort_key)

@@ -1,0 +1,142 @@
+"""One walk over an expression, for every target.
+
+An *algebra* says what each operation means: torch tensors (the portable target and the checks), Python integers
+(tile bounds), or source text (generated kernels). Adding an operation is adding a method here and in the algebras.
+"""
+
+from __future__ import annotations
+
+import operator
+from functools import reduce
+from typing import Any, Protocol
+
+import sympy
+
+from effattn.errors import EffattnError
+from effattn.ir.expr import FloorDiv, IsPowerOfTwo, Load, Modulo, Where
+
+
+class Algebra(Protocol):
+    """What a target must be able to do. Values are whatever the target computes with."""
+
+    def constant(self, value: int | float | bool) -> Any: ...
+    def symbol(self, name: str) -> Any: ...
+    def load(self, name: str, indices: list[Any]) -> Any: ...
+    def call(self, operation: str, *args: Any) -> Any: ...
+
+
+# sympy class -> name of the operation that an algebra's ``call`` is asked for
+OPERATIONS: dict[type, str] = {
+    sympy.Le: "le",
+    sympy.Lt: "lt",
+    sympy.Ge: "ge",
+    sympy.Gt: "gt",
+    sympy.Eq: "eq",
+    sympy.Ne: "ne",
+    sympy.Not: "not",
+    sympy.Abs: "abs",
+    sympy.tanh: "tanh",
+    sympy.exp: "exp",
+    sympy.log: "log",
+    sympy.sign: "sign",
+    FloorDiv: "floordiv",
+    Modulo: "mod",
+    Where: "where",
+    IsPowerOfTwo: "is_power_of_two",
+}
+# the same for operations of any number of arguments, folded two at a time
+CHAINS: dict[type, str] = {
+    sympy.Add: "add",
+    sympy.Mul: "mul",
+    sympy.And: "and",
+    sympy.Or: "or",
+    sympy.Min: "min",
+    sympy.Max: "max",
+}
+
+
+class UnknownOperation(EffattnError):
+    """An expression holds a sympy operation that no target knows."""
+
+
+def fold(expression, algebra: Algebra) -> Any:
+    """Evaluate ``expression`` (a sympy term) in ``algebra``; shared subterms are computed once."""
+    done: dict[sympy.Basic, Any] = {}
+
+    def visit(term):
+        if term not in done:
+            done[term] = step(term)
+        return done[term]
+
+    def step(term):
+        if term in (sympy.true, sympy.false):
+            return algebra.constant(term == sympy.true)
+        if term.is_Integer:
+            return algebra.constant(int(term))
+        if term.is_Number:
+            return algebra.constant(float(term))
+        if term.is_Symbol:
+            return algebra.symbol(term.name)
+        if isinstance(term, Load):
+            return algebra.load(term.name, [visit(index) for index in term.indices])
+        if isinstance(term, sympy.Pow):
+            return power(term)
+        if (chain := CHAINS.get(type(term))) is not None:
+            return reduce(lambda x, y: algebra.call(chain, x, y), [visit(arg) for arg in term.args])
+        if (name := OPERATIONS.get(type(term))) is not None:
+            return algebra.call(name, *[visit(arg) for arg in term.args])
+        raise UnknownOperation(f"no target can compute {type(term).__name__} in {expression}")
+
+    def power(term):
+        base, exponent = term.args
+        if base == sympy.E:
+            return algebra.call("exp", visit(exponent))
+        if exponent == sympy.Rational(1, 2):
+            return algebra.call("sqrt", visit(base))
+        if exponent.is_Integer and abs(int(exponent)) <= 8:
+            product = reduce(lambda x, y: algebra.call("mul", x, y), [visit(base)] * abs(int(exponent)))
+            return product if exponent > 0 else algebra.call("div", algebra.constant(1.0), product)
+        raise UnknownOperation(f"no target can compute the power {term}")
+
+    return visit(sympy.sympify(expression))
+
+
+class Integers:
+    """Python integers: bounds of tiles on the host. Symbols and loads come from a table."""
+
+    TABLE = {
+        "add": operator.add,
+        "mul": operator.mul,
+        "min": min,
+        "max": max,
+        "abs": abs,
+        "floordiv": operator.floordiv,
+        "mod": operator.mod,
+        "le": operator.le,
+        "lt": operator.lt,
+        "ge": operator.ge,
+        "gt": operator.gt,
+        "eq": operator.eq,
+        "ne": operator.ne,
+        "not": operator.not_,
+        "and": lambda x, y: x and y,
+        "or": lambda x, y: x or y,
+        "where": lambda condition, x, y: x if condition else y,
+        "is_power_of_two": lambda x: x > 0 and x & (x - 1) == 0,
+    }
+
+    def __init__(self, symbols: dict[str, int], loads: Any = None):
+        self.symbols = symbols
+        self.loads = loads
+
+    def constant(self, value):
+        return value
+
+    def symbol(self, name):
+        return self.symbols[name]
+
+    def load(self, name, indices):
+        return self.loads(name, indices)
+
+    def call(self, operation, *args):
+        return self.TABLE[operation](*args)

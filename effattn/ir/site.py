@@ -1,0 +1,74 @@
+"""The site: one attention found in a graph, with everything that later steps may know about it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from effattn.ir.plan import EmptyRows, LoadSpec
+
+Stage = Literal["prefill", "decode", "train", "cross", "encoder"]
+STAGES: tuple[Stage, ...] = ("prefill", "decode", "train", "cross", "encoder")
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why something was not done: which rule, about what, and what would help."""
+
+    rule: str
+    reason: str
+    hint: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.reason} ({self.hint})" if self.hint else self.reason
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Sizes of one attention. Each is an int or a sympy expression in the graph's symbolic lengths."""
+
+    batch: Any
+    heads: Any
+    kv_heads: Any
+    q_len: Any
+    k_len: Any
+    head_dim: Any
+    value_dim: Any
+
+    @property
+    def groups(self) -> int:
+        """Query heads that share one key/value head."""
+        return int(self.heads) // int(self.kv_heads)
+
+    def __str__(self) -> str:
+        return (
+            f"B {self.batch}, heads {self.heads}/{self.kv_heads}, N {self.q_len} x {self.k_len}, "
+            f"D {self.head_dim}" + (f"/{self.value_dim}" if self.value_dim != self.head_dim else "")
+        )
+
+
+@dataclass(frozen=True)
+class Site:
+    """One attention: where it stands, its sizes, and in closed form what it computes."""
+
+    name: str
+    found_as: str  # "softmax", "sdpa", "flex_attention", "multi_head_attention"
+    stage: Stage
+    layout: Layout
+    hints: Layout  # the same sizes as plain ints, for costs
+    score: Any  # sympy term in s and the indices, scale included
+    predicate: Any  # sympy boolean
+    position: Any | None  # absolute index of query row q among the keys, from the causal condition; None if not causal
+    loads: tuple[LoadSpec, ...]
+    scalars: tuple[str, ...]
+    numbers: tuple[str, ...]
+    empty_rows: EmptyRows
+    dtype: str  # of query, key and value: "float32", "bfloat16", "float16"
+    device: str  # "cpu", "cuda"
+    needs_grad: bool
+    output_layout: str  # memory order to write: "bhnd" or "bnhd"
+    layer: int | None = None
+    module: str = ""  # path of the innermost module
+    module_classes: tuple[str, ...] = ()  # class names, outermost first
+    location: str = ""  # file:line in the user's code
+    notes: tuple[str, ...] = field(default=())  # things worth telling: grouped heads folded back, opaque mask, ...

@@ -1,0 +1,68 @@
+"""Predicates and scores as people write them: ``k <= q & q - k < 4096 & padding[b, k]``."""
+
+from __future__ import annotations
+
+import sympy
+from sympy.printing.str import StrPrinter
+
+from effattn.ir import expr
+
+_FLIPPED = {sympy.Ge: (sympy.Le, "<="), sympy.Gt: (sympy.Lt, "<")}
+_SIGNS = {sympy.Le: "<=", sympy.Lt: "<", sympy.Eq: "==", sympy.Ne: "!="}
+_FEW_DIGITS = 8
+
+
+class _Printer(StrPrinter):
+    def _print_Load(self, term):
+        return f"{term.name}[{', '.join(map(self._print, term.indices))}]" if term.indices else term.name
+
+    _print_IntLoad = _print_Load
+
+    def _print_FloorDiv(self, term):
+        return f"({self._print(term.args[0])})//{self._print(term.args[1])}".replace("(q)", "q").replace("(k)", "k")
+
+    def _print_Modulo(self, term):
+        return f"({self._print(term.args[0])})%{self._print(term.args[1])}"
+
+    def _print_IsPowerOfTwo(self, term):
+        return f"is_power_of_two({self._print(term.args[0])})"
+
+    def _print_Float(self, term):
+        return f"{float(term):.{_FEW_DIGITS}g}"
+
+    def _print_And(self, term):
+        parts = sorted(term.args, key=_reading_order)
+        return " & ".join(f"({self._print(p)})" if isinstance(p, sympy.Or) else self._print(p) for p in parts)
+
+    def _print_Or(self, term):
+        parts = sorted(term.args, key=_reading_order)
+        return " | ".join(f"({self._print(p)})" if isinstance(p, sympy.And) else self._print(p) for p in parts)
+
+    def _print_Not(self, term):
+        return f"~({self._print(term.args[0])})"
+
+    def _print_Relational(self, term):
+        left, right = term.args
+        if isinstance(term, sympy.Ne) and right == 0 and isinstance(left, expr.IntLoad):
+            return self._print(left)
+        if isinstance(term, sympy.Eq) and right == 0 and isinstance(left, expr.IntLoad):
+            return "~" + self._print(left)
+        kind = type(term)
+        if kind in _FLIPPED:
+            left, right = right, left
+            kind = _FLIPPED[kind][0]
+        return f"{self._print(left)} {_SIGNS[kind]} {self._print(right)}"
+
+    _print_LessThan = _print_StrictLessThan = _print_GreaterThan = _print_StrictGreaterThan = _print_Relational
+    _print_Equality = _print_Unequality = _print_Relational
+
+
+def _reading_order(term) -> tuple:
+    """Causality first, then windows, then data, then the rest."""
+    relational = isinstance(term, (sympy.Le, sympy.Lt, sympy.Ge, sympy.Gt))
+    return (bool(expr.loads_of(term)) and not relational, isinstance(term, sympy.Or), sympy.count_ops(term), str(term))
+
+
+def text(term) -> str:
+    """``term`` as one readable line; ``true`` for a predicate without conditions."""
+    return "true" if term == sympy.true else _Printer({"order": "none"}).doprint(term)

@@ -1,0 +1,12 @@
+"""The forms. A new one is a file here and a line in ``FORMS``."""
+
+from __future__ import annotations
+
+from effattn.lowering.forms.exact import EXACT
+from effattn.lowering.forms.form import Cost, Form, Params, Rule
+from effattn.lowering.forms.power import POWER
+from effattn.lowering.forms.window import WINDOW
+
+FORMS: dict[str, Form] = {form.name: form for form in (EXACT, WINDOW, POWER)}
+
+__all__ = ["FORMS", "Cost", "Form", "Params", "Rule"]

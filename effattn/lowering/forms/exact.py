@@ -1,0 +1,31 @@
+"""Exact: the author's own function, whatever its mask and score; only the way of computing it changes."""
+
+from __future__ import annotations
+
+import sympy
+import torch
+
+from effattn.ir.expr import Nk
+from effattn.lowering.forms.form import Form, Params
+
+
+class ExactParams(Params):
+    """Exact attention has nothing to set."""
+
+
+def reference(_params, q_index, k_index):
+    """Every key: bool [Nq, Nk]."""
+    return torch.ones(torch.broadcast_shapes(q_index.shape, k_index.shape), dtype=torch.bool, device=q_index.device)
+
+
+EXACT = Form(
+    name="exact",
+    kind="exact",
+    summary="the same function, computed tile by tile: SDPA's kernels where they apply, else a generated one",
+    source="Dao et al., FlashAttention-2, arXiv 2307.08691",
+    params=ExactParams,
+    rules=(),
+    keep=lambda params, position: sympy.true,
+    kept_keys=lambda params: Nk,
+    reference=reference,
+)

@@ -1,0 +1,58 @@
+"""Power: a window of blocks, the blocks at power-of-two distances, and the sink blocks (PowerAttention)."""
+
+from __future__ import annotations
+
+import sympy
+from pydantic import Field, model_validator
+
+from effattn.ir.expr import FloorDiv, IsPowerOfTwo, Nk, k
+from effattn.lowering.forms.form import CAUSAL, FROM_THE_START, NO_BACKWARD, Form, Params
+
+
+class PowerParams(Params):
+    """Lengths in tokens. The form equals exact attention while Nk <= window + block."""
+
+    block: int = Field(default=128, ge=16, description="size of a block; a power of two")
+    window: int = Field(default=2048, ge=1, description="recent tokens, in whole blocks, the query's own included")
+    sinks: int = Field(default=128, ge=0, description="tokens at the start that every query sees")
+
+    @model_validator(mode="after")
+    def _whole_blocks(self):
+        if self.block & (self.block - 1):
+            raise ValueError(f"block must be a power of two, got {self.block}")
+        if self.window % self.block:
+            raise ValueError(f"window must be a multiple of block ({self.block}), got {self.window}")
+        return self
+
+
+def keep(params: PowerParams, position):
+    distance = FloorDiv(position, params.block) - FloorDiv(k, params.block)
+    kept = [distance < params.window // params.block, IsPowerOfTwo(distance)]
+    return sympy.Or(*kept, k < params.sinks) if params.sinks else sympy.Or(*kept)
+
+
+def reference(params: PowerParams, q_index, k_index):
+    """bool [Nq, Nk], to be combined with causality; arXiv 2503.03588 section 3, distances in blocks."""
+    distance = q_index // params.block - k_index // params.block
+    window = distance < params.window // params.block
+    power = (distance & (distance - 1)) == 0
+    return window | power | (k_index < params.sinks)
+
+
+def kept_keys(params: PowerParams):
+    window_blocks = params.window // params.block
+    far = sympy.ceiling(sympy.Max(0, sympy.log(sympy.Max(1, Nk / (params.block * window_blocks)), 2)))
+    return sympy.Min(Nk, params.window + params.sinks + params.block * far)
+
+
+POWER = Form(
+    name="power",
+    kind="trained",
+    summary="window, blocks at power-of-two distances, sinks: O(N log N), every token reachable in log N layers",
+    source="Chen et al., PowerAttention, arXiv 2503.03588",
+    params=PowerParams,
+    rules=(CAUSAL, FROM_THE_START, NO_BACKWARD),
+    keep=keep,
+    kept_keys=kept_keys,
+    reference=reference,
+)

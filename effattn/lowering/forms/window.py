@@ -1,0 +1,39 @@
+"""Window: each query attends to the last ``window`` keys and to the first ``sinks`` keys."""
+
+from __future__ import annotations
+
+import sympy
+from pydantic import Field
+
+from effattn.ir.expr import Nk, k
+from effattn.lowering.forms.form import CAUSAL, FROM_THE_START, NO_BACKWARD, Form, Params
+
+
+class WindowParams(Params):
+    """Lengths in tokens. With ``window`` >= Nk the form equals exact attention."""
+
+    window: int = Field(default=2048, ge=1, description="keys up to and including the query's own position")
+    sinks: int = Field(default=128, ge=0, description="keys at the start that every query sees")
+
+
+def keep(params: WindowParams, position):
+    near = position - k < params.window
+    return sympy.Or(near, k < params.sinks) if params.sinks else near
+
+
+def reference(params: WindowParams, q_index, k_index):
+    """bool [Nq, Nk]; indices are absolute positions, q_index [Nq, 1] and k_index [1, Nk]."""
+    return (k_index > q_index - params.window) | (k_index < params.sinks)
+
+
+WINDOW = Form(
+    name="window",
+    kind="approximate",
+    summary="sliding window with sinks: recent keys and the first few",
+    source="Xiao et al., Efficient Streaming Language Models with Attention Sinks, arXiv 2309.17453",
+    params=WindowParams,
+    rules=(CAUSAL, FROM_THE_START, NO_BACKWARD),
+    keep=keep,
+    kept_keys=lambda params: sympy.Min(Nk, params.window + params.sinks),
+    reference=reference,
+)

@@ -1,0 +1,172 @@
+"""Which tiles of a predicate are full, partial or empty, by reasoning on its inequalities.
+
+A predicate over (q, k) is split into
+
+* a *band* ``lower(q) <= k < upper(q)`` from its linear conditions;
+* at most one choice ("or") of a narrower band, a *prefix* ``k < c`` (sinks) and a *list* of blocks at power-of-two
+  distances, as sliding window with sinks and PowerAttention need;
+* a *residual* of conditions on data, which no tile can be free of.
+
+Every bound is monotone in q, so for a tile of rows [q0, q1] its first and last row give the keys that some row
+needs and the keys that every row needs. Nothing is ever evaluated over N x N.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import sympy
+
+from effattn.ir import expr
+from effattn.ir.expr import FloorDiv, IsPowerOfTwo, k, q
+
+
+@dataclass(frozen=True)
+class PowerList:
+    """Key blocks at distance 1, 2, 4, ... from the query's block, both counted in blocks of ``block`` tokens.
+
+    ``position`` is the query's absolute index: its block is ``position // block``.
+    """
+
+    block: int
+    position: Any
+
+
+@dataclass(frozen=True)
+class KeyWalk:
+    """The keys that a row of queries visits. All expressions are in q, Nq, Nk, scalars and loads without q or k.
+
+    A key k is *structurally* kept by row q if every ``lower <= k``, every ``k < upper``, and, where ``choice`` is
+    set, at least one of: every ``near_lower <= k`` and every ``k < near_upper``; ``k < prefix``; k in the ``powers`` list.
+    Bounds never decrease in q, except those in ``prefix`` which do not depend on q.
+    """
+
+    lower: tuple[Any, ...] = ()
+    upper: tuple[Any, ...] = ()
+    choice: bool = False
+    near_lower: tuple[Any, ...] | None = None  # None: the choice has no near band
+    near_upper: tuple[Any, ...] = ()
+    prefix: Any | None = None
+    powers: PowerList | None = None
+    structural: Any = sympy.true  # the conditions above as one predicate: tested on boundary tiles
+    residual: Any = sympy.true  # conditions on data: tested on every tile
+
+
+def walk(predicate) -> KeyWalk:
+    """The walk of a predicate. Conditions that cannot be bounded go to the residual: slower, never wrong."""
+    lower: list = []
+    upper: list = []
+    structural: list = []
+    residual: list = []
+    choice: KeyWalk | None = None
+    for part in expr.conjuncts(predicate):
+        bound = _bound(part)
+        if bound is not None:
+            (lower if bound[0] == "lower" else upper).append(bound[1])
+            structural.append(part)
+        elif isinstance(part, sympy.Or) and choice is None and (choice := _choice(part)) is not None:
+            structural.append(part)
+        else:
+            residual.append(part)
+    near = choice or KeyWalk()
+    return KeyWalk(
+        lower=tuple(lower),
+        upper=tuple(upper),
+        choice=choice is not None,
+        near_lower=near.near_lower,
+        near_upper=near.near_upper,
+        prefix=near.prefix,
+        powers=near.powers,
+        structural=sympy.And(*structural),
+        residual=sympy.And(*residual),
+    )
+
+
+def _choice(disjunction: sympy.Or) -> KeyWalk | None:
+    """An Or of one band, prefixes and one power-of-two list; None if it holds anything else."""
+    near_lower = near_upper = prefix = powers = None
+    for part in disjunction.args:
+        if isinstance(part, IsPowerOfTwo):
+            if powers is not None or (powers := _power_list(part)) is None:
+                return None
+            continue
+        bounds = [_bound(atom) for atom in expr.conjuncts(part)]
+        if any(bound is None for bound in bounds):
+            return None
+        constant_upper = len(bounds) == 1 and bounds[0][0] == "upper" and not bounds[0][1].has(q)
+        if constant_upper:
+            prefix = bounds[0][1] if prefix is None else sympy.Max(prefix, bounds[0][1])
+        elif near_lower is None:
+            near_lower = tuple(value for side, value in bounds if side == "lower")
+            near_upper = tuple(value for side, value in bounds if side == "upper")
+        else:
+            return None
+    return KeyWalk(near_lower=near_lower, near_upper=near_upper or (), prefix=prefix, powers=powers)
+
+
+def _bound(atom) -> tuple[str, Any] | None:
+    """``("lower", e)`` for k >= e(q), ``("upper", e)`` for k < e(q), e never decreasing in q; None if neither."""
+    if not isinstance(atom, (sympy.Le, sympy.Lt, sympy.Ge, sympy.Gt)):
+        return None
+    slack = atom.lhs - atom.rhs if isinstance(atom, (sympy.Le, sympy.Lt)) else atom.rhs - atom.lhs
+    strict = isinstance(atom, (sympy.Lt, sympy.Gt))  # slack < 0, else slack <= 0
+    slack = sympy.expand(slack)
+    key_terms = [term for term in sympy.Add.make_args(slack) if term.has(k)]
+    if len(key_terms) != 1:
+        return None
+    sign, key = key_terms[0].as_coeff_Mul()
+    rest = slack - key_terms[0]
+    if sign not in (1, -1) or not _only_row_terms(rest):
+        return None
+    if key == k:
+        block = sympy.Integer(1)
+    elif isinstance(key, FloorDiv) and key.args[0] == k and key.args[1].is_Integer:
+        block = key.args[1]
+    else:
+        return None
+    # sign 1:  key <= -rest  (key < -rest)      -> key < -rest + 1   (key < -rest)
+    # sign -1: key >=  rest  (key >  rest)      -> key >= rest       (key >= rest + 1)
+    if sign == 1:
+        limit = -rest if strict else 1 - rest
+        return ("upper", sympy.expand(limit * block)) if _never_decreases(limit) else None
+    limit = rest + 1 if strict else rest
+    return ("lower", sympy.expand(limit * block)) if _never_decreases(limit) else None
+
+
+def _only_row_terms(term) -> bool:
+    """Whether a term can be computed once per tile: no b, h dependence through data with q or k, integer loads only."""
+    if term.has(expr.s):
+        return False
+    return all(isinstance(part, expr.IntLoad) and not part.has(q, k) for part in expr.loads_of(term))
+
+
+def _never_decreases(term) -> bool:
+    for part in sympy.Add.make_args(sympy.expand(term)):
+        if not part.has(q):
+            continue
+        factor, row = part.as_coeff_Mul()
+        if not (factor.is_Integer and factor > 0):
+            return False
+        if isinstance(row, FloorDiv) and row.args[1].is_Integer and not row.args[1].has(q):
+            if not _never_decreases(row.args[0]):
+                return False
+        elif row != q:
+            return False
+    return True
+
+
+def _power_list(atom: IsPowerOfTwo) -> PowerList | None:
+    """``IsPowerOfTwo(FloorDiv(position, block) - FloorDiv(k, block))``."""
+    distance = sympy.expand(atom.args[0])
+    key_terms = [term for term in sympy.Add.make_args(distance) if term.has(k)]
+    if len(key_terms) != 1:
+        return None
+    sign, key = key_terms[0].as_coeff_Mul()
+    row = distance - key_terms[0]
+    if sign != -1 or not isinstance(key, FloorDiv) or key.args[0] != k or not isinstance(row, FloorDiv):
+        return None
+    block = key.args[1]
+    if not block.is_Integer or row.args[1] != block or not _never_decreases(row.args[0]):
+        return None
+    return PowerList(int(block), row.args[0])
