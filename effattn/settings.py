@@ -1,0 +1,145 @@
+"""The environment variables that effattn reads, in one table, and how it speaks to its user.
+
+Values are validated when first read; a wrong one raises :class:`effattn.errors.OptionError` that says what is allowed.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import pathlib
+import sys
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+from effattn.errors import OptionError
+
+DEBUG_LEVELS = {
+    0: "quiet",
+    1: "one line per attention site",
+    2: "and the reason of every choice and refusal",
+    3: "and the graph before and after",
+    4: "and the Triton source of every kernel",
+}
+
+
+@dataclass(frozen=True)
+class Variable:
+    """One environment variable: its name, the field of :class:`Settings` that it sets, and what it means."""
+
+    name: str
+    field: str
+    parse: Callable[[str], Any]
+    default: Any
+    allowed: str
+    meaning: str
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the environment says, validated."""
+
+    debug: int
+    cache_dir: pathlib.Path | None  # None: the platform's own cache directory
+
+
+def _debug(text: str) -> int:
+    level = int(text)
+    if level not in DEBUG_LEVELS:
+        raise ValueError(text)
+    return level
+
+
+def _directory(text: str) -> pathlib.Path:
+    if "\0" in text:
+        raise ValueError(text)
+    return pathlib.Path(os.path.abspath(os.path.expanduser(text)))
+
+
+VARIABLES = (
+    Variable(
+        name="EFFATTN_DEBUG",
+        field="debug",
+        parse=_debug,
+        default=0,
+        allowed="0, 1, 2, 3 or 4",
+        meaning="how much to tell on standard error: "
+        + "; ".join(f"{level} {text}" for level, text in DEBUG_LEVELS.items()),
+    ),
+    Variable(
+        name="EFFATTN_CACHE_DIR",
+        field="cache_dir",
+        parse=_directory,
+        default=None,
+        allowed="a path",
+        meaning="where generated kernels are kept (default: the user's cache directory of the platform)",
+    ),
+)
+
+
+def current() -> Settings:
+    """The settings of this process. Each distinct environment is read and validated once.
+
+    Raises:
+        OptionError: a variable has a value that is not allowed.
+    """
+    return _read(tuple(os.environ.get(variable.name, "") for variable in VARIABLES))
+
+
+@lru_cache(maxsize=16)
+def _read(texts: tuple[str, ...]) -> Settings:
+    values = {}
+    for variable, text in zip(VARIABLES, texts, strict=True):
+        if not text.strip():  # set but empty is the same as not set
+            values[variable.field] = variable.default
+            continue
+        try:
+            values[variable.field] = variable.parse(text.strip())
+        except ValueError as error:
+            raise OptionError(f"{variable.name}={text!r} is not valid; allowed: {variable.allowed}") from error
+    return Settings(**values)
+
+
+logger = logging.getLogger("effattn")
+logger.addHandler(logging.NullHandler())
+
+
+class _StandardError(logging.StreamHandler):
+    """Writes to whatever ``sys.stderr`` is now: it may be replaced after import."""
+
+    def __init__(self):
+        super().__init__(sys.stderr)
+        self.setFormatter(logging.Formatter("[effattn] %(message)s"))
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.stream = sys.stderr
+        super().emit(record)
+
+
+def show(level: int, text: str) -> None:
+    """Tell ``text`` on the logger "effattn" if EFFATTN_DEBUG is at least ``level`` (see ``DEBUG_LEVELS``)."""
+    if current().debug < level:
+        return
+    if logger.getEffectiveLevel() > logging.INFO:
+        logger.setLevel(logging.INFO)
+    # an application that has set up logging gets our records there; otherwise they would be dropped
+    if not logging.getLogger().handlers and all(
+        isinstance(handler, logging.NullHandler) for handler in logger.handlers
+    ):
+        logger.addHandler(_StandardError())
+    logger.info(text)
+
+
+_told: set[str] = set()
+
+
+def warn_once(message: str, key: str | None = None) -> None:
+    """One ``RuntimeWarning`` per process for each ``key`` (the message itself when none is given)."""
+    key = message if key is None else key
+    if key in _told:
+        return
+    _told.add(key)
+    warnings.warn(message, RuntimeWarning, stacklevel=3)
