@@ -1,0 +1,90 @@
+"""Layer ranges as people write them: ``"0-3, 8, 20-"`` or ``[0, 1, 2, 3, 8]``."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from functools import lru_cache
+
+LARGEST = 100_000  # no model has more layers; keeps a slip of the keyboard from passing
+_PART = re.compile(r"(\d{1,9})\s*(?:(-)\s*(\d{1,9})?)?", re.ASCII)
+ALLOWED = 'a string such as "0", "0-3, 8, 20-", or a list of layer numbers'
+
+
+@dataclass(frozen=True)
+class Layers:
+    """Sorted, disjoint ranges ``(first, last)``; the last one may be open (``last`` None)."""
+
+    ranges: tuple[tuple[int, int | None], ...]
+
+    def __contains__(self, layer: int) -> bool:
+        return any(first <= layer and (last is None or layer <= last) for first, last in self.ranges)
+
+    def beyond(self, count: int) -> int | None:
+        """The first layer that is named and that a model of ``count`` layers does not have."""
+        for first, last in self.ranges:
+            if first >= count:
+                return first
+            if last is not None and last >= count:
+                return count
+        return None
+
+    def __str__(self) -> str:
+        return ", ".join(
+            f"{first}-" if last is None else f"{first}" if first == last else f"{first}-{last}"
+            for first, last in self.ranges
+        )
+
+
+@lru_cache(maxsize=1024)
+def parse(text: str) -> Layers:
+    """Read a layer range.
+
+    Raises:
+        ValueError: not a range; the message says which part and why.
+    """
+    ranges: list[tuple[int, int | None]] = []
+    for part in text.split(","):
+        found = _PART.fullmatch(part.strip())
+        if found is None:
+            raise ValueError(f"{part.strip()!r} in {text!r} is not a layer or a range of layers; expected {ALLOWED}")
+        first = int(found[1])
+        last = first if found[2] is None else int(found[3]) if found[3] else None
+        if last is not None and last < first:
+            raise ValueError(f"the range {part.strip()!r} runs backwards; expected {last}-{first}")
+        if max(first, last or 0) > LARGEST:
+            raise ValueError(f"{part.strip()!r} names a layer beyond {LARGEST}")
+        ranges.append((first, last))
+    return Layers(_merged(ranges))
+
+
+def read(value: object) -> Layers:
+    """Layers from what a policy holds: a string, an int, or a list of ints.
+
+    Raises:
+        ValueError: anything else.
+    """
+    if isinstance(value, Layers):
+        return value
+    if isinstance(value, str):
+        return parse(value)
+    numbers: list = list(value) if isinstance(value, (list, tuple)) else [value]
+    for number in numbers:
+        if isinstance(number, bool) or not isinstance(number, int):
+            raise ValueError(f"expected {ALLOWED}; got {value!r}")
+        if not 0 <= number <= LARGEST:
+            raise ValueError(f"layers are counted from 0; got {number}")
+    if not numbers:
+        raise ValueError(f"names no layer; expected {ALLOWED}, or leave the key out to mean all layers")
+    return Layers(_merged([(number, number) for number in numbers]))
+
+
+def _merged(ranges: list[tuple[int, int | None]]) -> tuple[tuple[int, int | None], ...]:
+    merged: list[tuple[int, int | None]] = []
+    for first, last in sorted(ranges, key=lambda pair: pair[0]):
+        if merged and (merged[-1][1] is None or first <= merged[-1][1] + 1):
+            before, end = merged[-1]
+            merged[-1] = (before, None if end is None or last is None else max(end, last))
+        else:
+            merged.append((first, last))
+    return tuple(merged)
