@@ -47,7 +47,8 @@ def lines_of(text: str) -> dict[Path, int]:
             arrays[path] = arrays.get(path, -1) + 1
             lines.setdefault(path, line)
             path = (*path, arrays[path])
-        lines.setdefault(path, line)
+        for length in range(1, len(path) + 1):  # "a.b.c = 1" makes tables a and a.b as well
+            lines.setdefault(path[:length], line)
         if kind != "key":
             table = path
     return lines

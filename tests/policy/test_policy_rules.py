@@ -1,0 +1,214 @@
+"""Which rule a site gets, layer ranges, and finding the line of a key."""
+
+from __future__ import annotations
+
+import pytest
+import sympy
+from hypothesis import given
+from hypothesis import strategies as st
+
+from effattn.errors import PolicyError
+from effattn.ir import expr
+from effattn.ir.site import Layout, Site
+from effattn.policy import Policy, layers
+from effattn.policy.locate import line_of, lines_of
+
+SIZES = Layout(1, 4, 2, 64, 64, 16, 16)
+
+
+def site(layer=None, stage="prefill", classes=("LlamaForCausalLM", "LlamaModel", "LlamaAttention")):
+    return Site(
+        name="attention_0",
+        found_as="sdpa",
+        stage=stage,
+        layout=SIZES,
+        hints=SIZES,
+        score=expr.s / 4,
+        predicate=expr.k <= expr.q,
+        position=expr.q,
+        loads=(),
+        scalars=(),
+        numbers=(),
+        empty_rows="never",
+        dtype="float32",
+        device="cpu",
+        needs_grad=False,
+        output_layout="bhnd",
+        layer=layer,
+        module_classes=classes,
+    )
+
+
+def test_the_helper_makes_a_real_site():
+    assert site().predicate == sympy.Le(expr.k, expr.q)
+
+
+POLICY = Policy.of(
+    {
+        "rule": [
+            {"layers": "0-1", "forms": ["exact"]},
+            {"stage": ["decode"], "forms": ["window"]},
+            {"model": "Llama*", "layers": "2-", "forms": ["power"]},
+            {"model": ["Bert", "Gemma?ForCausalLM"], "forms": ["window"]},
+        ]
+    }
+)
+
+
+@pytest.mark.parametrize(
+    ("given_site", "index"),
+    [
+        (site(layer=0), 0),
+        (site(layer=1, stage="decode"), 0),  # the first match wins
+        (site(layer=2), 2),
+        (site(layer=2, stage="decode"), 1),
+        (site(layer=99), 2),
+        (site(layer=5, classes=("MistralModel",)), None),
+        (site(layer=5, classes=("Outer", "Gemma3ForCausalLM")), 3),
+        (site(layer=5, classes=("gemma3forcausallm",)), None),  # case matters
+        (site(layer=5, classes=()), None),
+    ],
+)
+def test_first_matching_rule(given_site, index):
+    match = POLICY.match(given_site)
+    assert match.index == index
+    assert match.rule is (None if index is None else POLICY.rules[index])
+    assert POLICY.rule_for(given_site) is match.rule
+    assert match.notes == ()
+
+
+def test_an_unknown_layer_matches_no_rule_that_names_layers_and_says_so():
+    match = POLICY.match(site(layer=None))
+    assert match.rule is None
+    assert len(match.notes) == 2
+    assert "rule[0]" in match.notes[0]
+    assert "names layers 0-1" in match.notes[0]
+    assert POLICY.match(site(layer=None, classes=("Bert",))).index == 3
+
+
+@pytest.mark.parametrize(
+    ("spelling", "count", "layer"),
+    [("0-3", 4, None), ("0-3", 3, 3), ("5", 4, 5), ("2-", 3, None), ("3-", 3, 3), ([0, 9], 9, 9), ("0", 0, 0)],
+)
+def test_check_layers(tmp_path, spelling, count, layer):
+    path = tmp_path / "p.toml"
+    path.write_text(f"[[rule]]\nforms = ['power']\n# here\nlayers = {spelling!r}\n")
+    policy = Policy.load(path)
+    if layer is None:
+        policy.check_layers(count)
+        return
+    with pytest.raises(PolicyError) as caught:
+        policy.check_layers(count)
+    for word in (str(path), "line 4", "rule[0].layers", f"layer {layer}", f"{count} layers" if count else "no layers"):
+        assert word in str(caught.value)
+
+
+def test_check_layers_leaves_rules_for_other_models_alone():
+    policy = Policy.of({"rule": [{"model": "Big*", "layers": "90", "forms": ["power"]}]})
+    policy.check_layers(4, classes=["SmallModel"])
+    with pytest.raises(PolicyError, match="names layer 90"):
+        policy.check_layers(4, classes=["Outer", "BigModel"])
+    with pytest.raises(PolicyError, match="policy dict"):
+        policy.check_layers(4)
+
+
+# --- layers ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("spelling", "canonical"),
+    [
+        ("0", "0"),
+        ("0-3, 8, 20-", "0-3, 8, 20-"),
+        (" 8 ,0 - 3,2-5 ", "0-5, 8"),
+        ("3-, 5", "3-"),
+        ("1,2,3", "1-3"),
+        ([3, 1, 2, 9], "1-3, 9"),
+        (7, "7"),
+    ],
+)
+def test_layer_spellings(spelling, canonical):
+    assert str(layers.read(spelling)) == canonical
+
+
+@pytest.mark.parametrize(
+    "wrong", ["", "a", "1-2-3", "-1", "1,,2", "3-1", "٣", "1 2", None, [], [1.0], ["1"], True, -1, {}]
+)
+def test_wrong_layers(wrong):
+    with pytest.raises(ValueError, match=r"."):
+        layers.read(wrong)
+
+
+@given(st.lists(st.tuples(st.integers(0, 30), st.integers(0, 10) | st.none()), min_size=1, max_size=5))
+def test_ranges_hold_what_they_name(ranges):
+    text = ", ".join(f"{first}-" if width is None else f"{first}-{first + width}" for first, width in ranges)
+    read = layers.parse(text)
+    for layer in range(60):
+        named = any(first <= layer and (width is None or layer <= first + width) for first, width in ranges)
+        assert (layer in read) == named
+    assert layers.parse(str(read)) == read
+
+
+# --- lines -----------------------------------------------------------------------------------------------------------
+
+TEXT = '''\
+# [[rule]] in a comment
+name = "a # b = [c]"
+description = """
+[[rule]]
+fake = 1
+"""
+[provenance]
+"odd key".'x.y' = 'don = "t'
+list = [
+  1, # ]
+  2,
+]
+[[rule]]
+forms = ["power"]
+params.power = { block = 64 }
+[[ rule ]]
+forms = [
+  "power",
+]
+  [rule.params."power"]
+  block = 1.5
+[rule.deep]
+[[rule.deep.more]]
+x = 1
+[[rule.deep.more]]
+x = 2
+[last]'''
+
+
+@pytest.mark.parametrize(
+    ("path", "line"),
+    [
+        (("name",), 2),
+        (("description",), 3),
+        (("fake",), None),
+        (("provenance",), 7),
+        (("provenance", "odd key", "x.y"), 8),
+        (("provenance", "list"), 9),
+        (("rule",), 13),
+        (("rule", 0), 13),
+        (("rule", 0, "forms"), 14),
+        (("rule", 0, "params", "power", "block"), 15),
+        (("rule", 0, "nothing"), 13),
+        (("rule", 1), 16),
+        (("rule", 1, "forms", 0), 17),
+        (("rule", 1, "params", "power"), 20),
+        (("rule", 1, "params", "power", "block"), 21),
+        (("rule", 1, "deep"), 22),
+        (("rule", 1, "deep", "more", 1, "x"), 26),
+        (("last",), 27),
+        ((), None),
+    ],
+)
+def test_lines(path, line):
+    assert line_of(TEXT, path) == line
+
+
+def test_a_long_text_is_read_quickly():
+    text = "".join(f"[[rule]]\nforms = ['power'] # {i}\n" for i in range(20_000))
+    assert lines_of(text)["rule", 19_999, "forms"] == 40_000
