@@ -119,3 +119,12 @@ def loads_of(*terms) -> list[Load]:
     """Every distinct load in the terms, in a stable order."""
     found = {atom for term in terms for atom in sympy.sympify(term).atoms(Load)}
     return sorted(found, key=sympy.default_sort_key)
+
+
+def free_symbols(*terms) -> set[sympy.Symbol]:
+    """Symbols of the terms, names of loads not counted."""
+    found: set[sympy.Symbol] = set()
+    for term in terms:
+        names = {load.args[0] for load in sympy.sympify(term).atoms(Load)}
+        found |= sympy.sympify(term).free_symbols - names
+    return found

@@ -1,0 +1,315 @@
+"""From a draft to a site: mask split from score, symbolic lengths and loads named, everything checked once more."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+
+from effattn.ir import expr
+from effattn.ir.expr import Nk, Nq, b, h, k, q
+from effattn.ir.plan import LoadSpec
+from effattn.ir.site import Layout, Site, Stage
+from effattn.passes import masks
+from effattn.passes.draft import Anchors, Draft, Match, Refused, SizeSource
+from effattn.passes.graph import GraphView, hint
+from effattn.passes.operands import Operand
+from effattn.passes.placement import placement
+from effattn.passes.reading import LoadSource
+
+SUPPORTED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+MAX_TERMS = 400  # operations in score and predicate together; more is no mask that a person wrote
+
+
+def assemble(view: GraphView, draft: Draft, order: int) -> Match:
+    """The finished match.
+
+    Raises:
+        Refused: the draft cannot be computed by an op; the reason says why.
+    """
+    layout = Layout(
+        draft.batch, draft.heads, _kv_heads(view, draft), draft.q_len, draft.k_len, draft.head_dim, draft.value_dim
+    )
+    _check_operands(view, draft, layout)
+    try:
+        found = masks.split(draft.term)
+    except masks.Unclear as unclear:
+        raise Refused("score and mask", str(unclear)) from unclear
+    score, predicate = _with_lengths(found.score, layout), _with_lengths(found.predicate, layout)
+    predicate = masks.simplify(predicate)
+    if predicate == sympy.false:
+        raise Refused("empty mask", "the mask allows nothing at all")
+    if sympy.count_ops(score) + sympy.count_ops(predicate, visual=False) > MAX_TERMS:
+        raise Refused("size", "the expression of score and mask is too large to compute in a kernel")
+    position = masks.query_position(predicate)
+    try:
+        empty = masks.empty_rows(
+            masks.Split(score, predicate, found.fills), layout, position, draft.zero_when_empty, _dtype(view, draft)
+        )
+    except masks.Unclear as unclear:
+        raise Refused("rows without keys", str(unclear), "use a boolean mask with SDPA") from unclear
+
+    names = _load_names(score, predicate, draft.reader.loads)
+    numbers = _number_names(score, predicate)
+    score, predicate, position = (_renamed(term, names, numbers) for term in (score, predicate, position))
+    sources = {names[old]: source for old, source in draft.reader.loads.items() if old in names}
+    used = [load.name for load in expr.loads_of(score, predicate)]
+    used = list(dict.fromkeys(used))
+    specs = tuple(_load_spec(view, name, sources[name]) for name in used)
+    scalars = _scalars(view, score, predicate)
+    place = placement(draft.out_index, layout.heads)
+    if place is None:
+        raise Refused("output layout", f"the order of the output's dimensions is not understood: {draft.out_index}")
+
+    path, classes = module_path(draft.anchor)
+    tensor = view.tensor(draft.query.node)
+    assert tensor is not None
+    needs_grad = any(
+        view.tensor(operand.node).requires_grad for operand in (draft.query, draft.key, draft.value)
+    ) or any(view.tensor(sources[name].node).requires_grad for name in used)
+    hints = Layout(*(_hint(view, size, draft) for size in vars(layout).values()))
+    site = Site(
+        name=f"{path or 'attention'}#{order}",
+        found_as=draft.found_as,
+        stage=_stage(hints, position, needs_grad),
+        layout=layout,
+        hints=hints,
+        score=score,
+        predicate=predicate,
+        position=position,
+        loads=specs,
+        scalars=tuple(str(symbol) for symbol, _ in scalars),
+        numbers=tuple(numbers.values()),
+        empty_rows=empty,
+        dtype=_dtype(view, draft),
+        device=tensor.device.type,
+        needs_grad=needs_grad,
+        output_layout=_output_layout(view, draft, place),
+        layer=_layer(path),
+        module=path,
+        module_classes=classes,
+        location=location(draft.anchor),
+        notes=tuple(draft.notes),
+    )
+    anchors = Anchors(
+        replaced=draft.replaced,
+        query=draft.query,
+        key=draft.key,
+        value=draft.value,
+        placement=place,
+        loads=tuple(sources[name] for name in used),
+        scalars=tuple(source for _, source in scalars),
+        numbers=tuple(draft.reader.numbers[name] for name in numbers),
+        is_plain_sdpa=draft.is_plain_sdpa,
+    )
+    return Match(site, anchors)
+
+
+# -- operands ---------------------------------------------------------------------------------------------------
+
+
+def _kv_heads(view: GraphView, draft: Draft):
+    dim = draft.key.dims[1]
+    return sympy.Integer(1) if dim is None else view.shape(draft.key.node)[dim]
+
+
+def _check_operands(view: GraphView, draft: Draft, layout: Layout) -> None:
+    end = view.time[draft.replaced]
+    for name, operand in (("query", draft.query), ("key", draft.key), ("value", draft.value)):
+        if view.writes_between(operand.node, operand.time - 1, end):
+            raise Refused("memory", f"{name} is written between the scores and the output")
+        size = sympy.Integer(1) if operand.dims[0] is None else view.shape(operand.node)[operand.dims[0]]
+        if sympy.expand(size - layout.batch) != 0:
+            raise Refused("batch", f"{name} is shared by the batch (size {size}, batch {layout.batch})")
+    if draft.query.groups != 1 or _heads(view, draft.query) != layout.heads:
+        raise Refused("heads", "the query has fewer heads than the scores")
+    key_heads, value_heads = _heads(view, draft.key), _heads(view, draft.value)
+    if key_heads != value_heads:
+        raise Refused("heads", f"key has {key_heads} heads and value {value_heads}")
+    if not (layout.heads.is_Integer and key_heads.is_Integer) or int(layout.heads) % int(key_heads):
+        raise Refused("heads", f"{layout.heads} query heads over {key_heads} key heads")
+    for operand in (draft.key, draft.value):
+        grouped = operand.groups if operand.dims[1] is not None else int(layout.heads)
+        if grouped * int(key_heads) != int(layout.heads):
+            raise Refused("heads", "query heads do not map to key heads in groups of equal size")
+    dtypes = {view.tensor(operand.node).dtype for operand in (draft.query, draft.key, draft.value)}
+    target = view.tensor(draft.replaced).dtype
+    if target not in SUPPORTED_DTYPES:
+        raise Refused("dtype", f"attention in {target} is not supported")
+    if dtypes != {target} and not _autocast(view, draft, target):
+        raise Refused("dtype", f"query, key and value mix {', '.join(sorted(map(str, dtypes)))} for a {target} result")
+    if not (layout.head_dim.is_Integer and layout.value_dim.is_Integer):
+        raise Refused("head_dim", "head_dim is not a constant")
+
+
+def _autocast(view: GraphView, draft: Draft, target: torch.dtype) -> bool:
+    """Whether the product of query and key already ran in the result's type, as under torch.autocast."""
+    return draft.found_as == "sdpa" or "autocast" in draft.notes
+
+
+def _heads(view: GraphView, operand: Operand):
+    return sympy.Integer(1) if operand.dims[1] is None else view.shape(operand.node)[operand.dims[1]]
+
+
+def _dtype(view: GraphView, draft: Draft) -> str:
+    return str(view.tensor(draft.replaced).dtype).removeprefix("torch.")
+
+
+def _output_layout(view: GraphView, draft: Draft, place) -> str:
+    """Memory order to write: heads inside rows if that is what the replaced node had, or what its users undo."""
+    tensor = view.tensor(draft.replaced)
+    if tensor.dim() == 4 and place.is_identity:
+        if draft.found_as == "sdpa":
+            heads, rows = tensor.stride()[1:3]
+            return "bnhd" if hint(heads) < hint(rows) else "bhnd"
+        calls = [view.call(user) for user in draft.replaced.users]
+        if calls and all(call is not None and call.name in ("transpose", "permute") for call in calls):
+            return "bnhd"
+    return "bhnd"
+
+
+# -- symbolic lengths, loads --------------------------------------------------------------------------------------
+
+
+def _with_lengths(term, layout: Layout):
+    """Graph symbols that are the lengths of query and key written as Nq and Nk."""
+    replaced: dict[Any, Any] = {}
+    if isinstance(layout.q_len, sympy.Symbol):
+        replaced[layout.q_len] = Nq
+    rest = sympy.sympify(layout.k_len)
+    for symbol in sorted(rest.free_symbols, key=str):
+        if symbol not in replaced and rest.coeff(symbol) == 1 and not (rest - symbol).has(symbol):
+            replaced[symbol] = Nk - (rest - symbol).subs(replaced)
+            break
+    if not replaced:
+        return term
+    return sympy.sympify(term).subs(replaced, simultaneous=True)
+
+
+def _is_number(symbol) -> bool:
+    return symbol not in (*expr.INDICES, expr.s, Nq, Nk) and symbol.is_integer is not True
+
+
+def _scalars(view: GraphView, score, predicate) -> list[tuple[Any, SizeSource]]:
+    known = (*expr.INDICES, expr.s, Nq, Nk)
+    wanted = [x for x in expr.free_symbols(score, predicate) if x not in known and not _is_number(x)]
+    wanted = sorted(wanted, key=str)
+    return [(symbol, _size_source(view, symbol)) for symbol in wanted]
+
+
+def _size_source(view: GraphView, symbol) -> SizeSource:
+    for node in view.graph.nodes:
+        held = view.value(node)
+        if isinstance(held, torch.SymInt) and held.node.expr == symbol:
+            return SizeSource(node)
+    for node in view.graph.nodes:
+        if node.op == "placeholder" and symbol in view.shape(node):
+            return SizeSource(node, view.shape(node).index(symbol))
+    raise Refused("symbolic length", f"no node of the graph holds the length {symbol}")
+
+
+def _number_names(score, predicate) -> dict[str, str]:
+    """Names of floats known at run time, the same in every layer so that layers share one kernel."""
+    found = sorted(symbol.name for symbol in expr.free_symbols(score, predicate) if _is_number(symbol))
+    return {name: "scale" + (str(number + 1) if number else "") for number, name in enumerate(found)}
+
+
+def _load_names(score, predicate, loads: dict[str, LoadSource]) -> dict[str, str]:
+    """Short names by what a load is used for: padding, document, offset, slopes, mask, bias."""
+    names: dict[str, str] = {}
+    for load in expr.loads_of(predicate, score):
+        if load.name in names:
+            continue
+        base = _role(load, predicate)
+        taken = set(names.values())
+        name = base
+        number = 2
+        while name in taken:
+            name, number = f"{base}{number}", number + 1
+        names[load.name] = name
+    return names
+
+
+def _role(load: expr.Load, predicate) -> str:
+    free = {symbol for symbol in expr.INDICES if load.has(symbol)}
+    if not free and isinstance(load, expr.IntLoad):
+        return "offset"
+    pairs = [part for part in predicate.atoms(sympy.Rel) if sum(x.name == load.name for x in expr.loads_of(part)) > 1]
+    if pairs:
+        return "document" if isinstance(pairs[0], sympy.Eq) else "positions"
+    if not predicate.has(load):
+        return "slopes" if free == {h} else "bias"
+    return "padding" if q not in free else "mask" if k in free else "rows"
+
+
+def _renamed(term, names: dict[str, str], numbers: dict[str, str]):
+    if term is None:
+        return None
+    swap: dict[Any, Any] = {
+        load: load.func(sympy.Symbol(names[load.name]), *load.indices) for load in expr.loads_of(term)
+    }
+    swap |= {expr.number(old): expr.number(new) for old, new in numbers.items()}
+    return sympy.sympify(term).xreplace(swap) if swap else term
+
+
+def _load_spec(view: GraphView, name: str, source: LoadSource) -> LoadSpec:
+    tensor = view.tensor(source.node)
+    assert tensor is not None
+    return LoadSpec(name, str(tensor.dtype).removeprefix("torch."), tensor.dim())
+
+
+# -- names and places -------------------------------------------------------------------------------------------
+
+
+def module_path(node: fx.Node) -> tuple[str, tuple[str, ...]]:
+    """(dotted path of the innermost module, class names outermost first) from what Dynamo recorded."""
+    stack = node.meta.get("nn_module_stack") or {}
+    entries = list(stack.values())
+    if not entries:
+        return "", ()
+    path = str(entries[-1][0])
+    path = re.sub(r"getattr\((.*?), '(\w+)'\)", r"\1.\2", path)
+    path = re.sub(r"\['(\w+)'\]", r".\1", path)
+    path = re.sub(r"\[(\d+)\]", r".\1", path)
+    path = re.sub(r"(_modules|_parameters)\.", "", path)
+    path = re.sub(r"^L\.?(self\.?)?", "", path).strip(".")
+    classes = tuple(getattr(entry[1], "__name__", str(entry[1]).rsplit(".", 1)[-1]) for entry in entries)
+    return path, classes
+
+
+def _layer(path: str) -> int | None:
+    numbers = re.findall(r"(?:^|\.)(\d+)(?=\.|$)", path)
+    return int(numbers[-1]) if numbers else None
+
+
+def location(node: fx.Node) -> str:
+    """file:line of the user's code that made the node."""
+    frames = re.findall(r'File "(.+?)", line (\d+)', node.meta.get("stack_trace") or "")
+    return f"{frames[-1][0]}:{frames[-1][1]}" if frames else ""
+
+
+def _stage(hints: Layout, position, needs_grad: bool) -> Stage:
+    if needs_grad:
+        return "train"
+    if hints.q_len == 1 and hints.k_len > 1:
+        return "decode"
+    if position is not None:
+        return "prefill"
+    return "cross" if hints.q_len != hints.k_len else "encoder"
+
+
+def _hint(view: GraphView, size, draft: Draft) -> int:
+    size = sympy.sympify(size)
+    if size.is_Integer:
+        return int(size)
+    for operand in (draft.query, draft.key, draft.value):
+        for extent in view.tensor(operand.node).shape:
+            if isinstance(extent, torch.SymInt) and extent.node.expr == size:
+                return hint(extent)
+    return 0
+
+
+__all__ = ["assemble", "b", "location", "module_path"]

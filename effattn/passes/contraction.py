@@ -1,0 +1,88 @@
+"""Products of two tensors over one index, whatever their spelling: matmul, bmm, baddbmm, einsum.
+
+A contraction is seen as an einsum: a label for every dimension of both operands and of the result.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import fx
+
+from effattn.passes.graph import GraphView
+from effattn.passes.vocabulary import Call
+
+
+@dataclass(frozen=True)
+class Contraction:
+    """``out[out_labels] = sum over the one shared label of left[left_labels] * right[right_labels]``."""
+
+    node: fx.Node
+    left: fx.Node
+    right: fx.Node
+    left_labels: tuple[str, ...]
+    right_labels: tuple[str, ...]
+    out_labels: tuple[str, ...]
+
+    @property
+    def summed(self) -> str:
+        return next(label for label in self.left_labels if label in self.right_labels and label not in self.out_labels)
+
+    def operand(self, side: str) -> tuple[fx.Node, tuple[str, ...]]:
+        return (self.left, self.left_labels) if side == "left" else (self.right, self.right_labels)
+
+
+def contraction(view: GraphView, node: Any) -> Contraction | None:
+    """The contraction that ``node`` spells; None if it is none, or one over more than one index."""
+    call = view.call(node)
+    if call is None:
+        return None
+    if call.name in ("matmul", "baddbmm"):
+        names = ("input", "other") if call.name == "matmul" else ("batch1", "batch2")
+        other = call.get(names[1], call.get("mat2"))
+        return _product(view, call.node, call.get(names[0]), other)
+    if call.name == "einsum":
+        return _einsum(view, call)
+    return None
+
+
+def _product(view: GraphView, node: fx.Node, left: Any, right: Any) -> Contraction | None:
+    shapes = [view.shape(operand) if isinstance(operand, fx.Node) else () for operand in (left, right)]
+    if min(len(shape) for shape in shapes) < 2:
+        return None
+    rank = max(len(shape) for shape in shapes)
+    batch = [f"b{n}" for n in range(rank - 2)]
+    labels = [tuple(batch[len(batch) - (len(shape) - 2) :]) for shape in shapes]
+    return Contraction(
+        node, left, right, (*labels[0], "i", "sum"), (*labels[1], "sum", "j"), (*batch, "i", "j")
+    )
+
+
+def _einsum(view: GraphView, call: Call) -> Contraction | None:
+    equation, operands = call.get("equation"), call.get("operands", ())
+    if not isinstance(equation, str) or len(operands) != 2 or "->" not in equation:
+        return None
+    inputs, output = equation.replace(" ", "").split("->")
+    terms = inputs.split(",")
+    if len(terms) != 2:
+        return None
+    ranks = [len(view.shape(operand)) for operand in operands]
+    labels = [_labels(term, rank) for term, rank in zip(terms, ranks, strict=True)]
+    out = _labels(output, len(view.shape(call.node)))
+    if any(found is None or len(set(found)) < len(found) for found in (*labels, out)):
+        return None
+    left, right = labels
+    summed = [label for label in left if label in right and label not in out]
+    alone = [label for label in (*left, *right) if label not in out and label not in summed]
+    if len(summed) != 1 or alone:
+        return None
+    return Contraction(call.node, operands[0], operands[1], tuple(left), tuple(right), tuple(out))
+
+
+def _labels(term: str, rank: int) -> list[str] | None:
+    if "..." not in term:
+        return list(term) if len(term) == rank else None
+    before, after = term.split("...")
+    hidden = rank - len(before) - len(after)
+    return [*before, *[f"b{n}" for n in range(-hidden, 0)], *after] if hidden >= 0 else None

@@ -1,0 +1,85 @@
+"""What matching hands on: a site, and the graph nodes that the rewriting needs and nobody else looks at."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import fx
+
+from effattn.ir.site import Refusal, Site
+from effattn.passes.operands import Operand
+from effattn.passes.placement import Placement
+from effattn.passes.reading import LoadSource, Reader
+
+
+@dataclass(frozen=True)
+class SizeSource:
+    """Where a symbolic length comes from: a node that is the number, or a dimension of a tensor node."""
+
+    node: fx.Node
+    dim: int | None = None
+
+
+@dataclass(frozen=True)
+class Anchors:
+    """The graph side of a match. Only the rewriting reads it."""
+
+    replaced: fx.Node
+    query: Operand
+    key: Operand
+    value: Operand
+    placement: Placement
+    loads: tuple[LoadSource, ...]  # as in site.loads
+    scalars: tuple[SizeSource, ...]  # as in site.scalars
+    numbers: tuple[fx.Node, ...]  # as in site.numbers
+    is_plain_sdpa: bool = False  # already SDPA without a mask: its own kernels run, nothing to replace
+
+
+@dataclass(frozen=True)
+class Match:
+    """A site that can be replaced."""
+
+    site: Site
+    anchors: Anchors
+
+
+@dataclass(frozen=True)
+class Missed:
+    """A softmax or SDPA that is left alone, and why."""
+
+    name: str
+    location: str
+    refusal: Refusal
+
+
+class Refused(Exception):
+    """Raised inside matching to leave one softmax alone; carries the reason."""
+
+    def __init__(self, rule: str, reason: str, hint: str = ""):
+        super().__init__(reason)
+        self.refusal = Refusal(rule, reason, hint)
+
+
+@dataclass
+class Draft:
+    """A site while it is being put together."""
+
+    anchor: fx.Node  # the softmax or SDPA node: names and locations come from it
+    replaced: fx.Node
+    found_as: str
+    query: Operand
+    key: Operand
+    value: Operand
+    batch: Any
+    heads: Any
+    q_len: Any
+    k_len: Any
+    head_dim: Any
+    value_dim: Any
+    term: Any  # the scores before softmax, with s for the raw score
+    out_index: tuple[Any, ...]
+    reader: Reader
+    zero_when_empty: bool  # SDPA gives 0 for a row without keys where a softmax of -inf gives NaN
+    is_plain_sdpa: bool = False
+    notes: list[str] = field(default_factory=list)

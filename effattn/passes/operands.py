@@ -1,0 +1,165 @@
+"""Query, key and value: from what a product reads back to the tensors that a kernel can take.
+
+Views, grouped-head expansion and constant factors between a projection and the product are folded: the operand is
+the node nearest to the inputs whose dimensions are still plainly batch, head, row and head_dim.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+
+from effattn.ir import expr
+from effattn.passes.graph import GraphView
+from effattn.passes.reading import Reader
+from effattn.passes.reading.elementwise import is_dead_dropout
+from effattn.passes.reading.reader import Index
+from effattn.passes.reading.views import permutation, reshape_index
+from effattn.passes.vocabulary import Call
+
+row = sympy.Symbol("row", integer=True, nonnegative=True)  # a query row or a key column, as the operand needs
+depth = sympy.Symbol("d", integer=True, nonnegative=True)  # along head_dim
+
+
+@dataclass(frozen=True)
+class Operand:
+    """A tensor node and how to see it as [B, H, N, D].
+
+    ``dims`` gives for batch, head, row and depth the dimension of the node, or None where it has none (size 1).
+    ``picks`` fixes other dimensions at an index. ``groups`` is the number of query heads per head of this operand.
+    """
+
+    node: fx.Node
+    dims: tuple[int | None, int | None, int, int]
+    picks: tuple[tuple[int, int], ...]
+    groups: int
+    factor: Any  # the constant that was multiplied in on the way
+    time: int  # when the author's code reads it
+    folded: tuple[str, ...] = ()
+
+
+def trace(view: GraphView, reader: Reader, node: fx.Node, index: Index, time: int) -> Operand | None:
+    """The operand behind ``node``, read at ``time`` with ``index`` in the symbols b, h, row and d."""
+    best: Operand | None = None
+    factor: Any = sympy.Integer(1)
+    folded: list[str] = []
+    while True:
+        found = _clean(view, node, index, factor, time, tuple(folded))
+        if found is not None:
+            best = found
+        if view.writes_between(node, view.time[node], time):
+            return best  # what the node was made from is not what it holds now
+        call = view.call(node)
+        step = _step(view, reader, call, index) if call is not None else None
+        if step is None:
+            return best
+        time = view.time[node]
+        node, index, scale, what = step
+        factor = factor * scale
+        if what:
+            folded.append(what)
+
+
+def _step(view: GraphView, reader: Reader, call: Call, index: Index):
+    """One operation towards the inputs: (node, index there, factor, what was folded)."""
+    source = call.get("input")
+    if call.name in ("mul", "div"):
+        return _scaled(view, call, index)
+    if not isinstance(source, fx.Node) or view.tensor(source) is None:
+        return None
+    shape = view.shape(source)
+    if call.name == "dropout":
+        return (source, index, 1, "") if is_dead_dropout(call) else None
+    if call.name == "identity":
+        return source, index, 1, ""
+    if call.name == "to" or call.name == "type_as" or call.name.startswith("cast_"):
+        same = view.tensor(source).dtype == view.tensor(call.node).dtype
+        return (source, index, 1, "") if same else None
+    if call.name == "reshape" or (call.name == "getitem" and _only_new_dims(call.get("index"))):
+        inside = reshape_index(reader, shape, view.shape(call.node), index)
+        return None if inside is None else (source, inside, 1, "")
+    if (order := permutation(call, len(shape))) is not None:
+        inside_list: list[Any] = [None] * len(index)
+        for new, old in enumerate(order):
+            inside_list[old] = index[new]
+        return source, tuple(inside_list), 1, ""
+    if call.name == "expand":
+        skip, full = len(index) - len(shape), view.shape(call.node)
+        inside = tuple(
+            sympy.Integer(0) if n == 1 and wide != 1 else i
+            for n, i, wide in zip(shape, index[skip:], full[skip:], strict=True)
+        )
+        return source, inside, 1, "expand"
+    if call.name == "repeat_interleave" and isinstance(call.get("repeats"), int) and isinstance(call.get("dim"), int):
+        dim = call.get("dim") % len(shape)
+        inside = tuple(reader.divide(i, call.get("repeats"))[0] if n == dim else i for n, i in enumerate(index))
+        return source, inside, 1, "repeat_interleave"
+    return None
+
+
+def _scaled(view: GraphView, call: Call, index: Index):
+    left, right = call.get("input"), call.get("other")
+    for tensor, scale in ((left, right), (right, left)):
+        if isinstance(tensor, fx.Node) and isinstance(scale, (int, float)) and not isinstance(scale, bool):
+            if call.name == "div" and (tensor is right or scale == 0):
+                return None
+            if not view.tensor(tensor).dtype.is_floating_point:
+                return None
+            number = sympy.Float(scale)
+            return tensor, index, 1 / number if call.name == "div" else number, "scale"
+    return None
+
+
+def _only_new_dims(item: Any) -> bool:
+    items = item if isinstance(item, tuple) else (item,)
+    return all(
+        part is None or part is Ellipsis or (isinstance(part, slice) and part == slice(None))
+        for part in items
+        if not isinstance(part, fx.Node)
+    ) and not any(isinstance(part, fx.Node) for part in items)
+
+
+def _clean(view: GraphView, node: fx.Node, index: Index, factor, time: int, folded) -> Operand | None:
+    """The operand if every dimension of ``node`` is plainly one of batch, head (or its group), row, depth."""
+    tensor = view.tensor(node)
+    if tensor is None or not tensor.dtype.is_floating_point:
+        return None
+    roles: dict[str, int] = {}
+    picks: list[tuple[int, int]] = []
+    groups = 1
+    for dim, entry in enumerate(index):
+        entry = sympy.sympify(entry)
+        role = {expr.b: "b", expr.h: "h", row: "row", depth: "d"}.get(entry)
+        if isinstance(entry, expr.FloorDiv) and entry.args[0] == expr.h and entry.args[1].is_Integer:
+            role, groups = "h", int(entry.args[1])
+        if role is not None and role not in roles:
+            roles[role] = dim
+        elif entry.is_Integer and int(entry) >= 0:
+            picks.append((dim, int(entry)))
+        else:
+            return None
+    if "row" not in roles or "d" not in roles:
+        return None
+    dims = (roles.get("b"), roles.get("h"), roles["row"], roles["d"])
+    return Operand(node, dims, tuple(picks), groups, factor, time, folded)
+
+
+def emit(graph: fx.Graph, view: GraphView, operand: Operand, remember) -> fx.Node:
+    """Nodes that turn the operand into [B or 1, H or 1, N, D]; ``remember(node)`` records its fake value."""
+    node = operand.node
+    keep = [dim for dim in operand.dims if dim is not None]
+    for dim, position in sorted(operand.picks, reverse=True):
+        node = remember(graph.call_function(torch.select, (node, dim, position)))
+        keep = [d - 1 if d > dim else d for d in keep]
+    if keep != sorted(keep):
+        node = remember(graph.call_method("permute", (node, tuple(keep))))
+    for axis, dim in enumerate(operand.dims[:2]):
+        if dim is None:
+            node = remember(graph.call_method("unsqueeze", (node, axis)))
+    return node
+
+

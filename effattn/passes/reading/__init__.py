@@ -1,0 +1,11 @@
+"""Symbolic reading: a graph node as a function of its indices.
+
+:class:`~effattn.passes.reading.reader.Reader` walks from a node towards the inputs. Each operation that it understands
+has a small function here, registered under its name in the vocabulary; a node of any other operation stays as data
+and appears in the expression as a named load.
+"""
+
+from effattn.passes.reading import elementwise, makers, views  # noqa: F401  (they register their readers)
+from effattn.passes.reading.reader import LoadSource, Reader, Reading
+
+__all__ = ["LoadSource", "Reader", "Reading"]

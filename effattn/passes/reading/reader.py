@@ -1,0 +1,275 @@
+"""The reader: memory-aware descent from a node to an expression in its indices."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import sympy
+import torch
+from torch import fx
+
+from effattn.ir import expr
+from effattn.passes.contraction import Contraction, contraction
+from effattn.passes.graph import GraphView, as_sympy
+from effattn.passes.vocabulary import Call
+
+Kind = Literal["bool", "int", "float"]
+Index = tuple[sympy.Expr, ...]
+MAX_OPERATIONS = 2000  # an expression larger than this is kept as data
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A tensor as a function of its indices: ``at(i0, i1, ...)`` is a sympy number, or a boolean for kind "bool"."""
+
+    shape: tuple[sympy.Expr, ...]
+    kind: Kind
+    at: Callable[[Index], Any]
+
+    def number_at(self, index: Index):
+        value = self.at(index)
+        return expr.Where(value, 1, 0) if self.kind == "bool" else value
+
+    def bool_at(self, index: Index):
+        value = self.at(index)
+        return value if self.kind == "bool" else nonzero(value)
+
+
+@dataclass(frozen=True)
+class LoadSource:
+    """Where a named load gets its tensor: a node, and the time at which the author's code reads it."""
+
+    node: fx.Node
+    time: int
+
+
+Handler = Callable[["Reader", Call, tuple[sympy.Expr, ...]], "Reading | None"]
+HANDLERS: dict[str, Handler] = {}
+
+
+def reads(*names: str) -> Callable[[Handler], Handler]:
+    """Register the reader of operations of the vocabulary. It may return None: the node stays data."""
+
+    def register(handler: Handler) -> Handler:
+        for name in names:
+            HANDLERS[name] = handler
+        return handler
+
+    return register
+
+
+def nonzero(value):
+    """``value != 0`` as a boolean, without detours over where(c, 1, 0)."""
+    if isinstance(value, expr.Where) and value.args[1:] == (1, 0):
+        return value.args[0]
+    if isinstance(value, expr.Where) and value.args[1:] == (0, 1):
+        return sympy.Not(value.args[0])
+    return sympy.Ne(value, 0)
+
+
+def generic_index(rank: int) -> Index:
+    """Indices of which nothing is known but that they are not negative."""
+    return tuple(sympy.Symbol(f"i{axis}", integer=True, nonnegative=True) for axis in range(rank))
+
+
+def kind_of(dtype: torch.dtype) -> Kind:
+    if dtype == torch.bool:
+        return "bool"
+    return "float" if dtype.is_floating_point else "int"
+
+
+class Reader:
+    """Reads nodes of one graph as expressions.
+
+    ``sizes`` bounds the index symbols (symbol -> exclusive upper bound), which lets views simplify. With ``products``
+    set, a product of two tensors is kept as a load named ``raw_...``: it may be query . key.
+    """
+
+    def __init__(self, view: GraphView, sizes: dict[sympy.Symbol, sympy.Expr] | None = None):
+        self.view = view
+        self.sizes = sizes or {}
+        self.products = False
+        self.raw: dict[str, Contraction] = {}
+        self.loads: dict[str, LoadSource] = {}
+        self.numbers: dict[str, fx.Node] = {}
+        self._definitions: dict[fx.Node, Reading | None] = {}
+        self._load_names: dict[tuple[fx.Node, int], str] = {}
+
+    # -- values ---------------------------------------------------------------------------------------------
+
+    def read(self, value: Any, time: int) -> Reading:
+        """What ``value`` (a node or a Python number) holds when a node at ``time`` reads it."""
+        if not isinstance(value, fx.Node):
+            return _constant(value)
+        held = self.view.value(value)
+        if not isinstance(held, torch.Tensor):
+            return self._number(value, held)
+        writers = self.view.writes_between(value, self.view.time[value], time)
+        if writers:
+            last = writers[-1]
+            if self.view.written_as(last) is value and last is not value and self.view.call(last) is not None:
+                return self.read(last, time)  # x.masked_fill_(...) and then x: the written value
+            return self._load(value, time)
+        if value not in self._definitions:
+            self._definitions[value] = self._define(value)
+        return self._definitions[value] or self._load(value, time)
+
+    def argument(self, call: Call, name: str, default: Any = None) -> Reading:
+        """An argument of a call, as it was when the call ran."""
+        return self.read(call.get(name, default), self.view.time[call.node])
+
+    def extent(self, value: Any) -> sympy.Expr:
+        """An integer argument (a Python int or a symbolic one) as a term."""
+        return as_sympy(self.view.value(value))
+
+    def as_data(self, node: fx.Node, time: int) -> Reading:
+        """The node as a named load, without looking into it."""
+        return self._load(node, time)
+
+    def _define(self, node: fx.Node) -> Reading | None:
+        call = self.view.call(node)
+        if self.products and call is not None and (product := contraction(self.view, node)) is not None:
+            return self._product(call, product)
+        handler = HANDLERS.get(call.name) if call is not None else None
+        if call is None or handler is None:
+            return None
+        reading = handler(self, call, self.view.shape(node))
+        if reading is None:
+            return None
+        reading = Reading(reading.shape, reading.kind, _remember(reading.at))
+        try:
+            reading.at(generic_index(len(reading.shape)))
+        except Unreadable:
+            return None
+        return reading
+
+    def _product(self, call: Call, product: Contraction) -> Reading:
+        name = f"raw_{call.node.name}"
+        self.raw[name] = product
+        shape = self.view.shape(call.node)
+
+        def raw(index: Index):
+            return expr.load(name, index, integer=False)
+
+        if call.name != "baddbmm":
+            return Reading(shape, "float", raw)
+        added = self.argument(call, "input")
+        beta, alpha = (self.argument(call, scale, 1).at(()) for scale in ("beta", "alpha"))
+
+        def at(index: Index):
+            inside = (
+                sympy.Integer(0) if n == 1 and full != 1 else i
+                for n, i, full in zip(added.shape, index, shape, strict=True)
+            )
+            return alpha * raw(index) + (beta * added.at(tuple(inside)) if beta != 0 else 0)
+
+        return Reading(shape, "float", at)
+
+    def _number(self, node: fx.Node, held: Any) -> Reading:
+        if isinstance(held, (int, torch.SymInt)) and not isinstance(held, bool):
+            return Reading((), "int", lambda index: as_sympy(held))
+        if isinstance(held, (float, bool)):
+            return _constant(held)
+        name = _identifier(node.name)
+        self.numbers[name] = node
+        return Reading((), "float", lambda index: expr.number(name))
+
+    def _load(self, node: fx.Node, time: int) -> Reading:
+        tensor = self.view.tensor(node)
+        assert tensor is not None
+        version = len(self.view.writes_between(node, -1, time))
+        name = self._load_names.get((node, version))
+        if name is None:
+            name = _identifier(node.name) + (f"_at_{time}" if version and _identifier(node.name) in self.loads else "")
+            self._load_names[node, version] = name
+            self.loads[name] = LoadSource(node, time)
+        kind = kind_of(tensor.dtype)
+        shape = self.view.shape(node)
+
+        def at(index: Index):
+            inside = tuple(sympy.Integer(0) if size == 1 else i for size, i in zip(shape, index, strict=True))
+            element = expr.load(name, inside, integer=kind != "float")
+            return sympy.Ne(element, 0) if kind == "bool" else element
+
+        return Reading(shape, kind, at)
+
+    # -- integer arithmetic under the known bounds ----------------------------------------------------------
+
+    def upper_bound(self, term) -> sympy.Expr | None:
+        """An inclusive bound of a sum of non-negative multiples of bounded symbols; None if it is not one."""
+        total = sympy.Integer(0)
+        for part in sympy.Add.make_args(sympy.expand(term)):
+            factor, symbol = part.as_coeff_Mul()
+            free = [s for s in part.free_symbols if s in self.sizes]
+            if not free:
+                if part.is_nonnegative is not True:
+                    return None
+                total += part
+                continue
+            if isinstance(symbol, expr.Modulo) and factor.is_nonnegative:
+                total += factor * (symbol.args[1] - 1)
+                continue
+            if len(free) != 1:
+                return None
+            coefficient = sympy.Poly(part, free[0]).coeff_monomial(free[0]) if part.is_polynomial(free[0]) else None
+            if coefficient is None or part != coefficient * free[0] or coefficient.is_nonnegative is not True:
+                return None
+            total += coefficient * (self.sizes[free[0]] - 1)
+        return sympy.expand(total)
+
+    def below(self, term, size) -> bool:
+        """Whether 0 <= term < size is certain."""
+        top = self.upper_bound(term)
+        return top is not None and sympy.expand(size - 1 - top).is_nonnegative is True
+
+    def divide(self, term, size) -> tuple[Any, Any]:
+        """(quotient, remainder) of a non-negative term by a positive size, simplified where bounds allow."""
+        term, size = sympy.expand(term), sympy.sympify(size)
+        if size == 1:
+            return term, sympy.Integer(0)
+        whole, rest = sympy.Integer(0), sympy.Integer(0)
+        for part in sympy.Add.make_args(term):
+            ratio = sympy.cancel(part / size)
+            if ratio.is_integer and not sympy.denom(ratio).free_symbols and sympy.denom(ratio) == 1:
+                whole += ratio
+            else:
+                rest += part
+        if self.below(rest, size):
+            return whole, rest
+        return whole + expr.FloorDiv(rest, size), expr.Modulo(rest, size)
+
+
+def _constant(value: Any) -> Reading:
+    if isinstance(value, bool):
+        truth = sympy.true if value else sympy.false
+        return Reading((), "bool", lambda index: truth)
+    if isinstance(value, (torch.SymInt, torch.SymFloat)):
+        return Reading((), "int" if isinstance(value, torch.SymInt) else "float", lambda index: as_sympy(value))
+    if not isinstance(value, (int, float)):
+        raise Unreadable(f"cannot read {type(value).__name__} as a number")
+    number = sympy.sympify(value)
+    if number is sympy.nan:
+        raise Unreadable("NaN in a mask or score")
+    return Reading((), "int" if isinstance(value, int) else "float", lambda index: number)
+
+
+class Unreadable(Exception):
+    """A value that has no symbolic meaning and cannot be loaded as a tensor either."""
+
+
+def _remember(at: Callable[[Index], Any]) -> Callable[[Index], Any]:
+    known: dict[Index, Any] = {}
+
+    def remembered(index: Index):
+        index = tuple(index)
+        if index not in known:
+            known[index] = at(index)
+        return known[index]
+
+    return remembered
+
+
+def _identifier(name: str) -> str:
+    return name if name.isidentifier() else "x_" + "".join(c if c.isalnum() else "_" for c in name)

@@ -1,0 +1,185 @@
+"""One vocabulary for every spelling: ``torch.add(x, y)``, ``x + y`` and ``x.add(y)`` are the same call.
+
+``ROWS`` is the whole table. A new spelling is a new entry in a row; a new operation is a new row (and, to be read
+symbolically, a reader in :mod:`effattn.passes.reading`).
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx
+
+
+@dataclass(frozen=True)
+class Spelling:
+    """One way to write an operation: a function object or a method name, with its parameter names in order."""
+
+    target: Callable | str
+    params: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Call:
+    """A graph node seen through the vocabulary. ``args`` holds arguments by name; absent ones are absent."""
+
+    name: str
+    node: fx.Node
+    args: dict[str, Any]
+
+    def get(self, name: str, default: Any = None) -> Any:
+        return self.args.get(name, default)
+
+
+def _row(name: str, params: str, functions: tuple = (), methods: str = "", also: tuple = ()) -> tuple:
+    """A row: canonical name, parameter names, functions and methods that share them; ``also`` has (target, params)."""
+    names = tuple(params.split())
+    spellings = [Spelling(function, names) for function in functions]
+    spellings += [Spelling(method, names) for method in methods.split()]
+    spellings += [Spelling(target, tuple(other.split())) for target, other in also]
+    return name, tuple(spellings)
+
+
+def _starred(name: str, star: str, methods: str, functions: tuple = ()) -> tuple:
+    """A row whose methods take ``x.view(2, 3)`` as well as ``x.view((2, 3))``."""
+    return _row(name, f"input *{star}", functions, methods)
+
+
+ROWS: tuple[tuple[str, tuple[Spelling, ...]], ...] = (
+    # arithmetic
+    _row("add", "input other alpha", (operator.add, torch.add, operator.iadd), "add add_ __add__ __iadd__"),
+    _row("sub", "input other alpha", (operator.sub, torch.sub, torch.subtract, operator.isub), "sub sub_ subtract"),
+    _row("rsub", "input other", (torch.rsub,), "rsub __rsub__"),
+    _row("mul", "input other", (operator.mul, torch.mul, torch.multiply, operator.imul), "mul mul_ multiply"),
+    _row(
+        "div",
+        "input other rounding_mode",
+        (operator.truediv, torch.div, torch.true_divide, operator.itruediv),
+        "div div_ true_divide divide",
+    ),
+    _row("floordiv", "input other", (operator.floordiv, torch.floor_divide), "floor_divide"),
+    _row("mod", "input other", (operator.mod, torch.remainder), "remainder"),
+    _row("neg", "input", (operator.neg, torch.neg, torch.negative), "neg negative"),
+    _row("abs", "input", (operator.abs, torch.abs), "abs"),
+    _row("tanh", "input", (torch.tanh, F.tanh), "tanh tanh_"),
+    _row("exp", "input", (torch.exp,), "exp"),
+    _row("minimum", "input other", (torch.minimum,), "minimum"),
+    _row("maximum", "input other", (torch.maximum,), "maximum"),
+    _row("clamp", "input min max", (torch.clamp, torch.clip), "clamp clip clamp_"),
+    # comparison and logic
+    *(
+        _row(name, "input other", (getattr(operator, name), getattr(torch, name)), name)
+        for name in ("le", "lt", "ge", "gt", "eq", "ne")
+    ),
+    _row(
+        "and",
+        "input other",
+        (operator.and_, torch.logical_and, torch.bitwise_and, operator.iand),
+        "logical_and bitwise_and logical_and_ bitwise_and_ __and__",
+    ),
+    _row("or", "input other", (operator.or_, torch.logical_or, torch.bitwise_or, operator.ior), "logical_or bitwise_or"),
+    _row("xor", "input other", (operator.xor, torch.logical_xor, torch.bitwise_xor), "logical_xor bitwise_xor"),
+    _row("not", "input", (operator.invert, torch.logical_not, torch.bitwise_not), "logical_not bitwise_not __invert__"),
+    _row("where", "condition input other", (torch.where,), "", (("where", "input condition other"),)),
+    _row("masked_fill", "input mask value", (torch.masked_fill,), "masked_fill masked_fill_"),
+    # casts and copies
+    _row("to", "input *to", (), "to type"),
+    _row("type_as", "input other", (), "type_as"),
+    *(
+        _row(f"cast_{dtype}", "input", (), method)
+        for method, dtype in (
+            ("float", "float32"),
+            ("double", "float64"),
+            ("half", "float16"),
+            ("bfloat16", "bfloat16"),
+            ("int", "int32"),
+            ("long", "int64"),
+            ("bool", "bool"),
+        )
+    ),
+    _row("identity", "input", (torch.clone, torch.detach), "contiguous clone detach requires_grad_"),
+    _row("dropout", "input p training inplace", (F.dropout,), "", ((torch.dropout, "input p training"),)),
+    # views
+    _starred("reshape", "shape", "view reshape", (torch.reshape,)),
+    _row(
+        "reshape",
+        "input",
+        (torch.flatten, torch.unflatten, torch.unsqueeze, torch.squeeze, torch.ravel),
+        "flatten unflatten unsqueeze squeeze view_as reshape_as ravel",
+    ),
+    _row("transpose", "input dim0 dim1", (torch.transpose, torch.swapaxes, torch.swapdims), "transpose swapaxes swapdims"),
+    _row("permute", "input *dims", (torch.permute,), "permute"),
+    _row("movedim", "input source destination", (torch.movedim, torch.moveaxis), "movedim moveaxis"),
+    _row("t", "input", (torch.t, torch.adjoint), "t adjoint"),
+    _row("getattr", "input name", (getattr,)),
+    _starred("expand", "sizes", "expand", ()),
+    _row("expand", "input sizes", (torch.broadcast_to,), "expand_as broadcast_to"),
+    _row("getitem", "input index", (operator.getitem,), "__getitem__"),
+    _row("select", "input dim index", (torch.select,), "select"),
+    _row("narrow", "input dim start length", (torch.narrow,), "narrow"),
+    _row("chunk", "input chunks dim", (torch.chunk,), "chunk"),
+    _row("split", "input split_size dim", (torch.split,), "split"),
+    _row("unbind", "input dim", (torch.unbind,), "unbind"),
+    _starred("repeat", "repeats", "repeat", ()),
+    _row("repeat_interleave", "input repeats dim output_size", (torch.repeat_interleave,), "repeat_interleave"),
+    _row("cat", "tensors dim", (torch.cat, torch.concat, torch.concatenate)),
+    _row("flip", "input *dims", (torch.flip,), "flip"),
+    # makers
+    _row("arange", "*bounds", (torch.arange,)),
+    _row("ones", "*size", (torch.ones,)),
+    _row("ones", "input", (torch.ones_like,), "new_ones"),
+    _row("zeros", "*size", (torch.zeros,)),
+    _row("zeros", "input", (torch.zeros_like,), "new_zeros"),
+    _row("full", "size fill_value", (torch.full,), "", (("new_full", "input size fill_value"),)),
+    _row("full", "input fill_value", (torch.full_like,)),
+    _row("tensor", "data", (torch.tensor, torch.scalar_tensor, torch.as_tensor), "", (("new_tensor", "input data"),)),
+    # structure of masks
+    _row("tril", "input diagonal", (torch.tril,), "tril tril_"),
+    _row("triu", "input diagonal", (torch.triu,), "triu triu_"),
+    _row("cumsum", "input dim", (torch.cumsum,), "cumsum"),
+    _row("diff", "input n dim prepend append", (torch.diff,), "diff"),
+    # contractions and what they feed
+    _row("matmul", "input other", (operator.matmul, torch.matmul, torch.bmm), "matmul bmm __matmul__"),
+    _row("baddbmm", "input batch1 batch2 beta alpha", (torch.baddbmm,), "baddbmm"),
+    _row("einsum", "equation *operands", (torch.einsum, torch.functional.einsum)),
+    _row("softmax", "input dim dtype", (torch.softmax,), "softmax", ((F.softmax, "input dim _stacklevel dtype"),)),
+    _row(
+        "sdpa",
+        "query key value attn_mask dropout_p is_causal scale enable_gqa",
+        (F.scaled_dot_product_attention,),
+    ),
+)
+
+_BY_TARGET: dict[Any, tuple[str, tuple[str, ...]]] = {
+    spelling.target: (name, spelling.params) for name, spellings in ROWS for spelling in spellings
+}
+
+
+def canonical(node: fx.Node) -> Call | None:
+    """The call that ``node`` spells, or None for a node that the vocabulary does not hold."""
+    if node.op not in ("call_function", "call_method"):
+        return None
+    entry = _BY_TARGET.get(node.target)
+    if entry is None:
+        return None
+    name, params = entry
+    args: dict[str, Any] = {}
+    positional = list(node.args)
+    for index, param in enumerate(params):
+        if param.startswith("*"):
+            rest = positional[index:]
+            args[param[1:]] = rest[0] if len(rest) == 1 and isinstance(rest[0], (tuple, list)) else tuple(rest)
+            positional = positional[:index]
+            break
+        if index < len(positional):
+            args[param] = positional[index]
+    else:
+        for extra, value in enumerate(positional[len(params) :]):
+            args[f"_{extra}"] = value  # arguments that the result's shape and dtype already tell
+    args.update(node.kwargs)
+    return Call(name, node, args)
