@@ -1,0 +1,85 @@
+"""Tile sizes by architecture, dtype and head dimension: a table of what was measured or compiles without spills."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from effattn.ir.plan import Plan
+from effattn.lowering.tiles import walk
+from effattn.lowering.triton.spec import MIN_TILE, Kind, Tiles, padded
+
+# (architecture, bits of the dtype) -> rows (largest padded head dimension, tiles); the first row that fits is taken
+PREFILL: dict[tuple[str, int], tuple[tuple[int, Tiles], ...]] = {
+    ("sm90", 16): (
+        (64, Tiles(128, 64, 8, 3)),
+        (128, Tiles(128, 64, 8, 3)),
+        (256, Tiles(128, 64, 8, 2)),
+        (512, Tiles(64, 32, 8, 2)),
+    ),
+    ("sm100", 16): (
+        (128, Tiles(128, 64, 8, 3)),
+        (256, Tiles(128, 64, 8, 2)),
+        (512, Tiles(64, 32, 8, 2)),
+    ),
+    ("sm80", 16): (
+        (64, Tiles(128, 64, 4, 3)),
+        (128, Tiles(128, 64, 8, 3)),
+        (256, Tiles(64, 32, 8, 2)),
+        (512, Tiles(32, 32, 8, 1)),
+    ),
+    ("gfx942", 16): (
+        (128, Tiles(128, 64, 4, 1)),
+        (256, Tiles(64, 32, 4, 1)),
+        (512, Tiles(32, 16, 4, 1)),
+    ),
+    ("any", 32): (
+        (64, Tiles(64, 32, 4, 2)),
+        (128, Tiles(32, 32, 4, 2)),
+        (256, Tiles(32, 16, 4, 1)),
+        (512, Tiles(16, 16, 4, 1)),
+    ),
+    ("interpreter", 16): ((512, Tiles(32, 32, 4, 1)),),
+    ("interpreter", 32): ((512, Tiles(32, 32, 4, 1)),),
+}
+DECODE: dict[tuple[str, int], tuple[tuple[int, Tiles], ...]] = {
+    ("sm90", 16): ((128, Tiles(16, 64, 4, 3)), (256, Tiles(16, 64, 4, 2)), (512, Tiles(16, 32, 4, 2))),
+    ("sm100", 16): ((128, Tiles(16, 64, 4, 3)), (256, Tiles(16, 64, 4, 2)), (512, Tiles(16, 32, 4, 2))),
+    ("sm80", 16): ((128, Tiles(16, 64, 4, 3)), (256, Tiles(16, 32, 4, 2)), (512, Tiles(16, 32, 4, 1))),
+    ("gfx942", 16): ((128, Tiles(16, 64, 4, 1)), (512, Tiles(16, 32, 4, 1))),
+    ("any", 32): ((128, Tiles(16, 32, 4, 2)), (256, Tiles(16, 16, 4, 2)), (512, Tiles(16, 16, 4, 1))),
+    ("interpreter", 16): ((512, Tiles(16, 32, 4, 1)),),
+    ("interpreter", 32): ((512, Tiles(16, 32, 4, 1)),),
+}
+# an architecture that has no rows of its own takes those of a relative with no more shared memory
+RELATIVES = {"sm86": "sm80", "sm89": "sm80", "sm120": "sm80", "sm103": "sm100"}
+
+
+def choose(kind: Kind, plan: Plan, arch: str, bits: int, head_dim: int, value_dim: int, rows: int = 0) -> Tiles:
+    """The tiles for a kernel.
+
+    Args:
+        arch: "sm90", "gfx942", ..., or "interpreter".
+        bits: of the dtype of query, key and value.
+        rows: for decode, query rows times group members.
+    """
+    table = PREFILL if kind == "prefill" else DECODE
+    arch = RELATIVES.get(arch, arch)
+    found = table.get((arch, bits)) or table.get(("any", bits)) or table["sm80", bits]
+    width = padded(max(head_dim, value_dim))
+    tiles = next(tiles for limit, tiles in found if width <= limit)
+    if kind == "decode":
+        return replace(tiles, block_m=padded(rows))
+    return aligned(tiles, plan)
+
+
+def aligned(tiles: Tiles, plan: Plan) -> Tiles:
+    """Tiles that divide the blocks of the plan's block list, if it has one."""
+    powers = walk(plan.rule).powers
+    if powers is None:
+        return tiles
+    divisor = powers.block & -powers.block
+    if divisor < MIN_TILE:
+        return tiles
+    block_m, block_n = min(tiles.block_m, divisor), min(tiles.block_n, divisor)
+    warps = tiles.warps if block_m >= 128 else min(tiles.warps, 4)
+    return replace(tiles, block_m=block_m, block_n=block_n, warps=warps)

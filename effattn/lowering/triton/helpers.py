@@ -1,0 +1,67 @@
+"""Small device functions that a generated file carries if it calls them; a caller stands before what it calls."""
+
+from __future__ import annotations
+
+HELPERS: dict[str, str] = {
+    "_listed_from": '''
+@triton.jit
+def _listed_from(tile, block, TILES: tl.constexpr):
+    """How many listed tiles have a number >= tile. Listed are the blocks at distance 1, 2, 4, ... before ``block``."""
+    whole = _powers_up_to(block - tl.cdiv(tile, TILES)) * TILES
+    distance = block - tile // TILES
+    cut = tile % TILES
+    partial = (cut > 0) & (distance > 0) & ((distance & (distance - 1)) == 0)
+    return whole + tl.where(partial, TILES - cut, 0)
+''',
+    "_listed_tile": '''
+@triton.jit
+def _listed_tile(place, block, TILES: tl.constexpr):
+    """The number of the listed tile at ``place``, counted from the nearest tile backwards."""
+    place = tl.maximum(place, 0)
+    return (block - (1 << (place // TILES))) * TILES + (TILES - 1 - place % TILES)
+''',
+    "_powers_up_to": '''
+@triton.jit
+def _powers_up_to(distance):
+    """How many of 1, 2, 4, 8, ... are <= distance."""
+    left = tl.maximum(distance, 1)
+    log = tl.where(left >= 65536, 16, 0)
+    left = left >> log
+    step = tl.where(left >= 256, 8, 0)
+    left, log = left >> step, log + step
+    step = tl.where(left >= 16, 4, 0)
+    left, log = left >> step, log + step
+    step = tl.where(left >= 4, 2, 0)
+    left, log = left >> step, log + step
+    log += tl.where(left >= 2, 1, 0)
+    return tl.where(distance >= 1, log + 1, 0)
+''',
+    "_tanh": '''
+@triton.jit
+def _tanh(x):
+    """From one exponential; the absolute error is that of single precision."""
+    return 1.0 - 2.0 / (1.0 + tl.exp2(x * 2.8853900817779268))
+''',
+    "_floor_div": '''
+@triton.jit
+def _floor_div(x, divisor):
+    """Rounds down; ``//`` on the device rounds towards zero. The divisor is positive."""
+    return tl.where((x < 0) & (x % divisor != 0), x // divisor - 1, x // divisor)
+''',
+    "_modulo": '''
+@triton.jit
+def _modulo(x, divisor):
+    """Never negative. The divisor is positive."""
+    return (x % divisor + divisor) % divisor
+''',
+    "_sign": """
+@triton.jit
+def _sign(x):
+    return tl.where(x > 0, 1, 0) - tl.where(x < 0, 1, 0)
+""",
+    "_is_power_of_two": """
+@triton.jit
+def _is_power_of_two(x):
+    return (x > 0) & ((x & (x - 1)) == 0)
+""",
+}

@@ -1,0 +1,306 @@
+"""From a kernel's specialisation to its source file: a pure function, milliseconds, no device.
+
+The templates beside this file hold the kernels; what is filled in are expressions (``algebra``) and the walk over
+keys (``ranges``).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+from dataclasses import dataclass, field
+from functools import cache, reduce
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import sympy
+
+from effattn.ir import expr
+from effattn.ir.fold import fold
+from effattn.ir.text import text
+from effattn.lowering.tiles import KeyWalk, walk
+from effattn.lowering.triton.algebra import ROWS, SCALAR, TILE, Lines, Source, Value, tested_dims
+from effattn.lowering.triton.helpers import HELPERS
+from effattn.lowering.triton.ranges import Part, Ranges, flatten, position_offset, visits
+from effattn.lowering.triton.spec import DTYPES, KernelSpec
+
+LOG2_E = 1.4426950408889634
+_POINTER = {**DTYPES, "bool": "i1", "uint8": "u8", "float64": "fp64", **{f"int{n}": f"i{n}" for n in (8, 16, 32, 64)}}
+
+
+@dataclass(frozen=True)
+class Param:
+    """A parameter of the kernel: its name, and its type as Triton's signatures write it."""
+
+    name: str
+    type: str  # "*bf16", "i32", "fp32", "constexpr"
+    specialise: bool = True  # integers: whether divisibility by 16 and the value 1 may be compiled in
+
+
+@dataclass
+class _Sweep:
+    """One loop over key tiles, as the template needs it."""
+
+    title: str
+    edge: bool  # positions are tested
+    count: str
+    before: list[str]
+    steps: list[str]
+    lines: list[str] = field(default_factory=list)
+    keep: str = ""
+    score: str = ""
+    guard: bool = False  # a row may have met no key yet
+    reads_keys: bool = False
+    stages: int = 0
+
+
+def generate(spec: KernelSpec) -> str:
+    """The source of the kernel that ``spec`` asks for: a Python module with ``launch`` in it.
+
+    Raises:
+        UnknownOperation: the score or predicate holds an operation that kernels do not have.
+    """
+    return _Generator(spec).source()
+
+
+def file_name(spec: KernelSpec, source: str) -> str:
+    """A readable name that differs wherever the source differs: ``power_causal_bf16_d128_g4_ab12cd34.py``."""
+    keys = walk(spec.plan.rule)
+    mask = "causal" if any(bound.has(expr.q) for bound in keys.upper) else "full"
+    mask = "masked" if keys.residual != sympy.true else mask
+    width = f"d{spec.head_dim}" + (f"x{spec.value_dim}" if spec.value_dim != spec.head_dim else "")
+    kind = "" if spec.kind == "prefill" else f"_{spec.kind}"
+    digest = hashlib.sha256(source.encode()).hexdigest()[:8]
+    return f"{spec.plan.form}_{mask}{kind}_{DTYPES[spec.dtype]}_{width}_g{spec.groups}_{digest}.py"
+
+
+def parameters(spec: KernelSpec) -> list[Param]:
+    """The parameters of ``forward``, in order."""
+    element = f"*{DTYPES[spec.dtype]}"
+    found = [Param(name, element) for name in ("query", "key", "value", "out")] + [Param("lse", "*fp32")]
+    if spec.kind == "decode":
+        found += [Param("parts", "*fp32"), Param("parts_lse", "*fp32")]
+    found += [Param(f"{name}_stride_{dim}", "i32") for name in ("query", "key", "value", "out") for dim in "bhnd"]
+    found += [Param(name, "i32", False) for name in ("heads", "q_len", "k_len")]
+    if spec.kind == "decode":
+        found.append(Param("splits", "i32", False))
+    tested = sizes_tested(spec)
+    for load in spec.plan.loads:
+        found.append(Param(f"data_{load.name}", f"*{_POINTER.get(load.dtype, load.dtype)}"))
+        found += [Param(f"{load.name}_stride_{dim}", "i32") for dim in range(load.ndim)]
+        found += [Param(f"{load.name}_size_{dim}", "i32", False) for dim in tested[load.name]]
+    found += [Param(f"scalar_{name}", "i32", False) for name in spec.plan.scalars]
+    found += [Param(f"number_{name}", "fp32", False) for name in spec.plan.numbers]
+    return found + [Param(name, "constexpr") for name in _constants(spec)]
+
+
+def sizes_tested(spec: KernelSpec) -> dict[str, list[int]]:
+    """Load -> dimensions whose size the kernel needs to test a computed index."""
+    tested: dict[str, set[int]] = {load.name: set() for load in spec.plan.loads}
+    for load in expr.loads_of(spec.plan.score, spec.plan.rule):
+        tested[load.name].update(tested_dims(load))
+    return {name: sorted(dims) for name, dims in tested.items()}
+
+
+def linear_scale(score: Any, spec: KernelSpec) -> Any | None:
+    """c where the score is ``c * s`` with one c for all of a tile, so that it folds into the exponent; else None."""
+    factor = sympy.expand(score).coeff(expr.s, 1)
+    varying = (expr.s, expr.q, expr.k) if spec.kind == "prefill" else (expr.s, expr.q, expr.k, expr.h)
+    if factor.has(*varying) or factor.is_zero is not False and factor.is_number:
+        return None
+    return factor if sympy.expand(score - factor * expr.s) == 0 else None
+
+
+def _constants(spec: KernelSpec) -> dict[str, int | bool]:
+    found: dict[str, int | bool] = {
+        "BLOCK_M": spec.tiles.block_m,
+        "BLOCK_N": spec.tiles.block_n,
+        "HEAD_DIM": spec.head_dim,
+        "BLOCK_D": spec.block_d,
+        "VALUE_DIM": spec.value_dim,
+        "BLOCK_DV": spec.block_dv,
+        "GROUPS": spec.groups,
+    }
+    powers = walk(spec.plan.rule).powers
+    if powers is not None and powers.block % spec.tiles.block_n == 0:
+        found["LIST_TILES"] = powers.block // spec.tiles.block_n
+    if spec.kind == "decode":
+        found["DIRECT"] = False
+    return found
+
+
+@cache
+def _environment() -> jinja2.Environment:
+    return jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        undefined=jinja2.StrictUndefined,
+    )
+
+
+class _Generator:
+    def __init__(self, spec: KernelSpec):
+        self.spec = spec
+        self.plan = spec.plan
+        self.walk: KeyWalk = walk(self.plan.rule)
+        self.loads = {load.name: load for load in self.plan.loads}
+        self.early = Lines()  # before the rows of the tile are known: only scalars
+        self.before = self.early.inner()  # before the loops
+        self.scale = linear_scale(self.plan.score, spec)
+        self.shift = ""
+        self.offset = None
+        if self.walk.powers is not None:
+            self.offset = position_offset(self.walk.powers, spec.tiles.block_m, spec.tiles.block_n)
+            if spec.kind == "decode":
+                self.offset = sympy.expand(self.walk.powers.position - expr.q)
+
+    def symbols(self, **more: Value) -> dict[str, Value]:
+        head = Value("head", SCALAR if self.spec.kind == "prefill" else ROWS, plain=True)
+        found = {
+            "b": Value("batch", plain=True),
+            "h": head,
+            "Nq": Value("q_len"),
+            "Nk": Value("k_len"),
+            "q": Value("rows", ROWS, plain=True),
+            "k": Value("keys", frozenset("k"), plain=True),
+            "s": Value("scores", TILE, "float"),
+        }
+        found |= {name: Value(f"scalar_{name}") for name in self.plan.scalars}
+        found |= {name: Value(f"number_{name}", kind="float") for name in self.plan.numbers}
+        return found | more
+
+    def scalar_text(self, term: Any, lines: Lines, row: str | None = None) -> str:
+        """Source of a term that is one number for the whole tile, with q standing for the row called ``row``."""
+        symbols = self.symbols(**({"q": Value(row)} if row else {}))
+        return fold(term, Source(symbols, self.loads, lines)).text
+
+    def source(self) -> str:
+        spec, tiles = self.spec, self.spec.tiles
+        self.align()
+        ranges = self.ranges()
+        sweeps = self.sweeps(ranges)
+        scale_constant = float(self.scale) if self.scale is not None and self.scale.is_number else None
+        scale_expression = ""
+        if self.scale is not None and scale_constant is None:
+            scale_expression = self.scalar_text(self.scale, self.before)
+        params = parameters(spec)
+        context = {
+            "form": self.plan.form,
+            "predicate_text": text(self.plan.rule),
+            "score_text": text(self.plan.score),
+            "dtype": spec.dtype,
+            "head_dim": spec.head_dim,
+            "value_dim": spec.value_dim,
+            "block_dv": spec.block_dv,
+            "groups": spec.groups,
+            "tiles": tiles,
+            "block_m": tiles.block_m,
+            "block_n": tiles.block_n,
+            "warps": tiles.warps,
+            "stages": tiles.stages,
+            "heads_first": tiles.heads_first,
+            "descriptors": tiles.descriptors,
+            "empty_rows": self.plan.empty_rows,
+            "constants": {name: value for name, value in _constants(spec).items() if name != "DIRECT"},
+            "params": params,
+            "unspecialised": [p.name for p in params if p.type in ("i32", "i64", "fp32") and not p.specialise],
+            "pad_d": spec.block_d != spec.head_dim,
+            "pad_dv": spec.block_dv != spec.value_dim,
+            "precision": self.precision(),
+            "shifted": bool(self.shift),
+            "shift": self.shift,
+            "shift_lines": self.early.lines,
+            "before": self.before.lines,
+            "range_lines": list(ranges.lines),
+            "sweeps": sweeps,
+            "scale_constant": scale_constant,
+            "scale_base2": None if scale_constant is None else abs(scale_constant) * LOG2_E,
+            "scale_expression": scale_expression,
+            "score_expression": self.scale is None,
+            "tested": [tested for tested in sizes_tested(spec).values()],
+        }
+        environment = _environment()
+        context["host_helpers"] = environment.get_template("host.jinja").render(context)
+        template = environment.get_template(f"{spec.kind}.py.jinja")
+        body = template.render(context, helpers="")
+        return _tidy(template.render(context, helpers=_helpers_for(body)))
+
+    def precision(self) -> str:
+        if self.spec.dtype != "float32":
+            return ""
+        return f', input_precision="{"tf32" if self.spec.tf32 else "ieee"}"'
+
+    def align(self) -> None:
+        """Move tiles so that the rows of each lie within one block of absolute position."""
+        if self.offset is None or self.spec.kind == "decode":
+            return
+        if self.offset.is_Integer and int(self.offset) % self.spec.tiles.block_m == 0:
+            return
+        offset = self.scalar_text(self.offset, self.early)
+        self.shift = f"(({offset}) & (BLOCK_M - 1)).to(tl.int32)"
+
+    def ranges(self) -> Ranges:
+        listed = self.offset is not None
+        split = self.spec.kind == "prefill"
+        found = visits(self.walk, lambda bound, row: self.scalar_text(bound, self.before, row), listed, split)
+        lines = list(found.lines)
+        if listed and self.walk.choice:
+            powers = self.walk.powers
+            assert powers is not None
+            block = self.scalar_text(expr.FloorDiv(powers.position, powers.block), self.before, "first_row")
+            lines.insert(0, f"position_block = {block}")
+        return Ranges(tuple(lines), found.full, found.edge)
+
+    def sweeps(self, ranges: Ranges) -> list[_Sweep]:
+        spec = self.spec
+        found = []
+        if spec.kind == "decode":
+            found.append(self.sweep("", ranges.edge, edge=True))
+        else:
+            title = "tiles in which every row keeps every key"
+            if self.walk.residual != sympy.true:
+                title = "tiles in which only conditions on data are tested"
+            if ranges.full:
+                found.append(self.sweep(title, ranges.full, edge=False))
+            found.append(self.sweep("tiles on the edges: every condition is tested", ranges.edge, edge=True))
+            found[-1].stages = spec.tiles.edge_stages
+        return found
+
+    def sweep(self, title: str, parts: tuple[Part, ...], edge: bool) -> _Sweep:
+        before, steps, count = flatten(parts, "i")
+        inside = self.before.inner()
+        algebra = Source(self.symbols(), self.loads, self.before, inside, key_mask="key_ok" if edge else "")
+        sweep = _Sweep(title, edge, count, before, steps, lines=inside.lines)
+        if self.scale is None:
+            sweep.score = fold(self.plan.score, algebra).spread(TILE)
+        condition = self.plan.rule if edge else self.walk.residual
+        keep = [] if condition == sympy.true else [fold(condition, algebra)]
+        if edge:
+            keep.append(Value("key_ok", frozenset("k"), "bool"))
+        if keep:
+            whole = reduce(lambda x, y: algebra.call("and", x, y), keep)
+            sweep.keep = whole.spread(TILE)
+        sweep.guard = bool(keep) or bool(self.scale is None and expr.loads_of(self.plan.score))
+        used = " ".join([*inside.lines, sweep.score, sweep.keep])
+        sweep.reads_keys = re.search(r"\bkeys\b", used) is not None
+        return sweep
+
+
+def _helpers_for(body: str) -> str:
+    """Device functions that ``body`` calls, with those that they call themselves."""
+    wanted: list[str] = []
+    for name in HELPERS:
+        if f"{name}(" in body or any(f"{name}(" in HELPERS[other] for other in wanted):
+            wanted.append(name)
+    return "".join(f"{HELPERS[name].strip()}\n\n\n" for name in reversed(wanted))
+
+
+def _tidy(source: str) -> str:
+    source = re.sub(r"[ \t]+\n", "\n", source)
+    source = re.sub(r"\n{4,}", "\n\n\n", source)
+    source = re.sub(r"(\n    [^\n]*)\n{3,}(?=    )", r"\1\n\n", source)
+    return source.strip() + "\n"

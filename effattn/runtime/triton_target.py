@@ -1,0 +1,222 @@
+"""The Triton target: a plan and tensors in, output and LSE out, through a kernel generated for that case."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from functools import lru_cache
+
+import torch
+
+from effattn.errors import EffattnError
+from effattn.ir import expr
+from effattn.ir.fold import UnknownOperation
+from effattn.ir.plan import Plan
+from effattn.lowering.tiles import walk
+from effattn.lowering.triton import configs
+from effattn.lowering.triton.source import generate
+from effattn.lowering.triton.spec import (
+    DECODE_QUERIES,
+    DECODE_ROWS,
+    DTYPES,
+    MAX_HEAD_DIM,
+    KernelSpec,
+    Kind,
+    Tiles,
+    canonical,
+    padded,
+)
+from effattn.runtime import kernels
+
+MAX_SPLITS = 128
+KEYS_PER_SPLIT = 256  # a split with fewer keys costs more to combine than it saves
+WAVES = 4  # programs that share one multiprocessor while keys stream in
+WIDEST_STRIDE = 1 << 22  # offsets within a tile are 32-bit
+
+
+class UnsupportedCall(EffattnError):
+    """A call that the Triton target cannot serve; :func:`unsupported` says so beforehand."""
+
+
+def run(
+    plan: Plan,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    loads: Sequence[torch.Tensor] = (),
+    scalars: Sequence[int] = (),
+    numbers: Sequence[float] = (),
+    *,
+    config: Tiles | None = None,
+    kind: Kind | None = None,
+    splits: int | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention by a generated kernel.
+
+    Args:
+        query: [B, Hq, Nq, D], any strides. float32, float16 or bfloat16.
+        key: [B, Hkv, Nk, D]; value: [B, Hkv, Nk, Dv]; Hq is a multiple of Hkv.
+        loads, scalars, numbers: in the order in which the plan names them.
+        config, kind, splits: instead of what the tables choose; for measurements.
+
+    Returns:
+        out [B, Hq, Nq, Dv] in the dtype of query and the memory order of ``plan.layout``, and the natural
+        logarithm of the sum of exponentials [B, Hq, Nq] float32, contiguous, -inf for a row without keys.
+
+    Raises:
+        UnsupportedCall: dtypes, sizes or expressions that kernels do not serve.
+    """
+    batches, heads, q_len, head_dim = query.shape
+    kv_heads, k_len, value_dim = key.shape[1], key.shape[2], value.shape[3]
+    if plan.min_length > k_len:
+        plan = plan.dense()
+    _check(plan, query, key, value, loads)
+    if plan.layout == "bnhd":
+        out = query.new_empty((batches, q_len, heads, value_dim)).transpose(1, 2)
+    else:
+        out = query.new_empty((batches, heads, q_len, value_dim))
+    lse = query.new_empty((batches, heads, q_len), dtype=torch.float32)
+    if lse.numel() == 0:
+        return out, lse
+    groups = heads // kv_heads
+    device = query.device
+    kind = kind or kind_of(plan, q_len, groups)
+    rows = q_len * groups if kind == "decode" else 0
+    spec = specialise(
+        plan, kind, query.dtype, head_dim, value_dim, groups, padded(rows), _arch(device), config, _tf32()
+    )
+    kernel = kernels.load(spec)
+    tensors = (_narrow(query), _narrow(key), _narrow(value))
+    arguments = (*tensors, out, lse, loads, scalars, numbers)
+    with _on(device):
+        if kind == "decode":
+            kernel.module.launch(*arguments, splits or splits_for(batches * kv_heads, k_len, _multiprocessors(device)))
+        else:
+            kernel.module.launch(*arguments)
+    return out, lse
+
+
+def kind_of(plan: Plan, q_len: int, groups: int) -> Kind:
+    """Few query rows go to the kernel that splits keys over programs, if its tiles can follow the plan's walk."""
+    if q_len > DECODE_QUERIES or q_len * groups > DECODE_ROWS:
+        return "prefill"
+    return "decode" if _walk_allows_decode(plan, q_len == 1) else "prefill"
+
+
+@lru_cache(maxsize=4096)
+def _walk_allows_decode(plan: Plan, one_row: bool) -> bool:
+    keys = walk(plan.rule)
+    if keys.powers is not None and not one_row:
+        return False
+    near = (*(keys.near_lower or ()), *keys.near_upper)
+    bounds = [*keys.lower, *keys.upper, *near, *([keys.prefix] if keys.prefix is not None else [])]
+    return not any(bound.has(expr.h) for bound in bounds if hasattr(bound, "has"))
+
+
+@lru_cache(maxsize=4096)
+def specialise(
+    plan: Plan,
+    kind: Kind,
+    dtype: torch.dtype,
+    head_dim: int,
+    value_dim: int,
+    groups: int,
+    rows: int,
+    arch: str,
+    config: Tiles | None,
+    tf32: bool,
+) -> KernelSpec:
+    """The specialisation that a call needs. ``rows``: padded rows of a decode tile, otherwise 16."""
+    name = str(dtype).removeprefix("torch.")
+    bits = 32 if name == "float32" else 16
+    tiles = config or configs.choose(kind, plan, arch, bits, head_dim, value_dim, rows)
+    return KernelSpec(kind, canonical(plan), name, head_dim, value_dim, groups, tiles, tf32 and bits == 32)
+
+
+def splits_for(pairs: int, k_len: int, multiprocessors: int) -> int:
+    """How many programs share the keys of one (batch, key head) pair: from sizes alone, never from device data."""
+    wanted = max(1, WAVES * multiprocessors // max(1, pairs))
+    return max(1, min(wanted, MAX_SPLITS, -(-k_len // KEYS_PER_SPLIT)))
+
+
+def unsupported(plan: Plan, dtype: torch.dtype, head_dim: int, value_dim: int) -> str | None:
+    """Why kernels cannot serve such calls; None if they can."""
+    name = str(dtype).removeprefix("torch.")
+    if name not in DTYPES:
+        return f"kernels exist for {', '.join(DTYPES)}, not {name}"
+    if max(head_dim, value_dim) > MAX_HEAD_DIM:
+        return f"head dimensions over {MAX_HEAD_DIM} do not fit on a multiprocessor"
+    return _unwritable(plan)
+
+
+@lru_cache(maxsize=4096)
+def _unwritable(plan: Plan) -> str | None:
+    try:
+        generate(KernelSpec("prefill", canonical(plan), "bfloat16", 64, 64, 1, Tiles(16, 16, 4, 1)))
+    except (UnknownOperation, KeyError) as error:
+        return f"no kernel can be written: {error}"
+    return None
+
+
+def _check(plan: Plan, query, key, value, loads) -> None:
+    if query.dtype != key.dtype or query.dtype != value.dtype:
+        raise UnsupportedCall(f"query, key and value must share a dtype: {query.dtype}, {key.dtype}, {value.dtype}")
+    if query.shape[1] % key.shape[1]:
+        raise UnsupportedCall(f"{query.shape[1]} query heads are no multiple of {key.shape[1]} key heads")
+    reason = unsupported(plan, query.dtype, query.shape[3], value.shape[3])
+    if reason:
+        raise UnsupportedCall(reason)
+    sizes = {"b": query.shape[0], "h": query.shape[1], "q": query.shape[2], "k": key.shape[2]}
+    by_name = dict(zip((spec.name for spec in plan.loads), loads, strict=True))
+    for name, dim, index in _plain_indices(plan):
+        held = by_name[name].shape[dim]
+        needed = sizes[index] if isinstance(index, str) else index + 1
+        if held != 1 and held < needed:
+            raise UnsupportedCall(f"tensor {name!r} has {held} elements along dimension {dim}, {needed} are read")
+
+
+@lru_cache(maxsize=4096)
+def _plain_indices(plan: Plan) -> tuple[tuple[str, int, str | int], ...]:
+    """(load, dimension, index symbol or constant) wherever a load is indexed so simply that kernels test no bounds."""
+    found: set[tuple[str, int, str | int]] = set()
+    for load in expr.loads_of(plan.score, plan.rule):
+        for dim, index in enumerate(load.indices):
+            if index in expr.INDICES:
+                found.add((load.name, dim, index.name))
+            elif index.is_Integer:
+                found.add((load.name, dim, int(index)))
+    return tuple(sorted(found, key=repr))
+
+
+def _narrow(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor, copied if steps within a tile are so wide that 32-bit offsets could overflow."""
+    rows, dims = tensor.shape[2:]
+    if (rows > 1 and tensor.stride(2) > WIDEST_STRIDE) or (dims > 1 and tensor.stride(3) > WIDEST_STRIDE):
+        return tensor.contiguous()
+    return tensor
+
+
+def _tf32() -> bool:
+    return torch.backends.cuda.matmul.allow_tf32
+
+
+@lru_cache(maxsize=64)
+def _arch(device: torch.device) -> str:
+    if device.type != "cuda":
+        return "interpreter"
+    if torch.version.hip:
+        return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm{major}{minor}"
+
+
+@lru_cache(maxsize=64)
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+
+
+def _on(device: torch.device):
+    """Kernels start on the current device: make that the tensors' own."""
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        return torch.cuda.device(device)
+    return contextlib.nullcontext()

@@ -1,0 +1,311 @@
+"""Plans that kernels are tried on: every kind of mask, score and data, with tensors to go with them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+import sympy
+import torch
+
+from effattn.ir.expr import FloorDiv, IsPowerOfTwo, Modulo, Nk, Nq, Where, b, h, k, load, number, q, s, scalar
+from effattn.ir.plan import LoadSpec, Plan
+
+CAUSAL = sympy.Le(k, q)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Sizes of one call."""
+
+    batch: int = 2
+    heads: int = 2
+    kv_heads: int = 1
+    q_len: int = 57
+    k_len: int = 57
+    head_dim: int = 16
+    value_dim: int = 16
+
+    @property
+    def scale(self) -> float:
+        return self.head_dim**-0.5
+
+
+@dataclass
+class Call:
+    """A plan and everything that is passed beside query, key and value."""
+
+    plan: Plan
+    loads: list[torch.Tensor] = field(default_factory=list)
+    scalars: list[int] = field(default_factory=list)
+    numbers: list[float] = field(default_factory=list)
+
+
+Build = Callable[[Sizes, torch.device], Call]
+CASES: dict[str, Build] = {}
+
+
+def case(build: Build) -> Build:
+    CASES[build.__name__] = build
+    return build
+
+
+def power_keep(block: int, window: int, sinks: int, position=q):
+    distance = FloorDiv(position, block) - FloorDiv(k, block)
+    return sympy.Or(distance < window // block, IsPowerOfTwo(distance), k < sinks)
+
+
+def _random(shape, device, seed=3, dtype=torch.float32):
+    made = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float32)
+    return made.to(dtype).to(device)
+
+
+def _padding(sizes: Sizes, device, left: bool) -> torch.Tensor:
+    """bool [B, Nk]: the first batch is whole, later ones lack a growing part on one side."""
+    live = torch.arange(sizes.batch) * (sizes.k_len // (sizes.batch + 1))
+    columns = torch.arange(sizes.k_len)[None, :]
+    mask = columns >= live[:, None] if left else columns < (sizes.k_len - live)[:, None]
+    return mask.to(device)
+
+
+@case
+def none(sizes, device):
+    return Call(Plan("exact", sizes.scale * s))
+
+
+@case
+def causal(sizes, device):
+    return Call(Plan("exact", sizes.scale * s, CAUSAL, empty_rows="never"))
+
+
+@case
+def causal_from_the_end(sizes, device):
+    return Call(Plan("exact", sizes.scale * s, sympy.Le(k, q + Nk - Nq)))
+
+
+@case
+def window(sizes, device):
+    return Call(Plan("window", sizes.scale * s, CAUSAL, q - k < 13))
+
+
+@case
+def two_sided_window(sizes, device):
+    return Call(Plan("exact", sizes.scale * s, sympy.And(k - q < 9, q - k < 20)))
+
+
+@case
+def window_and_sinks(sizes, device):
+    return Call(Plan("window", sizes.scale * s, CAUSAL, sympy.Or(q - k < 10, k < 5)))
+
+
+@case
+def chunked(sizes, device):
+    return Call(Plan("exact", sizes.scale * s, sympy.And(CAUSAL, sympy.Ge(FloorDiv(k, 24), FloorDiv(q, 24)))))
+
+
+@case
+def power_16(sizes, device):
+    return Call(Plan("power", sizes.scale * s, CAUSAL, power_keep(16, 32, 7)))
+
+
+@case
+def power_32_no_sinks(sizes, device):
+    distance = FloorDiv(q, 32) - FloorDiv(k, 32)
+    return Call(Plan("power", sizes.scale * s, CAUSAL, sympy.Or(distance < 1, IsPowerOfTwo(distance))))
+
+
+@case
+def power_at_an_offset(sizes, device):
+    shift = scalar("past")
+    position = q + shift
+    plan = Plan("power", sizes.scale * s, sympy.Le(k, position), power_keep(16, 16, 3, position), scalars=("past",))
+    return Call(plan, scalars=[sizes.k_len - sizes.q_len])
+
+
+@case
+def power_by_pointer(sizes, device):
+    position = q + load("start", [], integer=True)
+    plan = Plan("power", sizes.scale * s, sympy.Le(k, position), power_keep(16, 16, 16, position))
+    plan = replace(plan, loads=(LoadSpec("start", "int64", 0),))
+    return Call(plan, loads=[torch.tensor(max(0, sizes.k_len - sizes.q_len - 5), device=device)])
+
+
+@case
+def power_two_sided(sizes, device):
+    """No causality: blocks behind by the list, a near band that ends, and listed blocks on both sides of it."""
+    distance = FloorDiv(q, 16) - FloorDiv(k, 16)
+    keep = sympy.Or(sympy.And(distance >= 2, distance < 4), IsPowerOfTwo(distance), k < 3)
+    return Call(Plan("power", sizes.scale * s, sympy.true, keep))
+
+
+@case
+def power_of_odd_blocks(sizes, device):
+    """Blocks that no tile divides: everything in the band is visited and tested."""
+    return Call(Plan("power", sizes.scale * s, CAUSAL, power_keep(12, 12, 2)))
+
+
+@case
+def list_alone(sizes, device):
+    distance = FloorDiv(q, 16) - FloorDiv(k, 16)
+    return Call(Plan("power", sizes.scale * s, CAUSAL, sympy.Or(IsPowerOfTwo(distance), k < 4)))
+
+
+@case
+def right_padding(sizes, device):
+    padding = sympy.Ne(load("padding", [b, k], integer=True), 0)
+    plan = Plan("exact", sizes.scale * s, sympy.And(CAUSAL, padding), loads=(LoadSpec("padding", "bool", 2),))
+    return Call(plan, loads=[_padding(sizes, device, left=False)])
+
+
+@case
+def left_padding(sizes, device):
+    padding = sympy.Ne(load("padding", [b, k], integer=True), 0)
+    plan = Plan("exact", sizes.scale * s, sympy.And(CAUSAL, padding), loads=(LoadSpec("padding", "bool", 2),))
+    return Call(plan, loads=[_padding(sizes, device, left=True)])
+
+
+@case
+def lengths_per_batch(sizes, device):
+    plan = Plan("exact", sizes.scale * s, k < load("lengths", [b], integer=True))
+    plan = replace(plan, loads=(LoadSpec("lengths", "int32", 1),))
+    lengths = torch.tensor([max(0, sizes.k_len - 11 * i) for i in range(sizes.batch)], dtype=torch.int32)
+    return Call(plan, loads=[lengths.to(device)])
+
+
+@case
+def documents(sizes, device):
+    same = sympy.Eq(load("document", [b, q], integer=True), load("document", [b, k], integer=True))
+    plan = Plan("exact", sizes.scale * s, sympy.And(CAUSAL, same), loads=(LoadSpec("document", "int64", 2),))
+    ids = torch.arange(max(sizes.q_len, sizes.k_len)).div(19, rounding_mode="floor").expand(sizes.batch, -1)
+    return Call(plan, loads=[ids.to(device)])
+
+
+@case
+def cache_by_pointer(sizes, device):
+    """A static cache: keys up to a position that only the device knows."""
+    live = load("live", [], integer=True)
+    plan = Plan("exact", sizes.scale * s, sympy.Le(k, q + live), loads=(LoadSpec("live", "int64", 0),))
+    return Call(plan, loads=[torch.tensor(max(0, sizes.k_len // 3), device=device)])
+
+
+@case
+def opaque_mask(sizes, device):
+    seen = sympy.Ne(load("mask", [b, h, q, k], integer=True), 0)
+    plan = Plan("exact", sizes.scale * s, seen, loads=(LoadSpec("mask", "bool", 4),))
+    mask = _random((sizes.batch, 1, sizes.q_len, sizes.k_len), device) > 0
+    mask[:, :, sizes.q_len // 2] = False
+    return Call(plan, loads=[mask])
+
+
+@case
+def soft_cap(sizes, device):
+    return Call(Plan("exact", 5.0 * sympy.tanh(sizes.scale * s / 5.0), CAUSAL))
+
+
+@case
+def alibi(sizes, device):
+    slopes = load("slopes", [h], integer=False)
+    plan = Plan("exact", sizes.scale * s + slopes * (k - q), CAUSAL, loads=(LoadSpec("slopes", "float32", 1),))
+    return Call(plan, loads=[2.0 ** -torch.arange(1, sizes.heads + 1, device=device)])
+
+
+@case
+def bias(sizes, device):
+    added = load("bias", [0 * b, h, q, k], integer=False)
+    plan = Plan("exact", sizes.scale * s + added, loads=(LoadSpec("bias", "float32", 4),))
+    return Call(plan, loads=[_random((1, sizes.heads, sizes.q_len, sizes.k_len), device)])
+
+
+@case
+def bias_by_distance(sizes, device):
+    """A table of relative positions, clamped: indices that are computed."""
+    place = sympy.Max(0, sympy.Min(31, q - k + 16))
+    plan = Plan("exact", sizes.scale * s + load("table", [h, place], integer=False))
+    plan = replace(plan, loads=(LoadSpec("table", "float32", 2),))
+    return Call(plan, loads=[_random((sizes.heads, 32), device)])
+
+
+@case
+def minus_infinity_bias(sizes, device):
+    added = load("bias", [b, h, q, k], integer=False)
+    plan = Plan("exact", sizes.scale * s + added, loads=(LoadSpec("bias", "float32", 4),))
+    mask = torch.ones(sizes.q_len, sizes.k_len).tril()[None, None].to(device)
+    return Call(plan, loads=[torch.where(mask > 0, 0.0, float("-inf"))])
+
+
+@case
+def smallest_number_bias(sizes, device):
+    added = load("bias", [b, h, q, k], integer=False)
+    plan = Plan("exact", sizes.scale * s + added, loads=(LoadSpec("bias", "float32", 4),))
+    mask = torch.ones(sizes.q_len, sizes.k_len).tril(-1)[None, None].to(device)
+    return Call(plan, loads=[torch.where(mask > 0, 0.0, torch.finfo(torch.float32).min)])
+
+
+@case
+def scale_at_run_time(sizes, device):
+    plan = Plan("exact", number("scale") * s, CAUSAL, numbers=("scale",))
+    return Call(plan, numbers=[sizes.scale])
+
+
+@case
+def negative_scale(sizes, device):
+    return Call(Plan("exact", -sizes.scale * s, CAUSAL))
+
+
+@case
+def negative_scale_at_run_time(sizes, device):
+    return Call(Plan("exact", number("scale") * s, CAUSAL, numbers=("scale",)), numbers=[-0.3])
+
+
+@case
+def zero_scale_at_run_time(sizes, device):
+    return Call(Plan("exact", number("scale") * s, CAUSAL, numbers=("scale",)), numbers=[0.0])
+
+
+@case
+def scale_per_head(sizes, device):
+    plan = Plan("exact", load("scales", [h], integer=False) * s, CAUSAL, loads=(LoadSpec("scales", "float32", 1),))
+    return Call(plan, loads=[torch.linspace(-0.5, 0.6, sizes.heads, device=device)])
+
+
+@case
+def many_operations(sizes, device):
+    odd = sympy.Or(sympy.Eq(Modulo(q - k, 3), 0), sympy.Not(sympy.Eq(Modulo(k - 40, 7), 2)))
+    score = sizes.scale * s * Where(k > q, 0.5, 1.0) + 0.1 * sympy.Abs(FloorDiv(q - k, 5)) - sympy.exp(-0.01 * k)
+    return Call(Plan("exact", score, odd))
+
+
+@case
+def empty_rows_zero(sizes, device):
+    return Call(Plan("exact", sizes.scale * s, sympy.And(CAUSAL, k >= 20), empty_rows="zero"))
+
+
+@case
+def empty_rows_nan(sizes, device):
+    return Call(Plan("exact", sizes.scale * s, sympy.And(CAUSAL, k >= 20), empty_rows="nan"))
+
+
+@case
+def empty_rows_mean(sizes, device):
+    return Call(Plan("exact", sizes.scale * s, sympy.And(CAUSAL, k >= 20), empty_rows="mean"))
+
+
+@case
+def nothing_at_all(sizes, device):
+    return Call(Plan("exact", sizes.scale * s, k < 0 * q - 3, empty_rows="zero"))
+
+
+def tensors(sizes: Sizes, device="cpu", dtype=torch.float32, seed=0, order="bhnd"):
+    """Query, key and value, [B, H, N, D]; ``order`` names the dimensions as they lie in memory."""
+    shapes = (
+        (sizes.batch, sizes.heads, sizes.q_len, sizes.head_dim),
+        (sizes.batch, sizes.kv_heads, sizes.k_len, sizes.head_dim),
+        (sizes.batch, sizes.kv_heads, sizes.k_len, sizes.value_dim),
+    )
+    made = []
+    for i, shape in enumerate(shapes):
+        tensor = _random(shape, device, seed + i, dtype)
+        turn = ["bhnd".index(name) for name in order]
+        back = [order.index(name) for name in "bhnd"]
+        made.append(tensor.permute(turn).contiguous().permute(back))
+    return made
