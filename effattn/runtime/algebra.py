@@ -1,0 +1,174 @@
+"""What the vocabulary of expressions means in torch: for the portable target, the references and the checks.
+
+A value is a Python number (known without looking at data) or a tensor that broadcasts against the scores.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from effattn.ir.fold import fold
+from effattn.ir.plan import Plan
+
+
+def _floordiv(x, y):
+    return torch.floor_divide(x, y) if isinstance(x, Tensor) or isinstance(y, Tensor) else x // y
+
+
+def _mod(x, y):
+    return torch.remainder(x, y) if isinstance(x, Tensor) or isinstance(y, Tensor) else x % y
+
+
+def _is_power_of_two(x):
+    return (x > 0) & ((x & (x - 1)) == 0)
+
+
+def _either(in_torch: Callable, in_python: Callable) -> Callable:
+    """A function of one argument, for tensors and for numbers."""
+    return lambda x: in_torch(x) if isinstance(x, Tensor) else in_python(x)
+
+
+def _extreme(in_torch: Callable, clamp: str, in_python: Callable) -> Callable:
+    """``min`` or ``max`` of two values of which either may be a number."""
+
+    def call(x, y):
+        if isinstance(x, Tensor) and isinstance(y, Tensor):
+            return in_torch(x, y)
+        if isinstance(x, Tensor):
+            return x.clamp(**{clamp: y})
+        if isinstance(y, Tensor):
+            return y.clamp(**{clamp: x})
+        return in_python(x, y)
+
+    return call
+
+
+def _not(x):
+    return ~_boolean(x) if isinstance(x, Tensor) else not x
+
+
+def _boolean(x):
+    return x if not isinstance(x, Tensor) or x.dtype == torch.bool else x != 0
+
+
+def _and(x, y):
+    return _boolean(x) & _boolean(y) if isinstance(x, Tensor) or isinstance(y, Tensor) else bool(x and y)
+
+
+def _or(x, y):
+    return _boolean(x) | _boolean(y) if isinstance(x, Tensor) or isinstance(y, Tensor) else bool(x or y)
+
+
+def _ne(x, y):
+    if isinstance(x, Tensor) and x.dtype == torch.bool and not isinstance(y, Tensor) and y == 0:
+        return x  # how a boolean mask is spelt: no copy of it
+    return x != y
+
+
+def _integer(x):
+    """Booleans count as 0 and 1 in arithmetic."""
+    return x.to(torch.int64) if isinstance(x, Tensor) and x.dtype == torch.bool else x
+
+
+LOGICAL: dict[str, Callable] = {"and": _and, "or": _or, "not": _not, "ne": _ne}
+ARITHMETIC: dict[str, Callable] = {
+    "add": operator.add,
+    "mul": operator.mul,
+    "div": operator.truediv,
+    "min": _extreme(torch.minimum, "max", min),
+    "max": _extreme(torch.maximum, "min", max),
+    "abs": abs,
+    "floordiv": _floordiv,
+    "mod": _mod,
+    "le": operator.le,
+    "lt": operator.lt,
+    "ge": operator.ge,
+    "gt": operator.gt,
+    "eq": operator.eq,
+    "is_power_of_two": _is_power_of_two,
+    "tanh": _either(torch.tanh, math.tanh),
+    "exp": _either(torch.exp, math.exp),
+    "log": _either(torch.log, math.log),
+    "sqrt": _either(torch.sqrt, math.sqrt),
+    "sign": _either(torch.sign, lambda x: (x > 0) - (x < 0)),
+}
+
+
+class TorchAlgebra:
+    """Torch tensors as the values of an expression; see :func:`effattn.ir.fold.fold`.
+
+    Args:
+        symbols: value of each symbol: index tensors that broadcast to the scores, lengths, scalars, numbers, ``s``.
+        loads: tensor of each load, by name. Indices are clamped into it.
+        dtype: floating point loads are read in this dtype.
+        device: where tensors that no other tensor decides are made.
+    """
+
+    def __init__(self, symbols: Mapping[str, Any], loads: Mapping[str, Tensor], dtype: torch.dtype, device: Any):
+        self.symbols = symbols
+        self.loads = loads
+        self.dtype = dtype
+        self.device = device
+
+    def constant(self, value):
+        return value
+
+    def symbol(self, name):
+        return self.symbols[name]
+
+    def load(self, name, indices):
+        tensor = self.loads[name]
+        if indices:
+            clamped = [self._clamp(index, size) for index, size in zip(indices, tensor.shape, strict=True)]
+            tensor = tensor[tuple(clamped)]
+        return tensor.to(self.dtype) if tensor.is_floating_point() else tensor
+
+    def _clamp(self, index, size: int):
+        if isinstance(index, Tensor):
+            return _integer(index).clamp(0, size - 1)
+        return max(0, min(int(index), size - 1))
+
+    def call(self, operation, *args):
+        if operation == "where":
+            return self._where(*args)
+        if (logical := LOGICAL.get(operation)) is not None:
+            return logical(*args)
+        return ARITHMETIC[operation](*(_integer(arg) for arg in args))
+
+    def _where(self, condition, x, y):
+        if not isinstance(condition, Tensor):
+            return x if condition else y
+        x, y = _integer(x), _integer(y)
+        if isinstance(x, Tensor) or isinstance(y, Tensor):
+            return torch.where(_boolean(condition), x, y)
+        whole = isinstance(x, int) and isinstance(y, int)
+        kind = torch.int64 if whole else self.dtype
+        return torch.where(
+            _boolean(condition), *(torch.full((), value, dtype=kind, device=condition.device) for value in (x, y))
+        )
+
+
+def bindings(
+    plan: Plan, loads: Sequence[Tensor], scalars: Sequence[int], numbers: Sequence[float]
+) -> tuple[dict, dict]:
+    """``(symbols, tensors)`` that a plan's names stand for in one call. Raises ValueError if the counts differ."""
+    for what, names, given in (
+        ("tensors", plan.loads, loads),
+        ("scalars", plan.scalars, scalars),
+        ("numbers", plan.numbers, numbers),
+    ):
+        if len(names) != len(given):
+            raise ValueError(f"this plan takes {len(names)} {what}, got {len(given)}")
+    symbols: dict[str, Any] = dict(zip((*plan.scalars, *plan.numbers), (*scalars, *numbers), strict=True))
+    return symbols, {spec.name: tensor for spec, tensor in zip(plan.loads, loads, strict=True)}
+
+
+def evaluate(term, symbols: Mapping[str, Any], loads: Mapping[str, Tensor], dtype: torch.dtype, device: Any) -> Any:
+    """The value of one expression: a tensor that broadcasts to the scores, or a Python number or bool."""
+    return fold(term, TorchAlgebra(symbols, loads, dtype, device))

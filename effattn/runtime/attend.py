@@ -1,0 +1,195 @@
+"""The op that a rewritten graph calls: ``torch.ops.effattn.attend``, its fake kernel, its gradient, its choice of target.
+
+    attend(query, key, value, loads, scalars, numbers, plan) -> (out, lse)
+
+``numbers`` is declared ``Scalar[]``, not ``float[]``: a scale that arrives as ``item()`` of a 0-d tensor is an unbacked
+SymFloat under ``torch.compile``, which ``float[]`` refuses and ``Scalar[]`` takes; with ``Scalar[]`` a scale that is
+computed from a symbolic size does not specialise the size either. Floats, ints, SymFloats and SymInts may be passed.
+
+Importing this module registers the ops; nothing else happens and Triton is not imported.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import warnings
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from effattn.errors import EffattnError
+from effattn.ir.plan import Plan
+from effattn.runtime import portable
+from effattn.runtime.sdpa import sdpa_path
+
+SCHEMAS = {
+    "attend": (
+        "(Tensor query, Tensor key, Tensor value, Tensor[] loads, SymInt[] scalars, Scalar[] numbers, str plan)"
+        " -> (Tensor, Tensor)"
+    ),
+    "attend_backward": (
+        "(Tensor? grad_out, Tensor? grad_lse, Tensor query, Tensor key, Tensor value, Tensor out, Tensor lse,"
+        " Tensor[] loads, SymInt[] scalars, Scalar[] numbers, str plan) -> (Tensor, Tensor, Tensor)"
+    ),
+}
+
+
+class NoGradient(EffattnError):
+    """A gradient was asked for that this op does not compute."""
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    loads: Sequence[Tensor],
+    scalars: Sequence[int],
+    numbers: Sequence[float],
+    plan: str,
+) -> tuple[Tensor, Tensor]:
+    """Output and LSE of one attention.
+
+    Args:
+        query: [B, Hq, Nq, D], any strides; key: [B, Hkv, Nk, D]; value: [B, Hkv, Nk, Dv]; one floating point dtype.
+        loads, scalars, numbers: what the plan names, in its order.
+        plan: what :meth:`Plan.encode` wrote.
+
+    Returns:
+        out [B, Hq, Nq, Dv] in q's dtype, in the plan's memory order; lse [B, Hq, Nq] float32, natural logarithm,
+        -inf where a row keeps nothing.
+
+    Raises:
+        PlanError: the plan is not one of this version.
+        ValueError: shapes or counts do not fit.
+    """
+    decoded = Plan.decode(plan)
+    _check_shapes(query, key, value)
+    if key.shape[2] < decoded.min_length:
+        decoded = _dense(plan)
+    if decoded.target is None and (done := sdpa_path(decoded, query, key, value, loads, scalars, numbers)) is not None:
+        return done
+    return _target(decoded, query.device).run(decoded, query, key, value, loads, scalars, numbers)
+
+
+def attend_fake(query, key, value, loads, scalars, numbers, plan):
+    """Shapes and strides of :func:`attend`, for any symbolic sizes."""
+    return portable.allocate_output(Plan.decode(plan), query, value)
+
+
+def attend_backward(
+    grad_out: Tensor | None,
+    grad_lse: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    loads: Sequence[Tensor],
+    scalars: Sequence[int],
+    numbers: Sequence[float],
+    plan: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of query, key and value, in their shapes and dtypes, in the plan's memory order."""
+    from effattn.runtime import portable_backward
+
+    decoded = Plan.decode(plan)
+    if key.shape[2] < decoded.min_length:
+        decoded = _dense(plan)
+    target = _target(decoded, query.device)
+    backward = getattr(target, "run_backward", portable_backward.run_backward)
+    return backward(decoded, grad_out, grad_lse, query, key, value, out, lse, loads, scalars, numbers)
+
+
+def attend_backward_fake(grad_out, grad_lse, query, key, value, out, lse, loads, scalars, numbers, plan):
+    layout = Plan.decode(plan).layout
+    return tuple(portable.allocate(layout, tensor, tensor.shape) for tensor in (query, key, value))
+
+
+@lru_cache(maxsize=4096)
+def _dense(plan: str) -> Plan:
+    return Plan.decode(plan).dense()
+
+
+def _check_shapes(query: Tensor, key: Tensor, value: Tensor) -> None:
+    if not (query.ndim == key.ndim == value.ndim == 4):
+        raise ValueError(
+            f"query, key and value must be [B, H, N, D], got {query.ndim}, {key.ndim}, {value.ndim} dimensions"
+        )
+    if key.shape[:3] != value.shape[:3] or query.shape[0] != key.shape[0] or query.shape[3] != key.shape[3]:
+        raise ValueError(f"shapes do not fit: query {query.shape}, key {key.shape}, value {value.shape}")
+    if query.shape[1] % key.shape[1]:
+        raise ValueError(f"{query.shape[1]} query heads are not a multiple of {key.shape[1]} key/value heads")
+
+
+@lru_cache(maxsize=1)
+def triton_is_importable() -> bool:
+    """Whether there is a Triton to import; does not import it."""
+    return importlib.util.find_spec("triton") is not None
+
+
+def _target(plan: Plan, device: torch.device) -> Any:
+    """The module that runs a plan on a device."""
+    wanted = plan.target or ("triton" if device.type == "cuda" else "portable")
+    if wanted == "triton" and triton_is_importable():
+        from effattn.runtime import triton_target
+
+        return triton_target
+    if wanted == "triton":
+        _say_once_that_triton_is_missing()
+    return portable
+
+
+@lru_cache(maxsize=1)
+def _say_once_that_triton_is_missing() -> None:
+    warnings.warn("effattn: Triton is not installed; using the portable target, which is slower", stacklevel=2)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    query, key, value, loads, scalars, numbers, plan = inputs
+    if any(load.requires_grad for load in loads):
+        names = [spec.name for spec, load in zip(Plan.decode(plan).loads, loads, strict=True) if load.requires_grad]
+        raise NoGradient(
+            f"effattn::attend has no gradient for the data that a mask or score reads, and {', '.join(names)} requires "
+            "one (a learned bias?); detach it, or keep this attention as its author wrote it"
+        )
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(query, key, value, *output, *loads)
+    ctx.scalars, ctx.numbers, ctx.plan = scalars, numbers, plan
+
+
+def _backward(ctx, grad_out, grad_lse):
+    nothing = (None,) * 4
+    query, key, value, out, lse, *loads = ctx.saved_tensors
+    if grad_out is None and grad_lse is None:
+        return None, None, None, [None] * len(loads), *nothing[1:]
+    grads = torch.ops.effattn.attend_backward(
+        grad_out, grad_lse, query, key, value, out, lse, loads, ctx.scalars, ctx.numbers, ctx.plan
+    )
+    return *grads, [None] * len(loads), None, None, None
+
+
+def _no_second_gradient(ctx, *grads):
+    raise NoGradient("effattn::attend has no second derivative")
+
+
+def _register() -> torch.library.Library | None:
+    """Define the ops, once a process."""
+    if hasattr(torch.ops.effattn, "attend"):
+        return None
+    library = torch.library.Library("effattn", "FRAGMENT")
+    for name, kernel, fake in (
+        ("attend", attend, attend_fake),
+        ("attend_backward", attend_backward, attend_backward_fake),
+    ):
+        library.define(name + SCHEMAS[name], tags=(torch.Tag.needs_fixed_stride_order, torch.Tag.pt2_compliant_tag))
+        library.impl(name, kernel, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"effattn::{name}", fake, lib=library)
+    torch.library.register_autograd("effattn::attend", _backward, setup_context=_setup_context, lib=library)
+    torch.library.register_autograd("effattn::attend_backward", _no_second_gradient, lib=library)
+    return library
+
+
+_LIBRARY = _register() or globals().get("_LIBRARY")

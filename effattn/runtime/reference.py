@@ -1,0 +1,85 @@
+"""What a plan means, written down plainly over the whole N x N square. The ground truth of every target; small inputs only."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from effattn.ir.plan import Plan
+from effattn.runtime.algebra import bindings, evaluate
+
+
+def dense_mask(
+    plan: Plan,
+    shape: tuple[int, int, int, int],
+    loads: Sequence[Tensor] = (),
+    scalars: Sequence[int] = (),
+    numbers: Sequence[float] = (),
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """Which keys each row keeps: bool of ``shape`` (B, Hq, Nq, Nk)."""
+    symbols, tensors = bindings(plan, loads, scalars, numbers)
+    symbols |= _indices(shape, device)
+    mask = evaluate(plan.rule, symbols, tensors, torch.float64, device)
+    return torch.as_tensor(mask, device=device).to(torch.bool).expand(shape)
+
+
+def reference(
+    plan: Plan,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    loads: Sequence[Tensor] = (),
+    scalars: Sequence[int] = (),
+    numbers: Sequence[float] = (),
+    dtype: torch.dtype = torch.float64,
+) -> tuple[Tensor, Tensor]:
+    """Output and LSE of a plan, both in ``dtype``; differentiable, also in the loads.
+
+    Args:
+        query: [B, Hq, Nq, D].
+        key: [B, Hkv, Nk, D], Hq a multiple of Hkv.
+        value: [B, Hkv, Nk, Dv].
+        loads, scalars, numbers: what the plan names, in its order.
+        dtype: in which everything is computed.
+
+    Returns:
+        out [B, Hq, Nq, Dv] and lse [B, Hq, Nq]. A row that keeps nothing has lse -inf and what ``plan.empty_rows`` says.
+    """
+    batch, heads, q_len, _ = query.shape
+    groups = heads // key.shape[1]
+    shape = (batch, heads, q_len, key.shape[2])
+    key, value = (tensor.to(dtype).repeat_interleave(groups, dim=1) for tensor in (key, value))
+    symbols, tensors = bindings(plan, loads, scalars, numbers)
+    symbols |= _indices(shape, query.device)
+    symbols["s"] = query.to(dtype) @ key.transpose(-1, -2)
+
+    mask = dense_mask(plan, shape, loads, scalars, numbers, query.device)
+    score = evaluate(plan.score, symbols, tensors, dtype, query.device)
+    score = torch.as_tensor(score, dtype=dtype, device=query.device).expand(shape)
+    score = torch.where(mask, score, -torch.inf)
+
+    # safe for empty rows: the softmax of a row of zeros is never used, and has no NaN to hand back in a gradient
+    empty = (score == -torch.inf).all(dim=-1, keepdim=True)
+    weights = torch.where(empty, 0.0, score).softmax(dim=-1)
+    lse = torch.where(empty, 0.0, score).logsumexp(dim=-1)
+    out = torch.where(empty, _empty_output(plan, value), weights @ value)
+    return out, torch.where(empty[..., 0], -torch.inf, lse)
+
+
+def _empty_output(plan: Plan, value: Tensor) -> Tensor:
+    if plan.empty_rows == "mean":
+        return value.mean(dim=2, keepdim=True)
+    fill = torch.nan if plan.empty_rows == "nan" else 0.0
+    return torch.full((), fill, dtype=value.dtype, device=value.device)
+
+
+def _indices(shape: tuple[int, int, int, int], device: torch.device | str) -> dict[str, Tensor | int]:
+    named = {}
+    for dim, (name, size) in enumerate(zip("bhqk", shape, strict=True)):
+        view = [1] * 4
+        view[dim] = size
+        named[name] = torch.arange(size, device=device).view(view)
+    return {**named, "Nq": shape[2], "Nk": shape[3]}

@@ -1,0 +1,88 @@
+"""The dense fast path: where a plan is plain or causal attention, PyTorch's own fused kernels that return LSE."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import sympy
+import torch
+from torch import Tensor
+
+from effattn.ir import expr
+from effattn.ir.fold import Integers, fold
+from effattn.ir.plan import Plan
+from effattn.runtime.algebra import bindings, evaluate
+from effattn.runtime.chunks import walk_of
+
+FLASH, CUDNN = 1, 3  # what torch._fused_sdp_choice answers: values of torch.nn.attention.SDPBackend
+
+
+def sdpa_path(
+    plan: Plan,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    loads: Sequence[Tensor],
+    scalars: Sequence[int],
+    numbers: Sequence[float],
+) -> tuple[Tensor, Tensor] | None:
+    """Output and LSE from SDPA's flash or cuDNN kernel on CUDA, or None where the plan is more than they compute.
+
+    They take a score ``c * s`` and a rule that, at these lengths, keeps everything, or is ``k <= q`` with Nq == Nk.
+    """
+    if query.device.type != "cuda" or query.shape[2] == 0:
+        return None
+    symbols, _ = bindings(plan, loads, scalars, numbers)
+    symbols |= {"Nq": query.shape[2], "Nk": key.shape[2]}
+    scale = constant_scale(plan.score, symbols)
+    kind = dense_kind(plan.rule, symbols)
+    if scale is None or kind is None:
+        return None
+    causal, grouped = kind == "causal", query.shape[1] != key.shape[1]
+    choice = torch._fused_sdp_choice(query, key, value, None, 0.0, causal, scale=scale, enable_gqa=grouped)
+    if choice == CUDNN:
+        out, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
+            query, key, value, None, True, 0.0, causal, False, scale=scale
+        )
+    elif choice == FLASH:
+        out, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(
+            query, key, value, 0.0, causal, False, scale=scale
+        )
+    else:
+        return None
+    return in_layout(out, plan.layout), lse.reshape(query.shape[:3]).float().contiguous()
+
+
+def in_layout(out: Tensor, layout: str) -> Tensor:
+    """``out`` [B, H, N, D] in a memory order of plans; copied only if it is in another one."""
+    if layout == "bnhd":
+        return out.transpose(1, 2).contiguous().transpose(1, 2)
+    return out.contiguous()
+
+
+def constant_scale(score: Any, symbols: dict[str, Any]) -> float | None:
+    """c if the score is ``c * s``, c known on the host."""
+    factor, rest = sympy.sympify(score).as_independent(expr.s, as_Add=False)
+    if rest != expr.s or factor.has(*expr.INDICES) or expr.loads_of(factor):
+        return None
+    return float(evaluate(factor, symbols, {}, torch.float64, "cpu"))
+
+
+def dense_kind(rule: Any, symbols: dict[str, Any]) -> Literal["all", "causal"] | None:
+    """Whether a rule, at the lengths in ``symbols``, keeps every key or is ``k <= q`` on a square; None: neither."""
+    walk = walk_of(rule)
+    if walk.choice or walk.residual != sympy.true or expr.loads_of(walk.structural):
+        return None
+    q_len, k_len = symbols["Nq"], symbols["Nk"]
+
+    def at(bound, row: int) -> int:
+        return fold(bound, Integers({**symbols, "q": row}))
+
+    if any(at(bound, q_len - 1) > 0 for bound in walk.lower):
+        return None
+    active = [bound for bound in walk.upper if at(bound, 0) < k_len]
+    if not active:
+        return "all"
+    diagonal = all((bound - expr.q).has(expr.q) is False and at(bound, 0) == 1 for bound in active)
+    return "causal" if diagonal and q_len == k_len else None
