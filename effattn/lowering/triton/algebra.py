@@ -119,9 +119,9 @@ class Source:
         axes = frozenset().union(*(arg.axes for arg in args))
         number = "float" if any(arg.kind == "float" for arg in args) else "int"
         if operation == "add":
-            return _add(*args, axes, number)
+            return _add(args[0], args[1], axes, number)
         if operation == "mul":
-            return _multiply(*args, axes, number)
+            return _multiply(args[0], args[1], axes, number)
         if operation == "div":
             left, right = (self._float(arg) for arg in args)
             return Value(f"{left.spread(axes, PRODUCT)} / {right.spread(axes, UNARY)}", axes, "float", PRODUCT)

@@ -67,9 +67,8 @@ def choose(kind: Kind, plan: Plan, arch: str, bits: int, head_dim: int, value_di
     found = table.get((arch, bits)) or table.get(("any", bits)) or table["sm80", bits]
     width = padded(max(head_dim, value_dim))
     tiles = next(tiles for limit, tiles in found if width <= limit)
-    if kind == "decode":
-        return replace(tiles, block_m=padded(rows))
-    return aligned(tiles, plan)
+    fitting = aligned(tiles, plan)
+    return replace(fitting, block_m=padded(rows), warps=tiles.warps) if kind == "decode" else fitting
 
 
 def aligned(tiles: Tiles, plan: Plan) -> Tiles:

@@ -7,7 +7,6 @@ keys (``ranges``).
 from __future__ import annotations
 
 import hashlib
-import math
 import re
 from dataclasses import dataclass, field
 from functools import cache, reduce
@@ -81,7 +80,7 @@ def parameters(spec: KernelSpec) -> list[Param]:
     element = f"*{DTYPES[spec.dtype]}"
     found = [Param(name, element) for name in ("query", "key", "value", "out")] + [Param("lse", "*fp32")]
     if spec.kind == "decode":
-        found += [Param("parts", "*fp32"), Param("parts_lse", "*fp32")]
+        found += [Param(name, "*fp32") for name in ("parts", "parts_top", "parts_total")]
     found += [Param(f"{name}_stride_{dim}", "i32") for name in ("query", "key", "value", "out") for dim in "bhnd"]
     found += [Param(name, "i32", False) for name in ("heads", "q_len", "k_len")]
     if spec.kind == "decode":
@@ -93,7 +92,7 @@ def parameters(spec: KernelSpec) -> list[Param]:
         found += [Param(f"{load.name}_size_{dim}", "i32", False) for dim in tested[load.name]]
     found += [Param(f"scalar_{name}", "i32", False) for name in spec.plan.scalars]
     found += [Param(f"number_{name}", "fp32", False) for name in spec.plan.numbers]
-    return found + [Param(name, "constexpr") for name in _constants(spec)]
+    return found + [Param(name, "constexpr") for name in kernel_constants(spec)]
 
 
 def sizes_tested(spec: KernelSpec) -> dict[str, list[int]]:
@@ -108,12 +107,13 @@ def linear_scale(score: Any, spec: KernelSpec) -> Any | None:
     """c where the score is ``c * s`` with one c for all of a tile, so that it folds into the exponent; else None."""
     factor = sympy.expand(score).coeff(expr.s, 1)
     varying = (expr.s, expr.q, expr.k) if spec.kind == "prefill" else (expr.s, expr.q, expr.k, expr.h)
-    if factor.has(*varying) or factor.is_zero is not False and factor.is_number:
+    if factor.has(*varying) or (factor.is_zero is not False and factor.is_number):
         return None
     return factor if sympy.expand(score - factor * expr.s) == 0 else None
 
 
-def _constants(spec: KernelSpec) -> dict[str, int | bool]:
+def kernel_constants(spec: KernelSpec) -> dict[str, int | bool]:
+    """The compile-time constants of ``forward``."""
     found: dict[str, int | bool] = {
         "BLOCK_M": spec.tiles.block_m,
         "BLOCK_N": spec.tiles.block_n,
@@ -154,9 +154,8 @@ class _Generator:
         self.shift = ""
         self.offset = None
         if self.walk.powers is not None:
-            self.offset = position_offset(self.walk.powers, spec.tiles.block_m, spec.tiles.block_n)
-            if spec.kind == "decode":
-                self.offset = sympy.expand(self.walk.powers.position - expr.q)
+            rows = spec.tiles.block_m if spec.kind == "prefill" else 1  # decode: kernels with a list take one row
+            self.offset = position_offset(self.walk.powers, rows, spec.tiles.block_n)
 
     def symbols(self, **more: Value) -> dict[str, Value]:
         head = Value("head", SCALAR if self.spec.kind == "prefill" else ROWS, plain=True)
@@ -205,7 +204,7 @@ class _Generator:
             "heads_first": tiles.heads_first,
             "descriptors": tiles.descriptors,
             "empty_rows": self.plan.empty_rows,
-            "constants": {name: value for name, value in _constants(spec).items() if name != "DIRECT"},
+            "constants": {name: value for name, value in kernel_constants(spec).items() if name != "DIRECT"},
             "params": params,
             "unspecialised": [p.name for p in params if p.type in ("i32", "i64", "fp32") and not p.specialise],
             "pad_d": spec.block_d != spec.head_dim,
@@ -221,7 +220,7 @@ class _Generator:
             "scale_base2": None if scale_constant is None else abs(scale_constant) * LOG2_E,
             "scale_expression": scale_expression,
             "score_expression": self.scale is None,
-            "tested": [tested for tested in sizes_tested(spec).values()],
+            "tested": list(sizes_tested(spec).values()),
         }
         environment = _environment()
         context["host_helpers"] = environment.get_template("host.jinja").render(context)

@@ -1,0 +1,93 @@
+"""Compile a kernel for a GPU that need not be there, and read off what it uses.
+
+Not available under Triton's interpreter (``TRITON_INTERPRET=1``), which replaces what compiles.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from effattn.lowering.triton.module import module_from
+from effattn.lowering.triton.source import file_name, generate, kernel_constants, parameters
+from effattn.lowering.triton.spec import KernelSpec
+
+# architecture -> (backend, name in that backend, lanes of a warp, bytes of shared memory that a program may use)
+TARGETS: dict[str, tuple[str, Any, int, int]] = {
+    "sm80": ("cuda", 80, 32, 163 * 1024),
+    "sm90": ("cuda", 90, 32, 227 * 1024),
+    "sm100": ("cuda", 100, 32, 227 * 1024),
+    "gfx942": ("hip", "gfx942", 64, 64 * 1024),
+}
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What one compiled kernel uses on a multiprocessor."""
+
+    registers: int  # of one thread
+    spilled: int  # bytes of one thread that did not fit in registers
+    shared: int  # bytes of one program
+
+    def __str__(self) -> str:
+        return f"{self.registers} registers, {self.spilled} bytes spilled, {self.shared} bytes of shared memory"
+
+
+def compile_for(spec: KernelSpec, arch: str) -> Resources:
+    """Compile ``forward`` of ``spec`` for ``arch`` (a key of ``TARGETS``), with contiguous last dimensions."""
+    compiled = compiled_for(spec, arch)
+    if TARGETS[arch][0] == "hip":
+        registers, spilled = _read_amd(compiled.asm["amdgcn"])
+    else:
+        registers, spilled = _read_nvidia(compiled.asm["cubin"])
+    return Resources(registers, spilled, compiled.metadata.shared)
+
+
+def compiled_for(spec: KernelSpec, arch: str) -> Any:
+    """What ``triton.compile`` returns: ``.asm`` holds every stage from ``ttir`` down to machine code."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    backend, name, lanes, _ = TARGETS[arch]
+    source = generate(spec)
+    module = module_from(source, Path(file_name(spec, source)))
+    constants: dict[str, Any] = dict(kernel_constants(spec))
+    signature, attributes = {}, {}
+    for place, param in enumerate(parameters(spec)):
+        last_stride = param.name.endswith("_stride_d") or _is_last_stride(spec, param.name)
+        signature[param.name] = "constexpr" if last_stride else param.type
+        if last_stride:
+            constants[param.name] = 1
+        elif param.type != "constexpr" and param.specialise:
+            attributes[(place,)] = [["tt.divisibility", 16]]
+    ast = ASTSource(module.forward, signature, constants, attributes)
+    options = {"num_warps": spec.tiles.warps, "num_stages": spec.tiles.stages}
+    return triton.compile(ast, target=GPUTarget(backend, name, lanes), options=options)
+
+
+def _is_last_stride(spec: KernelSpec, name: str) -> bool:
+    return any(name == f"{load.name}_stride_{load.ndim - 1}" for load in spec.plan.loads)
+
+
+def _read_nvidia(cubin: bytes) -> tuple[int, int]:
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        done = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True)
+    usage = dict(re.findall(r"\b(REG|STACK|LOCAL):(\d+)", done.stdout))
+    return int(usage["REG"]), int(usage["STACK"]) + int(usage["LOCAL"])
+
+
+def _read_amd(assembly: str) -> tuple[int, int]:
+    def count(name: str) -> int:
+        return int(re.search(rf"\.{name}:\s*(\d+)", assembly)[1])  # type: ignore[index]
+
+    return count("vgpr_count"), 4 * (count("vgpr_spill_count") + count("sgpr_spill_count"))
