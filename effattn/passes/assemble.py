@@ -96,6 +96,8 @@ def assemble(view: GraphView, draft: Draft, order: int) -> Match:
     )
     anchors = Anchors(
         replaced=draft.replaced,
+        scores=draft.anchor.name,
+        scores_index=draft.scores_index,
         query=draft.query,
         key=draft.key,
         value=draft.value,

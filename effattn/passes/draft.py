@@ -26,6 +26,8 @@ class Anchors:
     """The graph side of a match. Only the rewriting reads it."""
 
     replaced: fx.Node
+    scores: str  # name of the softmax or SDPA node
+    scores_index: tuple[Any, ...]  # index of its scores' dimensions in b, h, q, k
     query: Operand
     key: Operand
     value: Operand
@@ -78,6 +80,7 @@ class Draft:
     head_dim: Any
     value_dim: Any
     term: Any  # the scores before softmax, with s for the raw score
+    scores_index: tuple[Any, ...]
     out_index: tuple[Any, ...]
     reader: Reader
     zero_when_empty: bool  # SDPA gives 0 for a row without keys where a softmax of -inf gives NaN

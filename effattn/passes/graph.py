@@ -61,6 +61,14 @@ class GraphView:
         last = bisect_left(found, end, key=lambda write: write[0])
         return [writer for _, writer, _ in found[first:last]]
 
+    def memory_of(self, node: fx.Node) -> fx.Node:
+        """A representative of all nodes that may share memory with ``node``."""
+        return self._aliases[node]
+
+    def writes(self, node: fx.Node) -> bool:
+        """Whether running ``node`` writes memory that existed before."""
+        return bool(_written_args(node))
+
     def written_as(self, writer: fx.Node) -> fx.Node | None:
         """The node that ``writer`` was given to write to."""
         targets = _written_args(writer)

@@ -1,0 +1,52 @@
+"""The backend: one compilation from start to end.
+
+Entry point ``effattn`` of the group ``torch_dynamo_backends``, so that ``torch.compile(model, backend="effattn")``
+works without an import.
+"""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+from torch import fx
+
+from effattn.compiler import collect
+from effattn.compiler.options import Options
+from effattn.compiler.pipeline import Outcome, run_passes
+from effattn.compiler.rest import compile_rest
+from effattn.compiler.verify import verified
+
+
+def effattn(
+    gm: fx.GraphModule, example_inputs: list[Any], *, options: dict[str, Any] | None = None, mode: str | None = None
+) -> Callable:
+    """Compile a Dynamo graph: attention by effattn, the rest by Inductor.
+
+    ``options``: see :class:`effattn.compiler.options.Options`. An exception inside the passes leaves the graph as it
+    was, with one warning; ``options={"strict": True}`` raises it.
+    """
+    settings = Options.read(options, mode)
+    start = time.perf_counter()
+    try:
+        outcome = run_passes(gm, settings)
+        failure = None
+    except Exception as error:
+        if settings.strict:
+            raise
+        outcome, failure = Outcome(), error
+        warnings.warn(
+            f"effattn left this graph as it was because of {type(error).__name__}: {error}. "
+            'The model still runs, without effattn; options={"strict": True} raises this.',
+            stacklevel=2,
+        )
+    outcome.seconds["passes"] = time.perf_counter() - start
+    start = time.perf_counter()
+    compiled = compile_rest(gm, example_inputs, settings)
+    outcome.seconds["rest"] = time.perf_counter() - start
+    collect.tell(gm, outcome, settings, failure)
+    if settings.verify and outcome.original is not None:
+        return verified(compiled, gm, outcome, settings)
+    return compiled

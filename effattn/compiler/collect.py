@@ -1,0 +1,63 @@
+"""Where compilations leave their reports: whoever explains a model listens while it compiles."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from torch import fx
+
+from effattn import settings
+from effattn.compiler.options import Options
+from effattn.compiler.pipeline import Outcome
+from effattn.compiler.report import GraphReport, Report, graph_report, merge
+from effattn.passes.choose import Choice
+
+_listeners: list[Collected] = []
+
+
+@dataclass
+class Collected:
+    """What was compiled while somebody listened."""
+
+    graphs: list[GraphReport] = field(default_factory=list)
+    choices: list[Choice] = field(default_factory=list)
+
+    def report(self, options: Options) -> Report:
+        return merge(self.graphs, self.choices, options)
+
+
+@contextmanager
+def listening() -> Iterator[Collected]:
+    """Collect the reports of every graph that is compiled inside."""
+    heard = Collected()
+    _listeners.append(heard)
+    try:
+        yield heard
+    finally:
+        _listeners.remove(heard)
+
+
+def tell(gm: fx.GraphModule, outcome: Outcome, options: Options, failure: Exception | None) -> None:
+    """Report one compiled graph to all listeners, and to the user as EFFATTN_DEBUG asks."""
+    debug = settings.current().debug
+    if not _listeners and not debug:
+        return
+    after = str(gm.code)
+    before = fx.GraphModule(gm, outcome.original).code if outcome.original is not None else after
+    report = graph_report(after, outcome, failure, before)
+    for heard in _listeners:
+        heard.graphs.append(report)
+        heard.choices += outcome.choices
+    if debug and (report.sites or report.missed):
+        _show(report, options)
+
+
+def _show(report: GraphReport, options: Options) -> None:
+    for site in report.sites:
+        settings.show(1, f"{site.name}: {site.predicate} -> {site.form}")
+        settings.show(2, f"{site.name}: {site.reason}")
+    for missed in report.missed:
+        settings.show(1, f"{missed.name}: left alone, {missed.reason}")
+    settings.show(3, f"before:\n{report.before}\nafter:\n{report.after}")

@@ -1,0 +1,42 @@
+"""``effattn.explain``: compile a model, run it once, say what happened."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from effattn.compiler import collect
+from effattn.compiler.backend import effattn as backend
+from effattn.compiler.options import Options
+from effattn.compiler.report import Report
+
+
+def explain(model: Any, *args: Any, policy: Any = None, options: Mapping[str, Any] | None = None, **kwargs: Any) -> Report:
+    """Compile ``model``, call it once with the given arguments, and report on every attention in it.
+
+    Args:
+        model: a module or function; it is not changed, and code that was compiled before stays valid.
+        args, kwargs: handed to the model.
+        policy: as in ``torch.compile(..., options={"policy": ...})``.
+        options: other options of the backend. Everything that is not attention runs eagerly unless
+            ``{"rest": "inductor"}`` is given, because only the passes are of interest here.
+
+    Returns:
+        The report; ``print`` it, or read ``report.sites`` and ``report.missed``.
+
+    Raises:
+        PolicyError, OptionError: the policy or an option is not valid.
+    """
+    given = {"rest": "eager", **(options or {})}
+    if policy is not None:
+        given["policy"] = policy
+    settings = Options.read(given)
+
+    def explained(gm, example_inputs):
+        return backend(gm, example_inputs, options=given)
+
+    with collect.listening() as heard, torch._dynamo.config.patch(recompile_limit=64):
+        torch.compile(model, backend=explained)(*args, **kwargs)
+    return heard.report(settings)

@@ -1,0 +1,55 @@
+"""What ``torch.compile(model, backend="effattn", options={...})`` may hold."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from effattn.errors import OptionError
+from effattn.policy import Policy
+
+_CHOICES: dict[str, tuple] = {
+    "rest": ("inductor", "eager"),
+    "target": ("triton", "portable", None),
+    "mode": ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs", None),
+    "strict": (True, False),
+    "verify": (True, False),
+}
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options of one compilation."""
+
+    policy: Policy
+    rest: str = "inductor"  # what compiles everything that is not attention
+    strict: bool = False  # raise instead of falling back
+    verify: bool = False  # run the untouched graph too, on every call, and compare
+    mode: str | None = None  # Inductor's mode
+    target: str | None = None  # "triton", "portable", or None: by device
+
+    @staticmethod
+    def read(options: Mapping[str, Any] | None, mode: str | None = None) -> Options:
+        """Options from what torch.compile hands to a backend.
+
+        Raises:
+            OptionError: an unknown name or value; says what is allowed and the nearest match.
+            PolicyError: the policy is not valid.
+        """
+        given = dict(options or {})
+        names = [field.name for field in fields(Options)]
+        for name in given:
+            if name not in names:
+                near = difflib.get_close_matches(str(name), names, n=1)
+                hint = f"; did you mean {near[0]!r}?" if near else ""
+                raise OptionError(f"unknown option {name!r}; allowed: {', '.join(names)}{hint}")
+        if mode is not None and given.get("mode") is None:
+            given["mode"] = mode
+        for name, allowed in _CHOICES.items():
+            if name in given and not any(given[name] is value or given[name] == value for value in allowed):
+                near = difflib.get_close_matches(str(given[name]), [str(value) for value in allowed], n=1)
+                hint = f"; did you mean {near[0]!r}?" if near else ""
+                raise OptionError(f"option {name}={given[name]!r}; allowed: {', '.join(map(repr, allowed))}{hint}")
+        return Options(**{**given, "policy": Policy.of(given.get("policy"))})

@@ -1,0 +1,86 @@
+"""The passes in order. This is the table of contents of the compiler."""
+
+from __future__ import annotations
+
+import copy
+import time
+from dataclasses import dataclass, field
+
+from torch import fx
+
+from effattn.compiler.options import Options
+from effattn.passes.check import check
+from effattn.passes.choose import Choice, choose
+from effattn.passes.draft import Match, Missed
+from effattn.passes.graph import GraphView
+from effattn.passes.match import find
+from effattn.passes.normalize import normalize
+from effattn.passes.rewrite import rewrite
+
+
+@dataclass
+class Outcome:
+    """What the passes did to one graph."""
+
+    matches: list[Match] = field(default_factory=list)
+    missed: list[Missed] = field(default_factory=list)
+    choices: list[Choice] = field(default_factory=list)
+    original: fx.Graph | None = None  # the graph as Dynamo made it; None if nothing was replaced
+    erased: int = 0
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def changed(self) -> bool:
+        return any(choice.route != "keep" for choice in self.choices)
+
+
+def run_passes(gm: fx.GraphModule, options: Options) -> Outcome:
+    """Find attention in ``gm`` and rewrite it in place. On an exception the graph is as it was before."""
+    outcome = Outcome()
+    clock = _Clock(outcome.seconds)
+    if not mentions_attention(gm.graph):
+        return outcome
+    original = copy.deepcopy(gm.graph)
+    try:
+        with clock("normalize"):
+            normalize(gm)
+        view = GraphView(gm.graph)
+        with clock("match"):
+            outcome.matches, outcome.missed = find(view)
+        with clock("choose"):
+            outcome.choices = choose(outcome.matches, options.policy, strict=options.strict, target=options.target)
+        with clock("rewrite"):
+            outcome.erased = rewrite(view, outcome.choices)
+        with clock("check"):
+            check(gm.graph, original)
+        gm.recompile()
+    except BaseException:
+        gm.graph = original
+        raise
+    outcome.original = original
+    return outcome
+
+
+def mentions_attention(graph: fx.Graph) -> bool:
+    """A quick look for anything that could be attention, so that other graphs cost nothing."""
+    names = ("softmax", "attention")
+    return any(
+        any(name in str(getattr(node.target, "__name__", node.target)) for name in names)
+        for node in graph.nodes
+        if node.op.startswith("call_")
+    )
+
+
+class _Clock:
+    def __init__(self, seconds: dict[str, float]):
+        self.seconds = seconds
+
+    def __call__(self, name: str) -> _Clock:
+        self.name = name
+        return self
+
+    def __enter__(self) -> None:
+        self.start = time.perf_counter()
+
+    def __exit__(self, *exc: object) -> None:
+        self.seconds[self.name] = self.seconds.get(self.name, 0.0) + time.perf_counter() - self.start

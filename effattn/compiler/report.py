@@ -1,0 +1,233 @@
+"""The report: what happened to every attention of a model, and why. Plain data; printing and HTML are views of it."""
+
+from __future__ import annotations
+
+import platform
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from effattn.compiler.options import Options
+from effattn.compiler.pipeline import Outcome
+from effattn.ir.text import text
+from effattn.passes.choose import Choice
+
+
+@dataclass(frozen=True)
+class SiteReport:
+    """One attention that was found."""
+
+    name: str
+    layer: int | None
+    stage: str
+    found_as: str
+    form: str
+    exact: bool
+    predicate: str
+    score: str
+    reason: str
+    candidates: tuple[dict[str, Any], ...]
+    kernel: str | None  # path of the generated kernel, or what runs instead
+    location: str
+    layout: str
+    empty_rows: str
+    notes: tuple[str, ...]
+    params: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class MissedReport:
+    """A softmax or SDPA call that was left alone."""
+
+    name: str
+    location: str
+    reason: str
+    hint: str = ""
+
+
+@dataclass
+class GraphReport:
+    """One graph that Dynamo made of the model."""
+
+    sites: tuple[SiteReport, ...]
+    missed: tuple[MissedReport, ...]
+    before: str
+    after: str
+    erased: int
+    seconds: dict[str, float]
+    failure: str | None
+
+
+@dataclass
+class Report:
+    """Everything about one model; the graphs in the order in which they were compiled."""
+
+    graphs: list[GraphReport]
+    policy: str
+    policy_toml: str
+    stanza: str
+
+    @property
+    def sites(self) -> list[SiteReport]:
+        return [site for graph in self.graphs for site in graph.sites]
+
+    @property
+    def missed(self) -> list[MissedReport]:
+        return [missed for graph in self.graphs for missed in graph.missed]
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        total: Counter[str] = Counter()
+        for graph in self.graphs:
+            total.update(graph.seconds)
+        return dict(total)
+
+    def graph(self, before: bool = False, number: int = 0) -> str:
+        """The code of graph ``number``, as Dynamo made it (``before``) or after the rewriting."""
+        if not 0 <= number < len(self.graphs):
+            raise IndexError(f"the model has {len(self.graphs)} graphs, there is no graph {number}")
+        return self.graphs[number].before if before else self.graphs[number].after
+
+    def to_dict(self) -> dict[str, Any]:
+        """Values that JSON can hold."""
+        return {
+            "versions": versions(),
+            "policy": {"name": self.policy, "toml": self.policy_toml},
+            "seconds": self.seconds,
+            "sites": [asdict(site) for site in self.sites],
+            "missed": [asdict(missed) for missed in self.missed],
+            "graphs": [
+                {"before": graph.before, "after": graph.after, "erased": graph.erased, "failure": graph.failure}
+                for graph in self.graphs
+            ],
+            "stanza": self.stanza,
+        }
+
+    def to_html(self, path: str | Path) -> Path:
+        """Write the report as one HTML page and return its path."""
+        from effattn.compiler.report_html import render
+
+        path = Path(path)
+        path.write_text(render(self.to_dict()), encoding="utf-8")
+        return path
+
+    def __str__(self) -> str:
+        from effattn.compiler.report_text import render
+
+        return render(self)
+
+
+def versions() -> dict[str, str]:
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {"python": platform.python_version(), "torch": torch.__version__}
+    for package in ("effattn", "triton", "transformers"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def graph_report(after: str, outcome: Outcome, failure: Exception | None, before: str) -> GraphReport:
+    """The report of one compiled graph."""
+    return GraphReport(
+        sites=tuple(_site(choice) for choice in outcome.choices),
+        missed=tuple(
+            MissedReport(missed.name, missed.location, missed.refusal.reason, missed.refusal.hint)
+            for missed in outcome.missed
+        ),
+        before=before,
+        after=after,
+        erased=outcome.erased,
+        seconds=outcome.seconds,
+        failure=f"{type(failure).__name__}: {failure}" if failure is not None else None,
+    )
+
+
+def _site(choice: Choice) -> SiteReport:
+    site = choice.match.site
+    return SiteReport(
+        name=site.module or site.name,
+        layer=site.layer,
+        stage=site.stage,
+        found_as=site.found_as,
+        form=choice.form,
+        exact=choice.exact,
+        predicate=text(site.predicate),
+        score=text(site.score),
+        reason=choice.reason,
+        candidates=tuple(asdict(candidate) for candidate in choice.candidates),
+        kernel=_kernel(choice),
+        location=site.location,
+        layout=str(site.layout),
+        empty_rows=site.empty_rows,
+        notes=site.notes,
+        params=choice.params.model_dump(),
+    )
+
+
+def _kernel(choice: Choice) -> str | None:
+    """What runs: the author's own call, SDPA, or the op with the file of its generated kernel."""
+    if choice.route != "op":
+        return "torch.nn.functional.scaled_dot_product_attention" if choice.match.site.found_as == "sdpa" or (
+            choice.route == "sdpa"
+        ) else None
+    if choice.match.site.device != "cuda" or choice.plan is None or choice.plan.target == "portable":
+        return "portable (ATen, blockwise)"
+    from effattn.compiler.kernel_paths import path_of
+
+    return path_of(choice)
+
+
+def stanza(choices: list[Choice], policy: str) -> str:
+    """A policy that repeats these choices: pasteable into a TOML file."""
+    lines = ["schema = 1", f'name = "{policy}-as-chosen"']
+    groups: dict[tuple, list[Choice]] = {}
+    for choice in choices:
+        key = (choice.form, choice.match.site.stage, str(choice.params), choice.plan.min_length if choice.plan else 0)
+        groups.setdefault(key, []).append(choice)
+    for (form, stage, _, min_length), members in groups.items():
+        if form == "exact":
+            continue
+        layers = sorted({choice.match.site.layer for choice in members if choice.match.site.layer is not None})
+        lines += ["", "[[rule]]"]
+        if layers:
+            lines.append(f'layers = "{ranges(layers)}"')
+        lines.append(f'stage = ["{stage}"]')
+        if min_length:
+            lines.append(f"min_length = {min_length}")
+        lines.append(f'forms = ["{form}"]')
+        params = members[0].params.model_dump()
+        if params:
+            lines.append(f"  [rule.params.{form}]")
+            lines += [f"  {name} = {value}" for name, value in params.items()]
+    if len(lines) == 2:
+        lines.append("# every site is exact: no rule is needed")
+    return "\n".join(lines) + "\n"
+
+
+def ranges(numbers: list[int]) -> str:
+    parts: list[list[int]] = []
+    for number in numbers:
+        if parts and number == parts[-1][-1] + 1:
+            parts[-1][-1:] = [parts[-1][0], number] if len(parts[-1]) == 1 else [number]
+        else:
+            parts.append([number])
+    return ", ".join("-".join(map(str, part)) for part in parts)
+
+
+def merge(graphs: list[GraphReport], choices: list[Choice], options: Options) -> Report:
+    """One report for all graphs of a model."""
+    return Report(
+        graphs=graphs,
+        policy=options.policy.name,
+        policy_toml=options.policy.to_toml(),
+        stanza=stanza(choices, options.policy.name),
+    )
+
+
+__all__ = ["GraphReport", "MissedReport", "Report", "SiteReport", "graph_report", "merge"]

@@ -1,0 +1,23 @@
+"""Everything that is not attention: Inductor, or the graph as it is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import fx
+
+from effattn.compiler.options import Options
+
+
+def compile_rest(gm: fx.GraphModule, example_inputs: list[Any], options: Options) -> Callable:
+    """A callable for the rewritten graph."""
+    if options.rest == "eager":
+        return gm.forward
+    from torch._inductor.compile_fx import compile_fx
+
+    if options.mode in (None, "default"):
+        return compile_fx(gm, example_inputs)
+    from torch._inductor import list_mode_options
+
+    return compile_fx(gm, example_inputs, config_patches=list_mode_options(options.mode))

@@ -1,0 +1,168 @@
+"""``options={"verify": True}``: nothing is trusted. On every call the untouched graph runs too.
+
+Two things are compared: at each site, the mask that the author's code really computed with the predicate that was read
+from it (on up to ``ROWS`` rows per head); and, if every form is exact, all outputs of the graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+
+from effattn.compiler.options import Options
+from effattn.compiler.pipeline import Outcome
+from effattn.errors import VerificationError
+from effattn.ir.text import text
+from effattn.passes.draft import Match
+from effattn.passes.masks import FILL
+from effattn.runtime.algebra import evaluate
+
+ROWS = 128
+TOLERANCES = {torch.float32: 2e-4, torch.float64: 1e-9, torch.bfloat16: 4e-2, torch.float16: 8e-3}
+
+
+def verified(compiled: Callable, gm: fx.GraphModule, outcome: Outcome, options: Options) -> Callable:
+    """``compiled`` with the comparison around it.
+
+    Raises (when called):
+        VerificationError: names the site or output, and how far apart the two are.
+    """
+    assert outcome.original is not None
+    original = fx.GraphModule(gm, outcome.original)
+    exact = all(choice.exact for choice in outcome.choices)
+
+    def run(*args: Any) -> Any:
+        random = torch.get_rng_state()
+        copies = [_copy(arg) for arg in args]
+        with torch.no_grad():
+            expected = _Checker(original, outcome.matches).run(*copies)
+        torch.set_rng_state(random)
+        actual = compiled(*args)
+        if exact:
+            _compare(expected, actual)
+        return actual
+
+    return run
+
+
+def _copy(arg: Any) -> Any:
+    return arg if isinstance(arg, torch.nn.Parameter) or not isinstance(arg, torch.Tensor) else arg.detach().clone()
+
+
+class _Checker(fx.Interpreter):
+    """Runs the untouched graph and holds each site's mask against its predicate on the way."""
+
+    def __init__(self, original: fx.GraphModule, matches: list[Match]):
+        super().__init__(original)
+        self.sites = {match.anchors.scores: match for match in matches}
+        self.by_time: dict[int, list[tuple[str, str]]] = {}
+        self.values: dict[tuple[str, int], Any] = {}
+        self.time = 0
+        for match in matches:
+            for source in match.anchors.loads:
+                self.by_time.setdefault(source.time, []).append((source.node.name, match.anchors.scores))
+
+    def run_node(self, n: fx.Node) -> Any:
+        for name, _ in self.by_time.get(self.time, ()):
+            value = next(held for node, held in self.env.items() if node.name == name)
+            self.values[name, self.time] = value.detach().clone()
+        if n.name in self.sites:
+            args, kwargs = self.fetch_args_kwargs_from_env(n)
+            self._check(self.sites[n.name], n, args, kwargs)
+        self.time += 1
+        return super().run_node(n)
+
+    def _check(self, match: Match, node: fx.Node, args: tuple, kwargs: dict) -> None:
+        site = match.site
+        query, key = args[0], args[1] if len(args) > 1 else None
+        allowed = _allowed_by_author(match, query, key, args, kwargs)
+        if allowed is None:
+            return
+        sizes = _sizes(match, query, key)
+        rows = torch.linspace(0, sizes["q"] - 1, min(ROWS, sizes["q"]), device=allowed.device).long()
+        index = {
+            "b": torch.arange(sizes["b"], device=allowed.device).view(-1, 1, 1, 1),
+            "h": torch.arange(sizes["h"], device=allowed.device).view(1, -1, 1, 1),
+            "q": rows.view(1, 1, -1, 1),
+            "k": torch.arange(sizes["k"], device=allowed.device).view(1, 1, 1, -1),
+            "Nq": sizes["q"],
+            "Nk": sizes["k"],
+        }
+        loads = {
+            spec.name: self.values[source.node.name, source.time]
+            for spec, source in zip(site.loads, match.anchors.loads, strict=True)
+        }
+        for name, source in zip(site.scalars, match.anchors.scalars, strict=True):
+            held = next(value for node, value in self.env.items() if node.name == source.node.name)
+            index[name] = held if source.dim is None else held.shape[source.dim]
+        device = allowed.device
+        places = [evaluate(entry, index, loads, torch.float64, device) for entry in match.anchors.scores_index]
+        places = [torch.as_tensor(place, device=device) for place in places]
+        places = [
+            torch.zeros_like(place) if size == 1 else place for place, size in zip(places, allowed.shape, strict=True)
+        ]
+        expected = allowed[tuple(places)]
+        read = torch.as_tensor(evaluate(site.predicate, index, loads, torch.float64, device), device=device)
+        expected, read = torch.broadcast_tensors(expected, read)
+        if not torch.equal(expected, read):
+            wrong = int((expected != read).sum())
+            raise VerificationError(
+                f"{site.name} ({site.location}): the mask was read as {text(site.predicate)}, "
+                f"but {wrong} of {read.numel()} checked entries differ from the model's own mask"
+            )
+
+
+def _sizes(match: Match, query: Any, key: Any) -> dict[str, int]:
+    """The real sizes: lengths of the scores or of query and key."""
+    if match.site.found_as == "softmax":
+        names = {}
+        for entry, size in zip(match.anchors.scores_index, query.shape, strict=True):
+            names[str(entry)] = int(size)
+        heads = int(match.site.layout.heads)
+        batch = names.get("b", 1)
+        return {"b": batch, "h": heads, "q": names["q"], "k": names["k"]}
+    lead = query.shape[:-2]
+    return {
+        "b": int(lead[0]) if lead else 1,
+        "h": int(match.site.layout.heads),
+        "q": int(query.shape[-2]),
+        "k": int(key.shape[-2]),
+    }
+
+
+def _allowed_by_author(match: Match, query: Any, key: Any, args: tuple, kwargs: dict) -> torch.Tensor | None:
+    """Which entries of the scores the author's mask lets through, in the shape of the scores."""
+    if match.site.found_as == "softmax":
+        return query > FILL
+    mask = kwargs.get("attn_mask", args[3] if len(args) > 3 else None)
+    causal = kwargs.get("is_causal", args[5] if len(args) > 5 else False)
+    shape = (*query.shape[:-1], key.shape[-2])
+    allowed = torch.ones(shape[-2:], dtype=torch.bool, device=query.device)
+    if causal:
+        allowed = allowed.tril()
+    if mask is not None:
+        allowed = allowed & (mask if mask.dtype == torch.bool else mask > FILL)
+    return allowed.expand(torch.broadcast_shapes(allowed.shape, (1,) * len(shape)))
+
+
+def _compare(expected: Any, actual: Any) -> None:
+    pairs = zip(torch.utils._pytree.tree_leaves(expected), torch.utils._pytree.tree_leaves(actual), strict=True)
+    for number, (want, got) in enumerate(pairs):
+        if not isinstance(want, torch.Tensor) or not want.is_floating_point():
+            continue
+        want, got = want.double(), got.detach().double()
+        if want.numel() == 0:
+            continue
+        error = (want - got).nan_to_num().abs().max().item()
+        limit = TOLERANCES.get(actual_dtype(actual, number), 1e-3) * max(1.0, want.nan_to_num().abs().max().item())
+        if error > limit or not torch.equal(want.isnan(), got.isnan()):
+            raise VerificationError(
+                f"output {number} of the graph differs by {error:.3g} from the untouched graph (limit {limit:.3g})"
+            )
+
+
+def actual_dtype(outputs: Any, number: int) -> torch.dtype:
+    return torch.utils._pytree.tree_leaves(outputs)[number].dtype

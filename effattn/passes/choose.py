@@ -1,0 +1,165 @@
+"""One form per site, with the reason: what the policy allows, what the form's rules admit, what is cheapest to run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import sympy
+
+from effattn.errors import FormRefused
+from effattn.ir import expr
+from effattn.ir.plan import Plan
+from effattn.ir.site import Refusal, Site
+from effattn.lowering.forms import FORMS
+from effattn.lowering.forms.form import Params
+from effattn.passes.draft import Anchors, Match
+from effattn.policy import Policy
+
+Route = Literal["keep", "sdpa", "op"]
+SDPA_MAX_HEAD_DIM = 256  # beyond it SDPA has no kernel that avoids N x N scores
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One form that was considered for a site."""
+
+    form: str
+    accepted: bool
+    reasons: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What will be done with a site.
+
+    ``route``: "keep" leaves the node as it is, "sdpa" writes an SDPA call without a mask, "op" writes
+    ``effattn::attend`` with ``plan``.
+    """
+
+    match: Match
+    form: str
+    params: Params
+    route: Route
+    reason: str
+    plan: Plan | None
+    candidates: tuple[Candidate, ...]
+
+    @property
+    def exact(self) -> bool:
+        return FORMS[self.form].kind == "exact"
+
+
+def choose(matches: list[Match], policy: Policy, *, strict: bool, target: str | None) -> list[Choice]:
+    """A choice for every match.
+
+    Raises:
+        FormRefused: with ``strict``, a form that the policy names does not apply at a site that its rule matches.
+        PolicyError: with ``strict``, a rule names layers that the model does not have.
+    """
+    return [_choose(match, policy, strict, target) for match in matches]
+
+
+def _choose(match: Match, policy: Policy, strict: bool, target: str | None) -> Choice:
+    site = match.site
+    found = policy.match(site)
+    rule = found.rule
+    candidates: list[Candidate] = []
+    for name in rule.preference if rule is not None else ("exact",):
+        form = FORMS[name]
+        params = rule.params_of(name) if rule is not None else form.params()
+        refusals = form.refusals(site, params) + _cannot_lower(site, name)
+        candidates.append(Candidate(name, not refusals, tuple(map(str, refusals))))
+        if refusals:
+            if strict and name != "exact":
+                raise FormRefused(f"{site.name} ({site.location}): {name} refused: {'; '.join(map(str, refusals))}")
+            continue
+        if name == "exact":
+            break
+        min_length = rule.min_length if rule is not None else 0
+        plan = plan_of(site, name, params, min_length, target)
+        since = f" from {min_length:,} keys on" if min_length else ""
+        reason = f"policy {policy.name!r} asks for it{since}"
+        return Choice(match, name, params, "op", reason, plan, tuple(candidates))
+    refused = [candidate for candidate in candidates if not candidate.accepted and candidate.form != "exact"]
+    why = "; ".join(f"{candidate.form} refused: {', '.join(candidate.reasons)}" for candidate in refused)
+    return _exact(match, tuple(candidates), "; ".join([*([why] if why else []), *found.notes]), target)
+
+
+def _exact(match: Match, candidates: tuple[Candidate, ...], why: str, target: str | None) -> Choice:
+    site = match.site
+    params = FORMS["exact"].params()
+    route, reason = exact_route(site, match.anchors)
+    plan = plan_of(site, "exact", params, 0, target) if route == "op" else None
+    return Choice(match, "exact", params, route, f"{reason}; {why}" if why else reason, plan, candidates)
+
+
+def exact_route(site: Site, anchors: Anchors) -> tuple[Route, str]:
+    """How exact attention is computed at a site, and why."""
+    if anchors.is_plain_sdpa and not anchors.key.folded:
+        return "keep", "already an SDPA call without a mask: its own fast kernels run"
+    if sdpa_takes(site):
+        causal = "the mask is causal" if site.predicate != sympy.true else "there is no mask"
+        return "sdpa", f"{causal}: SDPA's own fast kernels, no mask tensor" + _grouped(site)
+    if (refusals := _cannot_lower(site, "exact")) != ():
+        return "keep", f"left as it was: {'; '.join(map(str, refusals))}"
+    if site.found_as == "sdpa" and is_opaque(site):
+        return "keep", "the mask is a tensor with a value for every pair: SDPA reads it as it is"
+    return "op", "a kernel specialised on predicate and score, no mask tensor" + _grouped(site)
+
+
+def _grouped(site: Site) -> str:
+    return ", grouped heads not expanded" if site.layout.groups > 1 else ""
+
+
+def sdpa_takes(site: Site) -> bool:
+    """Whether SDPA without a mask tensor computes the site: no mask or top-left causal, a plain scale, equal widths."""
+    plain = site.predicate == sympy.true or (
+        site.predicate == sympy.Le(expr.k, expr.q) and sympy.expand(site.layout.q_len - site.layout.k_len) == 0
+    )
+    widths = site.layout.head_dim == site.layout.value_dim and site.layout.head_dim <= SDPA_MAX_HEAD_DIM
+    return plain and widths and plain_scale(site.score) is not None
+
+
+def plain_scale(score):
+    """c where the score is c * s with c a constant or a number known at run time; None otherwise."""
+    scale = sympy.expand(score).coeff(expr.s)
+    if sympy.expand(score - scale * expr.s) != 0 or scale.has(*expr.INDICES, expr.s) or expr.loads_of(scale):
+        return None
+    return scale if scale.is_number or scale.is_Symbol else None
+
+
+def is_opaque(site: Site) -> bool:
+    """Whether mask or bias is a tensor that holds a value for every (q, k): there is nothing to save by reading it."""
+    pairs = (load for load in expr.loads_of(site.predicate, site.score) if load.has(expr.q) and load.has(expr.k))
+    return any(all(not (index.has(expr.q) and index.has(expr.k)) for index in load.indices) for load in pairs)
+
+
+def _cannot_lower(site: Site, form: str) -> tuple[Refusal, ...]:
+    """Reasons that lie in the op and not in the form."""
+    if site.needs_grad and form == "exact" and expr.loads_of(site.score):
+        return (
+            Refusal(
+                "no gradient",
+                "gradients are needed and the score reads data (a bias that may be learned)",
+                "run under torch.no_grad(), or leave the site as it is",
+            ),
+        )
+    return ()
+
+
+def plan_of(site: Site, form: str, params: Params, min_length: int, target: str | None) -> Plan:
+    """The plan that an op needs for this site and form."""
+    return Plan(
+        form=form,
+        score=site.score,
+        predicate=site.predicate,
+        keep=FORMS[form].keep(params, site.position),
+        loads=site.loads,
+        scalars=site.scalars,
+        numbers=site.numbers,
+        empty_rows=site.empty_rows,
+        min_length=min_length,
+        layout=site.output_layout,
+        target=target,
+    )

@@ -1,0 +1,48 @@
+"""Clean-up after the rewriting: only what it orphaned, and only what has no effect.
+
+``Graph.eliminate_dead_code`` must not be used on Dynamo's graphs: it takes ``index_copy_`` without users, the write
+into a key/value cache, for dead.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+from torch import fx
+
+from effattn.passes.graph import GraphView
+
+
+def erase_orphans(view: GraphView, replaced: list[fx.Node]) -> None:
+    """Erase the replaced nodes and whatever only they needed: mask code, expanded heads, score arithmetic.
+
+    A node goes only if its operation is in the vocabulary, so that it is known to have no effect but its value. Nodes
+    that share memory go together: ``scores += mask`` is dead once nobody outside reads those scores.
+    """
+    sharing: dict[object, list[fx.Node]] = defaultdict(list)
+    for node in view.time:
+        sharing[view.memory_of(node)].append(node)
+    waiting = list(replaced)
+    erased: set[fx.Node] = set()
+    while waiting:
+        node = waiting.pop()
+        if node in erased:
+            continue
+        group = [member for member in sharing[view.memory_of(node)] if member not in erased]
+        for dead in _dead_part(view, node, group):
+            waiting += [source for source in dead.all_input_nodes if source in view.time]
+            view.graph.erase_node(dead)
+            erased.add(dead)
+
+
+def _dead_part(view: GraphView, node: fx.Node, group: list[fx.Node]) -> list[fx.Node]:
+    """What can be erased together with ``node``, users first; [] if it must stay."""
+    if not node.users and _only_a_value(view, node) and not view.writes(node):
+        return [node]
+    inside = set(group)
+    whole = all(_only_a_value(view, member) and all(user in inside for user in member.users) for member in group)
+    return sorted(group, key=lambda member: -view.time[member]) if whole else []
+
+
+def _only_a_value(view: GraphView, node: fx.Node) -> bool:
+    return view.call(node) is not None

@@ -1,0 +1,152 @@
+"""The rewriting: op nodes in, the nodes that they orphan out. The only pass that changes the graph."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import sympy
+import torch
+import torch.nn.functional as F
+from torch import fx
+
+import effattn.runtime.attend  # noqa: F401  (registers torch.ops.effattn)
+from effattn.errors import RewriteError
+from effattn.passes.choose import Choice, plain_scale
+from effattn.passes.draft import SizeSource
+from effattn.passes.erase import erase_orphans
+from effattn.passes.graph import GraphView, as_sympy
+from effattn.passes.operands import Operand, emit
+from effattn.passes.reading import LoadSource
+
+
+def rewrite(view: GraphView, choices: list[Choice]) -> int:
+    """Apply every choice that is not "keep"; returns the number of nodes that disappeared.
+
+    Raises:
+        RewriteError: a replacement does not have the shape, dtype or device of what it replaces.
+    """
+    before = len(view.graph.nodes)
+    saved = _SavedLoads(view)
+    replaced: list[fx.Node] = []
+    inserted = 0
+    for choice in choices:
+        if choice.route == "keep":
+            continue
+        node = choice.match.anchors.replaced
+        with view.graph.inserting_before(node):
+            writer = _Writer(view, node)
+            result = _sdpa(writer, choice) if choice.route == "sdpa" else _op(writer, choice, saved)
+            result = choice.match.anchors.placement.emit(view.graph, result, writer.remember)
+        _check_same(node, result)
+        node.replace_all_uses_with(result)
+        replaced.append(node)
+        inserted += writer.count
+    erase_orphans(view, replaced)
+    return before + inserted + saved.count - len(view.graph.nodes)
+
+
+class _Writer:
+    """Inserts nodes at one place; each gets the fake value and the provenance that later stages rely on."""
+
+    def __init__(self, view: GraphView, like: fx.Node):
+        self.view, self.like, self.count = view, like, 0
+
+    def remember(self, node: fx.Node) -> fx.Node:
+        for key in ("nn_module_stack", "stack_trace", "source_fn_stack", "custom"):
+            if key in self.like.meta:
+                node.meta[key] = self.like.meta[key]
+        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta.get("example_value"))
+        with _fake_mode(self.like):
+            if node.op == "call_method":
+                node.meta["example_value"] = getattr(args[0], str(node.target))(*args[1:], **kwargs)
+            else:
+                node.meta["example_value"] = node.target(*args, **kwargs)  # type: ignore[operator]
+        self.count += 1
+        return node
+
+    def call(self, target: Any, args: tuple, kwargs: dict | None = None) -> fx.Node:
+        return self.remember(self.view.graph.call_function(target, args, kwargs or {}))
+
+    def method(self, name: str, args: tuple) -> fx.Node:
+        return self.remember(self.view.graph.call_method(name, args))
+
+    def operand(self, operand: Operand, dtype: torch.dtype) -> fx.Node:
+        """Query, key or value as [B, H, N, D] in the dtype of the result (autocast may have cast it)."""
+        node = emit(self.view.graph, self.view, operand, self.remember)
+        return node if node.meta["example_value"].dtype == dtype else self.method("to", (node, dtype))
+
+
+def _fake_mode(node: fx.Node):
+    value = node.meta["example_value"]
+    mode = getattr(value, "fake_mode", None)
+    if mode is None:
+        raise RewriteError(f"{node.name} has no fake value to check the replacement against")
+    return mode
+
+
+def _operands(writer: _Writer, choice: Choice) -> list[fx.Node]:
+    anchors = choice.match.anchors
+    dtype = anchors.replaced.meta["example_value"].dtype
+    return [writer.operand(operand, dtype) for operand in (anchors.query, anchors.key, anchors.value)]
+
+
+def _sdpa(writer: _Writer, choice: Choice) -> fx.Node:
+    site, anchors = choice.match.site, choice.match.anchors
+    scale = plain_scale(site.score)
+    numbers = dict(zip(site.numbers, anchors.numbers, strict=True))
+    kwargs: dict[str, Any] = {
+        "is_causal": site.predicate != sympy.true,
+        "scale": float(scale) if scale.is_number else numbers[scale.name],
+    }
+    if site.layout.groups > 1:
+        kwargs["enable_gqa"] = True
+    return writer.call(F.scaled_dot_product_attention, tuple(_operands(writer, choice)), kwargs)
+
+
+def _op(writer: _Writer, choice: Choice, saved: _SavedLoads) -> fx.Node:
+    anchors, plan = choice.match.anchors, choice.plan
+    assert plan is not None
+    operands = _operands(writer, choice)
+    loads = [saved.at(source, writer.view.time[anchors.replaced]) for source in anchors.loads]
+    scalars = [_length(writer, source) for source in anchors.scalars]
+    args = (*operands, loads, scalars, list(anchors.numbers), plan.encode())
+    both = writer.call(torch.ops.effattn.attend.default, args)
+    return writer.call(operator.getitem, (both, 0))
+
+
+def _length(writer: _Writer, source: SizeSource) -> fx.Node:
+    return source.node if source.dim is None else writer.method("size", (source.node, source.dim))
+
+
+class _SavedLoads:
+    """Loads as the author's code read them. Where memory is written in between, a copy is taken before the write."""
+
+    def __init__(self, view: GraphView):
+        self.view, self.count = view, 0
+        self.copies: dict[tuple[fx.Node, fx.Node], fx.Node] = {}
+
+    def at(self, source: LoadSource, time: int) -> fx.Node:
+        writers = self.view.writes_between(source.node, source.time - 1, time)
+        if not writers:
+            return source.node
+        key = (source.node, writers[0])
+        if key not in self.copies:
+            with self.view.graph.inserting_before(writers[0]):
+                copy = self.view.graph.call_method("clone", (source.node,))
+            copy.meta.update({k: v for k, v in source.node.meta.items() if k in ("stack_trace", "nn_module_stack")})
+            with _fake_mode(source.node):
+                copy.meta["example_value"] = source.node.meta["example_value"].clone()
+            self.copies[key] = copy
+            self.count += 1
+        return self.copies[key]
+
+
+def _check_same(old: fx.Node, new: fx.Node) -> None:
+    before, after = old.meta["example_value"], new.meta["example_value"]
+    shapes = [tuple(sympy.expand(as_sympy(size)) for size in value.shape) for value in (before, after)]
+    if shapes[0] != shapes[1] or before.dtype != after.dtype or before.device != after.device:
+        raise RewriteError(
+            f"replacement of {old.name} is {after.dtype}{list(after.shape)} on {after.device}, "
+            f"expected {before.dtype}{list(before.shape)} on {before.device}"
+        )
