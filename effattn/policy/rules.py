@@ -403,6 +403,11 @@ def shipped() -> tuple[str, ...]:
     return _shipped()
 
 
+def shipped_text(name: str) -> str:
+    """The file of a shipped policy, with its comments."""
+    return (resources.files("effattn") / "policies" / f"{name}.toml").read_text("utf-8")
+
+
 @lru_cache(maxsize=1)
 def _shipped() -> tuple[str, ...]:
     folder = resources.files("effattn") / "policies"
@@ -411,8 +416,7 @@ def _shipped() -> tuple[str, ...]:
 
 @lru_cache(maxsize=32)
 def _named(name: str) -> Policy:
-    content = (resources.files("effattn") / "policies" / f"{name}.toml").read_bytes()
-    return Policy._parse(content, f"shipped policy {name}", name)
+    return Policy._parse(shipped_text(name).encode(), f"shipped policy {name}", name)
 
 
 def _problems(error: ValidationError) -> list[tuple[Path, str]]:

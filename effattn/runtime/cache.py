@@ -11,6 +11,7 @@ import contextlib
 import linecache
 import os
 import pathlib
+import re
 import stat
 import tempfile
 import time
@@ -23,6 +24,8 @@ from effattn import settings
 HEADER = "# effattn kernel"  # the first line of every generated source starts with this
 KERNELS = "kernels"
 _TEMPORARY = ".effattn-"  # prefix of files that are being written
+_HEADER_BYTES = 4096
+_FACT = re.compile(r"# (\w+) {2,}(.*)")  # "# predicate  k <= q"
 _STALE = 3600.0  # seconds after which such a file belongs to a writer that died
 
 
@@ -98,6 +101,23 @@ def entries() -> tuple[Entry, ...]:
                     age = max(0.0, now - status.st_mtime)
                     found.append(Entry(item.name, path, status.st_size, age, _is_ours(path)))
     return tuple(sorted(found, key=lambda entry: entry.name))
+
+
+def source(entry: Entry) -> str:
+    """The text of a file of ours, to show to people; empty if it is gone."""
+    return (_read(entry.path) or b"").decode("utf-8", errors="replace")
+
+
+def about(entry: Entry) -> dict[str, str]:
+    """What the header of a kernel says about it: ``{"form": "power", "predicate": "k <= q", ...}``."""
+    start = (_read(entry.path, limit=_HEADER_BYTES) or b"").decode("utf-8", errors="replace")
+    facts: dict[str, str] = {}
+    for line in start.splitlines():
+        if not line.startswith("#"):
+            break
+        if (fact := _FACT.fullmatch(line)) is not None:
+            facts.setdefault(fact[1], "".join(char if char.isprintable() else "?" for char in fact[2]))
+    return facts
 
 
 def clear() -> int:

@@ -1,0 +1,66 @@
+"""The command ``effattn``."""
+
+from __future__ import annotations
+
+from importlib import metadata
+
+import typer
+from typer.core import TyperGroup
+
+from effattn.cli import cache_commands, explain_command, form_commands, paragraphs, policy_commands
+
+
+class _Group(TyperGroup):
+    """Turns the errors that effattn raises on purpose into one message and exit code 1."""
+
+    def invoke(self, ctx):
+        from effattn.errors import EffattnError
+
+        try:
+            return super().invoke(ctx)
+        except EffattnError as error:
+            typer.secho("error: ", fg="red", err=True, nl=False)
+            typer.echo(str(error), err=True)
+            raise typer.Exit(1) from error
+
+
+app = typer.Typer(
+    name="effattn",
+    cls=_Group,
+    no_args_is_help=True,
+    pretty_exceptions_show_locals=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"effattn {metadata.version('effattn')}")
+        raise typer.Exit
+
+
+@app.callback()
+@paragraphs
+def main(
+    version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Show the version."),
+) -> None:
+    """See what effattn does to a model's attention, and why.
+
+    In Python, all it takes is torch.compile(model, backend="effattn"). The commands here show what that would do to
+    a model, which forms of attention there are, and whether a policy file is right.
+
+    Start with: effattn explain smollm2 --length 512
+
+    Exit codes: 0 fine, 1 a problem was found, 2 the command was not understood.
+    """
+
+
+app.command("explain")(explain_command.explain)
+app.command("forms")(form_commands.forms)
+app.add_typer(policy_commands.app, name="policy")
+app.add_typer(cache_commands.app, name="cache")
+app.command("kernels")(cache_commands.kernels)
+
+
+if __name__ == "__main__":
+    app()

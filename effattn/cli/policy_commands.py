@@ -1,0 +1,88 @@
+"""``effattn policy``: check, show and list policies."""
+
+from __future__ import annotations
+
+import typer
+
+from effattn.cli import paragraphs
+
+app = typer.Typer(no_args_is_help=True)
+
+
+@app.callback()
+@paragraphs
+def policy() -> None:
+    """Check, show and list policies.
+
+    A policy is a TOML file that says which forms of attention are allowed where. Without one, effattn computes
+    exactly what the model's author wrote.
+    """
+
+
+@app.command("check")
+@paragraphs
+def check(
+    files: list[str] = typer.Argument(..., metavar="FILE...", help="Policy files, or names that ship with effattn."),
+    layers: int | None = typer.Option(None, min=0, help="Also check layer ranges against a model of this many layers."),
+) -> None:
+    """Check policy files. Every mistake is told with its line, what is allowed, and the nearest match.
+
+    Exit code 1 if any file is wrong. Nothing in a policy file is ever executed.
+    """
+    from effattn.errors import PolicyError
+    from effattn.policy import Policy
+
+    wrong = 0
+    for file in files:
+        try:
+            policy = Policy.of(file)
+            if layers is not None:
+                policy.check_layers(layers)
+        except PolicyError as error:
+            wrong += 1
+            typer.secho("error: ", fg="red", err=True, nl=False)
+            typer.echo(str(error), err=True)
+            continue
+        forms = sorted({form for rule in policy.rules for form in rule.forms})
+        what = f"{len(policy.rules)} rule{'s' if len(policy.rules) != 1 else ''}"
+        typer.echo(f"{file}: ok, policy {policy.name!r}, {what}" + (f", forms: {', '.join(forms)}" if forms else ""))
+    if wrong:
+        raise typer.Exit(1)
+
+
+@app.command("show")
+@paragraphs
+def show(
+    name: str = typer.Argument(..., help="The name of a policy that ships with effattn, or a file."),
+    json_: bool = typer.Option(False, "--json", help="As JSON, as effattn reads it."),
+) -> None:
+    """Print a policy: a good start for one of your own.
+
+    Example: effattn policy show power > mine.toml
+    """
+    import json
+
+    from effattn.policy import Policy
+    from effattn.policy.rules import shipped, shipped_text
+
+    policy = Policy.of(name)
+    if json_:
+        typer.echo(json.dumps(policy.to_dict(), indent=2, ensure_ascii=False))
+    else:
+        typer.echo(shipped_text(name) if name in shipped() else policy.to_toml(), nl=False)
+
+
+@app.command("list")
+@paragraphs
+def list_() -> None:
+    """List the policies that ship with effattn."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from effattn.policy import Policy
+    from effattn.policy.rules import shipped
+
+    table = Table("Policy", "What it does", box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for name in shipped():
+        table.add_row(name, Policy.named(name).description)
+    Console(highlight=False).print(table)
