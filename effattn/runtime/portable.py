@@ -10,6 +10,7 @@ import sympy
 import torch
 from torch import Tensor
 
+from effattn.ir import expr
 from effattn.ir.plan import Plan
 from effattn.runtime.algebra import bindings, evaluate
 from effattn.runtime.chunks import Chunk, Walker, walk_of
@@ -52,7 +53,13 @@ class Call:
         self.names, self.loads = bindings(plan, loads, scalars, numbers)
         self.walk = walk_of(plan.rule)
         self.walker = Walker(plan.rule, (self.batch, self.heads, self.q_len, self.k_len), self.names, self.loads)
-        self.scale = constant_scale(plan.score, {**self.names, "Nq": self.q_len, "Nk": self.k_len})
+        # the score as scale * s + bias, scale None where it is not of this kind
+        self.bias, product = sympy.sympify(plan.score).as_independent(expr.s, as_Add=True)
+        self.scale = constant_scale(product, {**self.names, "Nq": self.q_len, "Nk": self.k_len})
+
+    def takes_flash_kernel(self) -> bool:
+        """Whether PyTorch's CPU flash kernel computes this: it adds a mask, and takes one head dimension."""
+        return self.device.type == "cpu" and self.scale is not None and self.head_dim == self.value_dim
 
     def by_group(self, tensor: Tensor) -> Tensor:
         """[B, Hq, Nq, ...] as [B, Hkv, G, Nq, ...]."""
@@ -77,10 +84,10 @@ class Call:
         return grouped[piece.batches, piece.kv_heads, :, piece.chunk.start : piece.chunk.stop]
 
     def visited(self, tensor: Tensor, piece: Piece) -> Tensor:
-        """The keys (or values) that a piece visits: [b, hkv, n, D] in the computing dtype."""
+        """The keys (or values) that a piece visits: [b, hkv, n, D]."""
         heads = tensor[piece.batches, piece.kv_heads]
         parts = [heads[:, :, start:stop] for start, stop in piece.chunk.slices()]
-        return (parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)).to(self.dtype)
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 
     def indices(self, piece: Piece) -> dict[str, Any]:
         """Values of every symbol but ``s`` and ``k``, to broadcast against [b, hkv, G, rows, n]."""
@@ -111,30 +118,61 @@ class Call:
         ``query`` [b, hkv, G, rows, D] and ``key`` [b, hkv, n, D] are those of the piece.
         """
         symbols = self.indices(piece)
-        if self.scale is not None:
-            query = query * self.scale
         groups, rows = query.shape[2:4]
+        plain = self.scale is not None and self.bias == 0
+        if plain:
+            query = query * self.scale
         raw = (query.flatten(2, 3) @ key.transpose(-1, -2)).unflatten(2, (groups, rows))
-        if self.scale is None:
+        score = raw
+        if not plain:
             symbols |= {"s": raw, "k": self.all_keys(piece)}
-            score = self.evaluate(self.plan.score, symbols)
-            score = torch.as_tensor(score, dtype=self.dtype, device=self.device).expand_as(raw)
-            score = score.clone() if score is raw or not score.is_contiguous() else score
-        else:
-            score = raw
+            score = torch.as_tensor(self.evaluate(self.plan.score, symbols), dtype=self.dtype, device=self.device)
+            if score is raw or score.shape != raw.shape:
+                score = score.expand_as(raw).clone()
         self._mask(score, piece, symbols)
         return score, symbols
+
+    def additive(self, piece: Piece) -> Tensor | None:
+        """What is added to ``scale * s``: bias, and -inf where the rule does not hold. None for nothing at all.
+
+        [b or 1, hkv or 1, G or 1, rows, n], 1 where neither bias nor rule depends on it.
+        """
+        symbols = self.indices(piece)
+        partial = not all(run.full for run in piece.chunk.runs)
+        terms = (self.bias, self.walk.residual, self.walk.structural if partial else sympy.true)
+        if terms == (0, sympy.true, sympy.true):
+            return None
+        batches, (heads, groups) = symbols["b"].shape[0], symbols["h"].shape[1:3]
+        by_batch, by_head = (any(term.has(index) for term in terms) for index in (expr.b, expr.h))
+        shape = (
+            batches if by_batch else 1,
+            heads if by_head else 1,
+            groups if by_head else 1,
+            piece.chunk.stop - piece.chunk.start,
+            piece.chunk.keys,
+        )
+        added = torch.zeros(shape, dtype=self.dtype, device=self.device)
+        if self.bias != 0:
+            added += self.evaluate(self.bias, {**symbols, "k": self.all_keys(piece)})
+        self._mask(added, piece, symbols)
+        return added
+
+    def empty_rows(self, piece: Piece, added: Tensor | None) -> Tensor | None:
+        """Which rows keep nothing, by what :meth:`additive` returned: bool [b, hkv, G, rows], or None for no row."""
+        certain = self.bias == 0 and self.walk.residual == sympy.true and any(run.full for run in piece.chunk.runs)
+        if added is None or certain:
+            return None
+        return added.amax(dim=-1) == -torch.inf
 
     def _mask(self, score: Tensor, piece: Piece, symbols: dict[str, Any]) -> None:
         """-inf where the rule does not hold, in place; the structure is asked only where it is not known."""
         column = 0
-        if self.walk.structural != sympy.true:
-            for run in piece.chunk.runs:
-                width = run.stop - run.start
-                if not run.full:
-                    kept = self.evaluate(self.walk.structural, {**symbols, "k": self.keys(run.start, run.stop)})
-                    _fill(score[..., column : column + width], kept)
-                column += width
+        for run in piece.chunk.runs:
+            width = run.stop - run.start
+            if not run.full:
+                kept = self.evaluate(self.walk.structural, {**symbols, "k": self.keys(run.start, run.stop)})
+                _fill(score[..., column : column + width], kept)
+            column += width
         if self.walk.residual != sympy.true:
             _fill(score, self.evaluate(self.walk.residual, {**symbols, "k": self.all_keys(piece)}))
 
@@ -146,11 +184,13 @@ def _fill(score: Tensor, kept: Tensor | bool) -> None:
         score.fill_(-torch.inf)
 
 
-def empty_output(plan: Plan, value: Tensor, dtype: torch.dtype) -> Tensor | float:
-    """What a row that keeps nothing gets: a number, or [B, Hkv, 1, 1, Dv]."""
+def empty_output(plan: Plan, value: Tensor, dtype: torch.dtype) -> Tensor:
+    """What a row that keeps nothing gets: [B, Hkv, 1, 1, Dv]."""
+    batch, kv_heads, _, dim = value.shape
     if plan.empty_rows == "mean":
         return value.mean(dim=2, dtype=dtype)[:, :, None, None]
-    return torch.nan if plan.empty_rows == "nan" else 0.0
+    fill = torch.nan if plan.empty_rows == "nan" else 0.0
+    return value.new_full((), fill, dtype=dtype).expand(batch, kv_heads, 1, 1, dim)
 
 
 def allocate(layout: str, like: Tensor, shape: Sequence[int]) -> Tensor:
@@ -179,22 +219,47 @@ def run(
 ) -> tuple[Tensor, Tensor]:
     """Output and LSE of a plan, as ``effattn::attend`` defines them. Scores are computed in float32 (or float64)."""
     call = Call(plan, query, key, value, loads, scalars, numbers)
+    compute = by_flash_kernel if call.takes_flash_kernel() else by_products
     out, lse = allocate_output(plan, query, value)
     grouped_out, grouped_lse = call.by_group(out), call.by_group(lse)
-    instead = empty_output(plan, value, call.dtype)
+    fill = empty_output(plan, value, call.dtype)
     for piece in call.pieces():
         out_rows, lse_rows = call.rows(grouped_out, piece), call.rows(grouped_lse, piece)
-        fill = instead[piece.batches, piece.kv_heads] if isinstance(instead, Tensor) else instead
+        instead = fill[piece.batches, piece.kv_heads].expand_as(out_rows)
         if not piece.chunk.runs:
-            out_rows.copy_(torch.as_tensor(fill, device=call.device).expand_as(out_rows))
+            out_rows.copy_(instead)
             lse_rows.fill_(-torch.inf)
             continue
-        score, _ = call.scores(piece, call.rows(call.query, piece).to(call.dtype), call.visited(key, piece))
-        top = score.amax(dim=-1, keepdim=True)
-        top.masked_fill_(top == -torch.inf, 0.0)
-        weights = score.sub_(top).exp_()
-        total = weights.sum(dim=-1, keepdim=True)
-        product = (weights.flatten(2, 3) @ call.visited(value, piece)).unflatten(2, weights.shape[2:4])
-        out_rows.copy_(torch.where(total == 0, fill, product / total))
-        lse_rows.copy_((top + total.log()).squeeze(-1))
+        result, result_lse, empty = compute(call, piece)
+        if empty is not None:
+            result = torch.where(empty[..., None], instead, result)
+            result_lse = torch.where(empty, -torch.inf, result_lse)
+        out_rows.copy_(result)
+        lse_rows.copy_(result_lse)
     return out, lse
+
+
+def by_products(call: Call, piece: Piece) -> tuple[Tensor, Tensor, Tensor | None]:
+    """One piece as two matrix products and a softmax: (out [b, hkv, G, rows, Dv], lse, which rows are empty)."""
+    query, key = call.rows(call.query, piece).to(call.dtype), call.visited(call.key, piece).to(call.dtype)
+    score, _ = call.scores(piece, query, key)
+    top = score.amax(dim=-1)
+    weights = score.softmax(dim=-1)
+    out = (weights.flatten(2, 3) @ call.visited(call.value, piece).to(call.dtype)).unflatten(2, weights.shape[2:4])
+    # the greatest weight is exp(top - lse): no pass of exp and sum of our own
+    return out, top - weights.amax(dim=-1).log(), top == -torch.inf
+
+
+def by_flash_kernel(call: Call, piece: Piece) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The same by PyTorch's CPU flash kernel; bias and mask are added to its scores."""
+    query, key, value = call.rows(call.query, piece), call.visited(call.key, piece), call.visited(call.value, piece)
+    shape = query.shape
+    added = call.additive(piece)
+    # the groups become rows: k and v are not expanded, and the kernel takes larger tiles of more rows
+    query = query.flatten(2, 3)
+    mask = None if added is None else added.expand(-1, -1, shape[2], -1, -1).flatten(2, 3)
+    query, key, value = (tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in (query, key, value))
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        query, key, value, 0.0, False, attn_mask=mask, scale=call.scale
+    )
+    return out.view(shape), lse.unflatten(2, shape[2:4]), call.empty_rows(piece, added)
