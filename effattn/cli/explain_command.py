@@ -84,7 +84,11 @@ def explain(
 
         typer.echo(json.dumps(report.to_dict(), indent=2, default=str))
     elif graph is not None:
-        typer.echo(report.graph(before=graph is When.before))
+        try:
+            typer.echo(report.graph(before=graph is When.before))
+        except IndexError as error:
+            typer.echo(f"error: {error}", err=True)
+            raise typer.Exit(1) from error
     else:
         typer.echo(str(report))
     if strict and _problems(report):
@@ -112,7 +116,8 @@ def _report(example, policy, train: bool):
 def _problems(report) -> bool:
     body = report.to_dict()
     refused = any(not candidate.get("accepted") for site in body["sites"] for candidate in site.get("candidates", ()))
-    return bool(body["missed"]) or refused
+    failed = any(item.get("failure") for item in body.get("graphs", ()))
+    return bool(body["missed"]) or refused or failed
 
 
 def _first_lines(error: BaseException, count: int = 4) -> str:

@@ -59,6 +59,8 @@ class Report:
         path.write_text("<html>")
 
     def graph(self, before):
+        if self.body.get("graphs") == []:
+            raise IndexError("the model has 0 graphs")
         return "def before" if before else "def after"
 
 
@@ -117,6 +119,8 @@ def test_what_is_printed(calls, code, tmp_path):
     result = run("users_model:build", "--html", tmp_path / "page.html")
     assert (tmp_path / "page.html").read_text() == "<html>"
     assert result.stdout == "30 of 30 sites\n"
+    calls.report = Report(graphs=[])
+    assert "error: the model has 0 graphs" in run("users_model:build", "--graph", "after", code=1).stderr
     assert "cannot write" in run("users_model:build", "--html", tmp_path / "no" / "page.html", code=1).stderr
 
 
@@ -128,6 +132,8 @@ def test_what_is_printed(calls, code, tmp_path):
         ({"sites": [{"candidates": [{"form": "power", "accepted": False}]}]}, 1),
         ({"sites": [{"candidates": [{"form": "power", "accepted": True}]}]}, 0),
         ({"sites": [{}]}, 0),
+        ({"graphs": [{"failure": "KeyError: oops"}, {}]}, 1),
+        ({"graphs": [{"failure": None}]}, 0),
     ],
 )
 def test_strict(calls, code, body, exit_code):

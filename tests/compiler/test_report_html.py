@@ -45,6 +45,7 @@ REPORT = {
             name="attention_2",
             layer=None,
             form="window",
+            params={"window": 2048, "sinks": 4},
             exact=False,
             kernel="/cache/window.py",
             empty_rows="mean",
@@ -56,7 +57,10 @@ REPORT = {
         ),
     ],
     "missed": [{"name": "softmax_9", "location": "m.py:3", "reason": "live dropout", "hint": "call eval()"}],
-    "graphs": [{"before": "def forward(a): return a < 1", "after": "def forward(b): ..."}],
+    "graphs": [
+        {"before": "", "after": "", "failure": "KeyError: oops"},
+        {"before": "def forward(a): return a < 1", "after": "def forward(b): ..."},
+    ],
     "stanza": '[[rule]]\nlayers = "0-1"\n',
 }
 
@@ -97,6 +101,8 @@ def test_tells_everything():
         "grouped heads folded back",
         "a row without keys gives: mean",
         "live dropout",
+        "window 2048, sinks 4",
+        "was left as it was: KeyError: oops",
         "call eval()",
         "def forward(a): return a < 1",
         'layers = "0-1"',
