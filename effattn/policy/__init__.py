@@ -1,7 +1,7 @@
 """Policies: which forms are allowed where, read from TOML and checked before anything is compiled.
 
-``rules`` holds the records, ``layers`` reads layer ranges, ``problems`` turns every mistake into one clear message,
-``locate`` finds the line of a key, ``write`` prints a policy as TOML again.
+``rules`` holds the records, ``fields`` checks single values, ``layers`` reads layer ranges, ``problems`` turns every
+mistake into one clear message, ``locate`` finds the line of a key, ``write`` prints a policy as TOML again.
 """
 
 from effattn.policy.rules import Match, Policy, Rule

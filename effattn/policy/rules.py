@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import datetime
 import fnmatch
-import math
 import os
 import pathlib
 import re
@@ -27,13 +25,12 @@ from pydantic import (
     ValidationInfo,
     field_validator,
 )
-from pydantic_core import PydanticCustomError
 
 from effattn.errors import PolicyError
 from effattn.ir.site import STAGES, Site
 from effattn.lowering.forms import FORMS, Params
+from effattn.policy import fields, write
 from effattn.policy import layers as layer_ranges
-from effattn.policy import write
 from effattn.policy.locate import Path
 from effattn.policy.problems import Origin, given, problems_of, unknown
 
@@ -43,76 +40,22 @@ DEFAULT = "exact"
 _TOML_LINE = re.compile(r"\s*\(at (?:line (\d+), column (\d+)|end of document)\)$")
 
 
-def _refuse(problems: list[tuple[Path, str]]) -> PydanticCustomError:
-    """An error that carries key paths of its own, relative to the field that is being validated."""
-    text = "; ".join(text for _, text in problems)
-    return PydanticCustomError("policy", "{text}", {"text": text, "problems": problems})
-
-
-def _strings(value: Any) -> tuple[str, ...]:
-    """A string or a list of strings."""
-    items = [value] if isinstance(value, str) else value
-    if not isinstance(items, (list, tuple)):
-        raise _refuse([((), f"expected a string or a list of strings, got {given(value)}")])
-    if not items:
-        raise _refuse([((), "the list is empty; name at least one")])
-    wrong: list[tuple[Path, str]] = [
-        ((i,), f"expected a string, got {given(item)}") for i, item in enumerate(items) if type(item) is not str
-    ]
-    if wrong:
-        raise _refuse(wrong)
-    return tuple(items)
-
-
-def _among(what: str, names: tuple[str, ...], allowed: Iterable[str]) -> tuple[str, ...]:
-    allowed = list(allowed)
-    wrong: list[tuple[Path, str]] = []
-    for i, name in enumerate(names):
-        if name not in allowed:
-            wrong.append(((i,), unknown(what, name, allowed)))
-        elif name in names[:i]:
-            wrong.append(((i,), f"{what} {name!r} is named twice"))
-    if wrong:
-        raise _refuse(wrong)
-    return names
-
-
-def _provenance(value: Any) -> Any:
-    """Strings, numbers and dates; anything else has no place in a record of where numbers came from."""
-    if not isinstance(value, Mapping):
-        return value
-    facts: dict[Any, Any] = {}
-    wrong: list[tuple[Path, str]] = []
-    for name, fact in value.items():
-        if isinstance(fact, (datetime.date, datetime.time)):
-            facts[name] = fact.isoformat()
-        elif isinstance(fact, float) and not math.isfinite(fact):
-            wrong.append(((str(name),), f"expected a finite number, got {fact}"))
-        elif isinstance(fact, (str, int, float)):
-            facts[name] = fact
-        else:
-            wrong.append(((str(name),), f"expected a string, a number or a date, got {given(fact)}"))
-    if wrong:
-        raise _refuse(wrong)
-    return facts
-
-
 class Rule(BaseModel):
     """One row of a policy: where it holds, which forms are allowed there, and their parameters."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    model: Annotated[tuple[StrictStr, ...], BeforeValidator(_strings)] = Field(
+    model: Annotated[tuple[StrictStr, ...], BeforeValidator(fields.strings)] = Field(
         default=(), description="class names or globs; one enclosing module must match. Left out: any model"
     )
     layers: str | None = Field(default=None, description='such as "2-29" or "0-3, 8, 20-". Left out: all layers')
-    stage: Annotated[tuple[StrictStr, ...], BeforeValidator(_strings)] = Field(
+    stage: Annotated[tuple[StrictStr, ...], BeforeValidator(fields.strings)] = Field(
         default=(), description=f"one or more of {', '.join(STAGES)}. Left out: any stage"
     )
     min_length: StrictInt = Field(
         default=0, ge=0, description="keys; with fewer the site computes exact attention. Decided when the op runs"
     )
-    forms: Annotated[tuple[StrictStr, ...], BeforeValidator(_strings)] = Field(
+    forms: Annotated[tuple[StrictStr, ...], BeforeValidator(fields.strings)] = Field(
         description="allowed forms, the preferred one first; exact is always the last resort"
     )
     params: dict[str, Any] = Field(default_factory=dict, description="parameters by form")
@@ -125,14 +68,14 @@ class Rule(BaseModel):
     @field_validator("stage")
     @classmethod
     def _known_stages(cls, names: tuple[str, ...]) -> tuple[str, ...]:
-        return _among("stage", names, STAGES)
+        return fields.among("stage", names, STAGES)
 
     @field_validator("forms")
     @classmethod
     def _known_forms(cls, names: tuple[str, ...]) -> tuple[str, ...]:
-        _among("form", names, FORMS)
+        fields.among("form", names, FORMS)
         if "exact" in names[:-1]:
-            raise _refuse(
+            raise fields.refuse(
                 [((names.index("exact") + 1,), "forms after 'exact' are never reached: exact always applies")]
             )
         return names
@@ -141,7 +84,7 @@ class Rule(BaseModel):
     @classmethod
     def _known_params(cls, value: Any, info: ValidationInfo) -> Any:
         if not isinstance(value, Mapping):
-            raise _refuse([((), f"expected a table, got {given(value)}")])
+            raise fields.refuse([((), f"expected a table, got {given(value)}")])
         listed = info.data.get("forms")  # None when that field was wrong itself
         checked: dict[str, Params] = {}
         wrong: list[tuple[Path, str]] = []
@@ -151,12 +94,12 @@ class Rule(BaseModel):
             elif listed is not None and form not in listed:
                 wrong.append(((form,), f"this rule sets {form!r} but allows only {', '.join(listed)}; add it to forms"))
             else:
-                params, problems = _params(form, table)
+                params, problems = fields.params_of(form, table)
                 wrong += problems
                 if params is not None:
                     checked[form] = params
         if wrong:
-            raise _refuse(wrong)
+            raise fields.refuse(wrong)
         return checked
 
     @property
@@ -201,18 +144,6 @@ class Rule(BaseModel):
         return write.rule(self.to_dict())
 
 
-def _params(form: str, table: Any) -> tuple[Params | None, list[tuple[Path, str]]]:
-    kind = FORMS[form].params
-    if isinstance(table, kind):
-        return table, []
-    if not isinstance(table, Mapping):
-        return None, [((form,), f"expected a table, got {given(table)}")]
-    try:
-        return kind.model_validate(dict(table)), []
-    except ValidationError as error:
-        return None, problems_of(error, {0: (f"parameter of form {form!r}", kind.model_fields)}, (form,))
-
-
 @dataclass(frozen=True)
 class Match:
     """What a policy says about one site. ``rule`` is None where no rule matches: the site stays exact."""
@@ -234,7 +165,7 @@ class Policy(BaseModel):
     schema_version: StrictInt = Field(default=SCHEMA, alias="schema", description="version of this format: 1")
     name: StrictStr = Field(default="unnamed", min_length=1, max_length=200, description="for reports")
     description: StrictStr = Field(default="", description="for people")
-    provenance: Annotated[dict[StrictStr, Any], BeforeValidator(_provenance)] = Field(
+    provenance: Annotated[dict[StrictStr, Any], BeforeValidator(fields.facts)] = Field(
         default_factory=dict, description="where it comes from: model revision, device, date, error measured"
     )
     rules: tuple[Rule, ...] = Field(default=(), alias="rule", description="first match wins")
