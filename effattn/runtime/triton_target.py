@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import lru_cache
 
 import torch
@@ -31,6 +32,7 @@ from effattn.runtime import kernels
 MAX_SPLITS = 128
 KEYS_PER_SPLIT = 256  # a split with fewer keys costs more to combine than it saves
 WAVES = 4  # programs that share one multiprocessor while keys stream in
+MAX_DESCRIPTOR_DIM = 256  # widest side of a box that the copy engine takes
 WIDEST_STRIDE = 1 << 22  # offsets within a tile are 32-bit
 
 
@@ -85,12 +87,14 @@ def run(
         found, lse = run(plan, *wide, loads, scalars, numbers, config=config, kind=kind, splits=splits)
         return out.copy_(found), lse
     kind = kind or kind_of(plan, q_len, groups)
+    tensors = (_narrow(query), _narrow(key), _narrow(value))
     rows = q_len * groups if kind == "decode" else 0
     spec = specialise(
         plan, kind, query.dtype, head_dim, value_dim, groups, padded(rows), _arch(device), config, _tf32()
     )
+    if spec.tiles.descriptors and not (_describable(tensors[1]) and _describable(tensors[2])):
+        spec = replace(spec, tiles=replace(spec.tiles, descriptors=False))
     kernel = kernels.load(spec)
-    tensors = (_narrow(query), _narrow(key), _narrow(value))
     arguments = (*tensors, out, lse, loads, scalars, numbers)
     with _on(device):
         if kind == "decode":
@@ -198,6 +202,14 @@ def _narrow(tensor: torch.Tensor) -> torch.Tensor:
     if (rows > 1 and tensor.stride(2) > WIDEST_STRIDE) or (dims > 1 and tensor.stride(3) > WIDEST_STRIDE):
         return tensor.contiguous()
     return tensor
+
+
+def _describable(tensor: torch.Tensor) -> bool:
+    """Whether a tensor descriptor can stand for ``tensor``: 16-byte alignment, a contiguous last dimension."""
+    steps = [stride for size, stride in zip(tensor.shape[:3], tensor.stride()[:3], strict=True) if size > 1]
+    aligned = all(stride > 0 and stride * tensor.element_size() % 16 == 0 for stride in steps)
+    whole = tensor.numel() > 0 and padded(tensor.shape[3]) <= MAX_DESCRIPTOR_DIM
+    return aligned and whole and tensor.stride(3) == 1 and tensor.data_ptr() % 16 == 0
 
 
 def _tf32() -> bool:

@@ -130,3 +130,14 @@ def test_what_kernels_do_not_serve():
     assert triton_target.unsupported(causal, torch.bfloat16, 1024, 64) is not None
     strange = replace(causal, score=sympy.besselj(0, expr.s))
     assert "besselj" in (triton_target.unsupported(strange, torch.bfloat16, 64, 64) or "")
+
+
+@pytest.mark.parametrize("name", ["causal", "left_padding", "power_16", "alibi"])
+@pytest.mark.parametrize("order", ["bhnd", "bnhd", "bhdn"])
+def test_tensor_descriptors(name, order):
+    """Keys and values through descriptors; tensors that none can stand for take pointers."""
+    sizes = Sizes(heads=4, kv_heads=2, q_len=40, k_len=40, value_dim=24)
+    tiles = Tiles(16, 16, 4, 1, descriptors=True)
+    check(
+        CASES[name](sizes, CPU), *tensors(sizes, order=order, dtype=torch.float16), 5e-3, config=tiles, kind="prefill"
+    )

@@ -90,4 +90,5 @@ def _read_amd(assembly: str) -> tuple[int, int]:
     def count(name: str) -> int:
         return int(re.search(rf"\.{name}:\s*(\d+)", assembly)[1])  # type: ignore[index]
 
-    return count("vgpr_count"), 4 * (count("vgpr_spill_count") + count("sgpr_spill_count"))
+    # scalar registers spill into lanes of vector registers; only the private segment is memory
+    return count("vgpr_count"), count("private_segment_fixed_size")

@@ -81,6 +81,10 @@ def parameters(spec: KernelSpec) -> list[Param]:
     found = [Param(name, element) for name in ("query", "key", "value", "out")] + [Param("lse", "*fp32")]
     if spec.kind == "decode":
         found += [Param(name, "*fp32") for name in ("parts", "parts_top", "parts_total")]
+    if spec.tiles.descriptors:
+        for name, width in (("key_tiles", spec.block_d), ("value_tiles", spec.block_dv)):
+            shape = f"1, 1, {spec.tiles.block_n}, {width}"
+            found.append(Param(name, f"tensordesc<{DTYPES[spec.dtype]}[{shape}]>", False))
     found += [Param(f"{name}_stride_{dim}", "i32") for name in ("query", "key", "value", "out") for dim in "bhnd"]
     found += [Param(name, "i32", False) for name in ("heads", "q_len", "k_len")]
     if spec.kind == "decode":
@@ -203,6 +207,7 @@ class _Generator:
             "stages": tiles.stages,
             "heads_first": tiles.heads_first,
             "descriptors": tiles.descriptors,
+            "descriptor_arguments": self.descriptor_arguments(),
             "empty_rows": self.plan.empty_rows,
             "constants": {name: value for name, value in kernel_constants(spec).items() if name != "DIRECT"},
             "params": params,
@@ -227,6 +232,12 @@ class _Generator:
         template = environment.get_template(f"{spec.kind}.py.jinja")
         body = template.render(context, helpers="")
         return _tidy(template.render(context, helpers=_helpers_for(body)))
+
+    def descriptor_arguments(self) -> str:
+        if not self.spec.tiles.descriptors:
+            return ""
+        sides = (("key", self.spec.block_d), ("value", self.spec.block_dv))
+        return "".join(f" tiles_of({name}, {self.spec.tiles.block_n}, {width})," for name, width in sides)
 
     def precision(self) -> str:
         if self.spec.dtype != "float32":
