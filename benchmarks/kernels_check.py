@@ -1,0 +1,429 @@
+"""Generated kernels on a real GPU: right numbers first, then their time beside SDPA and FlexAttention.
+
+    python benchmarks/kernels_check.py --out kernels.json [--part check,time,decode] [--workers 10]
+
+Everything is compiled (and checked) in a pool of processes; then one process times, so that peers and kernels are
+measured in the same run. A variant that fails is printed and left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import statistics
+import sys
+import time
+import traceback
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "kernels")]
+
+HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
+LENGTHS = (8192, 32768, 131072)
+MASKS = ("causal", "padding", "power", "window")
+BLOCK, WINDOW, SINKS = 128, 2048, 128
+
+
+def configs():
+    from effattn.lowering.triton.spec import Tiles
+
+    return {
+        "default": None,
+        "64 w8 s3": Tiles(128, 64, 8, 3),
+        "64 w8 s3 edge1": Tiles(128, 64, 8, 3, edge_stages=1),
+        "64 w8 s3 heads": Tiles(128, 64, 8, 3, heads_first=True),
+        "64 w8 s4": Tiles(128, 64, 8, 4),
+        "64 w4 s3": Tiles(128, 64, 4, 3),
+        "128 w8 s2": Tiles(128, 128, 8, 2),
+        "64x64 w4 s3": Tiles(64, 64, 4, 3),
+        "tma 64 w8 s3": Tiles(128, 64, 8, 3, descriptors=True),
+        "tma 64 w8 s4": Tiles(128, 64, 8, 4, descriptors=True),
+        "tma 128 w8 s2": Tiles(128, 128, 8, 2, descriptors=True),
+        "tma 128 w8 s2 heads": Tiles(128, 128, 8, 2, descriptors=True, heads_first=True),
+    }
+
+
+# --- right numbers -----------------------------------------------------------------------------------------------
+
+
+def check_jobs():
+    from plans import CASES
+
+    jobs = [(name, kind, "bfloat16", 128, 128) for name in CASES for kind in ("prefill", "decode")]
+    for dtype, dim, value_dim in (("float16", 64, 64), ("float32", 64, 64), ("bfloat16", 60, 60), ("bfloat16", 96, 80)):
+        jobs += [(name, "prefill", dtype, dim, value_dim) for name in ("causal", "power_32_no_sinks")]
+        jobs += [("cache_by_pointer", "decode", dtype, dim, value_dim)]
+    jobs += [("causal", "prefill", "bfloat16", 256, 256), ("cache_by_pointer", "decode", "bfloat16", 256, 256)]
+    jobs += [("power of 128", "prefill", "bfloat16", 128, 128), ("descriptors", "prefill", "bfloat16", 128, 128)]
+    return jobs
+
+
+def check_one(job) -> dict:
+    """The largest error of output and LSE against float64."""
+    from plans import CASES, CAUSAL, Call, Sizes, power_keep, s, tensors
+
+    from effattn.ir.plan import Plan
+    from effattn.lowering.triton.spec import Tiles
+    from effattn.runtime import triton_target
+    from effattn.runtime.reference import reference
+
+    name, kind, dtype, dim, value_dim = job
+    length = 1500 if name in ("power of 128", "descriptors") else 333
+    sizes = Sizes(2, 8, 2, 1 if kind == "decode" else length, length, dim, value_dim)
+    device = torch.device("cuda")
+    config = None
+    if name in CASES:
+        call = CASES[name](sizes, device)
+    else:
+        call = Call(Plan("power", sizes.scale * s, CAUSAL, power_keep(128, 256, 128)))
+        config = Tiles(128, 64, 8, 3, descriptors=True) if name == "descriptors" else None
+    query, key, value = tensors(sizes, device, getattr(torch, dtype), order="bnhd")
+    out, lse = triton_target.run(
+        call.plan, query, key, value, call.loads, call.scalars, call.numbers, kind=kind, config=config
+    )
+    wanted, wanted_lse = reference(call.plan, query, key, value, call.loads, call.scalars, call.numbers)
+    assert out.shape == (sizes.batch, sizes.heads, sizes.q_len, sizes.value_dim)
+    out_error = torch.nan_to_num((out.double() - wanted).abs()).max().item()
+    same_nan = bool((out.isnan() == wanted.isnan()).all())
+    both = wanted_lse.isfinite()
+    lse_error = (lse.double() - wanted_lse)[both].abs().max().item() if both.any() else 0.0
+    infinite = bool((lse.isneginf() == wanted_lse.isneginf()).all())
+    limits = {"float32": 2e-5, "float16": 4e-3, "bfloat16": 3e-2}
+    largest = max(1.0, wanted_lse[both].abs().max().item()) if both.any() else 1.0
+    good = out_error < limits[dtype] and lse_error < 1e-3 * largest
+    return {"job": job, "out": out_error, "lse": lse_error, "good": bool(good and same_nan and infinite)}
+
+
+# --- time --------------------------------------------------------------------------------------------------------
+
+
+def inputs(length: int, batch: int = 1, q_len: int | None = None):
+    make = torch.Generator("cuda").manual_seed(1)
+    shapes = [(batch, HEADS, q_len or length), *[(batch, KV_HEADS, length)] * 2]
+    return [torch.randn(*s, HEAD_DIM, device="cuda", dtype=torch.bfloat16, generator=make) for s in shapes]
+
+
+def our_call(mask: str, length: int):
+    import sympy
+    from plans import CAUSAL, Call, b, k, load, s
+
+    from effattn.ir.expr import q
+    from effattn.ir.plan import LoadSpec, Plan
+    from effattn.lowering.forms.power import POWER
+    from effattn.lowering.forms.window import WINDOW as WINDOW_FORM
+
+    score = HEAD_DIM**-0.5 * s
+    if mask == "causal":
+        return Call(Plan("exact", score, CAUSAL, empty_rows="never"))
+    if mask == "padding":
+        seen = sympy.And(CAUSAL, sympy.Ne(load("padding", [b, k], integer=True), 0))
+        plan = Plan("exact", score, seen, loads=(LoadSpec("padding", "bool", 2),))
+        return Call(plan, loads=[torch.ones(1, length, dtype=torch.bool, device="cuda")])
+    if mask == "power":
+        params = POWER.params(block=BLOCK, window=WINDOW, sinks=SINKS)
+        return Call(Plan("power", score, CAUSAL, POWER.keep(params, q), empty_rows="never"))
+    return Call(Plan("window", score, CAUSAL, WINDOW_FORM.keep(WINDOW_FORM.params(window=WINDOW, sinks=SINKS), q)))
+
+
+def blocks(mask: str, length: int):
+    """(block has a kept pair, block keeps every pair), both [blocks, blocks], from formulas."""
+    n = length // BLOCK
+    i, j = torch.arange(n, device="cuda")[:, None], torch.arange(n, device="cuda")[None, :]
+    distance, wide = i - j, WINDOW // BLOCK
+    if mask == "power":
+        kept = (distance < wide) | (distance & (distance - 1) == 0) | (j * BLOCK < SINKS)
+        return kept & (j <= i), kept & (j < i)
+    if mask == "window":
+        sink = j * BLOCK < SINKS
+        return ((distance <= wide) | sink) & (j <= i), ((distance < wide) | sink) & (j < i)
+    return j <= i, j < i
+
+
+def flex_call(mask: str, length: int):
+    from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+    padding = torch.ones(1, length, dtype=torch.bool, device="cuda")
+
+    def keep(b, h, q, k):
+        if mask == "padding":
+            return (k <= q) & padding[b, k]
+        if mask == "power":
+            distance = q // BLOCK - k // BLOCK
+            power = (distance & (distance - 1)) == 0
+            return (k <= q) & ((distance < WINDOW // BLOCK) | power | (k < SINKS))
+        return (k <= q) & ((q - k < WINDOW) | (k < SINKS)) if mask == "window" else k <= q
+
+    def ordered(some):
+        order = some.to(torch.int8).argsort(dim=-1, descending=True, stable=True)
+        return some.sum(-1).to(torch.int32)[None, None], order.to(torch.int32)[None, None]
+
+    some, full = blocks(mask, length)
+    block_mask = BlockMask.from_kv_blocks(*ordered(some & ~full), *ordered(full), BLOCK_SIZE=BLOCK, mask_mod=keep)
+    compiled = torch.compile(flex_attention, dynamic=False)
+    return lambda q, k, v: compiled(q, k, v, block_mask=block_mask, enable_gqa=True)
+
+
+def sdpa_call(backend: str, q, k, v, causal=True):
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION if backend == "flash" else SDPBackend.CUDNN_ATTENTION):
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=causal)
+
+
+def variants(mask: str, length: int):
+    """Name -> function that makes what is to be timed."""
+
+    def ours(config):
+        def make():
+            from effattn.runtime import triton_target
+
+            call, (q, k, v) = our_call(mask, length), inputs(length)
+            return lambda: triton_target.run(call.plan, q, k, v, call.loads, config=config)
+
+        return make
+
+    def flex():
+        call, (q, k, v) = flex_call(mask, length), inputs(length)
+        return lambda: call(q, k, v)
+
+    def sdpa(backend):
+        def make():
+            q, k, v = inputs(length)
+            k, v = (tensor.repeat_interleave(HEADS // KV_HEADS, 1) for tensor in (k, v))
+            return lambda: sdpa_call(backend, q, k, v)
+
+        return make
+
+    found = {f"ours {name}": ours(config) for name, config in configs().items()}
+    found["flex"] = flex
+    if mask == "causal":
+        found |= {"flash": sdpa("flash"), "cudnn": sdpa("cudnn")}
+    return found
+
+
+def decode_variants(batch: int, length: int, live: int):
+    from effattn.lowering.triton.spec import Tiles
+
+    def ours(config, splits):
+        def make():
+            from plans import CASES, Sizes
+
+            from effattn.runtime import triton_target
+
+            call = CASES["cache_by_pointer"](Sizes(head_dim=HEAD_DIM), torch.device("cuda"))
+            call.loads = [torch.tensor(live - 1, device="cuda")]
+            q, k, v = inputs(length, batch, 1)
+            return lambda: triton_target.run(call.plan, q, k, v, call.loads, config=config, splits=splits)
+
+        return make
+
+    def sdpa():
+        q, k, v = inputs(length, batch, 1)
+        k, v = k[:, :, :live], v[:, :, :live]
+        attend = torch.nn.functional.scaled_dot_product_attention
+        return lambda: attend(q, k, v, enable_gqa=True)
+
+    found = {"ours default": ours(None, None), "sdpa of the live part": sdpa}
+    for block_n, warps, stages in ((64, 4, 3), (64, 4, 4), (128, 4, 3), (128, 8, 3)):
+        for splits in (16, 32, 64):
+            found[f"ours {block_n} w{warps} s{stages} /{splits}"] = ours(Tiles(16, block_n, warps, stages), splits)
+    return found
+
+
+def timed(run, budget: float = 0.25) -> float:
+    """Median milliseconds after warm-up."""
+    run()
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    run()
+    torch.cuda.synchronize()
+    once = max(time.perf_counter() - start, 1e-5)
+    times = []
+    for _ in range(max(3, min(50, int(budget / once)))):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        run()
+        end.record()
+        times.append((begin, end))
+    torch.cuda.synchronize()
+    return statistics.median(begin.elapsed_time(end) for begin, end in times)
+
+
+def graphed(run):
+    """``run`` as a CUDA graph: the time of the device alone."""
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph.replay
+
+
+def check_cuda_graph() -> dict:
+    """A captured decode step follows the cache length, which lives on the device."""
+    from plans import CASES, Sizes, tensors
+
+    from effattn.runtime import triton_target
+    from effattn.runtime.reference import reference
+
+    sizes = Sizes(2, 8, 2, 1, 3000, 64, 64)
+    call = CASES["cache_by_pointer"](sizes, torch.device("cuda"))
+    query, key, value = tensors(sizes, "cuda", torch.float16)
+    held = []
+    replay = graphed(lambda: held.append(triton_target.run(call.plan, query, key, value, call.loads)))
+    worst = 0.0
+    for live in (5, 700, 2999):
+        call.loads[0].fill_(live)
+        replay()
+        wanted, _ = reference(call.plan, query, key, value, call.loads)
+        worst = max(worst, (held[-1][0].double() - wanted).abs().max().item())
+    return {"job": ["a decode step in a CUDA graph"], "out": worst, "lse": 0.0, "good": worst < 4e-3}
+
+
+def host_cost() -> float:
+    """Microseconds of Python that one small call takes."""
+    from effattn.runtime import triton_target
+
+    call, (q, k, v) = our_call("causal", 256), inputs(256)
+    triton_target.run(call.plan, q, k, v, kind="prefill")
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(200):
+        triton_target.run(call.plan, q, k, v, kind="prefill")
+    cost = (time.perf_counter() - start) / 200 * 1e6
+    torch.cuda.synchronize()
+    return cost
+
+
+# --- the run -----------------------------------------------------------------------------------------------------
+
+
+def work(job):
+    """One job of the pool; never raises."""
+    kind, *rest = job
+    try:
+        if kind == "check":
+            return check_one(rest[0])
+        if kind == "warm":
+            mask, length, name = rest
+            variants(mask, length)[name]()()
+        if kind == "warm decode":
+            sizes, name = rest
+            decode_variants(*sizes)[name]()()
+        torch.cuda.synchronize()
+        return None
+    except Exception as error:
+        return {"job": job, "good": False, "error": f"{type(error).__name__}: {str(error)[:300]}"}
+    finally:
+        torch.cuda.empty_cache()
+
+
+DECODE = ((1, 32768, 32768), (1, 131072, 131072), (16, 32768, 32768), (1, 131072, 800))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--out", default="kernels_check.json")
+    parser.add_argument("--part", default="check,time,decode")
+    parser.add_argument("--workers", type=int, default=10)
+    parser.add_argument("--seconds", type=float, default=330, help="stop starting new measurements after this")
+    args = parser.parse_args()
+    begun = time.perf_counter()
+    parts = args.part.split(",")
+    found: dict = {
+        "device": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "checks": [],
+        "times": [],
+        "decode": [],
+    }
+
+    jobs: list[tuple] = []
+    if "check" in parts:
+        jobs += [("check", job) for job in check_jobs()]
+    if "time" in parts:
+        jobs += [("warm", mask, length, "flex") for mask in MASKS for length in LENGTHS]
+        jobs += [("warm", mask, LENGTHS[0], f"ours {name}") for mask in MASKS for name in configs()]
+    if "decode" in parts:
+        jobs += [
+            ("warm decode", DECODE[0], name) for name in decode_variants(*DECODE[0]) if "/16" in name or "def" in name
+        ]
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(args.workers, mp_context=context) as pool:
+        for result in pool.map(work, jobs):
+            if result and not result["good"]:
+                print("WRONG" if "error" not in result else "FAILED", result, flush=True)
+            if result:
+                found["checks"].append(result)
+    print(f"compiled and checked in {time.perf_counter() - begun:.0f} s", flush=True)
+    if "check" in parts:
+        found["checks"].append(check_cuda_graph())
+        found["host_microseconds"] = host_cost()
+
+    def save():
+        Path(args.out).write_text(json.dumps(found, indent=1))
+
+    def measure(make, graph=False):
+        try:
+            run = make()
+            return timed(graphed(run) if graph else run)
+        except Exception:
+            print(traceback.format_exc(limit=1)[-400:], flush=True)
+            return None
+        finally:
+            torch.cuda.empty_cache()
+
+    save()
+    for length in LENGTHS if "time" in parts else ():
+        for mask in MASKS:
+            some, _ = blocks(mask, length)
+            pairs = length * (length + 1) / 2 if mask in ("causal", "padding") else some.sum().item() * BLOCK**2
+            for name, make in variants(mask, length).items():
+                if time.perf_counter() - begun > args.seconds:
+                    print("out of time before", mask, length, name)
+                    continue
+                spent = measure(make)
+                rate = None if spent is None else 4 * HEAD_DIM * HEADS * pairs / spent / 1e9
+                found["times"].append({"mask": mask, "length": length, "name": name, "ms": spent, "tflops": rate})
+        save()
+    for sizes in DECODE if "decode" in parts else ():
+        for name, make in decode_variants(*sizes).items():
+            if time.perf_counter() - begun < args.seconds:
+                found["decode"].append({"sizes": sizes, "name": name, "ms": measure(make, graph=True)})
+    save()
+    table(found)
+    print(f"{time.perf_counter() - begun:.0f} s")
+
+
+def table(found: dict) -> None:
+    good = sum(check["good"] for check in found["checks"])
+    print(f"\n{found['device']}, torch {found['torch']}: {good} of {len(found['checks'])} checks right", end="")
+    print(f"; {found.get('host_microseconds', float('nan')):.0f} us of host time a call\n")
+    columns = [(mask, length) for mask in MASKS for length in LENGTHS]
+    times = {(row["name"], row["mask"], row["length"]): row for row in found["times"]}
+    names = list(dict.fromkeys(row["name"] for row in found["times"]))
+    if names:
+        print("ms (TFLOP/s)".ljust(26) + "".join(f"{mask[:7]} {length // 1024}K".rjust(14) for mask, length in columns))
+    for name in names:
+        cells = []
+        for column in columns:
+            row = times.get((name, *column))
+            empty = row is None or row["ms"] is None
+            cells.append("-" if empty else f"{row['ms']:.2f} ({row['tflops']:.0f})")
+        print(name.ljust(26) + "".join(cell.rjust(14) for cell in cells))
+    for sizes in DECODE:
+        rows = [row for row in found["decode"] if tuple(row["sizes"]) == sizes and row["ms"]]
+        if rows:
+            print(f"\ndecode B {sizes[0]}, {sizes[1]} slots, {sizes[2]} live: ", end="")
+            print(", ".join(f"{row['name']} {row['ms'] * 1000:.0f} us" for row in rows))
+
+
+if __name__ == "__main__":
+    main()
