@@ -13,7 +13,9 @@ from effattn.compiler.options import Options
 from effattn.compiler.report import Report
 
 
-def explain(model: Any, *args: Any, policy: Any = None, options: Mapping[str, Any] | None = None, **kwargs: Any) -> Report:
+def explain(
+    model: Any, *args: Any, policy: Any = None, options: Mapping[str, Any] | None = None, **kwargs: Any
+) -> Report:
     """Compile ``model``, call it once with the given arguments, and report on every attention in it.
 
     Args:

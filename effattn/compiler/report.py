@@ -173,9 +173,11 @@ def _site(choice: Choice) -> SiteReport:
 def _kernel(choice: Choice) -> str | None:
     """What runs: the author's own call, SDPA, or the op with the file of its generated kernel."""
     if choice.route != "op":
-        return "torch.nn.functional.scaled_dot_product_attention" if choice.match.site.found_as == "sdpa" or (
-            choice.route == "sdpa"
-        ) else None
+        return (
+            "torch.nn.functional.scaled_dot_product_attention"
+            if choice.match.site.found_as == "sdpa" or (choice.route == "sdpa")
+            else None
+        )
     if choice.match.site.device != "cuda" or choice.plan is None or choice.plan.target == "portable":
         return "portable (ATen, blockwise)"
     from effattn.compiler.kernel_paths import path_of

@@ -40,7 +40,10 @@ def render(report: Report) -> str:
             lines += ["", f"  graph {number} was left as it was: {graph.failure}"]
     seconds = report.seconds
     if "passes" in seconds:
-        lines += ["", f"  passes took {seconds['passes']:.2f} s, the rest of the compilation {seconds.get('rest', 0):.2f} s"]
+        lines += [
+            "",
+            f"  passes took {seconds['passes']:.2f} s, the rest of the compilation {seconds.get('rest', 0):.2f} s",
+        ]
     return "\n".join(lines)
 
 

@@ -54,9 +54,7 @@ def _product(view: GraphView, node: fx.Node, left: Any, right: Any) -> Contracti
     rank = max(len(shape) for shape in shapes)
     batch = [f"b{n}" for n in range(rank - 2)]
     labels = [tuple(batch[len(batch) - (len(shape) - 2) :]) for shape in shapes]
-    return Contraction(
-        node, left, right, (*labels[0], "i", "sum"), (*labels[1], "sum", "j"), (*batch, "i", "j")
-    )
+    return Contraction(node, left, right, (*labels[0], "i", "sum"), (*labels[1], "sum", "j"), (*batch, "i", "j"))
 
 
 def _einsum(view: GraphView, call: Call) -> Contraction | None:

@@ -21,15 +21,14 @@ from effattn.passes.vocabulary import Call, canonical
 
 # operations whose result may share memory with an argument
 _VIEWS = set(
-    "reshape transpose permute movedim t getattr expand getitem select narrow chunk split unbind identity to type_as".split()
-) | {f"cast_{name}" for name in "float32 float64 float16 bfloat16 int32 int64 bool".split()}
+    ["reshape", "transpose", "permute", "movedim", "t", "getattr", "expand", "getitem", "select", "narrow", "chunk", "split", "unbind", "identity", "to", "type_as"]
+) | {f"cast_{name}" for name in ["float32", "float64", "float16", "bfloat16", "int32", "int64", "bool"]}
 _OTHER_VIEWS = set(
-    "diagonal as_strided view_as_real view_as_complex real imag unfold tensor_split hsplit vsplit dsplit squeeze_ "
-    "unsqueeze_ detach_ alias lift_fresh positive resolve_conj resolve_neg values indices hsplit t_ transpose_".split()
+    ["diagonal", "as_strided", "view_as_real", "view_as_complex", "real", "imag", "unfold", "tensor_split", "hsplit", "vsplit", "dsplit", "squeeze_", "unsqueeze_", "detach_", "alias", "lift_fresh", "positive", "resolve_conj", "resolve_neg", "values", "indices", "hsplit", "t_", "transpose_"]
 )
 _INPLACE_OPERATORS = {
     getattr(operator, name)
-    for name in "iadd isub imul itruediv ifloordiv imod ipow iand ior ixor ilshift irshift imatmul setitem".split()
+    for name in ["iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor", "ilshift", "irshift", "imatmul", "setitem"]
 }
 
 
@@ -148,7 +147,9 @@ def _written_args(node: fx.Node) -> list[fx.Node]:
     writes_first = writes_first or node.kwargs.get("inplace") is True
     if writes_first and node.args:
         first = node.args[0]
-        found += [item for item in (first if isinstance(first, (list, tuple)) else [first]) if isinstance(item, fx.Node)]
+        found += [
+            item for item in (first if isinstance(first, (list, tuple)) else [first]) if isinstance(item, fx.Node)
+        ]
     out = node.kwargs.get("out")
     found += [item for item in (out if isinstance(out, (list, tuple)) else [out]) if isinstance(item, fx.Node)]
     return found
@@ -159,5 +160,7 @@ def _schema_args(node: fx.Node, wanted) -> list[fx.Node]:
     for index, argument in enumerate(node.target._schema.arguments):
         value = node.args[index] if index < len(node.args) else node.kwargs.get(argument.name)
         if wanted(argument.alias_info):
-            found += [item for item in (value if isinstance(value, (list, tuple)) else [value]) if isinstance(item, fx.Node)]
+            found += [
+                item for item in (value if isinstance(value, (list, tuple)) else [value]) if isinstance(item, fx.Node)
+            ]
     return found

@@ -89,7 +89,9 @@ def _from_sdpa(view: GraphView, call: Call, readers: dict[tuple, Reader]) -> Dra
     if any(not isinstance(node, fx.Node) or view.tensor(node) is None for node in (query, key, value)):
         raise Refused("arguments", "query, key or value is not a tensor of the graph")
     if call.get("dropout_p", 0.0) != 0.0:
-        raise Refused("dropout", f"attention dropout p={call.get('dropout_p')} is live", "call model.eval(), or set it to 0")
+        raise Refused(
+            "dropout", f"attention dropout p={call.get('dropout_p')} is live", "call model.eval(), or set it to 0"
+        )
     q_shape, k_shape, v_shape = (view.shape(node) for node in (query, key, value))
     index, batch, heads = _batch_index(q_shape[:-2])
     q_len, k_len, head_dim, value_dim = q_shape[-2], k_shape[-2], q_shape[-1], v_shape[-1]
@@ -321,7 +323,9 @@ def _follow_weights(view: GraphView, softmax: fx.Node, index: tuple, reader: Rea
         if call is None:
             raise Refused("weights", f"{_spelled(user)} stands between softmax and value")
         if call.name == "dropout" and not is_dead_dropout(call):
-            raise Refused("dropout", f"attention dropout p={call.get('p')} is live", "call model.eval(), or set it to 0")
+            raise Refused(
+                "dropout", f"attention dropout p={call.get('p')} is live", "call model.eval(), or set it to 0"
+            )
         if call.name == "reshape":
             moved = reshape_index(reader, view.shape(user), view.shape(node), index)
             if moved is None:

@@ -161,5 +161,3 @@ def emit(graph: fx.Graph, view: GraphView, operand: Operand, remember) -> fx.Nod
         if dim is None:
             node = remember(graph.call_method("unsqueeze", (node, axis)))
     return node
-
-

@@ -82,7 +82,9 @@ ROWS: tuple[tuple[str, tuple[Spelling, ...]], ...] = (
         (operator.and_, torch.logical_and, torch.bitwise_and, operator.iand),
         "logical_and bitwise_and logical_and_ bitwise_and_ __and__",
     ),
-    _row("or", "input other", (operator.or_, torch.logical_or, torch.bitwise_or, operator.ior), "logical_or bitwise_or"),
+    _row(
+        "or", "input other", (operator.or_, torch.logical_or, torch.bitwise_or, operator.ior), "logical_or bitwise_or"
+    ),
     _row("xor", "input other", (operator.xor, torch.logical_xor, torch.bitwise_xor), "logical_xor bitwise_xor"),
     _row("not", "input", (operator.invert, torch.logical_not, torch.bitwise_not), "logical_not bitwise_not __invert__"),
     _row("where", "condition input other", (torch.where,), "", (("where", "input condition other"),)),
@@ -112,7 +114,9 @@ ROWS: tuple[tuple[str, tuple[Spelling, ...]], ...] = (
         (torch.flatten, torch.unflatten, torch.unsqueeze, torch.squeeze, torch.ravel),
         "flatten unflatten unsqueeze squeeze view_as reshape_as ravel",
     ),
-    _row("transpose", "input dim0 dim1", (torch.transpose, torch.swapaxes, torch.swapdims), "transpose swapaxes swapdims"),
+    _row(
+        "transpose", "input dim0 dim1", (torch.transpose, torch.swapaxes, torch.swapdims), "transpose swapaxes swapdims"
+    ),
     _row("permute", "input *dims", (torch.permute,), "permute"),
     _row("movedim", "input source destination", (torch.movedim, torch.moveaxis), "movedim moveaxis"),
     _row("t", "input", (torch.t, torch.adjoint), "t adjoint"),

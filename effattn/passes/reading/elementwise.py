@@ -182,7 +182,7 @@ def _select(condition: Reading, x: Reading, y: Reading, shape, kind):
     return Reading(shape, kind, at)
 
 
-@reads("to", "type_as", *(f"cast_{name}" for name in "float32 float64 float16 bfloat16 int32 int64 bool".split()))
+@reads("to", "type_as", *(f"cast_{name}" for name in ["float32", "float64", "float16", "bfloat16", "int32", "int64", "bool"]))
 def cast(reader: Reader, call: Call, shape):
     source, target = reader.view.tensor(call.get("input")), reader.view.tensor(call.node)
     if source is None or target is None:
