@@ -91,8 +91,9 @@ def fold(expression, algebra: Algebra) -> Any:
         base, exponent = term.args
         if base == sympy.E:
             return algebra.call("exp", visit(exponent))
-        if exponent == sympy.Rational(1, 2):
-            return algebra.call("sqrt", visit(base))
+        if abs(exponent) == sympy.Rational(1, 2):
+            root = algebra.call("sqrt", visit(base))
+            return root if exponent > 0 else algebra.call("div", algebra.constant(1.0), root)
         if exponent.is_Integer and abs(int(exponent)) <= 8:
             product = reduce(lambda x, y: algebra.call("mul", x, y), [visit(base)] * abs(int(exponent)))
             return product if exponent > 0 else algebra.call("div", algebra.constant(1.0), product)

@@ -8,8 +8,10 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
+import sympy
 import torch
 from torch import Tensor
 
@@ -169,6 +171,52 @@ def bindings(
     return symbols, {spec.name: tensor for spec, tensor in zip(plan.loads, loads, strict=True)}
 
 
+class _Recorder:
+    """An algebra whose values are places in a list of steps; what :func:`evaluate` replays."""
+
+    def __init__(self) -> None:
+        self.steps: list[tuple[str, Any, tuple[int, ...]]] = []
+
+    def _step(self, method: str, subject: Any, operands: Sequence[int] = ()) -> int:
+        self.steps.append((method, subject, tuple(operands)))
+        return len(self.steps) - 1
+
+    def constant(self, value):
+        return self._step("constant", value)
+
+    def symbol(self, name):
+        return self._step("symbol", name)
+
+    def load(self, name, indices):
+        return self._step("load", name, indices)
+
+    def call(self, operation, *args):
+        return self._step("call", operation, args)
+
+
+@lru_cache(maxsize=4096)
+def _steps(term) -> tuple[tuple[str, Any, tuple[int, ...]], ...]:
+    """An expression as steps, the last one its value: walking a sympy tree for every chunk would be slow."""
+    recorder = _Recorder()
+    fold(term, recorder)
+    return tuple(recorder.steps)
+
+
 def evaluate(term, symbols: Mapping[str, Any], loads: Mapping[str, Tensor], dtype: torch.dtype, device: Any) -> Any:
-    """The value of one expression: a tensor that broadcasts to the scores, or a Python number or bool."""
-    return fold(term, TorchAlgebra(symbols, loads, dtype, device))
+    """The value of one expression: a tensor that broadcasts to the scores, or a Python number or bool.
+
+    Raises:
+        UnknownOperation: the expression holds what no target can compute.
+        KeyError: it names a symbol or load that is not given.
+    """
+    algebra = TorchAlgebra(symbols, loads, dtype, device)
+    values: list[Any] = []
+    for method, subject, operands in _steps(sympy.sympify(term)):
+        given = [values[operand] for operand in operands]
+        if method == "call":
+            values.append(algebra.call(subject, *given))
+        elif method == "load":
+            values.append(algebra.load(subject, given))
+        else:
+            values.append(algebra.symbol(subject) if method == "symbol" else subject)
+    return values[-1]

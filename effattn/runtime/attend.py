@@ -1,4 +1,4 @@
-"""The op that a rewritten graph calls: ``torch.ops.effattn.attend``, its fake kernel, its gradient, its choice of target.
+"""The op that a rewritten graph calls: ``torch.ops.effattn.attend``, its fake kernel, gradient and choice of target.
 
     attend(query, key, value, loads, scalars, numbers, plan) -> (out, lse)
 
@@ -161,14 +161,14 @@ def _setup_context(ctx, inputs, output) -> None:
 
 
 def _backward(ctx, grad_out, grad_lse):
-    nothing = (None,) * 4
     query, key, value, out, lse, *loads = ctx.saved_tensors
-    if grad_out is None and grad_lse is None:
-        return None, None, None, [None] * len(loads), *nothing[1:]
-    grads = torch.ops.effattn.attend_backward(
-        grad_out, grad_lse, query, key, value, out, lse, loads, ctx.scalars, ctx.numbers, ctx.plan
-    )
-    return *grads, [None] * len(loads), None, None, None
+    grads: tuple[Tensor | None, ...] = (None, None, None)
+    if grad_out is not None or grad_lse is not None:
+        grads = torch.ops.effattn.attend_backward(
+            grad_out, grad_lse, query, key, value, out, lse, loads, ctx.scalars, ctx.numbers, ctx.plan
+        )
+    # lists of inputs take lists of gradients
+    return *grads, *([None] * len(given) for given in (loads, ctx.scalars, ctx.numbers)), None
 
 
 def _no_second_gradient(ctx, *grads):

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-import sympy
 import torch
 from torch import Tensor
 
@@ -47,6 +46,11 @@ class Chunk:
     def slices(self) -> list[Interval]:
         """The keys as the fewest contiguous intervals."""
         return union([(run.start, run.stop) for run in self.runs])
+
+
+@lru_cache(maxsize=4096)
+def names_of_loads(term: Any) -> tuple[str, ...]:
+    return tuple(load.name for load in expr.loads_of(term))
 
 
 @lru_cache(maxsize=4096)
@@ -146,8 +150,7 @@ class Walker:
 
     def _at(self, bound: Any, row: int) -> Interval | None:
         """(least, greatest) value of a bound at a row, over all batches and heads; None where only a device knows."""
-        bound = sympy.sympify(bound)
-        if any(self.loads[load.name].device.type != "cpu" for load in expr.loads_of(bound)):
+        if any(self.loads[name].device.type != "cpu" for name in names_of_loads(bound)):
             return None
         value = evaluate(bound, {**self.symbols, "q": row}, self.loads, torch.float64, "cpu")
         if isinstance(value, Tensor):

@@ -41,8 +41,9 @@ class Call:
         loads: Sequence[Tensor],
         scalars: Sequence[int],
         numbers: Sequence[float],
+        budget: int = SCORES,
     ):
-        self.plan = plan
+        self.plan, self.budget = plan, budget
         self.batch, self.heads, self.q_len, self.head_dim = query.shape
         self.kv_heads, self.k_len, self.value_dim = key.shape[1], key.shape[2], value.shape[3]
         self.groups = self.heads // self.kv_heads
@@ -56,6 +57,7 @@ class Call:
         # the score as scale * s + bias, scale None where it is not of this kind
         self.bias, product = sympy.sympify(plan.score).as_independent(expr.s, as_Add=True)
         self.scale = constant_scale(product, {**self.names, "Nq": self.q_len, "Nk": self.k_len})
+        self.plain = self.scale is not None and self.bias == 0
 
     def takes_flash_kernel(self) -> bool:
         """Whether PyTorch's CPU flash kernel computes this: it adds a mask, and takes one head dimension."""
@@ -69,7 +71,7 @@ class Call:
         """The whole call in pieces whose scores fit the budget."""
         for chunk in self.walker.chunks(self._rows()):
             per_head = max(self.groups * (chunk.stop - chunk.start) * chunk.keys, 1)
-            fit = max(SCORES // per_head, 1)
+            fit = max(self.budget // per_head, 1)
             batches = max(min(fit // self.kv_heads, self.batch), 1)
             heads = min(fit, self.kv_heads)
             for b in range(0, self.batch, batches):
@@ -77,7 +79,7 @@ class Call:
                     yield Piece(slice(b, b + batches), slice(h, h + heads), chunk)
 
     def _rows(self) -> int:
-        return max(min(ROWS, SCORES // max(self.groups * self.k_len, 1)), 1)
+        return max(min(ROWS, self.budget // max(self.groups * self.k_len, 1)), 1)
 
     def rows(self, grouped: Tensor, piece: Piece) -> Tensor:
         """A piece of a tensor of :meth:`by_group`."""
@@ -119,12 +121,11 @@ class Call:
         """
         symbols = self.indices(piece)
         groups, rows = query.shape[2:4]
-        plain = self.scale is not None and self.bias == 0
-        if plain:
+        if self.plain:
             query = query * self.scale
         raw = (query.flatten(2, 3) @ key.transpose(-1, -2)).unflatten(2, (groups, rows))
         score = raw
-        if not plain:
+        if not self.plain:
             symbols |= {"s": raw, "k": self.all_keys(piece)}
             score = torch.as_tensor(self.evaluate(self.plan.score, symbols), dtype=self.dtype, device=self.device)
             if score is raw or score.shape != raw.shape:

@@ -1,4 +1,7 @@
-"""What a plan means, written down plainly over the whole N x N square. The ground truth of every target; small inputs only."""
+"""What a plan means, written down plainly over the whole N x N square: the ground truth of every target.
+
+For tests and small inputs only.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +49,8 @@ def reference(
         dtype: in which everything is computed.
 
     Returns:
-        out [B, Hq, Nq, Dv] and lse [B, Hq, Nq]. A row that keeps nothing has lse -inf and what ``plan.empty_rows`` says.
+        out [B, Hq, Nq, Dv] and lse [B, Hq, Nq]. A row that keeps nothing has lse -inf and the output that
+        ``plan.empty_rows`` names.
     """
     batch, heads, q_len, _ = query.shape
     groups = heads // key.shape[1]

@@ -16,6 +16,7 @@ from effattn.runtime.algebra import bindings, evaluate
 from effattn.runtime.chunks import walk_of
 
 FLASH, CUDNN = 1, 3  # what torch._fused_sdp_choice answers: values of torch.nn.attention.SDPBackend
+MANY_ROWS = 256  # on a CPU, with fewer rows, expanding grouped heads costs more than it saves
 
 
 def sdpa_path(
@@ -27,31 +28,53 @@ def sdpa_path(
     scalars: Sequence[int],
     numbers: Sequence[float],
 ) -> tuple[Tensor, Tensor] | None:
-    """Output and LSE from SDPA's flash or cuDNN kernel on CUDA, or None where the plan is more than they compute.
+    """Output and LSE from SDPA's own flash or cuDNN kernel, or None where the plan is more than they compute.
 
     They take a score ``c * s`` and a rule that, at these lengths, keeps everything, or is ``k <= q`` with Nq == Nk.
     """
-    if query.device.type != "cuda" or query.shape[2] == 0:
+    if 0 in query.shape or 0 in key.shape or query.shape[3] != value.shape[3]:
         return None
     symbols, _ = bindings(plan, loads, scalars, numbers)
     symbols |= {"Nq": query.shape[2], "Nk": key.shape[2]}
     scale = constant_scale(plan.score, symbols)
     kind = dense_kind(plan.rule, symbols)
-    if scale is None or kind is None:
+    kernel = KERNELS.get(query.device.type)
+    if scale is None or kind is None or kernel is None:
         return None
-    causal, grouped = kind == "causal", query.shape[1] != key.shape[1]
+    found = kernel(query, key, value, kind == "causal", scale)
+    if found is None:
+        return None
+    out, lse = found
+    return in_layout(out, plan.layout), lse.reshape(query.shape[:3]).float().contiguous()
+
+
+def _on_cuda(query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor] | None:
+    grouped = query.shape[1] != key.shape[1]
     choice = torch._fused_sdp_choice(query, key, value, None, 0.0, causal, scale=scale, enable_gqa=grouped)
     if choice == CUDNN:
         out, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
             query, key, value, None, True, 0.0, causal, False, scale=scale
         )
-    elif choice == FLASH:
+        return out, lse
+    if choice == FLASH:
         out, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(
             query, key, value, 0.0, causal, False, scale=scale
         )
-    else:
+        return out, lse
+    return None
+
+
+def _on_cpu(query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor] | None:
+    if query.shape[2] < MANY_ROWS:
         return None
-    return in_layout(out, plan.layout), lse.reshape(query.shape[:3]).float().contiguous()
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1:
+        key, value = (tensor.repeat_interleave(groups, dim=1) for tensor in (key, value))
+    query, key, value = (tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in (query, key, value))
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, 0.0, causal, scale=scale)
+
+
+KERNELS = {"cuda": _on_cuda, "cpu": _on_cpu}
 
 
 def in_layout(out: Tensor, layout: str) -> Tensor:
