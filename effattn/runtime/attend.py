@@ -167,8 +167,8 @@ def _backward(ctx, grad_out, grad_lse):
         grads = torch.ops.effattn.attend_backward(
             grad_out, grad_lse, query, key, value, out, lse, loads, ctx.scalars, ctx.numbers, ctx.plan
         )
-    # lists of inputs take lists of gradients
-    return *grads, *([None] * len(given) for given in (loads, ctx.scalars, ctx.numbers)), None
+    # torch asks for a list where the input was a list of tensors, and an empty list counts as one
+    return *grads, [None] * len(loads), *([] if not given else None for given in (ctx.scalars, ctx.numbers)), None
 
 
 def _no_second_gradient(ctx, *grads):
