@@ -29,7 +29,7 @@ def explain(
         The report; ``print`` it, or read ``report.sites`` and ``report.missed``.
 
     Raises:
-        PolicyError, OptionError: the policy or an option is not valid.
+        PolicyError, OptionError: the policy or an option is not valid, or a rule names layers beyond the model.
     """
     given = {"rest": "eager", **(options or {})}
     if policy is not None:
@@ -41,4 +41,8 @@ def explain(
 
     with collect.listening() as heard, torch._dynamo.config.patch(recompile_limit=64):
         torch.compile(model, backend=explained)(*args, **kwargs)
-    return heard.report(settings)
+    report = heard.report(settings)
+    layers = [site.layer for site in report.sites if site.layer is not None]
+    if layers:
+        settings.policy.check_layers(max(layers) + 1)
+    return report

@@ -10,10 +10,12 @@ from typing import Any
 
 import torch
 
+from effattn.compiler.kernel_path import kernel_path
 from effattn.compiler.options import Options
 from effattn.compiler.pipeline import Outcome
 from effattn.ir.text import text
 from effattn.passes.choose import Choice
+from effattn.policy import write
 
 
 @dataclass(frozen=True)
@@ -172,44 +174,33 @@ def _site(choice: Choice) -> SiteReport:
 
 def _kernel(choice: Choice) -> str | None:
     """What runs: the author's own call, SDPA, or the op with the file of its generated kernel."""
-    if choice.route != "op":
-        return (
-            "torch.nn.functional.scaled_dot_product_attention"
-            if choice.match.site.found_as == "sdpa" or (choice.route == "sdpa")
-            else None
-        )
-    if choice.match.site.device != "cuda" or choice.plan is None or choice.plan.target == "portable":
-        return "portable (ATen, blockwise)"
-    from effattn.compiler.kernel_paths import path_of
-
-    return path_of(choice)
+    if choice.plan is None:
+        is_sdpa = choice.route == "sdpa" or choice.match.site.found_as == "sdpa"
+        return "torch.nn.functional.scaled_dot_product_attention" if is_sdpa else None
+    target = choice.plan.target or ("triton" if choice.match.site.device == "cuda" else "portable")
+    return "portable (ATen, blockwise)" if target == "portable" else kernel_path(choice)
 
 
 def stanza(choices: list[Choice], policy: str) -> str:
     """A policy that repeats these choices: pasteable into a TOML file."""
-    lines = ["schema = 1", f'name = "{policy}-as-chosen"']
     groups: dict[tuple, list[Choice]] = {}
     for choice in choices:
-        key = (choice.form, choice.match.site.stage, str(choice.params), choice.plan.min_length if choice.plan else 0)
-        groups.setdefault(key, []).append(choice)
+        if choice.form != "exact":
+            key = (
+                choice.form,
+                choice.match.site.stage,
+                str(choice.params),
+                choice.plan.min_length if choice.plan else 0,
+            )
+            groups.setdefault(key, []).append(choice)
+    rules: list[dict[str, Any]] = []
     for (form, stage, _, min_length), members in groups.items():
-        if form == "exact":
-            continue
         layers = sorted({choice.match.site.layer for choice in members if choice.match.site.layer is not None})
-        lines += ["", "[[rule]]"]
-        if layers:
-            lines.append(f'layers = "{ranges(layers)}"')
-        lines.append(f'stage = ["{stage}"]')
-        if min_length:
-            lines.append(f"min_length = {min_length}")
-        lines.append(f'forms = ["{form}"]')
+        rule: dict[str, Any] = {"layers": ranges(layers)} if layers else {}
+        rule |= {"stage": [stage], **({"min_length": min_length} if min_length else {}), "forms": [form]}
         params = members[0].params.model_dump()
-        if params:
-            lines.append(f"  [rule.params.{form}]")
-            lines += [f"  {name} = {value}" for name, value in params.items()]
-    if len(lines) == 2:
-        lines.append("# every site is exact: no rule is needed")
-    return "\n".join(lines) + "\n"
+        rules.append({**rule, **({"params": {form: params}} if params else {})})
+    return write.policy({"schema": 1, "name": f"{policy}-as-chosen", "rule": rules})
 
 
 def ranges(numbers: list[int]) -> str:

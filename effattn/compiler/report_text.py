@@ -22,8 +22,8 @@ def render(report: Report) -> str:
         lines.append(f"    predicate  {first.predicate}")
         lines.append(f"    score      {first.score}")
         params = ", ".join(f"{name} {value}" for name, value in first.params.items())
-        exact = "exact" if first.exact else "approximate"
-        lines.append(f"    form       {first.form}{f' ({params})' if params else ''}, {exact}: {first.reason}")
+        kind = "" if first.exact else ", not exact"
+        lines.append(f"    form       {first.form}{f' ({params})' if params else ''}{kind}: {first.reason}")
         if first.kernel:
             lines.append(f"    runs       {first.kernel}")
         for candidate in first.candidates:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import warnings
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import sympy
+import torch
 
-from effattn.errors import FormRefused
+from effattn.errors import FormRefused, PolicyError
 from effattn.ir import expr
 from effattn.ir.plan import Plan
 from effattn.ir.site import Refusal, Site
@@ -15,6 +17,7 @@ from effattn.lowering.forms import FORMS
 from effattn.lowering.forms.form import Params
 from effattn.passes.draft import Anchors, Match
 from effattn.policy import Policy
+from effattn.runtime.attend import triton_is_importable
 
 Route = Literal["keep", "sdpa", "op"]
 SDPA_MAX_HEAD_DIM = 256  # beyond it SDPA has no kernel that avoids N x N scores
@@ -57,7 +60,22 @@ def choose(matches: list[Match], policy: Policy, *, strict: bool, target: str | 
         FormRefused: with ``strict``, a form that the policy names does not apply at a site that its rule matches.
         PolicyError: with ``strict``, a rule names layers that the model does not have.
     """
+    _check_layers(matches, policy, strict)
     return [_choose(match, policy, strict, target) for match in matches]
+
+
+def _check_layers(matches: list[Match], policy: Policy, strict: bool) -> None:
+    """A rule for layers beyond the model is a mistake; but a graph may hold only a part of the model."""
+    layers = {match.site.layer for match in matches if match.site.layer is not None}
+    if 0 not in layers or len(layers) < 2:
+        return
+    classes = {name for match in matches for name in match.site.module_classes}
+    try:
+        policy.check_layers(max(layers) + 1, classes)
+    except PolicyError as error:
+        if strict:
+            raise
+        warnings.warn(f"{error} (counted in one graph of the model)", stacklevel=2)
 
 
 def _choose(match: Match, policy: Policy, strict: bool, target: str | None) -> Choice:
@@ -149,8 +167,8 @@ def _cannot_lower(site: Site, form: str) -> tuple[Refusal, ...]:
 
 
 def plan_of(site: Site, form: str, params: Params, min_length: int, target: str | None) -> Plan:
-    """The plan that an op needs for this site and form."""
-    return Plan(
+    """The plan that an op needs for this site and form; on the portable target where kernels cannot serve it."""
+    plan = Plan(
         form=form,
         score=site.score,
         predicate=site.predicate,
@@ -163,3 +181,13 @@ def plan_of(site: Site, form: str, params: Params, min_length: int, target: str 
         layout=site.output_layout,
         target=target,
     )
+    return replace(plan, target="portable") if _kernels_cannot(plan, site) else plan
+
+
+def _kernels_cannot(plan: Plan, site: Site) -> bool:
+    if site.device != "cuda" or plan.target == "portable" or not triton_is_importable():
+        return False
+    from effattn.runtime import triton_target
+
+    widths = int(site.layout.head_dim), int(site.layout.value_dim)
+    return triton_target.unsupported(plan, getattr(torch, site.dtype), *widths) is not None

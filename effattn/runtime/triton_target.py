@@ -88,10 +88,7 @@ def run(
         return out.copy_(found), lse
     kind = kind or kind_of(plan, q_len, groups)
     tensors = (_narrow(query), _narrow(key), _narrow(value))
-    rows = q_len * groups if kind == "decode" else 0
-    spec = specialise(
-        plan, kind, query.dtype, head_dim, value_dim, groups, padded(rows), _arch(device), config, _tf32()
-    )
+    spec = spec_of(plan, query.dtype, q_len, groups, head_dim, value_dim, device, kind, config)
     if spec.tiles.descriptors and not (_describable(tensors[1]) and _describable(tensors[2])):
         spec = replace(spec, tiles=replace(spec.tiles, descriptors=False))
     kernel = kernels.load(spec)
@@ -119,6 +116,23 @@ def _walk_allows_decode(plan: Plan, one_row: bool) -> bool:
     near = (*(keys.near_lower or ()), *keys.near_upper)
     bounds = [*keys.lower, *keys.upper, *near, *([keys.prefix] if keys.prefix is not None else [])]
     return not any(bound.has(expr.h) for bound in bounds if hasattr(bound, "has"))
+
+
+def spec_of(
+    plan: Plan,
+    dtype: torch.dtype,
+    q_len: int,
+    groups: int,
+    head_dim: int,
+    value_dim: int,
+    device: torch.device,
+    kind: Kind | None = None,
+    config: Tiles | None = None,
+) -> KernelSpec:
+    """The specialisation that serves calls of this kind on ``device``."""
+    kind = kind or kind_of(plan, q_len, groups)
+    rows = padded(q_len * groups if kind == "decode" else 0)
+    return specialise(plan, kind, dtype, head_dim, value_dim, groups, rows, _arch(device), config, _tf32())
 
 
 @lru_cache(maxsize=4096)
