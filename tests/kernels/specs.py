@@ -1,0 +1,55 @@
+"""Specialisations that are compiled for GPUs that are not here, and some whose source is kept as a golden file."""
+
+from __future__ import annotations
+
+import torch
+from plans import CASES, CAUSAL, Sizes, power_keep
+
+from effattn.ir.expr import s
+from effattn.ir.plan import Plan
+from effattn.lowering.triton import configs
+from effattn.lowering.triton.spec import KernelSpec, Tiles
+
+ARCHS = ("sm80", "sm90", "sm100", "gfx942")
+PREFILL = ("causal", "left_padding", "window_and_sinks", "power_128", "documents", "soft_cap", "alibi", "bias")
+DECODE = ("cache_by_pointer", "left_padding", "power_128")
+
+
+def spec(name: str, arch: str, kind="prefill", dtype="bfloat16", dim=128, value_dim=None, groups=4, tiles=None):
+    """The specialisation that a call of this plan gets on ``arch``."""
+    sizes = Sizes(head_dim=dim, heads=4, q_len=1 if kind == "decode" else 57)
+    if name == "power_128":
+        plan = Plan("power", sizes.scale * s, CAUSAL, power_keep(128, 2048, 128), empty_rows="never")
+    else:
+        plan = CASES[name](sizes, torch.device("cpu")).plan
+    value_dim = value_dim or dim
+    bits = 32 if dtype == "float32" else 16
+    tiles = tiles or configs.choose(kind, plan, arch, bits, dim, value_dim, rows=groups)
+    return KernelSpec(kind, plan, dtype, dim, value_dim, groups, tiles)
+
+
+def compiled() -> dict[str, tuple[KernelSpec, str]]:
+    """Readable name -> what is compiled, and for which architecture."""
+    found = {}
+    for arch in ARCHS:
+        made = {f"{name} prefill": spec(name, arch) for name in PREFILL}
+        made |= {f"{name} decode": spec(name, arch, "decode") for name in DECODE}
+        made |= {f"causal D {dim}": spec("causal", arch, dim=dim, value_dim=dv) for dim, dv in ((60, 60), (96, 64))}
+        made["causal D 256"] = spec("causal", arch, dim=256)
+        made["causal fp32"] = spec("causal", arch, dtype="float32", dim=64)
+        made["causal fp32 D 128"] = spec("causal", arch, dtype="float32")
+        made["decode fp32"] = spec("cache_by_pointer", arch, "decode", dtype="float32")
+        if arch == "sm90":
+            made["descriptors"] = spec("left_padding", arch, tiles=Tiles(128, 64, 8, 4, descriptors=True))
+        found |= {f"{name} {arch}": (one, arch) for name, one in made.items()}
+    return found
+
+
+def goldens() -> dict[str, KernelSpec]:
+    """Name of the golden file -> what it holds."""
+    return {
+        "causal_prefill": spec("causal", "sm90"),
+        "power_prefill": spec("power_128", "sm90"),
+        "empty_rows_prefill": spec("empty_rows_mean", "sm80", dim=96, value_dim=64, groups=1),
+        "left_padding_decode": spec("left_padding", "sm90", "decode"),
+    }

@@ -1,0 +1,111 @@
+"""The generated text: golden files, names, what is shared, how it is loaded."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import re
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from checking import check
+from plans import CASES, Sizes, tensors
+from specs import goldens, spec
+
+from effattn.lowering.triton.source import file_name, generate
+from effattn.lowering.triton.spec import Tiles, canonical
+from effattn.runtime import kernels
+
+GOLDENS = Path(__file__).parents[1] / "goldens" / "kernels"
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("name", goldens())
+def test_golden(name):
+    """Accept a change on purpose with EFFATTN_ACCEPT=1."""
+    path = GOLDENS / f"{name}.py.golden"
+    source = generate(goldens()[name])
+    if os.environ.get("EFFATTN_ACCEPT"):
+        path.write_text(source)
+    assert source == path.read_text()
+
+
+def test_source_does_not_depend_on_the_process():
+    script = "from specs import goldens; from effattn.lowering.triton.source import *\n"
+    script += "print([file_name(s, generate(s)) for s in goldens().values()])"
+    folder = Path(__file__).parent
+    seen = {
+        subprocess.run(
+            [sys.executable, "-c", script],
+            env={**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": str(folder)},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for seed in ("1", "2")
+    }
+    assert len(seen) == 1
+
+
+def test_generation_is_cheap():
+    plans = [CASES[name](Sizes(head_dim=dim), CPU).plan for name in ("power_16", "alibi") for dim in (30, 31, 32, 33)]
+    specs = [replace(spec("causal", "sm90"), plan=plan, tiles=Tiles(16, 16, 4, 1)) for plan in plans]
+    generate(specs[0])  # the template is read once
+    start = time.perf_counter()
+    for one in specs[1:]:
+        generate(one)
+    assert (time.perf_counter() - start) / len(specs[1:]) < 0.02
+
+
+def test_file_names_are_readable():
+    one = spec("power_128", "sm90")
+    source = generate(one)
+    assert re.fullmatch(r"power_causal_bf16_d128_g4_[0-9a-f]{8}\.py", file_name(one, source))
+    assert source.startswith("# effattn kernel")
+    assert "is_power_of_two" in source.split("import triton")[0]
+    other = spec("left_padding", "sm90", "decode", dim=96, value_dim=64)
+    assert file_name(other, generate(other)).startswith("exact_masked_decode_bf16_d96x64_g4_")
+
+
+def test_plans_that_differ_outside_the_kernel_share_it():
+    plan = CASES["causal"](Sizes(), CPU).plan
+    assert canonical(replace(plan, layout="bnhd", target="triton", min_length=9)) == canonical(plan)
+
+
+def test_lines_are_computed_once():
+    """A padding row is loaded once per key tile and loop, a document id of a row once per tile of rows."""
+    source = generate(spec("documents", "sm90"))
+    before, full, edge = re.split(r"\n    for i in ", source)
+    assert [text.count("tl.load(data_document") for text in (before, full, edge)] == [1, 1, 1]
+
+
+def test_a_file_that_was_tampered_with_is_never_run(tmp_path, monkeypatch):
+    monkeypatch.setenv("EFFATTN_CACHE_DIR", str(tmp_path / "cache"))
+    sizes = Sizes(q_len=19, k_len=19)
+    call = CASES["window"](sizes, CPU)
+    kernels.load.cache_clear()
+    check(call, *tensors(sizes), config=Tiles(16, 16, 4, 1), kind="prefill")
+    (path,) = (tmp_path / "cache").rglob("*.py")
+    wanted = path.read_text()
+    for damage in ("raise SystemExit('ran')\n", wanted[: len(wanted) // 2], ""):
+        path.write_text(damage)
+        kernels.load.cache_clear()
+        check(call, *tensors(sizes), config=Tiles(16, 16, 4, 1), kind="prefill")
+        assert path.read_text() == wanted
+    path.write_text("raise SystemExit('ran')\n")  # while the kernel is loaded
+    check(call, *tensors(sizes), config=Tiles(16, 16, 4, 1), kind="prefill")
+
+
+def test_triton_sees_the_text_in_memory(tmp_path):
+    source = generate(spec("causal", "sm90"))
+    path = tmp_path / "never_written.py"
+    module = kernels.module_from(source, path)
+    assert not path.exists()
+    text = inspect.getsource(module.forward.fn)
+    assert text in source
+    assert "tl.dot" in text
