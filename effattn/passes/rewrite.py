@@ -16,6 +16,7 @@ from effattn.passes.choose import Choice, plain_scale
 from effattn.passes.draft import SizeSource
 from effattn.passes.erase import erase_orphans
 from effattn.passes.graph import GraphView, as_sympy
+from effattn.passes.insert import Inserter, fake_mode
 from effattn.passes.operands import Operand, emit
 from effattn.passes.reading import LoadSource
 
@@ -46,43 +47,17 @@ def rewrite(view: GraphView, choices: list[Choice]) -> int:
     return before + inserted + saved.count - len(view.graph.nodes)
 
 
-class _Writer:
-    """Inserts nodes at one place; each gets the fake value and the provenance that later stages rely on."""
+class _Writer(Inserter):
+    """Inserts the replacement of one site."""
 
     def __init__(self, view: GraphView, like: fx.Node):
-        self.view, self.like, self.count = view, like, 0
-
-    def remember(self, node: fx.Node) -> fx.Node:
-        for key in ("nn_module_stack", "stack_trace", "source_fn_stack", "custom"):
-            if key in self.like.meta:
-                node.meta[key] = self.like.meta[key]
-        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta.get("example_value"))
-        with _fake_mode(self.like):
-            if node.op == "call_method":
-                node.meta["example_value"] = getattr(args[0], str(node.target))(*args[1:], **kwargs)
-            else:
-                node.meta["example_value"] = node.target(*args, **kwargs)  # type: ignore[operator]
-        self.count += 1
-        return node
-
-    def call(self, target: Any, args: tuple, kwargs: dict | None = None) -> fx.Node:
-        return self.remember(self.view.graph.call_function(target, args, kwargs or {}))
-
-    def method(self, name: str, args: tuple) -> fx.Node:
-        return self.remember(self.view.graph.call_method(name, args))
+        super().__init__(view.graph, like)
+        self.view = view
 
     def operand(self, operand: Operand, dtype: torch.dtype) -> fx.Node:
         """Query, key or value as [B, H, N, D] in the dtype of the result (autocast may have cast it)."""
-        node = emit(self.view.graph, self.view, operand, self.remember)
-        return node if node.meta["example_value"].dtype == dtype else self.method("to", (node, dtype))
-
-
-def _fake_mode(node: fx.Node):
-    value = node.meta["example_value"]
-    mode = getattr(value, "fake_mode", None)
-    if mode is None:
-        raise RewriteError(f"{node.name} has no fake value to check the replacement against")
-    return mode
+        node = emit(self.graph, self.view, operand, self.remember)
+        return node if node.meta["example_value"].dtype == dtype else self.method("to", node, dtype)
 
 
 def _operands(writer: _Writer, choice: Choice) -> list[fx.Node]:
@@ -101,7 +76,7 @@ def _sdpa(writer: _Writer, choice: Choice) -> fx.Node:
     }
     if site.layout.groups > 1:
         kwargs["enable_gqa"] = True
-    return writer.call(F.scaled_dot_product_attention, tuple(_operands(writer, choice)), kwargs)
+    return writer.call(F.scaled_dot_product_attention, *_operands(writer, choice), **kwargs)
 
 
 def _op(writer: _Writer, choice: Choice, saved: _SavedLoads) -> fx.Node:
@@ -111,12 +86,12 @@ def _op(writer: _Writer, choice: Choice, saved: _SavedLoads) -> fx.Node:
     loads = [saved.at(source, writer.view.time[anchors.replaced]) for source in anchors.loads]
     scalars = [_length(writer, source) for source in anchors.scalars]
     args = (*operands, loads, scalars, list(anchors.numbers), plan.encode())
-    both = writer.call(torch.ops.effattn.attend.default, args)
-    return writer.call(operator.getitem, (both, 0))
+    both = writer.call(torch.ops.effattn.attend.default, *args)
+    return writer.call(operator.getitem, both, 0)
 
 
 def _length(writer: _Writer, source: SizeSource) -> fx.Node:
-    return source.node if source.dim is None else writer.method("size", (source.node, source.dim))
+    return source.node if source.dim is None else writer.method("size", source.node, source.dim)
 
 
 class _SavedLoads:
@@ -135,7 +110,7 @@ class _SavedLoads:
             with self.view.graph.inserting_before(writers[0]):
                 copy = self.view.graph.call_method("clone", (source.node,))
             copy.meta.update({k: v for k, v in source.node.meta.items() if k in ("stack_trace", "nn_module_stack")})
-            with _fake_mode(source.node):
+            with fake_mode(source.node):
                 copy.meta["example_value"] = source.node.meta["example_value"].clone()
             self.copies[key] = copy
             self.count += 1
