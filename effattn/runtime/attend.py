@@ -12,7 +12,6 @@ Importing this module registers the ops; nothing else happens and Triton is not 
 from __future__ import annotations
 
 import importlib.util
-import warnings
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
@@ -24,6 +23,7 @@ from effattn.errors import EffattnError
 from effattn.ir.plan import Plan
 from effattn.runtime import portable
 from effattn.runtime.sdpa import sdpa_path
+from effattn.settings import warn_once
 
 SCHEMAS = {
     "attend": (
@@ -71,7 +71,7 @@ def attend(
         decoded = _dense(plan)
     if decoded.target is None and (done := sdpa_path(decoded, query, key, value, loads, scalars, numbers)) is not None:
         return done
-    return _target(decoded, query.device).run(decoded, query, key, value, loads, scalars, numbers)
+    return _target(decoded, query, value).run(decoded, query, key, value, loads, scalars, numbers)
 
 
 def attend_fake(query, key, value, loads, scalars, numbers, plan):
@@ -98,7 +98,7 @@ def attend_backward(
     decoded = Plan.decode(plan)
     if key.shape[2] < decoded.min_length:
         decoded = _dense(plan)
-    target = _target(decoded, query.device)
+    target = _target(decoded, query, value)
     backward = getattr(target, "run_backward", portable_backward.run_backward)
     return backward(decoded, grad_out, grad_lse, query, key, value, out, lse, loads, scalars, numbers)
 
@@ -130,21 +130,20 @@ def triton_is_importable() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-def _target(plan: Plan, device: torch.device) -> Any:
-    """The module that runs a plan on a device."""
-    wanted = plan.target or ("triton" if device.type == "cuda" else "portable")
-    if wanted == "triton" and triton_is_importable():
-        from effattn.runtime import triton_target
+def _target(plan: Plan, query: Tensor, value: Tensor) -> Any:
+    """The module that runs a plan on these tensors."""
+    wanted = plan.target or ("triton" if query.device.type == "cuda" else "portable")
+    if wanted == "portable":
+        return portable
+    if not triton_is_importable():
+        warn_once("Triton is not installed: using the portable target, which is slower on a GPU", key="no triton")
+        return portable
+    from effattn.runtime import triton_target
 
-        return triton_target
-    if wanted == "triton":
-        _say_once_that_triton_is_missing()
-    return portable
-
-
-@lru_cache(maxsize=1)
-def _say_once_that_triton_is_missing() -> None:
-    warnings.warn("effattn: Triton is not installed; using the portable target, which is slower", stacklevel=2)
+    if (why := triton_target.unsupported(plan, query.dtype, query.shape[3], value.shape[3])) is not None:
+        warn_once(f"{why}: using the portable target there, which is slower on a GPU")
+        return portable
+    return triton_target
 
 
 def _setup_context(ctx, inputs, output) -> None:

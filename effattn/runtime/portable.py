@@ -57,7 +57,7 @@ class Call:
         # the score as scale * s + bias, scale None where it is not of this kind
         self.bias, product = sympy.sympify(plan.score).as_independent(expr.s, as_Add=True)
         self.scale = constant_scale(product, {**self.names, "Nq": self.q_len, "Nk": self.k_len})
-        self.plain = self.scale is not None and self.bias == 0
+        self.only_scale = self.scale if self.bias == 0 else None  # c where the score is c * s
 
     def takes_flash_kernel(self) -> bool:
         """Whether PyTorch's CPU flash kernel computes this: it adds a mask, and takes one head dimension."""
@@ -121,11 +121,11 @@ class Call:
         """
         symbols = self.indices(piece)
         groups, rows = query.shape[2:4]
-        if self.plain:
-            query = query * self.scale
+        if self.only_scale is not None:
+            query = query * self.only_scale
         raw = (query.flatten(2, 3) @ key.transpose(-1, -2)).unflatten(2, (groups, rows))
         score = raw
-        if not self.plain:
+        if self.only_scale is None:
             symbols |= {"s": raw, "k": self.all_keys(piece)}
             score = torch.as_tensor(self.evaluate(self.plan.score, symbols), dtype=self.dtype, device=self.device)
             if score is raw or score.shape != raw.shape:

@@ -81,8 +81,8 @@ def _piece(
     of_value = flat_weights.transpose(-1, -2) @ flat_grad
     of_score = (flat_grad @ value.transpose(-1, -2)).unflatten(2, shape)
     of_score.sub_(correction[..., None]).mul_(weights)
-    if call.plain:
-        of_raw = of_score.mul_(call.scale)
+    if call.only_scale is not None:
+        of_raw = of_score.mul_(call.only_scale)
     else:
         slope = call.evaluate(derivative(call.plan.score), symbols)
         # a masked score may have any slope, even an infinite one

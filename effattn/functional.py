@@ -1,0 +1,102 @@
+"""Any form of attention as a plain function."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import sympy
+import torch
+from torch import Tensor
+
+from effattn.errors import FormRefused, OptionError
+from effattn.ir import expr
+from effattn.ir.plan import Plan
+from effattn.lowering.forms import FORMS, Form
+from effattn.lowering.forms.form import CAUSAL
+from effattn.policy.fields import params_of
+from effattn.policy.problems import spelled, unknown
+from effattn.runtime import attend as _registers_the_op  # noqa: F401
+
+SCALE = expr.number("scale")
+
+
+def forms() -> dict[str, Form]:
+    """Every form by name."""
+    return dict(FORMS)
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    form: str = "power",
+    causal: bool = True,
+    scale: float | None = None,
+    **params: Any,
+) -> Tensor:
+    """Attention in one of the forms, on any device; can be compiled, and differentiated.
+
+    Args:
+        q: [B, Hq, Nq, D], floating point, any strides.
+        k: [B, Hkv, Nk, D], the same dtype and device; Hq is a multiple of Hkv (grouped heads).
+        v: [B, Hkv, Nk, Dv].
+        form: a name of :func:`forms`.
+        causal: row i attends to keys up to i + Nk - Nq: the last row sees all. With Nq > Nk the first rows see none,
+            and are zero.
+        scale: factor on q . k; 1 / sqrt(D) if None.
+        params: parameters of the form, as in a policy (``block=128, window=2048, sinks=128``).
+
+    Returns:
+        [B, Hq, Nq, Dv] in q's dtype.
+
+    Raises:
+        OptionError: no such form, no such parameter, or a value that it does not take.
+        FormRefused: the form does not apply here.
+        ValueError: shapes, dtypes or devices do not fit.
+    """
+    _check(q, k, v)
+    plan = _plan(form, bool(causal), tuple(sorted(params.items())))
+    factor = 1.0 / math.sqrt(q.shape[3]) if scale is None else scale
+    return torch.ops.effattn.attend(q, k, v, [], [], [factor], plan)[0]
+
+
+@torch.compiler.assume_constant_result
+def _plan(form: str, causal: bool, params: tuple[tuple[str, Any], ...]) -> str:
+    """The encoded plan of a form with these parameters."""
+    if form not in FORMS:
+        raise OptionError(f"attention: {unknown('form', str(form), FORMS)}")
+    checked, problems = params_of(form, dict(params))
+    if problems or checked is None:
+        text = "; ".join(f"{spelled(path[1:])}: {problem}" if path[1:] else problem for path, problem in problems)
+        raise OptionError(f"attention(form={form!r}): {text}")
+    if not causal and CAUSAL in FORMS[form].rules:
+        raise FormRefused(f"attention(form={form!r}, causal=False): {CAUSAL.otherwise}. {CAUSAL.hint}")
+    position = expr.q + expr.Nk - expr.Nq
+    plan = Plan(
+        form=form,
+        score=SCALE * expr.s,
+        predicate=expr.k <= position if causal else sympy.true,
+        keep=FORMS[form].keep(checked, position),
+        numbers=(SCALE.name,),
+        empty_rows="zero",
+    )
+    return plan.encode()
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        if tensor.ndim != 4:
+            raise ValueError(
+                f"attention: {name} must be [batch, heads, length, head_dim], got shape {tuple(tensor.shape)}"
+            )
+        if not tensor.is_floating_point():
+            raise ValueError(f"attention: {name} must be floating point, got {tensor.dtype}")
+        if tensor.dtype != q.dtype or tensor.device != q.device:
+            raise ValueError(f"attention: q is {q.dtype} on {q.device}, {name} is {tensor.dtype} on {tensor.device}")
+    if k.shape[:3] != v.shape[:3]:
+        raise ValueError(f"attention: k {tuple(k.shape)} and v {tuple(v.shape)} must agree in batch, heads and length")
+    if q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
+        raise ValueError(f"attention: q {tuple(q.shape)} and k {tuple(k.shape)} must agree in batch and head_dim")
+    if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
+        raise ValueError(f"attention: {q.shape[1]} query heads are not a multiple of {k.shape[1]} key/value heads")
