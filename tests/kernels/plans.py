@@ -99,6 +99,16 @@ def window_and_sinks(sizes, device):
 
 
 @case
+def wide_window(sizes, device):
+    return Call(Plan("window", sizes.scale * s, CAUSAL, q - k < 37))
+
+
+@case
+def wide_window_and_sinks(sizes, device):
+    return Call(Plan("window", sizes.scale * s, CAUSAL, sympy.Or(q - k < 37, k < 7)))
+
+
+@case
 def chunked(sizes, device):
     return Call(Plan("exact", sizes.scale * s, sympy.And(CAUSAL, sympy.Ge(FloorDiv(k, 24), FloorDiv(q, 24)))))
 
@@ -112,6 +122,14 @@ def power_16(sizes, device):
 def power_32_no_sinks(sizes, device):
     distance = FloorDiv(q, 32) - FloorDiv(k, 32)
     return Call(Plan("power", sizes.scale * s, CAUSAL, sympy.Or(distance < 1, IsPowerOfTwo(distance))))
+
+
+@case
+def power_32_few_sinks(sizes, device):
+    """Sinks and near band end within a block: tiles of listed blocks are cut."""
+    distance = FloorDiv(q, 32) - FloorDiv(k, 32)
+    keep = sympy.Or(q - k < 11, IsPowerOfTwo(distance), k < 7)
+    return Call(Plan("power", sizes.scale * s, CAUSAL, keep))
 
 
 @case
