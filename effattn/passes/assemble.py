@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from typing import Any
 
@@ -20,6 +21,7 @@ from effattn.passes.operands import Operand
 from effattn.passes.placement import placement
 from effattn.passes.reading import LoadSource
 
+_TORCH = os.path.dirname(torch.__file__)
 SUPPORTED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_TERMS = 400  # operations in score and predicate together; more is no mask that a person wrote
 
@@ -106,6 +108,7 @@ def assemble(view: GraphView, draft: Draft, order: int) -> Match:
         scalars=tuple(source for _, source in scalars),
         numbers=tuple(draft.reader.numbers[name] for name in numbers),
         is_plain_sdpa=draft.is_plain_sdpa,
+        is_sdpa=draft.is_sdpa,
     )
     return Match(site, anchors)
 
@@ -149,7 +152,7 @@ def _check_operands(view: GraphView, draft: Draft, layout: Layout) -> None:
 
 def _autocast(view: GraphView, draft: Draft, target: torch.dtype) -> bool:
     """Whether the product of query and key already ran in the result's type, as under torch.autocast."""
-    return draft.found_as == "sdpa" or "autocast" in draft.notes
+    return draft.is_sdpa or "autocast" in draft.notes
 
 
 def _heads(view: GraphView, operand: Operand):
@@ -164,7 +167,7 @@ def _output_layout(view: GraphView, draft: Draft, place) -> str:
     """Memory order to write: heads inside rows if that is what the replaced node had, or what its users undo."""
     tensor = view.tensor(draft.replaced)
     if tensor.dim() == 4 and place.is_identity:
-        if draft.found_as == "sdpa":
+        if draft.is_sdpa:
             heads, rows = tensor.stride()[1:3]
             return "bnhd" if hint(heads) < hint(rows) else "bhnd"
         calls = [view.call(user) for user in draft.replaced.users]
@@ -290,7 +293,8 @@ def _layer(path: str) -> int | None:
 def location(node: fx.Node) -> str:
     """file:line of the user's code that made the node."""
     frames = re.findall(r'File "(.+?)", line (\d+)', node.meta.get("stack_trace") or "")
-    return f"{frames[-1][0]}:{frames[-1][1]}" if frames else ""
+    own = [frame for frame in frames if not frame[0].startswith(_TORCH)] or frames
+    return f"{own[-1][0]}:{own[-1][1]}" if own else ""
 
 
 def _stage(hints: Layout, position, needs_grad: bool) -> Stage:

@@ -52,20 +52,31 @@ def _starred(name: str, star: str, methods: str, functions: tuple = ()) -> tuple
 
 ROWS: tuple[tuple[str, tuple[Spelling, ...]], ...] = (
     # arithmetic
-    _row("add", "input other alpha", (operator.add, torch.add, operator.iadd), "add add_ __add__ __iadd__"),
-    _row("sub", "input other alpha", (operator.sub, torch.sub, torch.subtract, operator.isub), "sub sub_ subtract"),
+    _row("add", "input other alpha", (operator.add, torch.add, operator.iadd), "add add_ __add__ __radd__ __iadd__"),
+    _row(
+        "sub",
+        "input other alpha",
+        (operator.sub, torch.sub, torch.subtract, operator.isub),
+        "sub sub_ subtract __sub__ __isub__",
+    ),
     _row("rsub", "input other", (torch.rsub,), "rsub __rsub__"),
-    _row("mul", "input other", (operator.mul, torch.mul, torch.multiply, operator.imul), "mul mul_ multiply"),
+    _row(
+        "mul",
+        "input other",
+        (operator.mul, torch.mul, torch.multiply, operator.imul),
+        "mul mul_ multiply __mul__ __rmul__ __imul__",
+    ),
     _row(
         "div",
         "input other rounding_mode",
         (operator.truediv, torch.div, torch.true_divide, operator.itruediv),
-        "div div_ true_divide divide",
+        "div div_ true_divide divide __truediv__ __itruediv__",
+        (("__rtruediv__", "other input"),),
     ),
-    _row("floordiv", "input other", (operator.floordiv, torch.floor_divide), "floor_divide"),
-    _row("mod", "input other", (operator.mod, torch.remainder), "remainder"),
-    _row("neg", "input", (operator.neg, torch.neg, torch.negative), "neg negative"),
-    _row("abs", "input", (operator.abs, torch.abs), "abs"),
+    _row("floordiv", "input other", (operator.floordiv, torch.floor_divide), "floor_divide __floordiv__"),
+    _row("mod", "input other", (operator.mod, torch.remainder), "remainder __mod__"),
+    _row("neg", "input", (operator.neg, torch.neg, torch.negative), "neg negative __neg__"),
+    _row("abs", "input", (operator.abs, torch.abs), "abs __abs__"),
     _row("tanh", "input", (torch.tanh, F.tanh), "tanh tanh_"),
     _row("exp", "input", (torch.exp,), "exp"),
     _row("minimum", "input other", (torch.minimum,), "minimum"),
@@ -73,19 +84,22 @@ ROWS: tuple[tuple[str, tuple[Spelling, ...]], ...] = (
     _row("clamp", "input min max", (torch.clamp, torch.clip), "clamp clip clamp_"),
     # comparison and logic
     *(
-        _row(name, "input other", (getattr(operator, name), getattr(torch, name)), name)
+        _row(name, "input other", (getattr(operator, name), getattr(torch, name)), f"{name} __{name}__")
         for name in ("le", "lt", "ge", "gt", "eq", "ne")
     ),
     _row(
         "and",
         "input other",
         (operator.and_, torch.logical_and, torch.bitwise_and, operator.iand),
-        "logical_and bitwise_and logical_and_ bitwise_and_ __and__",
+        "logical_and bitwise_and logical_and_ bitwise_and_ __and__ __rand__ __iand__",
     ),
     _row(
-        "or", "input other", (operator.or_, torch.logical_or, torch.bitwise_or, operator.ior), "logical_or bitwise_or"
+        "or",
+        "input other",
+        (operator.or_, torch.logical_or, torch.bitwise_or, operator.ior),
+        "logical_or bitwise_or __or__ __ror__",
     ),
-    _row("xor", "input other", (operator.xor, torch.logical_xor, torch.bitwise_xor), "logical_xor bitwise_xor"),
+    _row("xor", "input other", (operator.xor, torch.logical_xor, torch.bitwise_xor), "logical_xor bitwise_xor __xor__"),
     _row("not", "input", (operator.invert, torch.logical_not, torch.bitwise_not), "logical_not bitwise_not __invert__"),
     _row("where", "condition input other", (torch.where,), "", (("where", "input condition other"),)),
     _row("masked_fill", "input mask value", (torch.masked_fill,), "masked_fill masked_fill_"),
