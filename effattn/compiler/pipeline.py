@@ -26,6 +26,7 @@ class Outcome:
     missed: list[Missed] = field(default_factory=list)
     choices: list[Choice] = field(default_factory=list)
     original: fx.Graph | None = None  # the graph as Dynamo made it; None if nothing was replaced
+    normalized: fx.Graph | None = None  # with compound calls written out; only to verify, and only if there were any
     erased: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
 
@@ -43,10 +44,13 @@ def run_passes(gm: fx.GraphModule, options: Options) -> Outcome:
     original = copy.deepcopy(gm.graph)
     try:
         with clock("normalize"):
-            normalize(gm)
+            written_out, left_alone = normalize(gm)
+        if options.verify and written_out:
+            outcome.normalized = copy.deepcopy(gm.graph)
         view = GraphView(gm.graph)
         with clock("match"):
             outcome.matches, outcome.missed = find(view)
+        outcome.missed += left_alone
         with clock("choose"):
             outcome.choices = choose(outcome.matches, options.policy, strict=options.strict, target=options.target)
         with clock("rewrite"):
@@ -63,7 +67,7 @@ def run_passes(gm: fx.GraphModule, options: Options) -> Outcome:
 
 def mentions_attention(graph: fx.Graph) -> bool:
     """A quick look for anything that could be attention, so that other graphs cost nothing."""
-    names = ("softmax", "attention")
+    names = ("softmax", "attention", "transformer_encoder_layer")
     return any(
         any(name in str(getattr(node.target, "__name__", node.target)) for name in names)
         for node in graph.nodes

@@ -175,7 +175,7 @@ def _site(choice: Choice) -> SiteReport:
 def _kernel(choice: Choice) -> str | None:
     """What runs: the author's own call, SDPA, or the op with the file of its generated kernel."""
     if choice.plan is None:
-        is_sdpa = choice.route == "sdpa" or choice.match.site.found_as == "sdpa"
+        is_sdpa = choice.route == "sdpa" or choice.match.anchors.is_sdpa
         return "torch.nn.functional.scaled_dot_product_attention" if is_sdpa else None
     target = choice.plan.target or ("triton" if choice.match.site.device == "cuda" else "portable")
     return "portable (ATen, blockwise)" if target == "portable" else kernel_path(choice)

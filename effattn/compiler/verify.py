@@ -32,13 +32,17 @@ def verified(compiled: Callable, gm: fx.GraphModule, outcome: Outcome, options: 
     """
     assert outcome.original is not None
     original = fx.GraphModule(gm, outcome.original)
+    checked = original if outcome.normalized is None else fx.GraphModule(gm, outcome.normalized)
     exact = all(choice.exact for choice in outcome.choices)
 
     def run(*args: Any) -> Any:
         random = torch.get_rng_state()
         copies = [_copy(arg) for arg in args]
         with torch.no_grad():
-            expected = _Checker(original, outcome.matches).run(*copies)
+            expected = _Checker(checked, outcome.matches).run(*copies)
+            if checked is not original:
+                torch.set_rng_state(random)
+                expected = original(*[_copy(arg) for arg in args])
         torch.set_rng_state(random)
         actual = compiled(*args)
         if exact:
@@ -117,7 +121,7 @@ class _Checker(fx.Interpreter):
 
 def _sizes(match: Match, query: Any, key: Any) -> dict[str, int]:
     """The real sizes: lengths of the scores or of query and key."""
-    if match.site.found_as == "softmax":
+    if not match.anchors.is_sdpa:
         names = {}
         for entry, size in zip(match.anchors.scores_index, query.shape, strict=True):
             names[str(entry)] = int(size)
@@ -135,7 +139,7 @@ def _sizes(match: Match, query: Any, key: Any) -> dict[str, int]:
 
 def _allowed_by_author(match: Match, query: Any, key: Any, args: tuple, kwargs: dict) -> torch.Tensor | None:
     """Which entries of the scores the author's mask lets through, in the shape of the scores."""
-    if match.site.found_as == "softmax":
+    if not match.anchors.is_sdpa:
         return query > FILL
     mask = kwargs.get("attn_mask", args[3] if len(args) > 3 else None)
     causal = kwargs.get("is_causal", args[5] if len(args) > 5 else False)

@@ -121,7 +121,7 @@ def exact_route(site: Site, anchors: Anchors) -> tuple[Route, str]:
         return "sdpa", f"{causal}: SDPA's own fast kernels, no mask tensor" + _grouped(site)
     if (refusals := _cannot_lower(site, "exact")) != ():
         return "keep", f"left as it was: {'; '.join(map(str, refusals))}"
-    if site.found_as == "sdpa" and is_opaque(site):
+    if anchors.is_sdpa and is_opaque(site):
         return "keep", "the mask is a tensor with a value for every pair: SDPA reads it as it is"
     return "op", "a kernel specialised on predicate and score, no mask tensor" + _grouped(site)
 

@@ -12,6 +12,8 @@ from effattn.passes.operands import Operand
 from effattn.passes.placement import Placement
 from effattn.passes.reading import LoadSource, Reader
 
+FOUND_AS = "effattn_found_as"  # in a node's meta: what the author called, where a pass wrote the node
+
 
 @dataclass(frozen=True)
 class SizeSource:
@@ -36,6 +38,7 @@ class Anchors:
     scalars: tuple[SizeSource, ...]  # as in site.scalars
     numbers: tuple[fx.Node, ...]  # as in site.numbers
     is_plain_sdpa: bool = False  # already SDPA without a mask: its own kernels run, nothing to replace
+    is_sdpa: bool = False  # the scores are those of an SDPA call
 
 
 @dataclass(frozen=True)
@@ -85,4 +88,5 @@ class Draft:
     reader: Reader
     zero_when_empty: bool  # SDPA gives 0 for a row without keys where a softmax of -inf gives NaN
     is_plain_sdpa: bool = False
+    is_sdpa: bool = False
     notes: list[str] = field(default_factory=list)

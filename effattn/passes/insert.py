@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import sympy
 import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
 from effattn.errors import RewriteError
+from effattn.passes.graph import as_sympy
 
 PROVENANCE = ("nn_module_stack", "stack_trace", "source_fn_stack", "custom")
 
@@ -20,7 +22,8 @@ class Inserter:
     """
 
     def __init__(self, graph: fx.Graph, like: fx.Node):
-        self.graph, self.like, self.count = graph, like, 0
+        self.graph, self.like = graph, like
+        self.nodes: list[fx.Node] = []
         self.mode = fake_mode(like)
 
     def remember(self, node: fx.Node) -> fx.Node:
@@ -32,7 +35,7 @@ class Inserter:
                 node.meta["example_value"] = getattr(args[0], str(node.target))(*args[1:], **kwargs)
             else:
                 node.meta["example_value"] = node.target(*args, **kwargs)  # type: ignore[operator]
-        self.count += 1
+        self.nodes.append(node)
         return node
 
     def call(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
@@ -40,6 +43,11 @@ class Inserter:
 
     def method(self, name: str, *args: Any, **kwargs: Any) -> fx.Node:
         return self.remember(self.graph.call_method(name, args, kwargs))
+
+    def undo(self) -> None:
+        """Erase everything that was inserted; nothing else may use it."""
+        while self.nodes:
+            self.graph.erase_node(self.nodes.pop())
 
 
 def fake_mode(node: fx.Node):
@@ -53,3 +61,12 @@ def fake_mode(node: fx.Node):
         if isinstance(value, torch.Tensor) and mode is not None:
             return mode
     raise RewriteError(f"{node.name} has no fake value to check the replacement against")
+
+
+def difference(before: torch.Tensor, after: torch.Tensor) -> str:
+    """How a replacement's fake value differs from what it replaces, in words; "" if it may take its place."""
+    shapes = [tuple(sympy.expand(as_sympy(size)) for size in value.shape) for value in (before, after)]
+    if shapes[0] == shapes[1] and before.dtype == after.dtype and before.device == after.device:
+        return ""
+    sides = [f"{value.dtype}{list(value.shape)} on {value.device}" for value in (after, before)]
+    return f"{sides[0]}, expected {sides[1]}"

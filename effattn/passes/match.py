@@ -18,7 +18,7 @@ from effattn.ir import expr
 from effattn.ir.expr import Where, b, h, k, q, s
 from effattn.passes.assemble import assemble, location, module_path
 from effattn.passes.contraction import Contraction, contraction
-from effattn.passes.draft import Draft, Match, Missed, Refused
+from effattn.passes.draft import FOUND_AS, Draft, Match, Missed, Refused
 from effattn.passes.graph import GraphView
 from effattn.passes.operands import Operand, depth, row, trace
 from effattn.passes.reading import Reader
@@ -134,7 +134,7 @@ def _from_sdpa(view: GraphView, call: Call, readers: dict[tuple, Reader]) -> Dra
     return Draft(
         anchor=call.node,
         replaced=call.node,
-        found_as="sdpa",
+        found_as=call.node.meta.get(FOUND_AS, "sdpa"),
         query=operands[0],
         key=operands[1],
         value=operands[2],
@@ -150,6 +150,7 @@ def _from_sdpa(view: GraphView, call: Call, readers: dict[tuple, Reader]) -> Dra
         reader=reader,
         zero_when_empty=True,
         is_plain_sdpa=mask is None,
+        is_sdpa=True,
         notes=notes,
     )
 
@@ -214,7 +215,7 @@ def _from_softmax(view: GraphView, call: Call, readers: dict[tuple, Reader]) -> 
     return Draft(
         anchor=call.node,
         replaced=replaced,
-        found_as="softmax",
+        found_as=call.node.meta.get(FOUND_AS, "softmax"),
         query=operands[0],
         key=operands[1],
         value=value,

@@ -5,8 +5,51 @@ Everything else is left as the author wrote it: the vocabulary already gives eve
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
 from torch import fx
 
+from effattn.passes import multihead
+from effattn.passes.assemble import location, module_path
+from effattn.passes.draft import Missed, Refused
+from effattn.passes.erase import erase_orphans
+from effattn.passes.graph import GraphView
+from effattn.passes.insert import Inserter
 
-def normalize(gm: fx.GraphModule) -> None:
-    """Expand compound calls in place."""
+# a function that Dynamo keeps whole -> what writes it out and gives its users the parts
+RULES: dict[Any, Callable[[Inserter, fx.Node], None]] = {
+    F.multi_head_attention_forward: multihead.write_out,
+    torch._transformer_encoder_layer_fwd: multihead.write_out_encoder_layer,
+    torch._native_multi_head_attention: multihead.leave_native,
+}
+
+
+def normalize(gm: fx.GraphModule) -> tuple[int, list[Missed]]:
+    """Expand compound calls in place: how many, and those that are left alone, with the reason."""
+    missed: list[Missed] = []
+    sources: list[fx.Node] = []
+    expanded = 0
+    for node in list(gm.graph.nodes):
+        rule = RULES.get(node.target) if node.op == "call_function" else None
+        if rule is None:
+            continue
+        inserter = Inserter(gm.graph, node)
+        try:
+            with gm.graph.inserting_before(node):
+                rule(inserter, node)
+        except Refused as refused:
+            inserter.undo()
+            missed.append(Missed(module_path(node)[0] or node.name, location(node), refused.refusal))
+            continue
+        sources += node.all_input_nodes
+        for user in list(node.users):
+            gm.graph.erase_node(user)
+        gm.graph.erase_node(node)
+        expanded += 1
+    unused = [source for source in dict.fromkeys(sources) if not source.users]
+    if unused:  # a mask that the causal hint makes superfluous
+        erase_orphans(GraphView(gm.graph), unused)
+    return expanded, missed

@@ -15,8 +15,8 @@ from effattn.errors import RewriteError
 from effattn.passes.choose import Choice, plain_scale
 from effattn.passes.draft import SizeSource
 from effattn.passes.erase import erase_orphans
-from effattn.passes.graph import GraphView, as_sympy
-from effattn.passes.insert import Inserter, fake_mode
+from effattn.passes.graph import GraphView
+from effattn.passes.insert import Inserter, difference, fake_mode
 from effattn.passes.operands import Operand, emit
 from effattn.passes.reading import LoadSource
 
@@ -39,10 +39,11 @@ def rewrite(view: GraphView, choices: list[Choice]) -> int:
             writer = _Writer(view, node)
             result = _sdpa(writer, choice) if choice.route == "sdpa" else _op(writer, choice, saved)
             result = choice.match.anchors.placement.emit(view.graph, result, writer.remember)
-        _check_same(node, result)
+        if wrong := difference(node.meta["example_value"], result.meta["example_value"]):
+            raise RewriteError(f"replacement of {node.name} is {wrong}")
         node.replace_all_uses_with(result)
         replaced.append(node)
-        inserted += writer.count
+        inserted += len(writer.nodes)
     erase_orphans(view, replaced)
     return before + inserted + saved.count - len(view.graph.nodes)
 
@@ -115,13 +116,3 @@ class _SavedLoads:
             self.copies[key] = copy
             self.count += 1
         return self.copies[key]
-
-
-def _check_same(old: fx.Node, new: fx.Node) -> None:
-    before, after = old.meta["example_value"], new.meta["example_value"]
-    shapes = [tuple(sympy.expand(as_sympy(size)) for size in value.shape) for value in (before, after)]
-    if shapes[0] != shapes[1] or before.dtype != after.dtype or before.device != after.device:
-        raise RewriteError(
-            f"replacement of {old.name} is {after.dtype}{list(after.shape)} on {after.device}, "
-            f"expected {before.dtype}{list(before.shape)} on {before.device}"
-        )
