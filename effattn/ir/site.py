@@ -65,8 +65,9 @@ class Site:
     empty_rows: EmptyRows
     dtype: str  # of query, key and value: "float32", "bfloat16", "float16"
     device: str  # "cpu", "cuda"
-    needs_grad: bool
+    needs_grad: bool  # of the output
     output_layout: str  # memory order to write: "bhnd" or "bnhd"
+    loads_need_grad: bool = False  # a tensor that the score reads (a learned bias) needs a gradient itself
     layer: int | None = None
     module: str = ""  # path of the innermost module
     module_classes: tuple[str, ...] = ()  # class names, outermost first

@@ -46,7 +46,7 @@ def assemble(view: GraphView, draft: Draft, order: int) -> Match:
         raise Refused("empty mask", "the mask allows nothing at all")
     if sympy.count_ops(score) + sympy.count_ops(predicate, visual=False) > MAX_TERMS:
         raise Refused("size", "the expression of score and mask is too large to compute in a kernel")
-    position = masks.query_position(predicate)
+    position = masks.query_position(predicate, layout)
     try:
         empty = masks.empty_rows(
             masks.Split(score, predicate, found.fills), layout, position, draft.zero_when_empty, _dtype(view, draft)
@@ -69,9 +69,10 @@ def assemble(view: GraphView, draft: Draft, order: int) -> Match:
     path, classes = module_path(draft.anchor)
     tensor = view.tensor(draft.query.node)
     assert tensor is not None
-    needs_grad = any(
+    loads_need_grad = any(view.tensor(sources[name].node).requires_grad for name in used)
+    needs_grad = loads_need_grad or any(
         view.tensor(operand.node).requires_grad for operand in (draft.query, draft.key, draft.value)
-    ) or any(view.tensor(sources[name].node).requires_grad for name in used)
+    )
     hints = Layout(*(_hint(view, size, draft) for size in vars(layout).values()))
     site = Site(
         name=f"{path or 'attention'}#{order}",
@@ -89,6 +90,7 @@ def assemble(view: GraphView, draft: Draft, order: int) -> Match:
         dtype=_dtype(view, draft),
         device=tensor.device.type,
         needs_grad=needs_grad,
+        loads_need_grad=loads_need_grad,
         output_layout=_output_layout(view, draft, place),
         layer=_layer(path),
         module=path,

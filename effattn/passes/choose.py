@@ -14,7 +14,7 @@ from effattn.ir import expr
 from effattn.ir.plan import Plan
 from effattn.ir.site import Refusal, Site
 from effattn.lowering.forms import FORMS
-from effattn.lowering.forms.form import Params
+from effattn.lowering.forms.form import Params, Rule
 from effattn.passes.draft import Anchors, Match
 from effattn.policy import Policy
 from effattn.runtime.attend import triton_is_importable
@@ -86,7 +86,7 @@ def _choose(match: Match, policy: Policy, strict: bool, target: str | None) -> C
     for name in rule.preference if rule is not None else ("exact",):
         form = FORMS[name]
         params = rule.params_of(name) if rule is not None else form.params()
-        refusals = form.refusals(site, params) + _cannot_lower(site, name)
+        refusals = form.refusals(site, params) + (() if name == "exact" else _cannot_lower(site, name))
         candidates.append(Candidate(name, not refusals, tuple(map(str, refusals))))
         if refusals:
             if strict and name != "exact":
@@ -153,17 +153,26 @@ def is_opaque(site: Site) -> bool:
     return any(all(not (index.has(expr.q) and index.has(expr.k)) for index in load.indices) for load in pairs)
 
 
+OP_RULES = (
+    Rule(
+        "gradient of the bias",
+        lambda site, params: not site.loads_need_grad,
+        "a tensor that the score reads needs a gradient itself (a learned bias), which the op does not compute",
+        "run under torch.no_grad()",
+    ),
+    Rule(
+        "gradient of empty rows",
+        lambda site, params: not (site.needs_grad and site.empty_rows in ("mean", "nan")),
+        "gradients are needed, and rows that may attend to nothing have some that depend on rounding",
+        "use SDPA, where such rows are zero, or run under torch.no_grad()",
+    ),
+)
+
+
 def _cannot_lower(site: Site, form: str) -> tuple[Refusal, ...]:
-    """Reasons that lie in the op and not in the form."""
-    if site.needs_grad and form == "exact" and expr.loads_of(site.score):
-        return (
-            Refusal(
-                "no gradient",
-                "gradients are needed and the score reads data (a bias that may be learned)",
-                "run under torch.no_grad(), or leave the site as it is",
-            ),
-        )
-    return ()
+    """Reasons that lie in the op and not in the form. Exact sites that SDPA takes do not come here."""
+    refusals = (rule.refusal(site, FORMS[form].params()) for rule in OP_RULES)
+    return tuple(refusal for refusal in refusals if refusal is not None)
 
 
 def plan_of(site: Site, form: str, params: Params, min_length: int, target: str | None) -> Plan:

@@ -1,7 +1,8 @@
-"""From one expression for the scores to a score, a predicate, and what happens to rows that see nothing.
+"""From one expression for the scores to a score, a predicate, and what stands at masked keys.
 
-Masks come as ``where(allowed, s, fill)``, as an added ``where(allowed, 0, fill)``, or both; the fill is -inf, the most
-negative float, or another large negative number. Splitting keeps what the author wrote where the difference shows.
+Masks come as ``where(allowed, s, fill)``, as an added ``where(allowed, 0, fill)``, or several of both; the fill is -inf,
+the most negative float, or another large negative number. Splitting keeps what the author wrote where the difference
+shows: in rows that may attend to nothing.
 """
 
 from __future__ import annotations
@@ -15,12 +16,14 @@ from effattn.ir import expr
 from effattn.ir.expr import Where, b, h, k, q
 from effattn.ir.plan import EmptyRows
 from effattn.ir.site import Layout
+from effattn.passes.predicates import assuming, simplify
 
 # A finite fill this low is a mask: exp underflows to exactly 0 unless every key of the row is masked.
 FILL = -1e8
 # Adding a fill this low to any score gives the fill itself in float32, so that a masked row is uniform.
 ABSORBS = -1e30
 HALF_FILL = -65504.0  # finfo(float16).min
+INFINITE = sympy.S.NegativeInfinity
 
 
 class Unclear(Exception):
@@ -28,16 +31,39 @@ class Unclear(Exception):
 
 
 @dataclass(frozen=True)
+class Fill:
+    """What stands at a masked key: ``value`` itself if it replaced the score, the score plus ``value`` if not."""
+
+    value: Any
+    replaces: bool
+
+
+@dataclass(frozen=True)
 class Split:
-    """score (a term in s), predicate, and the output of rows without a key, as far as fills decide it."""
+    """score (a term in s), predicate, and every fill that a masked key can hold."""
 
     score: Any
     predicate: Any
-    fills: frozenset[str]  # "inf", "absorbing", "replacing", "added"
+    fills: frozenset[Fill]
+
+    @property
+    def threshold(self) -> float:
+        """A number between every finite fill and any score: above it a key is allowed."""
+        finite = [float(fill.value) for fill in self.fills if fill.value is not INFINITE]
+        return max([FILL, *(value / 2 for value in finite)])
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A term without its masks: None where it holds nothing but a fill, whatever the condition."""
+
+    score: Any
+    allowed: Any = sympy.true
+    fills: frozenset[Fill] = frozenset()
 
 
 def is_fill(value) -> bool:
-    if value is sympy.S.NegativeInfinity:
+    if value is INFINITE:
         return True
     return value.is_number and value.is_real and (float(value) <= FILL or float(value) == HALF_FILL)
 
@@ -48,96 +74,123 @@ def split(term) -> Split:
     Raises:
         Unclear: a mask stands where it has no meaning as one (inside tanh, multiplied, ...).
     """
-    fills: set[str] = set()
-    conditions: list[Any] = []
-
-    def peel(value, replaced: bool):
-        """``value`` without its masks; their conditions are collected."""
-        if isinstance(value, Where):
-            condition, yes, no = value.args
-            for kept, dropped, holds in ((yes, no, condition), (no, yes, sympy.Not(condition))):
-                if is_fill(dropped) and not is_fill(kept):
-                    conditions.append(holds)
-                    fills.add(_fill_kind(dropped, replaced))
-                    return peel(kept, replaced)
-            return value
-        if isinstance(value, sympy.Add):
-            return sympy.Add(*[peel(part, replaced and len(value.args) == 1) for part in value.args])
-        return value
-
-    score = peel(term, True)
-    for part in score.atoms(sympy.S.NegativeInfinity.__class__) if score.has(sympy.S.NegativeInfinity) else ():
-        raise Unclear(f"{part} remains in the score {score}")
-    if score.has(sympy.nan) or score.has(sympy.zoo) or score.has(sympy.oo):
+    part = _peel(sympy.sympify(term))
+    if part.score is None:
+        raise Unclear("the mask allows nothing at all")
+    predicate = simplify(part.allowed)
+    score = assuming(part.score, predicate)
+    if score.has(INFINITE):
+        raise Unclear(f"-inf stands where it is not a mask, in the score {score}")
+    if score.has(sympy.nan, sympy.zoo, sympy.oo):
         raise Unclear(f"the score is not finite: {score}")
-    return Split(score, simplify(sympy.And(*conditions)), frozenset(fills))
+    return Split(score, predicate, part.fills)
 
 
-def _fill_kind(fill, replaced: bool) -> str:
-    if fill is sympy.S.NegativeInfinity:
-        return "inf"
-    if replaced:
-        return "replacing"
-    return "absorbing" if float(fill) <= ABSORBS else "added"
+def _peel(term) -> _Part:
+    if isinstance(term, Where):
+        return _peel_where(*term.args)
+    if isinstance(term, sympy.Add):
+        return _peel_sum([_peel(part) for part in term.args])
+    if isinstance(term, sympy.Mul):
+        factor, rest = term.as_coeff_Mul()
+        if factor.is_positive and factor.is_finite:
+            part = _peel(rest)
+            if part.fills:
+                fills = frozenset(Fill(factor * fill.value, fill.replaces) for fill in part.fills)
+                return _Part(None if part.score is None else factor * part.score, part.allowed, fills)
+    if isinstance(term, sympy.Max) and len(term.args) == 2:
+        floor, rest = term.args if term.args[0].is_number else reversed(term.args)
+        if is_fill(floor) and floor is not INFINITE:
+            part = _peel(rest)  # a score is never as low as a fill, so the limit only raises other fills
+            fills = frozenset(
+                Fill(sympy.Max(fill.value, floor), fill.replaces or fill.value is INFINITE) for fill in part.fills
+            )
+            return _Part(part.score, part.allowed, fills)
+    return _Part(term)
 
 
-def simplify(predicate) -> Any:
-    """Conjunctions flattened and every inequality in one orientation: ``k <= ...`` or ``... - k < ...``."""
-    if predicate in (sympy.true, sympy.false):
-        return predicate
-    if isinstance(predicate, (sympy.And, sympy.Or)):
-        return type(predicate)(*[simplify(part) for part in predicate.args])
-    if isinstance(predicate, sympy.Not):
-        inner = predicate.args[0]
-        negated = sympy.Not(inner)  # sympy turns Not of a relation into the opposite relation
-        return simplify(negated) if negated != predicate else predicate
-    if isinstance(predicate, (sympy.Le, sympy.Lt, sympy.Ge, sympy.Gt)):
-        return _oriented(predicate)
-    return predicate
+def _peel_where(condition, yes, no) -> _Part:
+    kept, other = (
+        _Part(None, sympy.false, frozenset({Fill(branch, True)})) if is_fill(branch) else _peel(branch)
+        for branch in (yes, no)
+    )
+    fills = kept.fills | other.fills
+    if other.score is None:
+        return _Part(kept.score, sympy.And(condition, kept.allowed), fills)
+    if kept.score is None:
+        return _Part(other.score, sympy.And(sympy.Not(condition), other.allowed), fills)
+    if not fills:
+        return _Part(Where(condition, yes, no))
+    allowed = sympy.And(
+        sympy.Or(sympy.Not(condition), kept.allowed), sympy.Or(condition, other.allowed)
+    )  # simpler to read than the Or of two Ands, as one side is mostly true
+    return _Part(Where(condition, kept.score, other.score), allowed, fills)
 
 
-def _oriented(atom):
-    """An inequality of integers as ``k <= rest`` (upper bounds) or ``rest - k < constant`` (lower bounds)."""
-    difference = atom.lhs - atom.rhs if isinstance(atom, (sympy.Le, sympy.Lt)) else atom.rhs - atom.lhs
-    difference = sympy.expand(difference)
-    strict = isinstance(atom, (sympy.Lt, sympy.Gt))
-    if difference.is_integer is not True or not difference.has(k):
-        return atom
-    key = difference.coeff(k)
-    if key == 1:
-        rest = k - difference  # k < rest or k <= rest
-        return sympy.Le(k, rest - 1 if strict else rest)
-    if key == -1:
-        constant, others = difference.as_coeff_Add()
-        limit = -constant if strict else 1 - constant
-        return sympy.Lt(others, limit)
-    return atom
+def _peel_sum(parts: list[_Part]) -> _Part:
+    masked = [part for part in parts if part.fills]
+    score = None if any(part.score is None for part in parts) else sympy.Add(*[part.score for part in parts])
+    allowed = sympy.And(*[part.allowed for part in parts])
+    constant = sympy.Add(*[part.score for part in parts if not part.fills]) if masked else sympy.Integer(0)
+    fills: set[Fill] = set()
+    for part in masked:
+        for fill in part.fills:
+            if constant.is_number:
+                fills.add(Fill(fill.value + constant, fill.replaces and len(masked) == 1))
+            else:
+                fills.add(Fill(fill.value, False))
+    if len(masked) > 1 and any(fill.value is not INFINITE for fill in fills):
+        # a key that several masks drop holds the sum of their fills
+        fills.add(Fill(sympy.Add(*[min(fill.value for fill in part.fills) for part in masked]), False))
+    return _Part(score, allowed, frozenset(fills))
 
 
-def empty_rows(found: Split, layout: Layout, position, sdpa: bool, dtype: str) -> EmptyRows:
+def empty_rows(
+    found: Split, layout: Layout, position, *, sdpa: bool, dtype: str, data: frozenset[str]
+) -> EmptyRows:
     """What a row that may attend to nothing yields, as the author wrote it.
+
+    Args:
+        sdpa: SDPA gives 0 for a row without keys, a softmax of -inf gives NaN.
+        dtype: of the scores. Adding the lowest float16 to a score is not exact.
+        data: names of loads that may mask keys as well: an additive mask that the caller passes.
 
     Raises:
         Unclear: such rows can occur and the author's arithmetic on them cannot be reproduced.
     """
-    if not found.fills or _every_row_sees_a_key(found.predicate, layout, position):
-        return "never"
-    if found.fills == {"inf"}:
-        return "zero" if sdpa else "nan"
-    if found.fills <= {"absorbing", "replacing"} and (dtype != "float16" or found.fills == {"replacing"}):
-        return "mean"
+    nothing: EmptyRows = "zero" if sdpa else "nan"
+    masks_by_data = any(load.name in data for load in expr.loads_of(found.score))
+    values = {fill.value for fill in found.fills}
+    if values <= {INFINITE}:
+        never = not masks_by_data and (not values or every_row_sees_a_key(found.predicate, layout, position))
+        return "never" if never else nothing
+    if not masks_by_data:
+        if every_row_sees_a_key(found.predicate, layout, position):
+            return "never"
+        if len(values) == 1 and all(fill.replaces or _absorbs(fill.value, dtype) for fill in found.fills):
+            return "mean"
     raise Unclear(
         "a row may attend to nothing, and what the author's fill values then give depends on rounding "
-        f"(fills: {', '.join(sorted(found.fills))}, dtype {dtype})"
+        f"(fills: {', '.join(sorted(map(_spelled, found.fills)))}, scores in {dtype}"
+        + (", and data is added that may mask too)" if masks_by_data else ")")
     )
 
 
-def _every_row_sees_a_key(predicate, layout: Layout, position) -> bool:
+def _absorbs(fill, dtype: str) -> bool:
+    return dtype != "float16" and float(fill) <= ABSORBS
+
+
+def _spelled(fill: Fill) -> str:
+    return f"{float(fill.value):.4g}" + ("" if fill.replaces else " added")
+
+
+def every_row_sees_a_key(predicate, layout: Layout, position) -> bool:
+    """Whether a key that each row keeps can be named: the first one, the row's own, or the one at its position."""
     candidates = [sympy.Integer(0)]
     if _at_most(layout.q_len, layout.k_len):
         candidates.append(q)
-    if position is not None and sympy.expand(position - q - (layout.k_len - layout.q_len)) == 0:
-        candidates.append(position)
+        if position is not None and sympy.expand(position - q - (layout.k_len - layout.q_len)) == 0:
+            candidates.append(position)
     return any(simplify(predicate.subs(k, candidate)) == sympy.true for candidate in candidates)
 
 
@@ -145,11 +198,16 @@ def _at_most(x, y) -> bool:
     return sympy.sympify(y - x).is_nonnegative is True
 
 
-def query_position(predicate) -> Any | None:
-    """The absolute position of query row q, from the causal condition ``k <= position``; None if there is none."""
+def query_position(predicate, layout: Layout) -> Any | None:
+    """The absolute position of query row q, from the causal condition ``k <= position``; None if there is none.
+
+    A row that sees keys beyond its own place (a window to both sides) has no such position.
+    """
+    found = []
     for part in expr.conjuncts(predicate):
         if isinstance(part, sympy.Le) and part.lhs == k and not part.rhs.has(k):
             offset = sympy.expand(part.rhs - q)
-            if not offset.has(q, k, b, h, expr.s):
-                return sympy.expand(part.rhs)
-    return None
+            square = sympy.expand(layout.q_len - layout.k_len) == 0
+            if not offset.has(q, k, b, h, expr.s) and not (square and offset.is_positive):
+                found.append(sympy.expand(part.rhs))
+    return found[0] if len(found) == 1 else None
