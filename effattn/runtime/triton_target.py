@@ -15,6 +15,7 @@ from effattn.ir.fold import UnknownOperation
 from effattn.ir.plan import Plan
 from effattn.lowering.tiles import walk
 from effattn.lowering.triton import configs
+from effattn.lowering.triton.backward import no_backward
 from effattn.lowering.triton.source import generate
 from effattn.lowering.triton.spec import (
     DECODE_QUERIES,
@@ -99,6 +100,60 @@ def run(
         else:
             kernel.module.launch(*arguments)
     return out, lse
+
+
+def run_backward(
+    plan: Plan,
+    grad_out: torch.Tensor | None,
+    grad_lse: torch.Tensor | None,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    loads: Sequence[torch.Tensor] = (),
+    scalars: Sequence[int] = (),
+    numbers: Sequence[float] = (),
+    *,
+    config: Tiles | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of query, key and value, in their shapes and dtypes and in the plan's memory order.
+
+    ``out`` and ``lse`` are what the forward returned. What generated kernels do not serve goes through ATen.
+    """
+    if no_backward(plan, query.shape[3], value.shape[3]) is not None or lse.numel() == 0 or key.shape[2] == 0:
+        from effattn.runtime import portable_backward
+
+        return portable_backward.run_backward(
+            plan, grad_out, grad_lse, query, key, value, out, lse, loads, scalars, numbers
+        )
+    grad_out = torch.zeros_like(out) if grad_out is None else grad_out
+    if query.device.type == "cpu" and query.dtype == torch.bfloat16:  # the interpreter multiplies no bfloat16 tiles
+        q, k, v, o = (tensor.float() for tensor in (query, key, value, out))
+        found = run_backward(plan, grad_out.float(), grad_lse, q, k, v, o, lse, loads, scalars, numbers, config=config)
+        of_query, of_key, of_value = (_empty_like(plan, grad, query.dtype).copy_(grad) for grad in found)
+        return of_query, of_key, of_value
+    groups = query.shape[1] // key.shape[1]
+    head_dim, value_dim = query.shape[3], value.shape[3]
+    spec = spec_of(plan, query.dtype, query.shape[2], groups, head_dim, value_dim, query.device, "backward", config)
+    inputs = [_narrow(tensor) for tensor in (query, key, value)]
+    of_query, of_key, of_value = (_empty_like(plan, tensor, tensor.dtype) for tensor in (query, key, value))
+    grads = (of_query, of_key, of_value)
+    grad_lse = None if grad_lse is None else grad_lse.float().contiguous()
+    with _on(query.device):
+        launch = kernels.load(spec).module.launch
+        launch(*inputs, out, lse, _narrow(grad_out), grad_lse, grads, loads, scalars, numbers)
+    if plan.empty_rows == "mean":
+        lost = torch.where(lse[..., None] == -torch.inf, grad_out.float(), 0.0).sum(dim=2)
+        of_value.add_(lost.unflatten(1, (-1, groups)).sum(dim=2)[:, :, None] / key.shape[2])
+    return grads
+
+
+def _empty_like(plan: Plan, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    batches, heads, length, width = tensor.shape
+    if plan.layout == "bnhd":
+        return tensor.new_empty((batches, length, heads, width), dtype=dtype).transpose(1, 2)
+    return tensor.new_empty(tensor.shape, dtype=dtype)
 
 
 def kind_of(plan: Plan, q_len: int, groups: int) -> Kind:

@@ -20,7 +20,8 @@ TILE = ROWS | KEYS
 
 # how tightly Python binds, loosest first
 COMPARE, OR, AND, SHIFT, SUM, PRODUCT, UNARY, ATOM = range(8)
-LONGEST = 60  # text of an inner expression that is longer gets a name
+LONGEST = 60
+UNLIMITED = 1 << 30
 
 SMALL_INTEGERS = {"bool", "int8", "uint8", "int16", "uint16"}
 
@@ -85,6 +86,7 @@ class Source:
         inside: Lines | None = None,
         key_mask: str = "",
         row_mask: str = "row_ok",
+        longest: int = LONGEST,
     ):
         """
         Args:
@@ -92,6 +94,8 @@ class Source:
             before: takes assignments that do not vary along keys.
             inside: takes the others (the body of a loop); None where nothing varies along keys.
             key_mask: name of a vector that says which keys exist; empty if all of the tile do.
+            row_mask: the same for rows.
+            longest: text of an inner expression that is longer gets a name.
         """
         self.symbols = symbols
         self.loads = loads
@@ -99,6 +103,7 @@ class Source:
         self.inside = inside if inside is not None else before
         self.key_mask = key_mask
         self.row_mask = row_mask
+        self.longest = longest
 
     def constant(self, value):
         kind = "bool" if isinstance(value, bool) else "int" if isinstance(value, int) else "float"
@@ -110,7 +115,7 @@ class Source:
 
     def call(self, operation, *args):
         value = self._call(operation, *args)
-        if len(value.text) <= LONGEST:
+        if len(value.text) <= self.longest:
             return value
         lines = self.inside if "k" in value.axes else self.before
         return replace(value, text=lines.assign("part", value.text), level=ATOM)

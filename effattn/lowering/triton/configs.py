@@ -51,6 +51,17 @@ DECODE: dict[tuple[str, int], tuple[tuple[int, Tiles], ...]] = {
     ("interpreter", 16): ((512, Tiles(16, 32, 4, 1)),),
     ("interpreter", 32): ((512, Tiles(16, 32, 4, 1)),),
 }
+# rows: for each tile of queries block_m, for each tile of keys block_m too, the other side streams in steps of block_n
+BACKWARD: dict[tuple[str, int], tuple[tuple[int, Tiles], ...]] = {
+    ("sm90", 16): ((64, Tiles(128, 64, 8, 2)), (128, Tiles(128, 64, 8, 2)), (256, Tiles(64, 32, 8, 1))),
+    ("sm100", 16): ((128, Tiles(128, 64, 8, 2)), (256, Tiles(64, 32, 8, 1))),
+    ("sm80", 16): ((64, Tiles(128, 32, 8, 2)), (128, Tiles(64, 32, 8, 2)), (256, Tiles(32, 32, 8, 1))),
+    ("gfx942", 16): ((128, Tiles(64, 32, 4, 1)), (256, Tiles(32, 32, 4, 1))),
+    ("any", 32): ((64, Tiles(32, 32, 8, 1)), (128, Tiles(32, 16, 8, 1)), (256, Tiles(16, 16, 8, 1))),
+    ("interpreter", 16): ((512, Tiles(32, 32, 4, 1)),),
+    ("interpreter", 32): ((512, Tiles(32, 32, 4, 1)),),
+}
+TABLES = {"prefill": PREFILL, "decode": DECODE, "backward": BACKWARD}
 # an architecture that has no rows of its own takes those of a relative with no more shared memory
 RELATIVES = {"sm86": "sm80", "sm89": "sm80", "sm120": "sm80", "sm103": "sm100"}
 
@@ -63,7 +74,7 @@ def choose(kind: Kind, plan: Plan, arch: str, bits: int, head_dim: int, value_di
         bits: of the dtype of query, key and value.
         rows: for decode, query rows times group members.
     """
-    table = PREFILL if kind == "prefill" else DECODE
+    table = TABLES[kind]
     arch = RELATIVES.get(arch, arch)
     found = table.get((arch, bits)) or table.get(("any", bits)) or table["sm80", bits]
     width = padded(max(head_dim, value_dim))

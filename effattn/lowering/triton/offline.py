@@ -37,9 +37,9 @@ class Resources:
         return f"{self.registers} registers, {self.spilled} bytes spilled, {self.shared} bytes of shared memory"
 
 
-def compile_for(spec: KernelSpec, arch: str) -> Resources:
-    """Compile ``forward`` of ``spec`` for ``arch`` (a key of ``TARGETS``), with contiguous last dimensions."""
-    compiled = compiled_for(spec, arch)
+def compile_for(spec: KernelSpec, arch: str, kernel: str = "forward") -> Resources:
+    """Compile a kernel of ``spec`` for ``arch`` (a key of ``TARGETS``), with contiguous last dimensions."""
+    compiled = compiled_for(spec, arch, kernel)
     if TARGETS[arch][0] == "hip":
         registers, spilled = _read_amd(compiled.asm["amdgcn"])
     else:
@@ -47,7 +47,7 @@ def compile_for(spec: KernelSpec, arch: str) -> Resources:
     return Resources(registers, spilled, compiled.metadata.shared)
 
 
-def compiled_for(spec: KernelSpec, arch: str) -> Any:
+def compiled_for(spec: KernelSpec, arch: str, kernel: str = "forward") -> Any:
     """What ``triton.compile`` returns: ``.asm`` holds every stage from ``ttir`` down to machine code."""
     import triton
     from triton.backends.compiler import GPUTarget
@@ -58,14 +58,14 @@ def compiled_for(spec: KernelSpec, arch: str) -> Any:
     module = module_from(source, Path(file_name(spec, source)))
     constants: dict[str, Any] = dict(kernel_constants(spec))
     signature, attributes = {}, {}
-    for place, param in enumerate(parameters(spec)):
+    for place, param in enumerate(parameters(spec, kernel)):
         last_stride = param.name.endswith("_stride_d") or _is_last_stride(spec, param.name)
         signature[param.name] = "constexpr" if last_stride else param.type
         if last_stride:
             constants[param.name] = 1
         elif param.type != "constexpr" and param.specialise:
             attributes[(place,)] = [["tt.divisibility", 16]]
-    ast = ASTSource(module.forward, signature, constants, attributes)
+    ast = ASTSource(getattr(module, kernel), signature, constants, attributes)
     options = {"num_warps": spec.tiles.warps, "num_stages": spec.tiles.stages}
     return triton.compile(ast, target=GPUTarget(backend, name, lanes), options=options)
 

@@ -182,15 +182,68 @@ class _Builder:
         self.edge.append(Part(f"{name}_right", f"{name}_full_end", end))
 
 
+def rows_of(walk: KeyWalk, text: Text) -> Ranges:
+    """The other way round: tiles of query rows that a tile of keys ``first_key`` to ``last_key`` is visited by.
+
+    Bounds never decrease in q, so the rows are consecutive and their ends are found by bisection. A walk with a
+    block list has no such ends.
+    """
+    conditions = {
+        "rows_first": ("first_key", walk.upper, walk.near_upper, "all"),
+        "rows_end": ("last_key", walk.lower, walk.near_lower, "any"),
+        "whole_first": ("last_key", walk.upper, walk.near_upper, "all"),
+        "whole_end": ("first_key", walk.lower, walk.near_lower, "any"),
+    }
+    lines: list[str] = []
+    prefix = None if walk.prefix is None else text(walk.prefix, "middle")
+    for name, (key, bounds, near, join) in conditions.items():
+        found = [f"({key} < {text(bound, 'middle')})" for bound in bounds]
+        if walk.choice:
+            outside = (
+                "True" if prefix is None else f"({'first_key' if name.startswith('rows') else 'last_key'} >= {prefix})"
+            )
+            inside = (
+                "False" if prefix is None else f"({'first_key' if name.startswith('rows') else 'last_key'} < {prefix})"
+            )
+            close = [f"({key} < {text(bound, 'middle')})" for bound in near or ()]
+            if join == "all" and close:
+                found.append(f"({inside} | ({' & '.join(close)}))")
+            if join == "any" and (close or near is None):
+                found.append(f"({outside} & ({' | '.join(close) or 'True'}))")
+        lines += _bisection(name, (" & " if join == "all" else " | ").join(found), "0" if join == "all" else "q_len")
+    lines += [
+        "row_tile_first = rows_first // BLOCK_N",
+        "row_tile_end = tl.maximum(tl.cdiv(rows_end, BLOCK_N), row_tile_first)",
+        f"whole_tile = {_clamp('tl.cdiv(whole_first, BLOCK_N)', 'row_tile_first', 'row_tile_end')}",
+        f"whole_tile_end = {_clamp('whole_end // BLOCK_N', 'whole_tile', 'row_tile_end')}",
+    ]
+    edges = (Part("before", "row_tile_first", "whole_tile"), Part("after", "whole_tile_end", "row_tile_end"))
+    return Ranges(tuple(lines), (Part("whole", "whole_tile", "whole_tile_end"),), edges)
+
+
+def _bisection(name: str, condition: str, without: str) -> list[str]:
+    """``name`` becomes the first row for which ``condition`` on ``middle`` holds, q_len if there is none."""
+    if not condition:
+        return [f"{name} = {without}"]
+    return [
+        "low, high = q_len * 0, q_len",
+        "while low < high:",
+        "    middle = (low + high) // 2",
+        f"    holds = {condition}",
+        "    low, high = tl.where(holds, low, middle + 1), tl.where(holds, middle, high)",
+        f"{name} = low",
+    ]
+
+
 def _clamp(value: str, low: str, high: str) -> str:
     return f"tl.minimum(tl.maximum({value}, {low}), {high})"
 
 
-def flatten(parts: tuple[Part, ...], counter: str) -> tuple[list[str], list[str], str]:
+def flatten(parts: tuple[Part, ...], counter: str, tile_name: str = "key_tile") -> tuple[list[str], list[str], str]:
     """One loop over several parts.
 
     Returns:
-        Lines before the loop, lines in the loop that compute ``key_tile`` from ``counter``, and the number of turns.
+        Lines before the loop, lines in the loop that compute the tile number from ``counter``, and the number of turns.
     """
     before: list[str] = []
     steps: list[str] = []
@@ -201,10 +254,10 @@ def flatten(parts: tuple[Part, ...], counter: str) -> tuple[list[str], list[str]
             before.append(f"{base} = {part.first} - {part.name}_turn")
         place = f"{base} + {counter}"
         tile = f"_listed_tile({place}, position_block, LIST_TILES)" if part.listed else place
-        steps.append(tile if not count else f"tl.where({counter} < {part.name}_turn, key_tile, {tile})")
+        steps.append(tile if not count else f"tl.where({counter} < {part.name}_turn, {tile_name}, {tile})")
         here = f"{part.end} - {part.first}"
         count = here if not count else f"{part.name}_turn + {here}"
         if part is not parts[-1]:
             following = parts[parts.index(part) + 1]
             before.append(f"{following.name}_turn = {count}")
-    return before, [f"key_tile = {step}" for step in steps], count or "0"
+    return before, [f"{tile_name} = {step}" for step in steps], count or "0"

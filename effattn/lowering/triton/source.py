@@ -20,7 +20,7 @@ from effattn.ir import expr
 from effattn.ir.fold import fold
 from effattn.ir.text import text
 from effattn.lowering.tiles import KeyWalk, walk
-from effattn.lowering.triton.algebra import ROWS, SCALAR, TILE, Lines, Source, Value, tested_dims
+from effattn.lowering.triton.algebra import LONGEST, ROWS, SCALAR, TILE, Lines, Source, Value, tested_dims
 from effattn.lowering.triton.helpers import HELPERS
 from effattn.lowering.triton.ranges import Part, Ranges, flatten, position_offset, visits
 from effattn.lowering.triton.spec import DTYPES, KernelSpec
@@ -39,7 +39,7 @@ class Param:
 
 
 @dataclass
-class _Sweep:
+class Sweep:
     """One loop over key tiles, as the template needs it."""
 
     title: str
@@ -50,6 +50,7 @@ class _Sweep:
     lines: list[str] = field(default_factory=list)
     keep: str = ""
     score: str = ""
+    slope: str = ""  # what the raw score is multiplied by
     guard: bool = False  # a row may have met no key yet
     reads_keys: bool = False
     stages: int = 0
@@ -61,7 +62,11 @@ def generate(spec: KernelSpec) -> str:
     Raises:
         UnknownOperation: the score or predicate holds an operation that kernels do not have.
     """
-    return _Generator(spec).source()
+    if spec.kind == "backward":
+        from effattn.lowering.triton.backward import BackwardGenerator
+
+        return BackwardGenerator(spec).source()
+    return Generator(spec).source()
 
 
 def file_name(spec: KernelSpec, source: str) -> str:
@@ -75,9 +80,16 @@ def file_name(spec: KernelSpec, source: str) -> str:
     return f"{spec.plan.form}_{mask}{kind}_{DTYPES[spec.dtype]}_{width}_g{spec.groups}_{digest}.py"
 
 
-def parameters(spec: KernelSpec) -> list[Param]:
-    """The parameters of ``forward``, in order."""
+def parameters(spec: KernelSpec, kernel: str = "forward") -> list[Param]:
+    """The parameters of a kernel in the file, in order: ``forward``, or ``grad_query`` and ``grad_key_value``."""
     element = f"*{DTYPES[spec.dtype]}"
+    if kernel != "forward":
+        grads = {"grad_query": ["grad_of_query"], "grad_key_value": ["grad_of_key", "grad_of_value"]}[kernel]
+        inputs = ["query", "key", "value", "grad_out"]
+        found = [Param(name, element) for name in inputs] + [Param("lse", "*fp32"), Param("delta", "*fp32")]
+        found += [Param(name, element) for name in grads]
+        found += [Param(f"{name}_stride_{dim}", "i32") for name in (*inputs, *grads) for dim in "bhnd"]
+        return found + _common_parameters(spec)
     found = [Param(name, element) for name in ("query", "key", "value", "out")] + [Param("lse", "*fp32")]
     if spec.kind == "decode":
         found += [Param(name, "*fp32") for name in ("parts", "parts_top", "parts_total")]
@@ -86,7 +98,12 @@ def parameters(spec: KernelSpec) -> list[Param]:
             shape = f"1, 1, {spec.tiles.block_n}, {width}"
             found.append(Param(name, f"tensordesc<{DTYPES[spec.dtype]}[{shape}]>", False))
     found += [Param(f"{name}_stride_{dim}", "i32") for name in ("query", "key", "value", "out") for dim in "bhnd"]
-    found += [Param(name, "i32", False) for name in ("heads", "q_len", "k_len")]
+    return found + _common_parameters(spec)
+
+
+def _common_parameters(spec: KernelSpec) -> list[Param]:
+    """Lengths, data, scalars, numbers and constants."""
+    found = [Param(name, "i32", False) for name in ("heads", "q_len", "k_len")]
     if spec.kind == "decode":
         found.append(Param("splits", "i32", False))
     tested = sizes_tested(spec)
@@ -114,6 +131,15 @@ def linear_scale(score: Any, spec: KernelSpec) -> Any | None:
     if factor.has(*varying) or (factor.is_zero is not False and factor.is_number):
         return None
     return factor if sympy.expand(score - factor * expr.s) == 0 else None
+
+
+def affine_slope(score: Any) -> Any | None:
+    """c where the score is ``c * s`` plus something without s, c the same for all of a tile and not zero; else None."""
+    whole = sympy.expand(score)
+    slope = whole.coeff(expr.s, 1)
+    if slope.has(expr.s, expr.q, expr.k) or slope == 0 or sympy.expand(whole - slope * expr.s).has(expr.s):
+        return None
+    return slope
 
 
 def kernel_constants(spec: KernelSpec) -> dict[str, int | bool]:
@@ -146,7 +172,9 @@ def _environment() -> jinja2.Environment:
     )
 
 
-class _Generator:
+class Generator:
+    """Fills the template of one specialisation."""
+
     def __init__(self, spec: KernelSpec):
         self.spec = spec
         self.plan = spec.plan
@@ -162,7 +190,7 @@ class _Generator:
             self.offset = position_offset(self.walk.powers, rows, spec.tiles.block_n)
 
     def symbols(self, **more: Value) -> dict[str, Value]:
-        head = Value("head", SCALAR if self.spec.kind == "prefill" else ROWS, plain=True)
+        head = Value("head", ROWS if self.spec.kind == "decode" else SCALAR, plain=True)
         found = {
             "b": Value("batch", plain=True),
             "h": head,
@@ -176,12 +204,21 @@ class _Generator:
         found |= {name: Value(f"number_{name}", kind="float") for name in self.plan.numbers}
         return found | more
 
-    def scalar_text(self, term: Any, lines: Lines, row: str | None = None) -> str:
+    def scalar_text(self, term: Any, lines: Lines, row: str | None = None, longest: int = LONGEST) -> str:
         """Source of a term that is one number for the whole tile, with q standing for the row called ``row``."""
         symbols = self.symbols(**({"q": Value(row)} if row else {}))
-        return fold(term, Source(symbols, self.loads, lines)).text
+        return fold(term, Source(symbols, self.loads, lines, longest=longest)).text
 
     def source(self) -> str:
+        context = self.context()
+        environment = _environment()
+        context["host_helpers"] = environment.get_template("host.jinja").render(context)
+        template = environment.get_template(f"{self.spec.kind}.py.jinja")
+        body = template.render(context, helpers="")
+        return _tidy(template.render(context, helpers=_helpers_for(body)))
+
+    def context(self) -> dict[str, Any]:
+        """What the templates ask for."""
         spec, tiles = self.spec, self.spec.tiles
         self.align()
         ranges = self.ranges()
@@ -191,7 +228,7 @@ class _Generator:
         if self.scale is not None and scale_constant is None:
             scale_expression = self.scalar_text(self.scale, self.before)
         params = parameters(spec)
-        context = {
+        return {
             "form": self.plan.form,
             "predicate_text": text(self.plan.rule),
             "score_text": text(self.plan.score),
@@ -227,11 +264,6 @@ class _Generator:
             "score_expression": self.scale is None,
             "tested": list(sizes_tested(spec).values()),
         }
-        environment = _environment()
-        context["host_helpers"] = environment.get_template("host.jinja").render(context)
-        template = environment.get_template(f"{spec.kind}.py.jinja")
-        body = template.render(context, helpers="")
-        return _tidy(template.render(context, helpers=_helpers_for(body)))
 
     def descriptor_arguments(self) -> str:
         if not self.spec.tiles.descriptors:
@@ -255,7 +287,7 @@ class _Generator:
 
     def ranges(self) -> Ranges:
         listed = self.offset is not None
-        split = self.spec.kind == "prefill"
+        split = self.spec.kind != "decode"
         found = visits(self.walk, lambda bound, row: self.scalar_text(bound, self.before, row), listed, split)
         lines = list(found.lines)
         if listed and self.walk.choice:
@@ -265,7 +297,7 @@ class _Generator:
             lines.insert(0, f"position_block = {block}")
         return Ranges(tuple(lines), found.full, found.edge)
 
-    def sweeps(self, ranges: Ranges) -> list[_Sweep]:
+    def sweeps(self, ranges: Ranges) -> list[Sweep]:
         spec = self.spec
         found = []
         if spec.kind == "decode":
@@ -280,11 +312,11 @@ class _Generator:
             found[-1].stages = spec.tiles.edge_stages
         return found
 
-    def sweep(self, title: str, parts: tuple[Part, ...], edge: bool) -> _Sweep:
+    def sweep(self, title: str, parts: tuple[Part, ...], edge: bool) -> Sweep:
         before, steps, count = flatten(parts, "i")
         inside = self.before.inner()
         algebra = Source(self.symbols(), self.loads, self.before, inside, key_mask="key_ok" if edge else "")
-        sweep = _Sweep(title, edge, count, before, steps, lines=inside.lines)
+        sweep = Sweep(title, edge, count, before, steps, lines=inside.lines)
         if self.scale is None:
             sweep.score = fold(self.plan.score, algebra).spread(TILE)
         condition = self.plan.rule if edge else self.walk.residual

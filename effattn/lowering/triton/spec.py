@@ -7,7 +7,7 @@ from typing import Literal
 
 from effattn.ir.plan import Plan
 
-Kind = Literal["prefill", "decode"]
+Kind = Literal["prefill", "decode", "backward"]
 DTYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}  # torch's name -> Triton's
 MAX_HEAD_DIM = 512
 MIN_TILE = 16  # tl.dot takes no smaller side

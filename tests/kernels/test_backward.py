@@ -1,0 +1,74 @@
+"""Generated gradients on the interpreter against autograd through the definition in float64."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from plans import CASES, Sizes, tensors
+
+from effattn.lowering.triton.backward import no_backward
+from effattn.lowering.triton.spec import Tiles
+from effattn.runtime import triton_target
+from effattn.runtime.reference import reference
+
+CPU = torch.device("cpu")
+SMALL = Tiles(16, 16, 4, 1)
+SERVED = [name for name, build in CASES.items() if no_backward(build(Sizes(), CPU).plan, 16, 16) is None]
+
+
+def check(call, inputs, tolerance=5e-5, config=SMALL, through_lse=True):
+    data = (call.loads, call.scalars, call.numbers)
+    leaves = [tensor.double().requires_grad_() for tensor in inputs]
+    wanted_out, wanted_lse = reference(call.plan, *leaves, *data)
+    grad_out = torch.randn(wanted_out.shape, generator=torch.Generator().manual_seed(9)).to(inputs[0].dtype)
+    grad_lse = torch.randn(wanted_lse.shape, generator=torch.Generator().manual_seed(10)) if through_lse else None
+    wanted_out.backward(grad_out.double(), retain_graph=True)
+    if through_lse:
+        torch.where(wanted_lse == -torch.inf, 0.0, wanted_lse).backward(grad_lse.double())
+    out, lse = triton_target.run(call.plan, *inputs, *data, config=config, kind="prefill")
+    grads = triton_target.run_backward(call.plan, grad_out, grad_lse, *inputs, out, lse, *data, config=config)
+    for grad, leaf, tensor in zip(grads, leaves, inputs, strict=True):
+        assert grad.shape == tensor.shape
+        assert grad.dtype == tensor.dtype
+        torch.testing.assert_close(grad.double(), leaf.grad, atol=tolerance, rtol=tolerance)
+    return grads
+
+
+@pytest.mark.parametrize("name", SERVED)
+def test_every_plan(name):
+    sizes = Sizes(heads=4, kv_heads=2, value_dim=24)
+    check(CASES[name](sizes, CPU), tensors(sizes))
+
+
+def test_which_plans_are_served():
+    assert {"causal", "left_padding", "documents", "window_and_sinks", "alibi", "empty_rows_mean"} <= set(SERVED)
+    assert not {"power_16", "soft_cap", "bias"} & set(SERVED)
+
+
+@pytest.mark.parametrize(("q_len", "k_len"), [(1, 1), (17, 40), (40, 17), (33, 33)])
+@pytest.mark.parametrize("name", ["none", "causal_from_the_end", "wide_window_and_sinks", "two_sided_window"])
+def test_lengths(name, q_len, k_len):
+    sizes = Sizes(heads=3, kv_heads=1, q_len=q_len, k_len=k_len)
+    check(CASES[name](sizes, CPU), tensors(sizes), through_lse=False)
+
+
+@pytest.mark.parametrize(("dim", "order", "layout"), [(60, "bnhd", "bnhd"), (24, "dnbh", "bhnd"), (96, "bhdn", "bnhd")])
+def test_shapes_and_strides(dim, order, layout):
+    sizes = Sizes(batch=1, heads=4, kv_heads=2, q_len=35, k_len=35, head_dim=dim, value_dim=dim + 4)
+    call = CASES["left_padding"](sizes, CPU)
+    call.plan = replace(call.plan, layout=layout)
+    for grad in check(call, tensors(sizes, order=order), config=Tiles(32, 16, 4, 1)):
+        assert (grad if layout == "bhnd" else grad.transpose(1, 2)).is_contiguous()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision(dtype):
+    sizes = Sizes()
+    check(CASES["causal"](sizes, CPU), tensors(sizes, dtype=dtype), tolerance=1e-2 if dtype == torch.float16 else 6e-2)
+
+
+def test_what_kernels_do_not_serve_goes_through_aten():
+    sizes = Sizes(q_len=20, k_len=20)
+    check(CASES["soft_cap"](sizes, CPU), tensors(sizes))
