@@ -1,6 +1,6 @@
 """Generated kernels on a real GPU: right numbers first, then their time beside SDPA and FlexAttention.
 
-    python benchmarks/kernels_check.py --out kernels.json [--part check,time,decode] [--workers 10]
+    python benchmarks/kernels_check.py --out kernels.json [--part check,time,decode,backward] [--workers 10]
 
 Everything is compiled (and checked) in a pool of processes; then one process times, so that peers and kernels are
 measured in the same run. A variant that fails is printed and left out.
@@ -59,6 +59,9 @@ def check_jobs():
         jobs += [(name, "prefill", dtype, dim, value_dim) for name in ("causal", "power_32_no_sinks")]
         jobs += [("cache_by_pointer", "decode", dtype, dim, value_dim)]
     jobs += [("causal", "prefill", "bfloat16", 256, 256), ("cache_by_pointer", "decode", "bfloat16", 256, 256)]
+    for name in ("causal", "left_padding", "documents", "window_and_sinks", "alibi", "empty_rows_mean", "none"):
+        jobs.append((name, "backward", "bfloat16", 128, 128))
+    jobs += [("causal", "backward", "float32", 64, 64), ("causal", "backward", "bfloat16", 96, 80)]
     jobs += [("power of 128", "prefill", "bfloat16", 128, 128), ("descriptors", "prefill", "bfloat16", 128, 128)]
     return jobs
 
@@ -73,6 +76,8 @@ def check_one(job) -> dict:
     from effattn.runtime.reference import reference
 
     name, kind, dtype, dim, value_dim = job
+    if kind == "backward":
+        return check_backward(job)
     length = 1500 if name in ("power of 128", "descriptors") else 333
     sizes = Sizes(2, 8, 2, 1 if kind == "decode" else length, length, dim, value_dim)
     device = torch.device("cuda")
@@ -97,6 +102,31 @@ def check_one(job) -> dict:
     largest = max(1.0, wanted_lse[both].abs().max().item()) if both.any() else 1.0
     good = out_error < limits[dtype] and lse_error < 1e-3 * largest
     return {"job": job, "out": out_error, "lse": lse_error, "good": bool(good and same_nan and infinite)}
+
+
+def check_backward(job) -> dict:
+    """The largest relative error of the three gradients against autograd in float64."""
+    from plans import CASES, Sizes, tensors
+
+    from effattn.runtime import triton_target
+    from effattn.runtime.reference import reference
+
+    name, _, dtype, dim, value_dim = job
+    sizes = Sizes(2, 8, 2, 333, 333, dim, value_dim)
+    call = CASES[name](sizes, torch.device("cuda"))
+    inputs = tensors(sizes, "cuda", getattr(torch, dtype), order="bnhd")
+    data = (call.loads, call.scalars, call.numbers)
+    leaves = [tensor.double().requires_grad_() for tensor in inputs]
+    wanted, _ = reference(call.plan, *leaves, *data)
+    grad_out = torch.randn_like(wanted).to(inputs[0].dtype)
+    wanted.backward(grad_out.double())
+    out, lse = triton_target.run(call.plan, *inputs, *data, kind="prefill")
+    grads = triton_target.run_backward(call.plan, grad_out, None, *inputs, out, lse, *data)
+    errors = [
+        ((grad.double() - leaf.grad).abs().max() / leaf.grad.abs().max()).item()
+        for grad, leaf in zip(grads, leaves, strict=True)
+    ]
+    return {"job": job, "out": max(errors), "lse": 0.0, "good": max(errors) < (1e-4 if dtype == "float32" else 3e-2)}
 
 
 # --- time --------------------------------------------------------------------------------------------------------
@@ -235,6 +265,50 @@ def decode_variants(batch: int, length: int, live: int):
     return found
 
 
+BACKWARD = (("causal", 8192), ("causal", 32768), ("padding", 32768), ("window", 32768))
+
+
+def backward_variants(mask: str, length: int):
+    """The backward alone: gradients of all three inputs."""
+    from effattn.lowering.triton.spec import Tiles
+
+    def ours(config):
+        def make():
+            from effattn.runtime import triton_target
+
+            call, (q, k, v) = our_call(mask, length), inputs(length)
+            out, lse = triton_target.run(call.plan, q, k, v, call.loads)
+            grad = torch.randn_like(out)
+            return lambda: triton_target.run_backward(
+                call.plan, grad, None, q, k, v, out, lse, call.loads, config=config
+            )
+
+        return make
+
+    def through_autograd(forward):
+        def make():
+            q, k, v = (tensor.requires_grad_() for tensor in inputs(length))
+            out = forward(q, k, v)
+            grad = torch.randn_like(out)
+            return lambda: torch.autograd.grad(out, (q, k, v), grad, retain_graph=True)
+
+        return make
+
+    def sdpa(backend):
+        def forward(q, k, v):
+            k, v = (tensor.repeat_interleave(HEADS // KV_HEADS, 1) for tensor in (k, v))
+            return sdpa_call(backend, q, k, v)
+
+        return through_autograd(forward)
+
+    found = {"ours default": ours(None), "flex": through_autograd(lambda q, k, v: flex_call(mask, length)(q, k, v))}
+    tiles = ((128, 64, 8, 2), (128, 64, 8, 1), (128, 32, 8, 2), (128, 32, 8, 3), (64, 64, 4, 2), (64, 64, 8, 3))
+    found |= {f"ours {m}x{n} w{warps} s{stages}": ours(Tiles(m, n, warps, stages)) for m, n, warps, stages in tiles}
+    if mask == "causal":
+        found |= {"flash": sdpa("flash"), "cudnn": sdpa("cudnn")}
+    return found
+
+
 def timed(run, budget: float = 0.25) -> float:
     """Median milliseconds after warm-up."""
     run()
@@ -317,6 +391,9 @@ def work(job):
         if kind == "warm decode":
             sizes, name = rest
             decode_variants(*sizes)[name]()()
+        if kind == "warm backward":
+            (mask, length), name = rest
+            backward_variants(mask, length)[name]()()
         torch.cuda.synchronize()
         return None
     except Exception as error:
@@ -331,7 +408,7 @@ DECODE = ((1, 32768, 32768), (1, 131072, 131072), (16, 32768, 32768), (1, 131072
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--out", default="kernels_check.json")
-    parser.add_argument("--part", default="check,time,decode")
+    parser.add_argument("--part", default="check,time,decode,backward")
     parser.add_argument("--workers", type=int, default=10)
     parser.add_argument("--seconds", type=float, default=330, help="stop starting new measurements after this")
     args = parser.parse_args()
@@ -343,6 +420,7 @@ def main() -> None:
         "checks": [],
         "times": [],
         "decode": [],
+        "backward": [],
     }
 
     jobs: list[tuple] = []
@@ -355,6 +433,9 @@ def main() -> None:
         jobs += [
             ("warm decode", DECODE[0], name) for name in decode_variants(*DECODE[0]) if "/16" in name or "def" in name
         ]
+    if "backward" in parts:
+        jobs += [("warm backward", BACKWARD[0], name) for name in backward_variants(*BACKWARD[0])]
+        jobs += [("warm backward", sizes, "flex") for sizes in BACKWARD[1:]]
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(args.workers, mp_context=context) as pool:
         for result in pool.map(work, jobs):
@@ -397,6 +478,10 @@ def main() -> None:
         for name, make in decode_variants(*sizes).items():
             if time.perf_counter() - begun < args.seconds:
                 found["decode"].append({"sizes": sizes, "name": name, "ms": measure(make, graph=True)})
+    for sizes in BACKWARD if "backward" in parts else ():
+        for name, make in backward_variants(*sizes).items():
+            if time.perf_counter() - begun < args.seconds:
+                found["backward"].append({"sizes": sizes, "name": name, "ms": measure(make)})
     save()
     table(found)
     print(f"{time.perf_counter() - begun:.0f} s")
@@ -423,6 +508,11 @@ def table(found: dict) -> None:
         if rows:
             print(f"\ndecode B {sizes[0]}, {sizes[1]} slots, {sizes[2]} live: ", end="")
             print(", ".join(f"{row['name']} {row['ms'] * 1000:.0f} us" for row in rows))
+    for sizes in BACKWARD:
+        rows = [row for row in found["backward"] if tuple(row["sizes"]) == sizes and row["ms"]]
+        if rows:
+            print(f"\nbackward, {sizes[0]} {sizes[1]}: ", end="")
+            print(", ".join(f"{row['name']} {row['ms']:.2f} ms" for row in rows))
 
 
 if __name__ == "__main__":

@@ -11,8 +11,8 @@ from effattn.lowering.triton.offline import TARGETS, compile_for
 
 def main() -> None:
     found = {}
-    for name, (spec, arch) in compiled().items():
-        used = compile_for(spec, arch)
+    for name, (spec, arch, kernel) in compiled().items():
+        used = compile_for(spec, arch, kernel)
         found[name] = [used.registers, used.spilled, used.shared, TARGETS[arch][3]]
     print(json.dumps(found))
 

@@ -28,8 +28,8 @@ def spec(name: str, arch: str, kind="prefill", dtype="bfloat16", dim=128, value_
     return KernelSpec(kind, plan, dtype, dim, value_dim, groups, tiles)
 
 
-def compiled() -> dict[str, tuple[KernelSpec, str]]:
-    """Readable name -> what is compiled, and for which architecture."""
+def compiled() -> dict[str, tuple[KernelSpec, str, str]]:
+    """Readable name -> what is compiled, for which architecture, and the kernel in the file."""
     found = {}
     for arch in ARCHS:
         made = {f"{name} prefill": spec(name, arch) for name in PREFILL}
@@ -41,7 +41,10 @@ def compiled() -> dict[str, tuple[KernelSpec, str]]:
         made["decode fp32"] = spec("cache_by_pointer", arch, "decode", dtype="float32")
         if arch == "sm90":
             made["descriptors"] = spec("left_padding", arch, tiles=Tiles(128, 64, 8, 4, descriptors=True))
-        found |= {f"{name} {arch}": (one, arch) for name, one in made.items()}
+        found |= {f"{name} {arch}": (one, arch, "forward") for name, one in made.items()}
+        for name in ("causal", "left_padding"):
+            one = spec(name, arch, "backward")
+            found |= {f"{name} {kernel} {arch}": (one, arch, kernel) for kernel in ("grad_query", "grad_key_value")}
     return found
 
 
@@ -51,5 +54,6 @@ def goldens() -> dict[str, KernelSpec]:
         "causal_prefill": spec("causal", "sm90"),
         "power_prefill": spec("power_128", "sm90"),
         "empty_rows_prefill": spec("empty_rows_mean", "sm80", dim=96, value_dim=64, groups=1),
+        "causal_backward": spec("causal", "sm90", "backward"),
         "left_padding_decode": spec("left_padding", "sm90", "decode"),
     }

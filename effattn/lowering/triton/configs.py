@@ -51,12 +51,13 @@ DECODE: dict[tuple[str, int], tuple[tuple[int, Tiles], ...]] = {
     ("interpreter", 16): ((512, Tiles(16, 32, 4, 1)),),
     ("interpreter", 32): ((512, Tiles(16, 32, 4, 1)),),
 }
-# rows: for each tile of queries block_m, for each tile of keys block_m too, the other side streams in steps of block_n
+# gradients of queries hold block_m queries, those of keys hold block_m keys; the others stream by, block_n at a time
 BACKWARD: dict[tuple[str, int], tuple[tuple[int, Tiles], ...]] = {
-    ("sm90", 16): ((64, Tiles(128, 64, 8, 2)), (128, Tiles(128, 64, 8, 2)), (256, Tiles(64, 32, 8, 1))),
+    ("sm90", 16): ((64, Tiles(128, 64, 8, 2)), (128, Tiles(64, 64, 8, 2)), (256, Tiles(32, 32, 8, 1))),
     ("sm100", 16): ((128, Tiles(128, 64, 8, 2)), (256, Tiles(64, 32, 8, 1))),
     ("sm80", 16): ((64, Tiles(128, 32, 8, 2)), (128, Tiles(64, 32, 8, 2)), (256, Tiles(32, 32, 8, 1))),
     ("gfx942", 16): ((128, Tiles(64, 32, 4, 1)), (256, Tiles(32, 32, 4, 1))),
+    ("gfx942", 32): ((128, Tiles(32, 16, 8, 1)), (256, Tiles(16, 16, 8, 1))),
     ("any", 32): ((64, Tiles(32, 32, 8, 1)), (128, Tiles(32, 16, 8, 1)), (256, Tiles(16, 16, 8, 1))),
     ("interpreter", 16): ((512, Tiles(32, 32, 4, 1)),),
     ("interpreter", 32): ((512, Tiles(32, 32, 4, 1)),),
