@@ -87,9 +87,7 @@ def _plan(form: str, causal: bool, params: tuple[tuple[str, Any], ...]) -> str:
 def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         if tensor.ndim != 4:
-            raise ValueError(
-                f"attention: {name} must be [batch, heads, length, head_dim], got shape {tuple(tensor.shape)}"
-            )
+            raise ValueError(f"attention: {name} must be [batch, heads, length, head_dim], not {tuple(tensor.shape)}")
         if not tensor.is_floating_point():
             raise ValueError(f"attention: {name} must be floating point, got {tensor.dtype}")
         if tensor.dtype != q.dtype or tensor.device != q.device:

@@ -16,7 +16,7 @@ from effattn.runtime.algebra import bindings, evaluate
 from effattn.runtime.chunks import Chunk, Walker, walk_of
 from effattn.runtime.sdpa import constant_scale
 
-SCORES = 2**24  # most elements of one block of scores: 64 MiB in float32
+SCORES = 2**24  # most elements of the blocks of scores that are alive at once: 64 MiB in float32
 ROWS = 128
 
 
@@ -41,9 +41,9 @@ class Call:
         loads: Sequence[Tensor],
         scalars: Sequence[int],
         numbers: Sequence[float],
-        budget: int = SCORES,
+        live_blocks: int = 1,
     ):
-        self.plan, self.budget = plan, budget
+        self.plan, self.budget = plan, SCORES // live_blocks
         self.batch, self.heads, self.q_len, self.head_dim = query.shape
         self.kv_heads, self.k_len, self.value_dim = key.shape[1], key.shape[2], value.shape[3]
         self.groups = self.heads // self.kv_heads

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from effattn.ir.plan import Plan
 from effattn.runtime.derivative import derivative
-from effattn.runtime.portable import SCORES, Call, Piece, allocate
+from effattn.runtime.portable import Call, Piece, allocate
 
 LIVE_BLOCKS = 4  # blocks of scores that are alive at once: scores, weights and the gradients of both
 
@@ -31,7 +31,7 @@ def run_backward(
 
     Rows that keep nothing give nothing back, but under ``empty_rows="mean"``, where each is the mean of all values.
     """
-    call = Call(plan, query, key, value, loads, scalars, numbers, budget=SCORES // LIVE_BLOCKS)
+    call = Call(plan, query, key, value, loads, scalars, numbers, live_blocks=LIVE_BLOCKS)
     grad_out = torch.zeros_like(out) if grad_out is None else grad_out
     through_lse = None if grad_lse is None else call.by_group(grad_lse.to(call.dtype))
     grad_query = allocate(plan.layout, query, query.shape)

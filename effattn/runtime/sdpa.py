@@ -39,7 +39,8 @@ def sdpa_path(
     scale = constant_scale(plan.score, symbols)
     kind = dense_kind(plan.rule, symbols)
     kernel = KERNELS.get(query.device.type)
-    if scale is None or kind is None or kernel is None:
+    # they mask before they scale: a scale that is not positive would make +inf or NaN of -inf
+    if scale is None or scale <= 0 or kind is None or kernel is None:
         return None
     found = kernel(query, key, value, kind == "causal", scale)
     if found is None:

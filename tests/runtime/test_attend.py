@@ -1,0 +1,250 @@
+"""The op: its schema, its compilation, its choice of target, and what it refuses."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+import warnings
+from dataclasses import replace
+
+import pytest
+import torch
+from plans import CASES, Call, Sizes, tensors
+
+from effattn.errors import PlanError
+from effattn.ir.expr import IntLoad, b, k, load, number, q, s, scalar
+from effattn.ir.plan import LoadSpec, Plan
+from effattn.lowering.forms import FORMS
+from effattn.runtime import attend, portable, sdpa
+from effattn.runtime.reference import reference
+
+CPU = torch.device("cpu")
+PADDING = load("padding", [b, k], integer=True)
+
+
+def everything() -> Call:
+    """A plan with a tensor, an integer and a float."""
+    plan = Plan(
+        "exact",
+        number("scale") * s,
+        (k <= q + scalar("past")) & _kept(PADDING),
+        loads=(LoadSpec("padding", "bool", 2),),
+        scalars=("past",),
+        numbers=("scale",),
+        layout="bnhd",
+    )
+    padding = torch.ones(2, 40, dtype=torch.bool)
+    padding[0, :9] = False
+    return Call(plan, [padding], [7], [0.125])
+
+
+def _kept(term: IntLoad):
+    import sympy
+
+    return sympy.Ne(term, 0)
+
+
+def attend_with(call: Call, query, key, value):
+    return torch.ops.effattn.attend(query, key, value, call.loads, call.scalars, call.numbers, call.plan.encode())
+
+
+@pytest.mark.parametrize("needs_grad", [False, True])
+def test_opcheck(needs_grad):
+    call = everything()
+    made = [tensor.requires_grad_(needs_grad) for tensor in tensors(Sizes(2, 6, 2, 33, 40, 16, 8), order="bnhd")]
+    args = (*made, call.loads, call.scalars, call.numbers, call.plan.encode())
+    torch.library.opcheck(torch.ops.effattn.attend.default, args)
+
+
+@pytest.mark.parametrize("layout", ["bhnd", "bnhd"])
+def test_opcheck_of_the_backward(layout):
+    sizes = Sizes(2, 6, 2, 33, 40, 16, 8)
+    plan = replace(CASES["causal"](sizes, CPU).plan, layout=layout)
+    query, key, value = tensors(sizes)
+    out, lse = attend_with(Call(plan), query, key, value)
+    args = (torch.randn_like(out), None, query, key, value, out, lse, [], [], [], plan.encode())
+    torch.library.opcheck(
+        torch.ops.effattn.attend_backward.default, args, test_utils=("test_schema", "test_faketensor")
+    )
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compiles_whole_with_gradients(backend, dynamic):
+    """Strides of the fake kernel are asserted by Inductor; a scale may be ``item()`` of a tensor."""
+    call = everything()
+    text = call.plan.encode()
+
+    def block(query, key, value, padding, scale):
+        past = key.shape[2] - query.shape[2]
+        out, _ = torch.ops.effattn.attend(query * 2, key, value, [padding], [past], [scale.item()], text)
+        return out.transpose(1, 2).reshape(query.shape[0], query.shape[2], -1) + 1
+
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    with torch._dynamo.config.patch(capture_scalar_outputs=True):
+        compiled = torch.compile(block, backend=backend, fullgraph=True, dynamic=dynamic)
+        for q_len, k_len in ((33, 40), (21, 29), (50, 51)) if dynamic else ((33, 40),):
+            made = [tensor.requires_grad_() for tensor in tensors(Sizes(2, 6, 2, q_len, k_len, 16, 8))]
+            rest = (torch.rand(2, k_len) > 0.2, torch.tensor(0.2))
+            expected, found = block(*made, *rest), compiled(*made, *rest)
+            torch.testing.assert_close(found, expected)
+            weights = torch.randn_like(expected)
+            for got, wanted in zip(
+                torch.autograd.grad(found, made, weights), torch.autograd.grad(expected, made, weights), strict=True
+            ):
+                torch.testing.assert_close(got, wanted)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+def test_a_computed_scale_does_not_specialise_the_size():
+    plan = Plan("exact", number("scale") * s, k <= q, numbers=("scale",)).encode()
+
+    def block(query, key, value):
+        return torch.ops.effattn.attend(query, key, value, [], [], [1 / math.sqrt(query.shape[3])], plan)[0]
+
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled = torch.compile(block, backend="aot_eager", fullgraph=True, dynamic=True)
+    for dim in (16, 24, 32):  # no two sizes the same: torch would take them for one
+        made = tensors(Sizes(3, 4, 2, 20, 21, dim, 12))
+        torch.testing.assert_close(compiled(*made), block(*made))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+def test_the_length_decides_when_the_op_runs():
+    """One compiled graph: short inputs are dense, long ones take the form."""
+    window = FORMS["window"]
+    keep = window.keep(window.params(window=8, sinks=0), q)
+    plan = Plan("window", 0.25 * s, k <= q, keep, min_length=50)
+    text = plan.encode()
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled = torch.compile(
+        lambda *made: torch.ops.effattn.attend(*made, [], [], [], text)[0],
+        backend="aot_eager",
+        fullgraph=True,
+        dynamic=True,
+    )
+    for length, form in ((49, plan.dense()), (50, plan), (51, plan)):
+        made = tensors(Sizes(1, 2, 1, length, length))
+        torch.testing.assert_close(
+            compiled(*made), reference(form, *made, dtype=torch.float32)[0], atol=1e-5, rtol=1e-5
+        )
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+def test_the_length_decides_for_the_gradient_too():
+    window = FORMS["window"]
+    plan = Plan("window", 0.25 * s, k <= q, window.keep(window.params(window=8, sinks=0), q), min_length=50)
+    made = [tensor.double().requires_grad_() for tensor in tensors(Sizes(1, 2, 1, 40, 40))]
+    out, _ = attend_with(Call(plan), *made)
+    wanted, _ = reference(plan.dense(), *made)
+    for got, expected in zip(
+        torch.autograd.grad(out.sum(), made), torch.autograd.grad(wanted.sum(), made), strict=True
+    ):
+        torch.testing.assert_close(got, expected, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("length", [300, 257])
+@pytest.mark.parametrize("name", ["none", "causal", "causal_from_the_end", "scale_at_run_time"])
+def test_dense_plans_take_sdpa(name, length, monkeypatch):
+    sizes = Sizes(2, 6, 2, length, length, 20, 20)
+    call = CASES[name](sizes, CPU)
+    monkeypatch.setattr(portable, "run", None)
+    for layout in ("bhnd", "bnhd"):
+        call.plan = replace(call.plan, layout=layout)
+        made = tensors(sizes, order="bnhd")
+        out, lse = attend_with(call, *made)
+        wanted, wanted_lse = reference(call.plan, *made, numbers=call.numbers)
+        torch.testing.assert_close(out.double(), wanted, atol=2e-5, rtol=1e-5)
+        torch.testing.assert_close(lse.double(), wanted_lse, atol=2e-5, rtol=1e-5)
+        assert (out if layout == "bhnd" else out.transpose(1, 2)).is_contiguous()
+        assert lse.is_contiguous()
+
+
+def test_what_sdpa_would_get_wrong_is_kept_from_it():
+    sizes = {"Nq": 5, "Nk": 9}
+    assert sdpa.dense_kind(k <= q, sizes) is None
+    assert sdpa.dense_kind(k <= q + 4, sizes) is None
+    assert sdpa.dense_kind(k <= q + 8, sizes) == "all"
+    assert sdpa.dense_kind(k < q, {"Nq": 9, "Nk": 9}) is None
+    assert sdpa.dense_kind(k <= 2 * q, {"Nq": 9, "Nk": 9}) is None
+    assert sdpa.dense_kind((k <= q) & (q - k < 8), {"Nq": 9, "Nk": 9}) is None
+    assert sdpa.dense_kind((k <= q) & (q - k < 9), {"Nq": 9, "Nk": 9}) == "causal"
+    assert sdpa.dense_kind((k <= q) & _kept(PADDING), {"Nq": 9, "Nk": 9}) is None
+    assert sdpa.dense_kind(k <= q + load("live", [], integer=True), {"Nq": 9, "Nk": 9}) is None
+    for name in ("negative_scale", "negative_scale_at_run_time", "zero_scale_at_run_time"):
+        call = CASES[name](Sizes(1, 2, 1, 300, 300), CPU)
+        made = tensors(Sizes(1, 2, 1, 300, 300))
+        assert sdpa.sdpa_path(call.plan, *made, call.loads, call.scalars, call.numbers) is None
+    assert sdpa.constant_scale(s * s, {}) is None
+    assert sdpa.constant_scale(s + 1, {}) is None
+    assert sdpa.constant_scale(s * q, {}) is None
+
+
+def test_every_target_that_a_plan_may_name():
+    made = tensors(Sizes(1, 2, 1, 20, 20))
+    plan = Plan("exact", 0.25 * s, k <= q)
+    wanted, _ = attend_with(Call(plan), *made)
+    for target in ("portable", "triton"):  # Triton runs on its interpreter here
+        out, _ = attend_with(Call(replace(plan, target=target)), *made)
+        torch.testing.assert_close(out, wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_without_triton_the_portable_target_runs_and_it_is_said_once(monkeypatch):
+    monkeypatch.setattr(attend, "triton_is_importable", lambda: False)
+    monkeypatch.setattr("effattn.settings._told", set())
+    made = tensors(Sizes(1, 2, 1, 20, 20))
+    plan = Plan("exact", 0.25 * s, k <= q, target="triton")
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        for _ in range(3):
+            attend_with(Call(plan), *made)
+    assert ["Triton is not installed" in str(warning.message) for warning in told] == [True]
+
+
+def test_a_case_without_a_kernel_runs_portably():
+    made = tensors(Sizes(1, 2, 1, 20, 20), dtype=torch.float64)
+    plan = Plan("exact", 0.25 * s, k <= q, target="triton")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        out, _ = attend_with(Call(plan), *made)
+    torch.testing.assert_close(out, reference(plan, *made)[0])
+
+
+@pytest.mark.parametrize(
+    ("shapes", "message"),
+    [
+        (((1, 2, 5, 8), (1, 2, 5, 8), (1, 2, 4, 8)), "do not fit"),
+        (((1, 2, 5, 8), (1, 2, 5, 4), (1, 2, 5, 4)), "do not fit"),
+        (((2, 2, 5, 8), (1, 2, 5, 8), (1, 2, 5, 8)), "do not fit"),
+        (((1, 3, 5, 8), (1, 2, 5, 8), (1, 2, 5, 8)), "not a multiple"),
+        (((2, 5, 8), (2, 5, 8), (2, 5, 8)), "must be"),
+    ],
+)
+def test_shapes_that_do_not_fit(shapes, message):
+    with pytest.raises(ValueError, match=message):
+        attend_with(Call(Plan("exact", s)), *(torch.zeros(shape) for shape in shapes))
+
+
+def test_a_wrong_number_of_tensors():
+    with pytest.raises(ValueError, match="takes 1 tensors, got 0"):
+        attend_with(replace(everything(), loads=[]), *tensors(Sizes(2, 6, 2, 33, 40)))
+
+
+def test_a_plan_that_is_none():
+    with pytest.raises(PlanError):
+        torch.ops.effattn.attend(*tensors(Sizes()), [], [], [], "{}")
+
+
+def test_importing_registers_once_and_is_light():
+    code = (
+        "import sys, importlib, effattn.runtime.attend as a; import torch;"
+        "assert 'triton' not in sys.modules; importlib.reload(a);"
+        "q = torch.randn(1, 2, 8, 4); from effattn.ir.plan import Plan; from effattn.ir import expr;"
+        "torch.ops.effattn.attend(q, q, q, [], [], [], Plan('exact', expr.s).encode()); print('ok')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == "ok", done.stderr
