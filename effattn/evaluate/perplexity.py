@@ -51,9 +51,10 @@ def perplexity(model: Any, ids: Tensor, body: Callable[..., Any] | None = None, 
     if head is None:
         raise ValueError(f"{type(model).__name__} has no language model head")
     cap = getattr(model.config, "final_logit_softcapping", None)
+    layers = model.base_model if body is None else body
     wait()
     start = time.perf_counter()
-    hidden = (body or model.base_model)(ids, use_cache=False).last_hidden_state[0, :-1]
+    hidden = layers(ids, use_cache=False).last_hidden_state[0, :-1]
     wait()
     seconds = time.perf_counter() - start
     total = 0.0

