@@ -17,7 +17,6 @@ from effattn.compiler.pipeline import Outcome
 from effattn.errors import VerificationError
 from effattn.ir.text import text
 from effattn.passes.draft import Match
-from effattn.passes.masks import FILL
 from effattn.runtime.algebra import evaluate
 
 ROWS = 128
@@ -82,6 +81,8 @@ class _Checker(fx.Interpreter):
     def _check(self, match: Match, node: fx.Node, args: tuple, kwargs: dict) -> None:
         site = match.site
         query, key = args[0], args[1] if len(args) > 1 else None
+        if node.target is torch.ops.higher_order.flex_attention:
+            query = _flex_scores(*args)
         allowed = _allowed_by_author(match, query, key, args, kwargs)
         if allowed is None:
             return
@@ -102,6 +103,8 @@ class _Checker(fx.Interpreter):
         for name, source in zip(site.scalars, match.anchors.scalars, strict=True):
             held = next(value for node, value in self.env.items() if node.name == source.node.name)
             index[name] = held if source.dim is None else held.shape[source.dim]
+        for name, number in zip(site.numbers, match.anchors.numbers, strict=True):
+            index[name] = next(value for node, value in self.env.items() if node.name == number.name)
         device = allowed.device
         places = [evaluate(entry, index, loads, torch.float64, device) for entry in match.anchors.scores_index]
         places = [torch.as_tensor(place, device=device) for place in places]
@@ -110,6 +113,9 @@ class _Checker(fx.Interpreter):
         ]
         expected = allowed[tuple(places)]
         read = torch.as_tensor(evaluate(site.predicate, index, loads, torch.float64, device), device=device)
+        # a mask may also be data that is added to the score: then the predicate leaves it to the score
+        added = evaluate(site.score, {**index, "s": 0.0}, loads, torch.float64, device)
+        read = read & (torch.as_tensor(added, device=device) > match.anchors.threshold)
         expected, read = torch.broadcast_tensors(expected, read)
         if not torch.equal(expected, read):
             wrong = int((expected != read).sum())
@@ -117,6 +123,14 @@ class _Checker(fx.Interpreter):
                 f"{site.name} ({site.location}): the mask was read as {text(site.predicate)}, "
                 f"but {wrong} of {read.numel()} checked entries differ from the model's own mask"
             )
+
+
+def _flex_scores(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *rest: Any) -> torch.Tensor:
+    """What flex_attention's own eager code takes the softmax of."""
+    from torch._higher_order_ops.flex_attention import _math_attention_inner
+
+    key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1).expand(query.shape[0], -1, -1, -1)
+    return _math_attention_inner(query, key, value, *rest)[1]
 
 
 def _sizes(match: Match, query: Any, key: Any) -> dict[str, int]:
@@ -140,7 +154,7 @@ def _sizes(match: Match, query: Any, key: Any) -> dict[str, int]:
 def _allowed_by_author(match: Match, query: Any, key: Any, args: tuple, kwargs: dict) -> torch.Tensor | None:
     """Which entries of the scores the author's mask lets through, in the shape of the scores."""
     if not match.anchors.is_sdpa:
-        return query > FILL
+        return query > match.anchors.threshold
     mask = kwargs.get("attn_mask", args[3] if len(args) > 3 else None)
     causal = kwargs.get("is_causal", args[5] if len(args) > 5 else False)
     shape = (*query.shape[:-1], key.shape[-2])
@@ -148,7 +162,7 @@ def _allowed_by_author(match: Match, query: Any, key: Any, args: tuple, kwargs: 
     if causal:
         allowed = allowed.tril()
     if mask is not None:
-        allowed = allowed & (mask if mask.dtype == torch.bool else mask > FILL)
+        allowed = allowed & (mask if mask.dtype == torch.bool else mask > match.anchors.threshold)
     return allowed.expand(torch.broadcast_shapes(allowed.shape, (1,) * len(shape)))
 
 

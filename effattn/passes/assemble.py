@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 import re
+from dataclasses import replace
 from typing import Any
 
 import sympy
 import torch
 from torch import fx
 
-from effattn.ir import expr
+from effattn.errors import PlanError
+from effattn.ir import expr, wire
 from effattn.ir.expr import Nk, Nq, b, h, k, q
 from effattn.ir.plan import LoadSpec
 from effattn.ir.site import Layout, Site, Stage
@@ -42,18 +44,23 @@ def assemble(view: GraphView, draft: Draft, order: int) -> Match:
         raise Refused("score and mask", str(unclear)) from unclear
     score, predicate = _with_lengths(found.score, layout), _with_lengths(found.predicate, layout)
     predicate = masks.simplify(predicate)
-    if predicate == sympy.false:
-        raise Refused("empty mask", "the mask allows nothing at all")
+    _check_expressions(score, predicate)
     if sympy.count_ops(score) + sympy.count_ops(predicate, visual=False) > MAX_TERMS:
         raise Refused("size", "the expression of score and mask is too large to compute in a kernel")
     position = masks.query_position(predicate, layout)
     try:
         empty = masks.empty_rows(
-            masks.Split(score, predicate, found.fills), layout, position, draft.zero_when_empty, _dtype(view, draft)
+            masks.Split(score, predicate, found.fills),
+            _in_lengths(layout),
+            position,
+            sdpa=draft.zero_when_empty,
+            dtype=_score_dtype(view, draft),
+            data=_masks_that_are_data(view, score, draft.reader.loads),
         )
     except masks.Unclear as unclear:
         raise Refused("rows without keys", str(unclear), "use a boolean mask with SDPA") from unclear
 
+    _check_gradients(view, draft)
     names = _load_names(score, predicate, draft.reader.loads)
     numbers = _number_names(score, predicate)
     score, predicate, position = (_renamed(term, names, numbers) for term in (score, predicate, position))
@@ -61,7 +68,9 @@ def assemble(view: GraphView, draft: Draft, order: int) -> Match:
     used = [load.name for load in expr.loads_of(score, predicate)]
     used = list(dict.fromkeys(used))
     specs = tuple(_load_spec(view, name, sources[name]) for name in used)
-    scalars = _scalars(view, score, predicate)
+    scalars = _scalars(view, draft, score, predicate)
+    if unknown := set(numbers) - set(draft.reader.numbers):
+        raise Refused("symbolic number", f"no node of the graph holds {', '.join(sorted(unknown))}")
     place = placement(draft.out_index, layout.heads)
     if place is None:
         raise Refused("output layout", f"the order of the output's dimensions is not understood: {draft.out_index}")
@@ -70,8 +79,9 @@ def assemble(view: GraphView, draft: Draft, order: int) -> Match:
     tensor = view.tensor(draft.query.node)
     assert tensor is not None
     loads_need_grad = any(view.tensor(sources[name].node).requires_grad for name in used)
-    needs_grad = loads_need_grad or any(
-        view.tensor(operand.node).requires_grad for operand in (draft.query, draft.key, draft.value)
+    needs_grad = view.gradient_flows(view.time[draft.replaced]) and (
+        loads_need_grad
+        or any(view.tensor(operand.node).requires_grad for operand in (draft.query, draft.key, draft.value))
     )
     hints = Layout(*(_hint(view, size, draft) for size in vars(layout).values()))
     site = Site(
@@ -109,10 +119,87 @@ def assemble(view: GraphView, draft: Draft, order: int) -> Match:
         loads=tuple(sources[name] for name in used),
         scalars=tuple(source for _, source in scalars),
         numbers=tuple(draft.reader.numbers[name] for name in numbers),
+        threshold=found.threshold,
         is_plain_sdpa=draft.is_plain_sdpa,
         is_sdpa=draft.is_sdpa,
+        before=draft.before,
+        lse=draft.lse,
     )
     return Match(site, anchors)
+
+
+# -- expressions ------------------------------------------------------------------------------------------------
+
+
+def _check_expressions(score, predicate) -> None:
+    if predicate == sympy.false:
+        raise Refused("empty mask", "the mask allows nothing at all")
+    if predicate.has(expr.s):
+        raise Refused("score and mask", "the mask depends on the scores themselves")
+    if not score.has(expr.s):
+        raise Refused("score and mask", "the scores do not depend on query and key")
+    if sympy.count_ops(score) + sympy.count_ops(predicate, visual=False) > MAX_TERMS:
+        raise Refused("size", "the expression of score and mask is too large to compute in a kernel")
+    for term in (score, predicate):
+        try:
+            wire.encode(term)
+        except PlanError as error:
+            raise Refused("score and mask", str(error)) from error
+
+
+def _score_dtype(view: GraphView, draft: Draft) -> str:
+    """The least exact type that scores and masks pass through."""
+    scores = view.tensor(draft.anchor.all_input_nodes[0])
+    held = {tensor.dtype for tensor in (view.tensor(draft.query.node), scores, view.tensor(draft.replaced))}
+    least = next((dtype for dtype in (torch.float16, torch.bfloat16) if dtype in held), torch.float32)
+    return str(least).removeprefix("torch.")
+
+
+def _masks_that_are_data(view: GraphView, score, loads: dict[str, LoadSource]) -> frozenset[str]:
+    """Loads added to the score that may hold -inf or another fill, for each key: a float mask that the caller passes.
+
+    A bias that a layer computes (of relative positions, say) is taken to be finite.
+    """
+    huge = any(_is_huge(number) for number in score.atoms(sympy.Number))
+    found = {load for load in expr.loads_of(score) if load.has(k)}
+    return frozenset(load.name for load in found if huge or _may_mask(view, loads[load.name].node))
+
+
+def _may_mask(view: GraphView, node: fx.Node) -> bool:
+    """Whether floats of an input that is no parameter, or a fill, reach ``node`` through arithmetic and views."""
+    waiting, seen = [node], {node}
+    while waiting:
+        node = waiting.pop()
+        tensor = view.tensor(node)
+        if node.op == "placeholder" and tensor is not None:
+            if tensor.is_floating_point() and not isinstance(tensor, torch.nn.Parameter):
+                return True
+        elif view.call(node) is not None:
+            if any(_is_huge(arg) for arg in (*node.args, *node.kwargs.values())):
+                return True
+            new = [source for source in node.all_input_nodes if source not in seen]
+            seen.update(new)
+            waiting += new
+    return False
+
+
+def _is_huge(value: Any) -> bool:
+    if isinstance(value, sympy.Number):
+        value = float(value)
+    return isinstance(value, (int, float)) and (abs(value) >= -masks.FILL or abs(value) == -masks.HALF_FILL)
+
+
+def _check_gradients(view: GraphView, draft: Draft) -> None:
+    """The op's gradient reaches query and key whenever they need one: the author's must do so too."""
+    time = view.time[draft.replaced]
+    weights, result = view.tensor(draft.anchor), view.tensor(draft.replaced)
+    if not view.gradient_flows(time):
+        return
+    needed = [view.tensor(operand.node).requires_grad for operand in (draft.query, draft.key, draft.value)]
+    if any(needed) and not (result.requires_grad and weights.requires_grad == (any(needed[:2]) or result is weights)):
+        if draft.is_sdpa and result.requires_grad:
+            return
+        raise Refused("gradient", "the gradient is stopped between query and key and the output (detach or no_grad)")
 
 
 # -- operands ---------------------------------------------------------------------------------------------------
@@ -150,6 +237,8 @@ def _check_operands(view: GraphView, draft: Draft, layout: Layout) -> None:
         raise Refused("dtype", f"query, key and value mix {', '.join(sorted(map(str, dtypes)))} for a {target} result")
     if not (layout.head_dim.is_Integer and layout.value_dim.is_Integer):
         raise Refused("head_dim", "head_dim is not a constant")
+    if any(size == 0 for size in vars(layout).values()):
+        raise Refused("empty", "there is nothing to attend to or from: a length is 0")
 
 
 def _autocast(view: GraphView, draft: Draft, target: torch.dtype) -> bool:
@@ -169,7 +258,7 @@ def _output_layout(view: GraphView, draft: Draft, place) -> str:
     """Memory order to write: heads inside rows if that is what the replaced node had, or what its users undo."""
     tensor = view.tensor(draft.replaced)
     if tensor.dim() == 4 and place.is_identity:
-        if draft.is_sdpa:
+        if view.call(draft.anchor).name != "softmax":
             heads, rows = tensor.stride()[1:3]
             return "bnhd" if hint(heads) < hint(rows) else "bhnd"
         calls = [view.call(user) for user in draft.replaced.users]
@@ -196,20 +285,27 @@ def _with_lengths(term, layout: Layout):
     return sympy.sympify(term).subs(replaced, simultaneous=True)
 
 
+def _in_lengths(layout: Layout) -> Layout:
+    """The layout with its lengths in the same symbols as score and predicate."""
+    return replace(layout, q_len=_with_lengths(layout.q_len, layout), k_len=_with_lengths(layout.k_len, layout))
+
+
 def _is_number(symbol) -> bool:
     return symbol not in (*expr.INDICES, expr.s, Nq, Nk) and symbol.is_integer is not True
 
 
-def _scalars(view: GraphView, score, predicate) -> list[tuple[Any, SizeSource]]:
+def _scalars(view: GraphView, draft: Draft, score, predicate) -> list[tuple[Any, SizeSource]]:
     known = (*expr.INDICES, expr.s, Nq, Nk)
     wanted = [x for x in expr.free_symbols(score, predicate) if x not in known and not _is_number(x)]
     wanted = sorted(wanted, key=str)
-    return [(symbol, _size_source(view, symbol)) for symbol in wanted]
+    return [(symbol, _size_source(view, symbol, view.time[draft.replaced])) for symbol in wanted]
 
 
-def _size_source(view: GraphView, symbol) -> SizeSource:
-    for node in view.graph.nodes:
+def _size_source(view: GraphView, symbol, end: int) -> SizeSource:
+    for node, time in view.time.items():
         held = view.value(node)
+        if time >= end:
+            break
         if isinstance(held, torch.SymInt) and held.node.expr == symbol:
             return SizeSource(node)
     for node in view.graph.nodes:

@@ -8,6 +8,7 @@ from typing import Any
 from torch import fx
 
 from effattn.ir.site import Refusal, Site
+from effattn.passes.masks import FILL
 from effattn.passes.operands import Operand
 from effattn.passes.placement import Placement
 from effattn.passes.reading import LoadSource, Reader
@@ -37,8 +38,11 @@ class Anchors:
     loads: tuple[LoadSource, ...]  # as in site.loads
     scalars: tuple[SizeSource, ...]  # as in site.scalars
     numbers: tuple[fx.Node, ...]  # as in site.numbers
+    threshold: float = FILL  # scores above it are allowed, at or below it masked
     is_plain_sdpa: bool = False  # already SDPA without a mask: its own kernels run, nothing to replace
     is_sdpa: bool = False  # the scores are those of an SDPA call
+    before: fx.Node | None = None  # where the replacement goes, if not where ``replaced`` is
+    lse: fx.Node | None = None  # the node of the LSE in base 2, if it is used
 
 
 @dataclass(frozen=True)
@@ -89,4 +93,6 @@ class Draft:
     zero_when_empty: bool  # SDPA gives 0 for a row without keys where a softmax of -inf gives NaN
     is_plain_sdpa: bool = False
     is_sdpa: bool = False
+    before: fx.Node | None = None
+    lse: fx.Node | None = None
     notes: list[str] = field(default_factory=list)

@@ -7,29 +7,38 @@ it still the same further down?
 
 from __future__ import annotations
 
+import inspect
 import operator
 from bisect import bisect_left
 from collections import defaultdict
+from collections.abc import Callable
+from functools import lru_cache
+from types import FunctionType
 from typing import Any
 
 import sympy
 import torch
 from networkx.utils import UnionFind
 from torch import fx
+from torch.utils import _pytree as pytree
 
 from effattn.passes.vocabulary import Call, canonical
 
-# operations whose result may share memory with an argument
+# operations whose result may share memory with an argument; asked only where Dynamo recorded no value
 _VIEWS = set(
-    ["reshape", "transpose", "permute", "movedim", "t", "getattr", "expand", "getitem", "select", "narrow", "chunk", "split", "unbind", "identity", "to", "type_as"]
-) | {f"cast_{name}" for name in ["float32", "float64", "float16", "bfloat16", "int32", "int64", "bool"]}
-_OTHER_VIEWS = set(
-    ["diagonal", "as_strided", "view_as_real", "view_as_complex", "real", "imag", "unfold", "tensor_split", "hsplit", "vsplit", "dsplit", "squeeze_", "unsqueeze_", "detach_", "alias", "lift_fresh", "positive", "resolve_conj", "resolve_neg", "values", "indices", "hsplit", "t_", "transpose_"]
-)
+    ["reshape", "transpose", "permute", "movedim", "t", "getattr", "expand", "getitem", "select", "narrow", "chunk", "split", "unbind", "identity", "to", "type_as", "dropout"]
+) | {f"cast_{name}" for name in ["float32", "float64", "float16", "bfloat16", "int32", "int64", "bool"]}  # fmt: skip
 _INPLACE_OPERATORS = {
     getattr(operator, name)
     for name in ["iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor", "ilshift", "irshift", "imatmul", "setitem"]
-}
+}  # fmt: skip
+# methods that change the shape or the memory of the tensor object that they are called on
+_CHANGES_ITSELF = set(
+    ["squeeze_", "unsqueeze_", "t_", "transpose_", "swapaxes_", "swapdims_", "as_strided_", "resize_", "resize_as_", "set_", "set_data"]
+)  # fmt: skip
+_MAKERS = ("arange", "ones", "zeros", "full", "tensor")  # they look at the shape of an argument at most
+# packages whose functions have no effect but their value, unless their names or schemas say so
+_PURE_PACKAGES = ("torch", "_operator", "operator", "builtins", "math", "einops")
 
 
 class GraphView:
@@ -42,6 +51,11 @@ class GraphView:
         self._aliases: UnionFind = UnionFind(graph.nodes)
         self._writes: dict[Any, list[tuple[int, fx.Node, fx.Node]]] = defaultdict(list)
         self._find_aliases_and_writes()
+        self._gradient_switches = [
+            (index, bool(node.args[0]))
+            for node, index in self.time.items()
+            if node.op == "call_function" and node.target is torch._C._set_grad_enabled
+        ]
 
     def call(self, node: Any) -> Call | None:
         """The node through the vocabulary."""
@@ -73,16 +87,38 @@ class GraphView:
         targets = _written_args(writer)
         return targets[0] if len(targets) == 1 else None
 
+    def changes_itself(self, node: fx.Node) -> bool:
+        """Whether the shape of a tensor that ``node`` may share memory with changes in place: nothing is certain then."""
+        return self._aliases[node] in self._reshaped
+
     def _find_aliases_and_writes(self) -> None:
         written: list[tuple[int, fx.Node, fx.Node]] = []
+        storages: dict[int, fx.Node] = {}
         for node, index in self.time.items():
-            for source in self._shared_with(node):
+            known = self._storages(node)
+            for storage in known or ():
+                self._aliases.union(storages.setdefault(storage, node), node)
+            for source in self._shared_with(node) if known is None else ():
                 self._aliases.union(source, node)
             for target in _written_args(node):
                 self._aliases.union(target, node)
                 written.append((index, node, target))
         for index, node, target in written:
             self._writes[self._aliases[target]].append((index, node, target))
+        names = ((node, str(getattr(node.target, "__name__", node.target))) for node in self.time)
+        changed = [node for node, name in names if name in _CHANGES_ITSELF and node.op.startswith("call")]
+        self._reshaped = {self._aliases[target] for node in changed for target in node.all_input_nodes[:1]}
+
+    def _storages(self, node: fx.Node) -> list[int] | None:
+        """The memory of the fake tensors that Dynamo recorded: views share it, inputs that overlap share it too."""
+        found = []
+        for value in pytree.tree_leaves(node.meta.get("example_value")):
+            if isinstance(value, torch.Tensor):
+                try:
+                    found.append(value.untyped_storage()._cdata)
+                except (NotImplementedError, RuntimeError):
+                    return None
+        return found or None
 
     def _shared_with(self, node: fx.Node) -> list[fx.Node]:
         if node.op not in ("call_function", "call_method"):
@@ -91,12 +127,27 @@ class GraphView:
         if call is not None:
             source = call.get("input")
             return [source] if call.name in _VIEWS and isinstance(source, fx.Node) else []
-        if isinstance(node.target, torch._ops.OpOverload):
-            return _schema_args(node, lambda info: info is not None)
-        name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-        if name in _OTHER_VIEWS and node.args and isinstance(node.args[0], fx.Node):
-            return [node.args[0]]
-        return []
+        if (schemas := _schemas(node.target)) is not None:
+            return _schema_args(node, schemas, lambda info: info is not None)
+        return [source for source in node.all_input_nodes if self.tensor(source) is not None]
+
+    # -- gradients ------------------------------------------------------------------------------------------
+
+    def gradient_flows(self, time: int) -> bool:
+        """Whether gradient mode is on at ``time``."""
+        place = bisect_left(self._gradient_switches, time, key=lambda switch: switch[0])
+        return self._gradient_switches[place - 1][1] if place else torch.is_grad_enabled()
+
+    def cuts_gradient(self, node: fx.Node, time: int) -> bool:
+        """Whether a reader at ``time`` gets no gradient through ``node`` to its inputs, as after ``detach()``."""
+        value = self.tensor(node)
+        if value is None or value.requires_grad or not value.is_floating_point() or not self.gradient_flows(time):
+            return False
+        call = self.call(node)
+        if call is not None and call.name in _MAKERS:
+            return False
+        inputs = (self.tensor(source) for source in node.all_input_nodes)
+        return any(source is not None and source.requires_grad for source in inputs)
 
     # -- shapes and dtypes ----------------------------------------------------------------------------------
 
@@ -136,31 +187,69 @@ def _written_args(node: fx.Node) -> list[fx.Node]:
         name = str(node.target)
         inplace = (name.endswith("_") and not name.endswith("__") and name != "requires_grad_") or name == "__setitem__"
         inplace = inplace or (name.startswith("__i") and name.endswith("__") and name != "__invert__")
-        return [node.args[0]] if inplace and node.args and isinstance(node.args[0], fx.Node) else []
+        return _nodes(node.args[:1]) if inplace else []
     if node.op != "call_function":
         return []
+    if (schemas := _schemas(node.target)) is not None:
+        return _schema_args(node, schemas, lambda info: info is not None and info.is_write)
+    if isinstance(node.target, torch._ops.HigherOrderOperator):
+        return _nodes([node.args, node.kwargs]) if _body_writes(node) else []
+    if isinstance(node.target, FunctionType) and (node.target.__module__ or "").split(".")[0] not in _PURE_PACKAGES:
+        return _nodes([node.args, node.kwargs])  # a function that was allowed in the graph: it may do anything
     found: list[fx.Node] = []
-    if isinstance(node.target, torch._ops.OpOverload):
-        return _schema_args(node, lambda info: info is not None and info.is_write)
     name = getattr(node.target, "__name__", "")
     writes_first = node.target in _INPLACE_OPERATORS or (name.endswith("_") and not name.endswith("__"))
-    writes_first = writes_first or node.kwargs.get("inplace") is True
-    if writes_first and node.args:
-        first = node.args[0]
-        found += [
-            item for item in (first if isinstance(first, (list, tuple)) else [first]) if isinstance(item, fx.Node)
-        ]
-    out = node.kwargs.get("out")
-    found += [item for item in (out if isinstance(out, (list, tuple)) else [out]) if isinstance(item, fx.Node)]
-    return found
+    if writes_first or name in _CHANGES_ITSELF or _inplace_flag(node):
+        found += _nodes(node.args[:1] or [node.kwargs.get("input")])
+    return found + _nodes([node.kwargs.get("out")])
 
 
-def _schema_args(node: fx.Node, wanted) -> list[fx.Node]:
+def _nodes(values: Any) -> list[fx.Node]:
+    return [leaf for leaf in pytree.tree_leaves(values) if isinstance(leaf, fx.Node)]
+
+
+def _inplace_flag(node: fx.Node) -> bool:
+    """``F.relu(x, True)``: the argument named inplace, wherever it stands."""
+    if "inplace" in node.kwargs:
+        return node.kwargs["inplace"] is not False
+    place = _inplace_position(node.target)
+    return place is not None and place < len(node.args) and node.args[place] is not False
+
+
+@lru_cache(maxsize=1024)
+def _inplace_position(target: Any) -> int | None:
+    try:
+        parameters = list(inspect.signature(target).parameters)
+    except (TypeError, ValueError):
+        return None
+    return parameters.index("inplace") if "inplace" in parameters else None
+
+
+def _body_writes(node: fx.Node) -> bool:
+    """Whether a higher-order operator may write its arguments: a Triton kernel, or a body with an in-place operation."""
+    if "mutation" in str(node.target):
+        return True
+    module = node.graph.owning_module
+    bodies = [getattr(module, str(arg.target), None) for arg in node.all_input_nodes if arg.op == "get_attr"]
+    return any(
+        _written_args(inner) for body in bodies if isinstance(body, fx.GraphModule) for inner in body.graph.nodes
+    )
+
+
+def _schemas(target: Any) -> list[Any] | None:
+    """The schemas that a call of ``target`` may have, None if it is no operator of torch's dispatcher."""
+    if isinstance(target, torch._ops.OpOverload):
+        return [target._schema]
+    if isinstance(target, torch._ops.OpOverloadPacket):
+        return list(target._schemas.values())
+    return None
+
+
+def _schema_args(node: fx.Node, schemas: list[Any], wanted: Callable[[Any], bool]) -> list[fx.Node]:
     found: list[fx.Node] = []
-    for index, argument in enumerate(node.target._schema.arguments):
-        value = node.args[index] if index < len(node.args) else node.kwargs.get(argument.name)
-        if wanted(argument.alias_info):
-            found += [
-                item for item in (value if isinstance(value, (list, tuple)) else [value]) if isinstance(item, fx.Node)
-            ]
+    for schema in schemas:
+        for index, argument in enumerate(schema.arguments):
+            if wanted(argument.alias_info):
+                value = node.args[index] if index < len(node.args) else node.kwargs.get(argument.name)
+                found += [item for item in _nodes([value]) if item not in found]
     return found

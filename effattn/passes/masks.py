@@ -91,13 +91,8 @@ def _peel(term) -> _Part:
         return _peel_where(*term.args)
     if isinstance(term, sympy.Add):
         return _peel_sum([_peel(part) for part in term.args])
-    if isinstance(term, sympy.Mul):
-        factor, rest = term.as_coeff_Mul()
-        if factor.is_positive and factor.is_finite:
-            part = _peel(rest)
-            if part.fills:
-                fills = frozenset(Fill(factor * fill.value, fill.replaces) for fill in part.fills)
-                return _Part(None if part.score is None else factor * part.score, part.allowed, fills)
+    if isinstance(term, sympy.Mul) and (scaled := _peel_product(term)) is not None:
+        return scaled
     if isinstance(term, sympy.Max) and len(term.args) == 2:
         floor, rest = term.args if term.args[0].is_number else reversed(term.args)
         if is_fill(floor) and floor is not INFINITE:
@@ -107,6 +102,20 @@ def _peel(term) -> _Part:
             )
             return _Part(part.score, part.allowed, fills)
     return _Part(term)
+
+
+def _peel_product(term: sympy.Mul) -> _Part | None:
+    """A masked term times something positive; None if it is anything else."""
+    masked = [arg for arg in term.args if arg.has(Where)]
+    factor = sympy.Mul(*[arg for arg in term.args if not arg.has(Where)])
+    if len(masked) != 1 or not factor.is_positive:
+        return None
+    part = _peel(masked[0])
+    infinite = all(fill.value is INFINITE for fill in part.fills)
+    if not part.fills or not (infinite or factor.is_number):
+        return None
+    fills = frozenset(fill if infinite else Fill(factor * fill.value, fill.replaces) for fill in part.fills)
+    return _Part(None if part.score is None else factor * part.score, part.allowed, fills)
 
 
 def _peel_where(condition, yes, no) -> _Part:
@@ -145,9 +154,7 @@ def _peel_sum(parts: list[_Part]) -> _Part:
     return _Part(score, allowed, frozenset(fills))
 
 
-def empty_rows(
-    found: Split, layout: Layout, position, *, sdpa: bool, dtype: str, data: frozenset[str]
-) -> EmptyRows:
+def empty_rows(found: Split, layout: Layout, position, *, sdpa: bool, dtype: str, data: frozenset[str]) -> EmptyRows:
     """What a row that may attend to nothing yields, as the author wrote it.
 
     Args:

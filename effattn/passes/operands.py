@@ -6,6 +6,7 @@ the node nearest to the inputs whose dimensions are still plainly batch, head, r
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +19,7 @@ from effattn.passes.graph import GraphView
 from effattn.passes.reading import Reader
 from effattn.passes.reading.elementwise import is_dead_dropout
 from effattn.passes.reading.reader import Index
-from effattn.passes.reading.views import permutation, reshape_index
+from effattn.passes.reading.views import permutation, reinterprets, reshape_index
 from effattn.passes.vocabulary import Call
 
 row = sympy.Symbol("row", integer=True, nonnegative=True)  # a query row or a key column, as the operand needs
@@ -47,14 +48,16 @@ def trace(view: GraphView, reader: Reader, node: fx.Node, index: Index, time: in
     best: Operand | None = None
     factor: Any = sympy.Integer(1)
     folded: list[str] = []
-    while True:
+    while not view.changes_itself(node):
         found = _clean(view, node, index, factor, time, tuple(folded))
         if found is not None:
             best = found
         if view.writes_between(node, view.time[node], time):
             return best  # what the node was made from is not what it holds now
         call = view.call(node)
-        step = _step(view, reader, call, index) if call is not None else None
+        if call is None or view.writes(node) or view.cuts_gradient(node, time):
+            return best
+        step = _step(view, reader, call, index)
         if step is None:
             return best
         time = view.time[node]
@@ -62,6 +65,7 @@ def trace(view: GraphView, reader: Reader, node: fx.Node, index: Index, time: in
         factor = factor * scale
         if what:
             folded.append(what)
+    return best
 
 
 def _step(view: GraphView, reader: Reader, call: Call, index: Index):
@@ -80,7 +84,7 @@ def _step(view: GraphView, reader: Reader, call: Call, index: Index):
         same = view.tensor(source).dtype == view.tensor(call.node).dtype
         return (source, index, 1, "") if same else None
     if call.name == "reshape" or (call.name == "getitem" and _only_new_dims(call.get("index"))):
-        inside = reshape_index(reader, shape, view.shape(call.node), index)
+        inside = None if reinterprets(view, call) else reshape_index(reader, shape, view.shape(call.node), index)
         return None if inside is None else (source, inside, 1, "")
     if (order := permutation(call, len(shape))) is not None:
         inside_list: list[Any] = [None] * len(index)
@@ -105,7 +109,9 @@ def _scaled(view: GraphView, call: Call, index: Index):
     left, right = call.get("input"), call.get("other")
     for tensor, scale in ((left, right), (right, left)):
         if isinstance(tensor, fx.Node) and isinstance(scale, (int, float)) and not isinstance(scale, bool):
-            if call.name == "div" and (tensor is right or scale == 0):
+            if call.name == "div" and (tensor is right or scale == 0 or call.get("rounding_mode") is not None):
+                return None
+            if not math.isfinite(scale):
                 return None
             if not view.tensor(tensor).dtype.is_floating_point:
                 return None

@@ -9,10 +9,11 @@ import sympy
 import torch
 
 from effattn.ir import expr
-from effattn.passes.reading.reader import Index, Reader, Reading, generic_index, kind_of, reads
+from effattn.passes.reading.reader import Index, Reader, Reading, Unreadable, generic_index, kind_of, reads
 from effattn.passes.vocabulary import Call
 
 _HALF = (torch.float16, torch.bfloat16)
+_NARROW = (torch.uint8, torch.int8, torch.int16)  # arithmetic in them wraps around where a symbolic reading would not
 
 
 def aligned(reading: Reading, index: Index, shape: Index) -> Index:
@@ -28,28 +29,67 @@ def aligned(reading: Reading, index: Index, shape: Index) -> Index:
 
 
 def distribute(function: Callable, *terms):
-    """``function`` of terms; applied inside a where() of constants if all else is constant, so that masks stay masks."""
+    """``function`` of terms, applied inside a where() if that does not repeat work, so that masks stay masks."""
     wheres = [i for i, term in enumerate(terms) if isinstance(term, expr.Where)]
     if len(wheres) == 1:
         at = wheres[0]
         condition, yes, no = terms[at].args
-        others = [term for i, term in enumerate(terms) if i != at]
-        if all(term.is_number for term in (*others, yes, no)):
-            branch = [function(*[value if i == at else term for i, term in enumerate(terms)]) for value in (yes, no)]
-            if not any(value is sympy.nan for value in branch):
-                return expr.Where(condition, *branch)
+        branch = [function(*[value if i == at else term for i, term in enumerate(terms)]) for value in (yes, no)]
+        cheap = all(term.is_number for i, term in enumerate(terms) if i != at)
+        cheap = cheap or (yes.is_number and no.is_number and any(value.is_number for value in branch))
+        if cheap and not any(value.has(sympy.nan) for value in branch):
+            return expr.Where(condition, *branch)
     return function(*terms)
 
 
-def _pointwise(reader: Reader, call: Call, shape, names: tuple[str, ...], function: Callable, kind: str | None = None):
+def stored_as(value, dtype: torch.dtype):
+    """``value`` as a tensor of ``dtype`` holds it: constants beyond its range are infinite, also inside a where()."""
+    if not dtype.is_floating_point:
+        return value
+    if isinstance(value, expr.Where):
+        condition, yes, no = value.args
+        return expr.Where(condition, stored_as(yes, dtype), stored_as(no, dtype))
+    if value.is_number and value.is_finite and value.is_real and abs(value) > torch.finfo(dtype).max:
+        held = float(torch.tensor(float(value), dtype=torch.float64).to(dtype))
+        return sympy.sympify(held) if abs(held) == float("inf") else value
+    return value
+
+
+def _pointwise(reader: Reader, call: Call, shape, names: tuple[str, ...], function: Callable):
     operands = [reader.argument(call, name) for name in names]
     tensor = reader.view.tensor(call.node)
-    result_kind = kind or (kind_of(tensor.dtype) if tensor is not None else "int")
+    if tensor is None or tensor.dtype in _NARROW or tensor.is_complex():
+        return None
 
     def at(index: Index):
-        return distribute(function, *[operand.number_at(aligned(operand, index, shape)) for operand in operands])
+        value = exact(
+            reader,
+            distribute(function, *[operand.number_at(aligned(operand, index, shape)) for operand in operands]),
+            tensor.dtype,
+        )
+        return stored_as(value, tensor.dtype)
 
-    return Reading(shape, result_kind, at)
+    return Reading(shape, kind_of(tensor.dtype), at)
+
+
+def exact(reader: Reader, value, dtype: torch.dtype):
+    """``value`` if computing it in ``dtype`` loses nothing that a reading would keep.
+
+    Scores may be computed more exactly than the author does. A bias or position in half precision may not: rounding
+    moves whole columns of a mask, so such a tensor stays what the author's code makes of it.
+
+    Raises:
+        Unreadable: the value is to stay data.
+    """
+    if dtype in _HALF and not _rounds_to_itself(reader, value):
+        raise Unreadable("rounded in half precision")
+    return value
+
+
+def _rounds_to_itself(reader: Reader, value) -> bool:
+    if isinstance(value, expr.Where):
+        return all(_rounds_to_itself(reader, branch) for branch in value.args[1:])
+    return value.is_number or any(load.name in reader.raw for load in expr.loads_of(value))
 
 
 _ARITHMETIC: dict[str, Callable[..., Any]] = {
@@ -126,6 +166,7 @@ def comparison(reader: Reader, call: Call, shape):
 
     def at(index: Index):
         x, y = left.number_at(aligned(left, index, shape)), right.number_at(aligned(right, index, shape))
+        _check_comparable(x, y)
         for value, other, flipped in ((x, y, False), (y, x, True)):
             if isinstance(value, expr.Where) and all(term.is_number for term in (*value.args[1:], other)):
                 truth = [relation(other, branch) if flipped else relation(branch, other) for branch in value.args[1:]]
@@ -133,6 +174,24 @@ def comparison(reader: Reader, call: Call, shape):
         return relation(x, y)
 
     return Reading(shape, "bool", at)
+
+
+def _check_comparable(x, y) -> None:
+    """Comparisons of numbers that are not whole are read only where rounding cannot change their result.
+
+    sympy, besides, takes every load for finite, and decides comparisons with infinity by that.
+    """
+    for term in (x, y):
+        if not (term.is_integer or term.is_number or isinstance(term, (expr.Load, expr.Where))):
+            raise Unreadable("a comparison that rounding may change")
+    values = [leaf for term in (x, y) for leaf in _leaves(term)]
+    if any(value.is_infinite for value in values) and not all(value.is_number for value in values):
+        raise Unreadable("data is compared with infinity")
+
+
+def _leaves(term) -> list:
+    """What a choice may yield."""
+    return [leaf for branch in term.args[1:] for leaf in _leaves(branch)] if isinstance(term, expr.Where) else [term]
 
 
 _LOGIC = {"and": sympy.And, "or": sympy.Or, "xor": sympy.Xor, "not": sympy.Not}
@@ -158,31 +217,39 @@ def where(reader: Reader, call: Call, shape):
     if "input" not in call.args or "other" not in call.args:
         return None
     condition, x, y = (reader.argument(call, name) for name in ("condition", "input", "other"))
-    tensor = reader.view.tensor(call.node)
-    kind = kind_of(tensor.dtype) if tensor is not None else "float"
-    return _select(condition, x, y, shape, kind)
+    return _select(reader, call, condition, x, y, shape)
 
 
 @reads("masked_fill")
 def masked_fill(reader: Reader, call: Call, shape):
-    tensor = reader.view.tensor(call.node)
-    kind = kind_of(tensor.dtype) if tensor is not None else "float"
     mask, value, source = (reader.argument(call, name) for name in ("mask", "value", "input"))
-    return _select(mask, value, source, shape, kind)
+    return _select(reader, call, mask, value, source, shape)
 
 
-def _select(condition: Reading, x: Reading, y: Reading, shape, kind):
+def _select(reader: Reader, call: Call, condition: Reading, x: Reading, y: Reading, shape):
+    tensor = reader.view.tensor(call.node)
+    if tensor is None or tensor.is_complex():
+        return None
+    kind = kind_of(tensor.dtype)
+    if kind == "int" and "float" in (x.kind, y.kind):
+        return None  # a fill that is truncated
+
     def at(index: Index):
         test = condition.bool_at(aligned(condition, index, shape))
         if kind == "bool":
             yes, no = x.bool_at(aligned(x, index, shape)), y.bool_at(aligned(y, index, shape))
             return sympy.Or(sympy.And(test, yes), sympy.And(sympy.Not(test), no))
-        return expr.Where(test, x.number_at(aligned(x, index, shape)), y.number_at(aligned(y, index, shape)))
+        chosen = expr.Where(test, x.number_at(aligned(x, index, shape)), y.number_at(aligned(y, index, shape)))
+        return stored_as(chosen, tensor.dtype)
 
     return Reading(shape, kind, at)
 
 
-@reads("to", "type_as", *(f"cast_{name}" for name in ["float32", "float64", "float16", "bfloat16", "int32", "int64", "bool"]))
+@reads(
+    "to",
+    "type_as",
+    *(f"cast_{name}" for name in ["float32", "float64", "float16", "bfloat16", "int32", "int64", "bool"]),
+)
 def cast(reader: Reader, call: Call, shape):
     source, target = reader.view.tensor(call.get("input")), reader.view.tensor(call.node)
     if source is None or target is None:
@@ -193,9 +260,18 @@ def cast(reader: Reader, call: Call, shape):
         return Reading(shape, "bool", reading.bool_at)
     if kind == "int" and reading.kind == "float":
         return None  # truncation
-    if kind == "float" and reading.kind == "int" and target.dtype in _HALF and not _small(reading):
-        return None  # positions above 2,048 are rounded in half precision: keep what the author computes
-    return Reading(shape, kind, reading.number_at)
+    if target.is_complex() or (target.dtype in _NARROW and source.dtype != target.dtype and not _small(reading)):
+        return None  # values may wrap around
+    if target.dtype.is_floating_point and target.dtype.itemsize < 2:
+        return None  # an 8-bit float is another value, not only a less exact one
+    widens = source.dtype == target.dtype
+    widens = widens or (source.dtype.is_floating_point and source.dtype.itemsize < target.dtype.itemsize)
+
+    def at(index: Index):
+        value = reading.number_at(index)
+        return stored_as(value if widens else exact(reader, value, target.dtype), target.dtype)
+
+    return Reading(shape, kind, at)
 
 
 def _small(reading: Reading) -> bool:

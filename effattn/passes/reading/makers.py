@@ -8,6 +8,7 @@ import sympy
 import torch
 
 from effattn.ir import expr
+from effattn.passes.reading.elementwise import stored_as
 from effattn.passes.reading.reader import Index, Reader, Reading, generic_index, kind_of, reads
 from effattn.passes.vocabulary import Call
 
@@ -39,7 +40,8 @@ def _filled(reader: Reader, call: Call, shape, value: Any):
     kind = kind_of(tensor.dtype)
     if kind == "bool":
         return Reading(shape, "bool", lambda index: sympy.true if value else sympy.false)
-    return Reading(shape, kind, lambda index: sympy.sympify(value))
+    held = stored_as(sympy.sympify(value), tensor.dtype)
+    return Reading(shape, kind, lambda index: held)
 
 
 @reads("ones")
@@ -62,8 +64,8 @@ def full(reader: Reader, call: Call, shape):
 
 @reads("cumsum")
 def cumsum(reader: Reader, call: Call, shape):
-    source, dim = reader.argument(call, "input"), call.get("dim")
-    if not isinstance(dim, int) or not source.shape:
+    source, dim, dtype = reader.argument(call, "input"), call.get("dim"), reader.view.tensor(call.node).dtype
+    if not isinstance(dim, int) or not source.shape or kind_of(dtype) == "bool" or dtype.itemsize < 4:
         return None
     dim %= len(source.shape)
     probe = sympy.Symbol("along", integer=True, nonnegative=True)
@@ -78,6 +80,8 @@ def diff(reader: Reader, call: Call, shape):
     source = reader.argument(call, "input")
     dim, steps = call.get("dim", -1), call.get("n", 1)
     if steps != 1 or call.get("append") is not None or not isinstance(dim, int) or source.kind == "bool":
+        return None
+    if reader.view.tensor(call.node).dtype.itemsize < 4:
         return None
     dim %= len(source.shape)
     before = call.get("prepend")

@@ -87,10 +87,10 @@ class Reader:
     set, a product of two tensors is kept as a load named ``raw_...``: it may be query . key.
     """
 
-    def __init__(self, view: GraphView, sizes: dict[sympy.Symbol, sympy.Expr] | None = None):
+    def __init__(self, view: GraphView, sizes: dict[sympy.Symbol, sympy.Expr] | None = None, *, products: bool = False):
         self.view = view
         self.sizes = sizes or {}
-        self.products = False
+        self.products = products
         self.raw: dict[str, Contraction] = {}
         self.loads: dict[str, LoadSource] = {}
         self.numbers: dict[str, fx.Node] = {}
@@ -106,6 +106,10 @@ class Reader:
         held = self.view.value(value)
         if not isinstance(held, torch.Tensor):
             return self._number(value, held)
+        if self.view.changes_itself(value):
+            raise Unreadable(f"the shape or memory of {value.name} is changed in place")
+        if self.view.cuts_gradient(value, time):
+            return self._load(value, time)
         writers = self.view.writes_between(value, self.view.time[value], time)
         if writers:
             last = writers[-1]
@@ -172,6 +176,8 @@ class Reader:
             return Reading((), "int", lambda index: as_sympy(held))
         if isinstance(held, (float, bool)):
             return _constant(held)
+        if not isinstance(held, torch.SymFloat):
+            raise Unreadable(f"cannot read {node.name} ({type(held).__name__}) as a number")
         name = _identifier(node.name)
         self.numbers[name] = node
         return Reading((), "float", lambda index: expr.number(name))
@@ -182,7 +188,9 @@ class Reader:
         version = len(self.view.writes_between(node, -1, time))
         name = self._load_names.get((node, version))
         if name is None:
-            name = _identifier(node.name) + (f"_at_{time}" if version and _identifier(node.name) in self.loads else "")
+            name = _identifier(node.name)
+            while name in self.loads or name in self.raw:
+                name += f"_at_{time}"
             self._load_names[node, version] = name
             self.loads[name] = LoadSource(node, time)
         kind = kind_of(tensor.dtype)

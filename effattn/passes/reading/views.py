@@ -8,6 +8,7 @@ import sympy
 import torch
 from torch import fx
 
+from effattn.passes.graph import GraphView
 from effattn.passes.reading.elementwise import aligned
 from effattn.passes.reading.reader import Index, Reader, Reading, Unreadable, reads
 from effattn.passes.vocabulary import Call
@@ -71,7 +72,7 @@ def reshape_index(reader: Reader, source: tuple, target: tuple, index: Index) ->
 @reads("reshape")
 def reshape(reader: Reader, call: Call, shape):
     source = reader.argument(call, "input")
-    if reshape_groups(source.shape, shape) is None:
+    if reshape_groups(source.shape, shape) is None or reinterprets(reader.view, call):
         return None
 
     def at(index: Index):
@@ -80,6 +81,12 @@ def reshape(reader: Reader, call: Call, shape):
         return source.at(inside)
 
     return Reading(shape, source.kind, at)
+
+
+def reinterprets(view: GraphView, call: Call) -> bool:
+    """Whether ``x.view(dtype)`` reads the same bits as other numbers."""
+    source, result = view.tensor(call.get("input")), view.tensor(call.node)
+    return source is None or result is None or source.dtype != result.dtype
 
 
 def permutation(call: Call, rank: int) -> tuple[int, ...] | None:
