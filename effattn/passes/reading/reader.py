@@ -62,10 +62,11 @@ def reads(*names: str) -> Callable[[Handler], Handler]:
 
 def nonzero(value):
     """``value != 0`` as a boolean, without detours over where(c, 1, 0)."""
-    if isinstance(value, expr.Where) and value.args[1:] == (1, 0):
-        return value.args[0]
-    if isinstance(value, expr.Where) and value.args[1:] == (0, 1):
-        return sympy.Not(value.args[0])
+    if isinstance(value, expr.Where) and all(branch.is_number for branch in value.args[1:]):
+        condition, yes, no = value.args[0], *(branch != 0 for branch in value.args[1:])
+        if yes == no:
+            return sympy.true if yes else sympy.false
+        return condition if yes else sympy.Not(condition)
     return sympy.Ne(value, 0)
 
 
