@@ -170,6 +170,7 @@ def _walk_allows_decode(plan: Plan, one_row: bool) -> bool:
         return False
     near = (*(keys.near_lower or ()), *keys.near_upper)
     bounds = [*keys.lower, *keys.upper, *near, *([keys.prefix] if keys.prefix is not None else [])]
+    bounds += [keys.powers.position] if keys.powers is not None else []
     return not any(bound.has(expr.h) for bound in bounds if hasattr(bound, "has"))
 
 
