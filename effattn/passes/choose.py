@@ -116,7 +116,7 @@ def exact_route(site: Site, anchors: Anchors) -> tuple[Route, str]:
     """How exact attention is computed at a site, and why."""
     if anchors.is_plain_sdpa and not anchors.key.folded:
         return "keep", "already an SDPA call without a mask: its own fast kernels run"
-    if sdpa_takes(site):
+    if anchors.lse is None and sdpa_takes(site):
         causal = "the mask is causal" if site.predicate != sympy.true else "there is no mask"
         return "sdpa", f"{causal}: SDPA's own fast kernels, no mask tensor" + _grouped(site)
     if (refusals := _cannot_lower(site, "exact")) != ():
@@ -144,7 +144,8 @@ def plain_scale(score):
     scale = sympy.expand(score).coeff(expr.s)
     if sympy.expand(score - scale * expr.s) != 0 or scale.has(*expr.INDICES, expr.s) or expr.loads_of(scale):
         return None
-    return scale if scale.is_number or scale.is_Symbol else None
+    known_at_run_time = scale.is_Symbol and not scale.is_integer
+    return scale if scale.is_number or known_at_run_time else None
 
 
 def is_opaque(site: Site) -> bool:

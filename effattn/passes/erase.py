@@ -10,6 +10,7 @@ from collections import defaultdict
 
 from torch import fx
 
+from effattn.passes.block_mask import is_block_mask_code
 from effattn.passes.graph import GraphView
 
 
@@ -45,4 +46,4 @@ def _dead_part(view: GraphView, node: fx.Node, group: list[fx.Node]) -> list[fx.
 
 
 def _only_a_value(view: GraphView, node: fx.Node) -> bool:
-    return view.call(node) is not None
+    return view.call(node) is not None or is_block_mask_code(node)

@@ -199,6 +199,7 @@ def _written_args(node: fx.Node) -> list[fx.Node]:
     found: list[fx.Node] = []
     name = getattr(node.target, "__name__", "")
     writes_first = node.target in _INPLACE_OPERATORS or (name.endswith("_") and not name.endswith("__"))
+    writes_first = writes_first and node.target not in (operator.and_, operator.or_)
     if writes_first or name in _CHANGES_ITSELF or _inplace_flag(node):
         found += _nodes(node.args[:1] or [node.kwargs.get("input")])
     return found + _nodes([node.kwargs.get("out")])

@@ -19,6 +19,7 @@ from effattn.ir.expr import Where, b, h, k, q, s
 from effattn.passes.assemble import assemble, location, module_path
 from effattn.passes.contraction import Contraction, contraction
 from effattn.passes.draft import FOUND_AS, Draft, Match, Missed, Refused
+from effattn.passes.flex import from_flex
 from effattn.passes.graph import GraphView
 from effattn.passes.operands import Operand, depth, row, trace
 from effattn.passes.reading import Reader
@@ -37,8 +38,7 @@ def find(view: GraphView) -> tuple[list[Match], list[Missed]]:
     missed: list[Missed] = []
     for call in _anchors(view):
         try:
-            draft = _from_sdpa(view, call, readers) if call.name == "sdpa" else _from_softmax(view, call, readers)
-            matches.append(assemble(view, draft, len(matches)))
+            matches.append(assemble(view, _DRAFTS[call.name](view, call, readers), len(matches)))
         except Refused as refused:
             name = module_path(call.node)[0] or call.node.name
             missed.append(Missed(name, location(call.node), refused.refusal))
@@ -51,7 +51,7 @@ def find(view: GraphView) -> tuple[list[Match], list[Missed]]:
 def _anchors(view: GraphView) -> Iterator[Call]:
     for node in view.graph.nodes:
         call = view.call(node)
-        if call is not None and call.name in ("softmax", "sdpa"):
+        if call is not None and call.name in _DRAFTS:
             yield call
 
 
@@ -362,3 +362,6 @@ def _value(view: GraphView, product: Contraction, placed: tuple, sizes: tuple):
 
 def _spelled(node: fx.Node) -> str:
     return str(node.target) if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
+
+
+_DRAFTS = {"sdpa": _from_sdpa, "softmax": _from_softmax, "flex_attention": from_flex}  # by the anchor's name

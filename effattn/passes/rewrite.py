@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import fx
 
 import effattn.runtime.attend  # noqa: F401  (registers torch.ops.effattn)
 from effattn.errors import RewriteError
+from effattn.passes.block_mask import erase_empty_brackets, unused_batch_dims
 from effattn.passes.choose import Choice, plain_scale
 from effattn.passes.draft import SizeSource
 from effattn.passes.erase import erase_orphans
@@ -19,6 +21,7 @@ from effattn.passes.graph import GraphView
 from effattn.passes.insert import Inserter, difference, fake_mode
 from effattn.passes.operands import Operand, emit
 from effattn.passes.reading import LoadSource
+from effattn.passes.strides import in_order_of
 
 
 def rewrite(view: GraphView, choices: list[Choice]) -> int:
@@ -34,17 +37,22 @@ def rewrite(view: GraphView, choices: list[Choice]) -> int:
     for choice in choices:
         if choice.route == "keep":
             continue
-        node = choice.match.anchors.replaced
-        with view.graph.inserting_before(node):
+        anchors = choice.match.anchors
+        node = anchors.replaced
+        with view.graph.inserting_before(anchors.before or node):
             writer = _Writer(view, node)
             result = _sdpa(writer, choice) if choice.route == "sdpa" else _op(writer, choice, saved)
-            result = choice.match.anchors.placement.emit(view.graph, result, writer.remember)
-        if wrong := difference(node.meta["example_value"], result.meta["example_value"]):
-            raise RewriteError(f"replacement of {node.name} is {wrong}")
-        node.replace_all_uses_with(result)
-        replaced.append(node)
+            pairs = [(node, anchors.placement.emit(view.graph, result, writer.remember))]
+            if anchors.lse is not None:
+                pairs.append((anchors.lse, _lse(writer, result)))
+            for old, new in pairs:
+                if wrong := difference(old.meta["example_value"], new.meta["example_value"]):
+                    raise RewriteError(f"replacement of {old.name} is {wrong}")
+                old.replace_all_uses_with(in_order_of(view, writer, old, new))
+                replaced.append(old)
         inserted += len(writer.nodes)
-    erase_orphans(view, replaced)
+    erase_orphans(view, [*replaced, *unused_batch_dims(view.graph)])
+    erase_empty_brackets(view.graph)
     return before + inserted + saved.count - len(view.graph.nodes)
 
 
@@ -84,11 +92,17 @@ def _op(writer: _Writer, choice: Choice, saved: _SavedLoads) -> fx.Node:
     anchors, plan = choice.match.anchors, choice.plan
     assert plan is not None
     operands = _operands(writer, choice)
-    loads = [saved.at(source, writer.view.time[anchors.replaced]) for source in anchors.loads]
+    loads = [saved.at(source, writer.view.time[anchors.before or anchors.replaced]) for source in anchors.loads]
     scalars = [_length(writer, source) for source in anchors.scalars]
     args = (*operands, loads, scalars, list(anchors.numbers), plan.encode())
     both = writer.call(torch.ops.effattn.attend.default, *args)
     return writer.call(operator.getitem, both, 0)
+
+
+def _lse(writer: _Writer, result: fx.Node) -> fx.Node:
+    """The op's LSE in base 2, as flex_attention gives it."""
+    lse = writer.call(operator.getitem, result.args[0], 1)
+    return writer.call(operator.mul, lse, 1 / math.log(2.0))
 
 
 def _length(writer: _Writer, source: SizeSource) -> fx.Node:

@@ -81,6 +81,8 @@ ROWS: tuple[tuple[str, tuple[Spelling, ...]], ...] = (
     _row("exp", "input", (torch.exp,), "exp"),
     _row("minimum", "input other", (torch.minimum,), "minimum"),
     _row("maximum", "input other", (torch.maximum,), "maximum"),
+    _row("max", "input other keepdim", (torch.max,), "max"),
+    _row("min", "input other keepdim", (torch.min,), "min"),
     _row("clamp", "input min max", (torch.clamp, torch.clip), "clamp clip clamp_"),
     # comparison and logic
     *(
@@ -162,7 +164,7 @@ ROWS: tuple[tuple[str, tuple[Spelling, ...]], ...] = (
     _row("cumsum", "input dim", (torch.cumsum,), "cumsum"),
     _row("diff", "input n dim prepend append", (torch.diff,), "diff"),
     # contractions and what they feed
-    _row("matmul", "input other", (operator.matmul, torch.matmul, torch.bmm), "matmul bmm __matmul__"),
+    _row("matmul", "input other", (operator.matmul, torch.matmul, torch.bmm, torch.mm), "matmul bmm mm __matmul__"),
     _row("baddbmm", "input batch1 batch2 beta alpha", (torch.baddbmm,), "baddbmm"),
     _row("einsum", "equation *operands", (torch.einsum, torch.functional.einsum)),
     _row("softmax", "input dim dtype", (torch.softmax,), "softmax", ((F.softmax, "input dim _stacklevel dtype"),)),
@@ -170,6 +172,11 @@ ROWS: tuple[tuple[str, tuple[Spelling, ...]], ...] = (
         "sdpa",
         "query key value attn_mask dropout_p is_causal scale enable_gqa",
         (F.scaled_dot_product_attention,),
+    ),
+    _row(
+        "flex_attention",
+        "query key value score_mod block_mask scale kernel_options score_mod_other_buffers mask_mod_other_buffers",
+        (torch.ops.higher_order.flex_attention,),
     ),
 )
 
