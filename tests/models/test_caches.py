@@ -1,0 +1,111 @@
+"""Generation: cache writes survive, lengths grow, and nothing is compiled more often than with Inductor alone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from architectures import llama, tokens
+from torch._dynamo.testing import CompileCounterWithBackend
+from transformers import StaticCache
+
+import effattn
+from effattn.compiler.backend import effattn as backend
+
+
+def compiled(model, **options):
+    torch._dynamo.reset()
+    return torch.compile(model, backend="effattn", options={"rest": "eager", "strict": True, "verify": True, **options})
+
+
+def static_steps(function, model, steps: int = 3):
+    ids = tokens(length=17)
+    cache = StaticCache(config=model.config, max_cache_len=48)
+    logits = [function(ids, past_key_values=cache).logits]
+    logits += [function(ids[:, n : n + 1], past_key_values=cache).logits for n in range(steps)]
+    state = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
+    return logits, state
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_static_cache(attention):
+    model = llama(attention)
+    with torch.no_grad():
+        expected = static_steps(model, model)
+        actual = static_steps(compiled(model), model)
+    torch.testing.assert_close(actual, expected, rtol=2e-5, atol=2e-5)
+
+
+def test_static_cache_decode_reads_the_length_by_pointer():
+    model = llama()
+    with torch.no_grad():
+        cache = StaticCache(config=model.config, max_cache_len=48)
+        model(tokens(length=17), past_key_values=cache)
+        report = effattn.explain(model, tokens(length=1), past_key_values=cache)
+    assert {(site.predicate, site.stage) for site in report.sites} == {("k <= q + offset", "decode")}
+    assert "index_copy_" in report.graph()
+    assert report.graph().count("index_copy_") == report.graph(before=True).count("index_copy_")
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_dynamic_cache(attention):
+    model, ids = llama(attention), tokens(length=17)
+
+    def steps(function):
+        out = function(ids)
+        logits = [out.logits]
+        for n in range(4):
+            out = function(ids[:, n : n + 1], past_key_values=out.past_key_values)
+            logits.append(out.logits)
+        return logits
+
+    with torch.no_grad():
+        torch.testing.assert_close(steps(compiled(model)), steps(model), rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("padded", [False, True], ids=["whole", "padded"])
+def test_lengths_compile_no_more_often_than_without_us(padded):
+    model = llama()
+
+    def frames(inner) -> int:
+        torch._dynamo.reset()
+        counter = CompileCounterWithBackend("eager")
+        counter.backend = inner
+        fast = torch.compile(model, backend=counter)
+        for batch, length in ((2, 11), (2, 19), (2, 33), (3, 40), (4, 64)):
+            ids = tokens(batch, length)
+            mask = torch.ones_like(ids) if padded else None
+            expected = model(ids, attention_mask=mask, use_cache=False).logits
+            actual = fast(ids, attention_mask=mask, use_cache=False).logits
+            torch.testing.assert_close(actual, expected, rtol=2e-5, atol=2e-5)
+        return counter.frame_count
+
+    def ours(gm, example_inputs):
+        return backend(gm, example_inputs, options={"rest": "eager", "strict": True})
+
+    with torch.no_grad():
+        assert frames(ours) <= frames("eager")
+
+
+def test_generate_gives_the_same_text():
+    model = llama()
+    ids = tokens(1, 9)
+    expected = model.generate(ids, max_new_tokens=12, do_sample=False)
+    fast = llama()
+    fast.forward = compiled(fast.forward, verify=False)
+    assert torch.equal(fast.generate(ids, max_new_tokens=12, do_sample=False), expected)
+
+
+def test_choice_by_length_is_made_when_the_op_runs():
+    policy = {
+        "schema": 1,
+        "name": "from-64",
+        "rule": [{"min_length": 64, "forms": ["window"], "params": {"window": {"window": 16, "sinks": 0}}}],
+    }
+    model = llama()
+    with torch.no_grad():
+        fast = compiled(model, policy=policy, verify=False)
+        torch._dynamo.config.automatic_dynamic_shapes = True
+        near = [(length, model(tokens(1, length), use_cache=False).logits) for length in (40, 48, 96)]
+        errors = {n: (fast(tokens(1, n), use_cache=False).logits - want).abs().max().item() for n, want in near}
+    assert max(errors[40], errors[48]) < 2e-5
+    assert errors[96] > 1e-3
