@@ -192,7 +192,8 @@ def _is_huge(value: Any) -> bool:
 def _check_gradients(view: GraphView, draft: Draft) -> None:
     """The op's gradient reaches query and key whenever they need one: the author's must do so too."""
     time = view.time[draft.replaced]
-    weights, result = view.tensor(draft.anchor), view.tensor(draft.replaced)
+    result = view.tensor(draft.replaced)
+    weights = result if isinstance(view.value(draft.anchor), tuple) else view.tensor(draft.anchor)
     if not view.gradient_flows(time):
         return
     needed = [view.tensor(operand.node).requires_grad for operand in (draft.query, draft.key, draft.value)]

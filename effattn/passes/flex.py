@@ -21,6 +21,7 @@ from effattn.passes.draft import Draft, Refused
 from effattn.passes.graph import GraphView
 from effattn.passes.operands import Operand, depth, row, trace
 from effattn.passes.reading import Reader, Reading
+from effattn.passes.reading.reader import Kind
 from effattn.passes.vocabulary import Call
 
 
@@ -55,12 +56,12 @@ def from_flex(view: GraphView, call: Call, readers: dict[tuple, Reader]) -> Draf
     scale = reader.read(call.get("scale"), time).at(())
     raw = scale * operands[0].factor * operands[1].factor * s
     mask = BlockMask.of(call)
-    index = [Reading((), "int", lambda _, symbol=symbol: symbol) for symbol in (b, h, q, k)]
+    index = [_element("int", symbol) for symbol in (b, h, q, k)]
     captured = [_captured(reader, node, time) for node in call.get("mask_mod_other_buffers", ())]
     allowed = _read_mod(view, reader, mask.mask_mod, [*index, *captured], "mask_mod").bool_at(())
     captured = [_captured(reader, node, time) for node in call.get("score_mod_other_buffers", ())]
-    score = Reading((), "float", lambda _: raw)
-    term = _read_mod(view, reader, call.get("score_mod"), [score, *index, *captured], "score_mod").number_at(())
+    given = [_element("float", raw), *index, *captured]
+    term = _read_mod(view, reader, call.get("score_mod"), given, "score_mod").number_at(())
     notes = mask.notes(view, allowed, reader)
     return Draft(
         anchor=call.node,
@@ -103,6 +104,10 @@ def _outputs(call: Call) -> tuple[fx.Node, fx.Node | None]:
     return taken[0], taken.get(1)
 
 
+def _element(kind: Kind, term: Any) -> Reading:
+    return Reading((), kind, lambda _: term)
+
+
 def _captured(reader: Reader, value: Any, time: int) -> Reading | Any:
     """A captured tensor as the outer graph sees it; numbers as they are."""
     return reader.read(value, time) if reader.view.tensor(value) is not None else value
@@ -126,7 +131,8 @@ def _read_mod(view: GraphView, outer: Reader, mod: fx.Node, given: list, name: s
     result = end.args[0]
     if isinstance(result, (tuple, list)) and len(result) == 1:
         (result,) = result
-    if inside.tensor(result) is None or inside.tensor(result).dim() != 0:
+    value = inside.tensor(result)
+    if value is None or value.dim() != 0:
         raise Refused(name, f"{name} does not return one element")
     found = reader.read(result, inside.time[end])
     found.at(())

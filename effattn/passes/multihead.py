@@ -24,8 +24,10 @@ from effattn.passes.insert import Inserter, difference
 KIND = "multi_head_attention"
 _SIGNATURE = inspect.signature(F.multi_head_attention_forward)
 _LAYER = inspect.Signature(
-    inspect.Parameter(argument.name, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=None)
-    for argument in torch.ops.aten._transformer_encoder_layer_fwd.default._schema.arguments
+    [
+        inspect.Parameter(argument.name, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=None)
+        for argument in torch.ops.aten._transformer_encoder_layer_fwd.default._schema.arguments
+    ]
 )
 # options that add keys or take projected ones: rare, and not worth a rule of their own
 _EXOTIC = {

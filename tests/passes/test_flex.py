@@ -97,3 +97,153 @@ def test_dynamic_length(mod, qkv):
     report, _ = compiled(mod, *qkv, lengths=(2,))
     assert only(report).form == "exact"
     assert "vmap" not in report.graph()
+
+
+# -- captured tensors --------------------------------------------------------------------------------------------
+
+
+def test_documents_that_arrive_as_an_input(qkv):
+    ids = (torch.arange(N) // 7).expand(B, N).clone()
+
+    def call(q, k, v, ids):
+        return attend(q, k, v, lambda b, h, i, j: (i >= j) & (ids[b, i] == ids[b, j]))
+
+    report, _ = compiled(call, *qkv, ids)
+    assert only(report).predicate == "k <= q & document[b, q] == document[b, k]"
+
+
+def test_bias_and_window_that_arrive_as_inputs(qkv):
+    bias = torch.randn(H, N, N, generator=torch.Generator().manual_seed(1))
+    window = torch.tensor(6)
+
+    def call(q, k, v, bias, window):
+        return attend(q, k, v, lambda b, h, i, j: (i >= j) & (i - j < window), lambda s, b, h, i, j: s + bias[h, i, j])
+
+    report, _ = compiled(call, *qkv, bias, window)
+    site = only(report)
+    assert site.predicate == "k <= q & q - k - offset < 0"
+    assert "bias[h, q, k]" in site.score
+
+
+def test_rows_of_a_batch_that_see_nothing_are_zero(qkv):
+    lengths = torch.tensor([N, 0])
+
+    def call(q, k, v, lengths):
+        return attend(q, k, v, lambda b, h, i, j: j < lengths[b])
+
+    report, out = compiled(call, *qkv, lengths)
+    assert only(report).empty_rows == "zero"
+    assert not out[1].any()
+
+
+# -- shapes and outputs ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_grouped_heads_other_lengths_and_widths(groups):
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(B, H, 17, D, generator=generator)
+    k = torch.randn(B, H // groups, 33, D, generator=generator)
+    v = torch.randn(B, H // groups, 33, 24, generator=generator)
+    report, _ = compiled(lambda q, k, v: attend(q, k, v, lambda b, h, i, j: j <= i + 16, enable_gqa=True), q, k, v)
+    assert only(report).predicate == "k <= 16 + q"
+    assert f"heads {H}/{H // groups}" in only(report).layout
+
+
+def test_lse_is_the_same(qkv):
+    def call(q, k, v):
+        return attend(q, k, v, lambda b, h, i, j: j + 3 < i, return_lse=True)
+
+    report, (_, lse) = compiled(call, *qkv)
+    assert only(report).form == "exact"
+    assert lse[:, :, 0].eq(-torch.inf).all()
+
+
+def test_gradients(qkv, monkeypatch):
+    # flex_attention itself has no backward on the CPU, the op has
+    monkeypatch.setattr(torch.nn.attention.flex_attention, "_validate_device", lambda *tensors: None)
+    q, k, v = (tensor.requires_grad_() for tensor in qkv)
+
+    def loss(q, k, v):
+        out = attend(q, k, v, lambda b, h, i, j: i >= j, lambda s, b, h, i, j: 3.0 * torch.tanh(s / 3.0))
+        return (out**2).sum()
+
+    scores = 3.0 * torch.tanh(q @ k.mT * D**-0.5 / 3.0)
+    hidden = torch.ones(N, N, dtype=torch.bool).triu(1)
+    expected = torch.autograd.grad(((scores.masked_fill(hidden, -torch.inf).softmax(-1) @ v) ** 2).sum(), (q, k, v))
+    torch._dynamo.reset()
+    fast = torch.compile(loss, backend="effattn", options={"rest": "eager", "strict": True})
+    for got, want in zip(torch.autograd.grad(fast(q, k, v), (q, k, v)), expected, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+# -- block masks that arrive as inputs ---------------------------------------------------------------------------
+
+
+def documents_mask() -> tuple[BlockMask, torch.Tensor]:
+    ids = (torch.arange(N) // 9).expand(B, N).clone()
+
+    def mask(b, h, i, j):
+        return (i >= j) & (ids[b, i] == ids[b, j])
+
+    return create_block_mask(mask, B, None, N, N, device="cpu", BLOCK_SIZE=BLOCK), ids
+
+
+def test_block_mask_that_arrives_as_an_input(qkv):
+    blocks, _ = documents_mask()
+    report, _ = compiled(lambda q, k, v: flex_attention(q, k, v, block_mask=blocks), *qkv)
+    assert only(report).predicate == "k <= q & document[b, q] == document[b, k]"
+    assert "block lists" in only(report).notes[0]
+
+
+def by_hand(mask_mod) -> BlockMask:
+    """Every row of blocks sees the first block only."""
+    rows = -(-N // BLOCK)
+    counts = torch.ones(1, 1, rows, dtype=torch.int32)
+    indices = torch.zeros(1, 1, rows, rows, dtype=torch.int32)
+    return BlockMask.from_kv_blocks(counts, indices, BLOCK_SIZE=BLOCK, mask_mod=mask_mod, seq_lengths=(N, N))
+
+
+@pytest.mark.parametrize("mask_mod", [None, lambda b, h, i, j: i >= j], ids=["none", "causal"])
+def test_block_lists_made_by_hand_are_left_alone(mask_mod, qkv):
+    blocks = by_hand(mask_mod)
+    report, _ = compiled(lambda q, k, v: flex_attention(q, k, v, block_mask=blocks), *qkv)
+    assert report.sites == []
+    assert "made by hand" in report.missed[0].reason
+
+
+def test_block_lists_made_by_hand_that_follow_the_mask_are_taken(qkv):
+    blocks = by_hand(lambda b, h, i, j: j < 5)
+    report, _ = compiled(lambda q, k, v: flex_attention(q, k, v, block_mask=blocks), *qkv)
+    assert only(report).predicate == "k <= 4"
+
+
+def test_block_lists_that_the_graph_computes_are_left_alone(qkv):
+    def call(q, k, v):
+        rows = -(-N // BLOCK)
+        counts = torch.ones(1, 1, rows, dtype=torch.int32)
+        indices = torch.zeros(1, 1, rows, rows, dtype=torch.int32)
+        blocks = BlockMask.from_kv_blocks(counts, indices, BLOCK_SIZE=BLOCK, seq_lengths=(N, N))
+        return flex_attention(q, k, v, block_mask=blocks)
+
+    report, _ = compiled(call, *qkv)
+    assert report.sites == []
+    assert "computed in the graph" in report.missed[0].reason
+
+
+# -- what is left alone ------------------------------------------------------------------------------------------
+
+
+def sine(q, k, v):
+    return attend(q, k, v, score=lambda s, b, h, i, j: s + torch.sin(i - j))
+
+
+LEFT_ALONE = {sine: "sin in score_mod"}
+
+
+@pytest.mark.parametrize("mod", LEFT_ALONE, ids=lambda mod: mod.__name__)
+def test_what_cannot_be_read_is_left_alone_with_its_reason(mod, qkv):
+    report, _ = compiled(mod, *qkv)
+    assert report.sites == []
+    assert LEFT_ALONE[mod] in report.missed[0].reason
+    assert "flex_attention" in report.graph()
