@@ -125,13 +125,21 @@ def _bound(atom) -> tuple[str, Any] | None:
         block = key.args[1]
     else:
         return None
-    # sign 1:  key <= -rest  (key < -rest)      -> key < -rest + 1   (key < -rest)
-    # sign -1: key >=  rest  (key >  rest)      -> key >= rest       (key >= rest + 1)
-    if sign == 1:
-        limit = -rest if strict else 1 - rest
-        return ("upper", sympy.expand(limit * block)) if _never_decreases(limit) else None
-    limit = rest + 1 if strict else rest
-    return ("lower", sympy.expand(limit * block)) if _never_decreases(limit) else None
+    # sign 1:  key <= -rest  (key < -rest)   -> key < floor(-rest) + 1  (key < ceiling(-rest))
+    # sign -1: key >=  rest  (key >  rest)   -> key >= ceiling(rest)    (key >= floor(rest) + 1)
+    limit = _whole(-rest if sign == 1 else rest, up=strict == (sign == 1))
+    if limit is None or not _never_decreases(limit):
+        return None
+    limit = limit + 1 if strict != (sign == 1) else limit
+    return ("upper" if sign == 1 else "lower", sympy.expand(limit * block))
+
+
+def _whole(term, up: bool):
+    """``term`` rounded to an integer; None if more than its constant may be a fraction."""
+    constant, rest = sympy.expand(term).as_coeff_Add()
+    if not rest.is_integer or not constant.is_finite:
+        return None
+    return rest + (sympy.ceiling(constant) if up else sympy.floor(constant))
 
 
 def _only_row_terms(term) -> bool:
@@ -167,6 +175,8 @@ def _power_list(atom: IsPowerOfTwo) -> PowerList | None:
     if sign != -1 or not isinstance(key, FloorDiv) or key.args[0] != k or not isinstance(row, FloorDiv):
         return None
     block = key.args[1]
-    if not block.is_Integer or row.args[1] != block or not _never_decreases(row.args[0]):
+    if not block.is_Integer or row.args[1] != block:
+        return None
+    if not (row.args[0].is_integer and _only_row_terms(row.args[0]) and _never_decreases(row.args[0])):
         return None
     return PowerList(int(block), row.args[0])
