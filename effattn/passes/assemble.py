@@ -346,7 +346,9 @@ def _role(load: expr.Load, predicate) -> str:
         return "document" if isinstance(pairs[0], sympy.Eq) else "positions"
     if not predicate.has(load):
         return "slopes" if free == {h} else "bias"
-    return "padding" if q not in free else "mask" if k in free else "rows"
+    if q in free or k in free:
+        return "mask" if {q, k} <= free else "padding" if k in free else "rows"
+    return "heads" if free == {h} else "lengths" if free == {b} else "offset"
 
 
 def _renamed(term, names: dict[str, str], numbers: dict[str, str]):

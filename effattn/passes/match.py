@@ -25,10 +25,8 @@ from effattn.passes.operands import Operand, depth, row, trace
 from effattn.passes.reading import Reader
 from effattn.passes.reading.elementwise import aligned, is_dead_dropout
 from effattn.passes.reading.reader import Unreadable
-from effattn.passes.reading.views import permutation, reshape_index
+from effattn.passes.reading.views import permutation, reinterprets, reshape_index
 from effattn.passes.vocabulary import Call
-
-_RAW = "raw_"  # prefix of the loads that stand for a product which may be query . key
 
 
 def find(view: GraphView) -> tuple[list[Match], list[Missed]]:
@@ -55,10 +53,10 @@ def _anchors(view: GraphView) -> Iterator[Call]:
             yield call
 
 
-def _reader(view: GraphView, readers: dict[tuple, Reader], batch, heads, q_len, k_len) -> Reader:
-    key = (batch, heads, q_len, k_len)
+def _reader(view: GraphView, readers: dict[tuple, Reader], products: bool, batch, heads, q_len, k_len) -> Reader:
+    key = (products, batch, heads, q_len, k_len)
     if key not in readers:
-        readers[key] = Reader(view, {b: batch, h: heads, q: q_len, k: k_len})
+        readers[key] = Reader(view, {b: batch, h: heads, q: q_len, k: k_len}, products=products)
     return readers[key]
 
 
@@ -95,7 +93,7 @@ def _from_sdpa(view: GraphView, call: Call, readers: dict[tuple, Reader]) -> Dra
     q_shape, k_shape, v_shape = (view.shape(node) for node in (query, key, value))
     index, batch, heads = _batch_index(q_shape[:-2])
     q_len, k_len, head_dim, value_dim = q_shape[-2], k_shape[-2], q_shape[-1], v_shape[-1]
-    reader = _reader(view, readers, batch, heads, q_len, k_len)
+    reader = _reader(view, readers, False, batch, heads, q_len, k_len)
     time = view.time[call.node]
 
     def operand(node: fx.Node, shape: tuple, name: str, length) -> Operand:
@@ -122,6 +120,8 @@ def _from_sdpa(view: GraphView, call: Call, readers: dict[tuple, Reader]) -> Dra
     mask = call.get("attn_mask")
     if mask is not None:
         reading = reader.argument(call, "attn_mask")
+        if len(reading.shape) > len(q_shape):
+            raise Refused("shapes", f"the mask has {len(reading.shape)} dimensions where query has {len(q_shape)}")
         at = reading.at(aligned(reading, (*index, q, k), (*q_shape[:-1], k_len)))
         term = Where(at, term, -sympy.oo) if reading.kind == "bool" else term + at
     if call.get("is_causal") is True:
@@ -188,7 +188,7 @@ def _from_softmax(view: GraphView, call: Call, readers: dict[tuple, Reader]) -> 
         index[n] = entry
     index[q_dim], index[dim] = q, k
     q_len, k_len = shape[q_dim], shape[dim]
-    reader = _reader(view, readers, batch, heads, q_len, k_len)
+    reader = _reader(view, readers, True, batch, heads, q_len, k_len)
     term, inside = _scores_at(view, reader, scores, tuple(index), time, product)
 
     sides = _sides(product, inside)
@@ -237,12 +237,11 @@ def _from_softmax(view: GraphView, call: Call, readers: dict[tuple, Reader]) -> 
 def _query_key_product(view: GraphView, scores: fx.Node, shape: tuple, dim: int, time: int) -> tuple[Contraction, int]:
     """The product that the scores are made of, and the dimension of the scores that is the query row."""
     symbols = [sympy.Symbol(f"g{n}", integer=True, nonnegative=True) for n in range(len(shape))]
-    reader = Reader(view, dict(zip(symbols, shape, strict=True)))
-    reader.products = True
+    reader = Reader(view, dict(zip(symbols, shape, strict=True)), products=True)
     term = reader.read(scores, time).at(tuple(symbols))
     candidates: list[tuple[Contraction, int]] = []
     wrong_axis = False
-    for raw in {load for load in expr.loads_of(term) if load.name.startswith(_RAW)}:
+    for raw in {load for load in expr.loads_of(term) if load.name in reader.raw}:
         product = reader.raw[raw.name]
         free = {
             side: {x for label, e in zip(product.out_labels, raw.indices, strict=True) if label in labels
@@ -261,24 +260,52 @@ def _query_key_product(view: GraphView, scores: fx.Node, shape: tuple, dim: int,
     if not candidates:
         if wrong_axis:
             raise Refused("softmax axis", "the softmax does not run over the keys of a product of queries and keys")
-        raise Refused("no product", "the scores do not come from a product of two tensors: not attention")
+        raise Refused("no product", _why_no_product(view, reader, term))
     if len({id(product.node) for product, _ in candidates}) > 1:
         raise Refused("several products", "the scores add several products of queries and keys", "not supported yet")
     return candidates[0]
 
 
+def _why_no_product(view: GraphView, reader: Reader, term) -> str:
+    """What keeps the scores from being read down to a product, if there is one above them."""
+    for name in [load.name for load in expr.loads_of(term) if load.name not in reader.raw]:
+        node = reader.loads[name].node
+        if not _product_above(view, node):
+            continue
+        if view.cuts_gradient(node, reader.loads[name].time):
+            return f"{_spelled(node)} stops the gradient between the product of query and key and softmax"
+        writers = view.writes_between(node, view.time[node], reader.loads[name].time)
+        if writers:
+            return f"{_spelled(writers[-1])} writes into the scores before softmax, which is not understood"
+        return f"{_spelled(node)} stands between the product of query and key and softmax and has no symbolic meaning"
+    return "the scores do not come from a product of two tensors: not attention"
+
+
+def _product_above(view: GraphView, node: fx.Node) -> bool:
+    """Whether a product of two computed tensors, of the rank of scores, lies above ``node``."""
+    waiting, seen = [node], {node}
+    while waiting:
+        node = waiting.pop()
+        if contraction(view, node) is not None:
+            return True
+        new = [source for source in node.all_input_nodes if source not in seen]
+        seen.update(new)
+        waiting += new
+    return False
+
+
 def _scores_at(view: GraphView, reader: Reader, scores: fx.Node, index: tuple, time: int, product: Contraction):
     """The scores at ``index`` with s for the product, and the product's own index."""
-    reader.products = True
     term = reader.read(scores, time).at(index)
-    raws = [load for load in expr.loads_of(term) if load.name.startswith(_RAW)]
+    raws = [load for load in expr.loads_of(term) if load.name in reader.raw]
     ours = [load for load in raws if reader.raw[load.name].node is product.node]
     if len(ours) != 1:
         raise Refused("product", "the scores read their product at several places")
     swap: dict[Any, Any] = {ours[0]: s}
     for other in raws:
         if other is not ours[0]:
-            swap[other] = reader.as_data(reader.raw[other.name].node, time).at(other.indices)
+            node = reader.raw[other.name].node
+            swap[other] = reader.as_data(node, view.time[node] + 1).at(other.indices)  # before anyone writes to it
     return term.xreplace(swap), ours[0].indices
 
 
@@ -319,16 +346,25 @@ def _follow_weights(view: GraphView, softmax: fx.Node, index: tuple, reader: Rea
         if product is not None:
             if (product.left is node) == (product.right is node):
                 raise Refused("weights", "the weights are multiplied with themselves")
+            if view.writes(user):
+                raise Refused("output", f"{_spelled(user)} writes its result into another tensor (out=)")
+            if view.call(user).name == "baddbmm" and not _adds_nothing(view.call(user)):
+                raise Refused("output", "baddbmm adds a tensor to the product of weights and value")
             return user, product, (node, index)
         call = view.call(user)
-        if call is None:
+        if call is None or view.writes(user):
             raise Refused("weights", f"{_spelled(user)} stands between softmax and value")
+        if view.cuts_gradient(user, view.time[user] + 1):
+            raise Refused("gradient", f"{_spelled(user)} stops the gradient between softmax and value")
         if call.name == "dropout" and not is_dead_dropout(call):
             raise Refused(
                 "dropout", f"attention dropout p={call.get('p')} is live", "call model.eval(), or set it to 0"
             )
         if call.name == "reshape":
-            moved = reshape_index(reader, view.shape(user), view.shape(node), index)
+            # where an element of the view lies in the weights: read backwards
+            moved = (
+                None if reinterprets(view, call) else reshape_index(reader, view.shape(user), view.shape(node), index)
+            )
             if moved is None:
                 raise Refused("weights", f"the view {user.name} of the weights is not understood")
             index = moved
@@ -336,9 +372,13 @@ def _follow_weights(view: GraphView, softmax: fx.Node, index: tuple, reader: Rea
             index = tuple(index[old] for old in order)
         elif call.name not in ("identity", "dropout", "to", "type_as") and not call.name.startswith("cast_"):
             raise Refused("weights", f"{_spelled(user)} stands between softmax and value")
-        elif not view.tensor(user).dtype.is_floating_point:
-            raise Refused("weights", "the weights are cast to integers")
+        elif not view.tensor(user).dtype.is_floating_point or view.tensor(user).dtype.itemsize < 2:
+            raise Refused("weights", f"the weights are cast to {view.tensor(user).dtype}")
         node = user
+
+
+def _adds_nothing(call: Call) -> bool:
+    return call.get("beta", 1) == 0 and call.get("alpha", 1) == 1
 
 
 def _value(view: GraphView, product: Contraction, placed: tuple, sizes: tuple):

@@ -11,7 +11,7 @@ from typing import Any
 import sympy
 
 from effattn.ir import expr
-from effattn.ir.expr import Where, k
+from effattn.ir.expr import Where, k, q
 
 _INEQUALITIES = (sympy.Le, sympy.Lt, sympy.Ge, sympy.Gt)
 
@@ -22,9 +22,12 @@ def simplify(predicate) -> Any:
         return predicate
     if isinstance(predicate, sympy.And):
         parts = sympy.And(*[simplify(part) for part in predicate.args])
-        return _without_implied(parts) if isinstance(parts, sympy.And) else parts
+        if not isinstance(parts, sympy.And):
+            return parts
+        return sympy.false if _contradicts_itself(parts) else _bounds(parts, narrowest=True)
     if isinstance(predicate, sympy.Or):
-        return sympy.Or(*[simplify(part) for part in predicate.args])
+        parts = sympy.Or(*[simplify(part) for part in predicate.args])
+        return _bounds(parts, narrowest=False) if isinstance(parts, sympy.Or) else parts
     if isinstance(predicate, sympy.Not):
         return _negated(predicate.args[0])
     if isinstance(predicate, _INEQUALITIES):
@@ -54,13 +57,19 @@ def _oriented(atom):
         return simplify(join(relation(sign * inside + rest, 0), relation(-sign * inside + rest, 0)))
     key = difference.coeff(k)
     if key == 1:
-        rest = k - difference  # k < rest or k <= rest
-        return sympy.Le(k, rest - 1 if strict else rest)
+        rest = k - difference - (1 if strict else 0)  # k <= rest
+        return sympy.Le(k, rest) if rest.has(q) else sympy.Lt(k, rest + 1)
     if key == -1:
         constant, others = difference.as_coeff_Add()
         limit = -constant if strict else 1 - constant
         return sympy.Lt(others, limit)
-    return atom
+    return _sides(difference, strict)
+
+
+def _sides(difference, strict: bool):
+    """``difference <= 0`` with what is positive on the left: ``k//4 <= q//4``."""
+    left = sympy.Add(*[part for part in sympy.Add.make_args(difference) if part.as_coeff_Mul()[0].is_positive])
+    return (sympy.Lt if strict else sympy.Le)(left, left - difference)
 
 
 def _distance(difference) -> tuple[Any, int, Any] | None:
@@ -74,18 +83,23 @@ def _distance(difference) -> tuple[Any, int, Any] | None:
     return inside.args[0], int(factor), difference - holding[0]
 
 
-def _without_implied(conjunction: sympy.And):
-    """Of two bounds that differ by a constant, only the narrower."""
+def _bounds(joined, *, narrowest: bool):
+    """Of two bounds that differ by a constant, only the narrower one of an And, only the wider one of an Or."""
+    slacks = [_slack(part) for part in joined.args]
     kept: list[Any] = []
-    for part in conjunction.args:
-        slack = _slack(part)
-        if slack is not None:
-            rivals = [(other, _slack(other)) for other in conjunction.args if other is not part]
-            differences = [sympy.expand(theirs - slack) for _, theirs in rivals if theirs is not None]
-            if any(difference.is_Integer and difference > 0 for difference in differences):
-                continue  # another condition has less room: it implies this one
+    for part, slack in zip(joined.args, slacks, strict=True):
+        room = [sympy.expand(slack - other) for other in slacks if slack is not None and other is not None]
+        if any(difference.is_Integer and (difference < 0 if narrowest else difference > 0) for difference in room):
+            continue  # another bound says more (And) or less (Or)
         kept.append(part)
-    return sympy.And(*kept)
+    return type(joined)(*kept)
+
+
+def _contradicts_itself(conjunction: sympy.And) -> bool:
+    """Whether two bounds leave nothing between them: x <= 0 and c - x <= 0 with c > 0."""
+    slacks = [slack for slack in map(_slack, conjunction.args) if slack is not None]
+    pairs = ((x, y) for number, x in enumerate(slacks) for y in slacks[:number])
+    return any(sympy.expand(x + y).is_positive is True for x, y in pairs)
 
 
 def _slack(part) -> Any | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,7 @@ from effattn.passes.reading.reader import Index, Reader, Reading, Unreadable, ge
 from effattn.passes.vocabulary import Call
 
 _HALF = (torch.float16, torch.bfloat16)
+_LARGE = 1000.0  # a score of a few units keeps its digits beside numbers up to here
 _NARROW = (torch.uint8, torch.int8, torch.int16)  # arithmetic in them wraps around where a symbolic reading would not
 
 
@@ -34,12 +36,21 @@ def distribute(function: Callable, *terms):
     if len(wheres) == 1:
         at = wheres[0]
         condition, yes, no = terms[at].args
-        branch = [function(*[value if i == at else term for i, term in enumerate(terms)]) for value in (yes, no)]
+        branch = [distribute(function, *terms[:at], value, *terms[at + 1 :]) for value in (yes, no)]
         cheap = all(term.is_number for i, term in enumerate(terms) if i != at)
         cheap = cheap or (yes.is_number and no.is_number and any(value.is_number for value in branch))
         if cheap and not any(value.has(sympy.nan) for value in branch):
             return expr.Where(condition, *branch)
+    if len(wheres) == len(terms) == 2 and all(_is_small_choice(term) for term in terms):
+        (condition, *branches), other = terms[0].args, terms[1]
+        chosen = [distribute(function, branch, other) for branch in branches]
+        if not any(value.has(sympy.nan) for value in chosen):
+            return expr.Where(condition, *chosen)
     return function(*terms)
+
+
+def _is_small_choice(term) -> bool:
+    return all(leaf.is_number for leaf in _leaves(term)) and len(_leaves(term)) <= 4
 
 
 def stored_as(value, dtype: torch.dtype):
@@ -73,17 +84,31 @@ def _pointwise(reader: Reader, call: Call, shape, names: tuple[str, ...], functi
 
 
 def exact(reader: Reader, value, dtype: torch.dtype):
-    """``value`` if computing it in ``dtype`` loses nothing that a reading would keep.
+    """``value`` if computing it in ``dtype`` loses nothing that a reading would keep, and the other way round.
 
     Scores may be computed more exactly than the author does. A bias or position in half precision may not: rounding
-    moves whole columns of a mask, so such a tensor stays what the author's code makes of it.
+    moves whole columns of a mask, so such a tensor stays what the author's code makes of it. And a reading of
+    ``(1 - mask) * -1e4`` would be ``-1e4 + 1e4 * mask``, in which a score loses its last digits.
 
     Raises:
         Unreadable: the value is to stay data.
     """
     if dtype in _HALF and not _rounds_to_itself(reader, value):
         raise Unreadable("rounded in half precision")
+    if dtype.is_floating_point and _swallows(value):
+        raise Unreadable("a large number is added to data")
     return value
+
+
+def _swallows(value) -> bool:
+    if isinstance(value, expr.Where):
+        return any(_swallows(branch) for branch in value.args[1:])
+    if value.is_number or not expr.loads_of(value):
+        return False
+    plain = value.xreplace({choice: sympy.Integer(0) for choice in value.atoms(expr.Where)})
+    terms = (term for term in sympy.preorder_traversal(plain) if isinstance(term, (sympy.Add, sympy.Mul)))
+    numbers = (arg for term in terms for arg in term.args if arg.is_Number and arg.is_finite)
+    return any(abs(number) > _LARGE for number in numbers)
 
 
 def _rounds_to_itself(reader: Reader, value) -> bool:
@@ -118,7 +143,22 @@ def add(reader: Reader, call: Call, shape):
     tensor = reader.view.tensor(call.node)
     if not isinstance(alpha, (int, float)) or tensor is None or tensor.dtype == torch.bool:
         return None
-    return _pointwise(reader, call, shape, ("input", "other"), lambda x, y: x + sign * alpha * y)
+    factor = sign * alpha
+    return _pointwise(
+        reader,
+        call,
+        shape,
+        ("input", "other"),
+        lambda x, y: distribute(operator.add, x, distribute(lambda y: factor * y, y)),
+    )
+
+
+@reads("max", "min")
+def extremum(reader: Reader, call: Call, shape):
+    """Of two tensors; ``max`` along a dimension stays data."""
+    if reader.view.tensor(call.get("other")) is None or "input" not in call.args:
+        return None
+    return _pointwise(reader, call, shape, ("input", "other"), sympy.Max if call.name == "max" else sympy.Min)
 
 
 @reads("div")
@@ -167,13 +207,20 @@ def comparison(reader: Reader, call: Call, shape):
     def at(index: Index):
         x, y = left.number_at(aligned(left, index, shape)), right.number_at(aligned(right, index, shape))
         _check_comparable(x, y)
-        for value, other, flipped in ((x, y, False), (y, x, True)):
-            if isinstance(value, expr.Where) and all(term.is_number for term in (*value.args[1:], other)):
-                truth = [relation(other, branch) if flipped else relation(branch, other) for branch in value.args[1:]]
-                return sympy.Or(sympy.And(value.args[0], truth[0]), sympy.And(sympy.Not(value.args[0]), truth[1]))
+        if all(isinstance(term, expr.Where) or term.is_number for term in (x, y)):
+            return _decided(relation, x, y)
         return relation(x, y)
 
     return Reading(shape, "bool", at)
+
+
+def _decided(relation: Callable, x, y):
+    """``relation`` of two choices, one condition after the other."""
+    for term, at in ((x, lambda value: _decided(relation, value, y)), (y, lambda value: _decided(relation, x, value))):
+        if isinstance(term, expr.Where):
+            condition, yes, no = term.args
+            return sympy.Or(sympy.And(condition, at(yes)), sympy.And(sympy.Not(condition), at(no)))
+    return relation(x, y)
 
 
 def _check_comparable(x, y) -> None:

@@ -198,7 +198,11 @@ class Reader:
         shape = self.view.shape(node)
 
         def at(index: Index):
-            inside = tuple(sympy.Integer(0) if size == 1 else i for size, i in zip(shape, index, strict=True))
+            # an index of a dimension of size 1 can only be 0; b and h are kept, so that a batch of one reads like any
+            whole = (expr.b, expr.h)
+            inside = tuple(
+                sympy.Integer(0) if size == 1 and i not in whole else i for size, i in zip(shape, index, strict=True)
+            )
             element = expr.load(name, inside, integer=kind != "float")
             return sympy.Ne(element, 0) if kind == "bool" else element
 
@@ -238,6 +242,7 @@ class Reader:
         term, size = sympy.expand(term), sympy.sympify(size)
         if size == 1:
             return term, sympy.Integer(0)
+        term = recombined(term)
         whole, rest = sympy.Integer(0), sympy.Integer(0)
         for part in sympy.Add.make_args(term):
             ratio = sympy.cancel(part / size)
@@ -248,6 +253,18 @@ class Reader:
         if self.below(rest, size):
             return whole, rest
         return whole + expr.FloorDiv(rest, size), expr.Modulo(rest, size)
+
+
+def recombined(term):
+    """``x // n * n + x % n`` is x again, as after splitting a dimension and merging it."""
+    for part in sympy.Add.make_args(term):
+        factor, inner = part.as_coeff_Mul()
+        if isinstance(inner, expr.Modulo):
+            number, size = inner.args
+            whole = factor * size * expr.FloorDiv(number, size)
+            if sympy.expand(term - part - whole).has(inner) is False and whole in sympy.Add.make_args(term):
+                return recombined(sympy.expand(term - part - whole + factor * number))
+    return term
 
 
 def _constant(value: Any) -> Reading:

@@ -10,7 +10,7 @@ from torch import fx
 
 from effattn.passes.graph import GraphView
 from effattn.passes.reading.elementwise import aligned
-from effattn.passes.reading.reader import Index, Reader, Reading, Unreadable, reads
+from effattn.passes.reading.reader import Index, Reader, Reading, Unreadable, reads, recombined
 from effattn.passes.vocabulary import Call
 
 
@@ -62,6 +62,7 @@ def reshape_index(reader: Reader, source: tuple, target: tuple, index: Index) ->
         flat: Any = sympy.Integer(0)
         for dim in new_dims:
             flat = flat * target[dim] + (sympy.Integer(0) if target[dim] == 1 else index[dim])
+        flat = recombined(sympy.expand(flat))
         for dim in reversed(old_dims[1:]):
             flat, found[dim] = reader.divide(flat, source[dim])
         if old_dims:
