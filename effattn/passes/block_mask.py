@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import sympy
 import torch
@@ -22,8 +23,11 @@ from effattn.passes.vocabulary import Call
 from effattn.runtime.algebra import evaluate
 
 NO_BLOCKS = 1 << 30  # the block size of a call without a mask
-SAMPLE = 1 << 24  # entries of the mask that are compared with the lists
+SAMPLE = 1 << 22  # entries of the mask that are compared with the lists
 MADE_BY = "in create_block_mask"  # in the stack trace of lists that are made inside the graph
+
+
+_compared: WeakKeyDictionary[GraphView, dict[tuple, int]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -71,7 +75,11 @@ class BlockMask:
                     "make it with create_block_mask",
                 )
             return []
-        compared = _compare(self, view, allowed, reader)
+        known = _compared.setdefault(view, {})  # layers share their block mask
+        key = (self.counts, self.indices, self.full_counts, self.full_indices, allowed)
+        if key not in known:
+            known[key] = _compare(self, view, allowed, reader)
+        compared = known[key]
         return [f"block lists taken to follow mask_mod, as they do in {compared:,} entries compared"]
 
 
