@@ -78,10 +78,10 @@ def assemble(view: GraphView, draft: Draft, order: int) -> Match:
     path, classes = module_path(draft.anchor)
     tensor = view.tensor(draft.query.node)
     assert tensor is not None
-    loads_need_grad = any(view.tensor(sources[name].node).requires_grad for name in used)
+    loads_need_grad = any(view.held(sources[name].node).requires_grad for name in used)
     needs_grad = view.gradient_flows(view.time[draft.replaced]) and (
         loads_need_grad
-        or any(view.tensor(operand.node).requires_grad for operand in (draft.query, draft.key, draft.value))
+        or any(view.held(operand.node).requires_grad for operand in (draft.query, draft.key, draft.value))
     )
     hints = Layout(*(_hint(view, size, draft) for size in vars(layout).values()))
     site = Site(
@@ -149,8 +149,8 @@ def _check_expressions(score, predicate) -> None:
 
 def _score_dtype(view: GraphView, draft: Draft) -> str:
     """The least exact type that scores and masks pass through."""
-    scores = view.tensor(draft.anchor.all_input_nodes[0])
-    held = {tensor.dtype for tensor in (view.tensor(draft.query.node), scores, view.tensor(draft.replaced))}
+    nodes = (draft.query.node, draft.anchor.all_input_nodes[0], draft.replaced)
+    held = {view.held(node).dtype for node in nodes}
     least = next((dtype for dtype in (torch.float16, torch.bfloat16) if dtype in held), torch.float32)
     return str(least).removeprefix("torch.")
 
@@ -191,15 +191,12 @@ def _is_huge(value: Any) -> bool:
 
 def _check_gradients(view: GraphView, draft: Draft) -> None:
     """The op's gradient reaches query and key whenever they need one: the author's must do so too."""
-    time = view.time[draft.replaced]
-    result = view.tensor(draft.replaced)
-    weights = result if isinstance(view.value(draft.anchor), tuple) else view.tensor(draft.anchor)
-    if not view.gradient_flows(time):
+    if not view.gradient_flows(view.time[draft.replaced]):
         return
-    needed = [view.tensor(operand.node).requires_grad for operand in (draft.query, draft.key, draft.value)]
-    if any(needed) and not (result.requires_grad and weights.requires_grad == (any(needed[:2]) or result is weights)):
-        if draft.is_sdpa and result.requires_grad:
-            return
+    query, key, value = (view.held(operand.node).requires_grad for operand in (draft.query, draft.key, draft.value))
+    stops = (query or key or value) and not view.held(draft.replaced).requires_grad
+    weights = view.tensor(draft.anchor)
+    if stops or (draft.anchor is not draft.replaced and weights is not None and (query or key) > weights.requires_grad):
         raise Refused("gradient", "the gradient is stopped between query and key and the output (detach or no_grad)")
 
 
@@ -230,8 +227,8 @@ def _check_operands(view: GraphView, draft: Draft, layout: Layout) -> None:
         grouped = operand.groups if operand.dims[1] is not None else int(layout.heads)
         if grouped * int(key_heads) != int(layout.heads):
             raise Refused("heads", "query heads do not map to key heads in groups of equal size")
-    dtypes = {view.tensor(operand.node).dtype for operand in (draft.query, draft.key, draft.value)}
-    target = view.tensor(draft.replaced).dtype
+    dtypes = {view.held(operand.node).dtype for operand in (draft.query, draft.key, draft.value)}
+    target = view.held(draft.replaced).dtype
     if target not in SUPPORTED_DTYPES:
         raise Refused("dtype", f"attention in {target} is not supported")
     if dtypes != {target} and not _autocast(view, draft, target):
@@ -252,14 +249,14 @@ def _heads(view: GraphView, operand: Operand):
 
 
 def _dtype(view: GraphView, draft: Draft) -> str:
-    return str(view.tensor(draft.replaced).dtype).removeprefix("torch.")
+    return str(view.held(draft.replaced).dtype).removeprefix("torch.")
 
 
 def _output_layout(view: GraphView, draft: Draft, place) -> str:
     """Memory order to write: heads inside rows if that is what the replaced node had, or what its users undo."""
-    tensor = view.tensor(draft.replaced)
+    tensor = view.held(draft.replaced)
     if tensor.dim() == 4 and place.is_identity:
-        if view.call(draft.anchor).name != "softmax":
+        if (anchor := view.call(draft.anchor)) is not None and anchor.name != "softmax":
             heads, rows = tensor.stride()[1:3]
             return "bnhd" if hint(heads) < hint(rows) else "bhnd"
         calls = [view.call(user) for user in draft.replaced.users]
@@ -413,7 +410,7 @@ def _hint(view: GraphView, size, draft: Draft) -> int:
     if size.is_Integer:
         return int(size)
     for operand in (draft.query, draft.key, draft.value):
-        for extent in view.tensor(operand.node).shape:
+        for extent in view.held(operand.node).shape:
             if isinstance(extent, torch.SymInt) and extent.node.expr == size:
                 return hint(extent)
     return 0

@@ -66,11 +66,12 @@ def _einsum(view: GraphView, call: Call) -> Contraction | None:
     if len(terms) != 2:
         return None
     ranks = [len(view.shape(operand)) for operand in operands]
-    labels = [_labels(term, rank) for term, rank in zip(terms, ranks, strict=True)]
+    left, right = (_labels(term, rank) for term, rank in zip(terms, ranks, strict=True))
     out = _labels(output, len(view.shape(call.node)))
-    if any(found is None or len(set(found)) < len(found) for found in (*labels, out)):
+    if left is None or right is None or out is None:
         return None
-    left, right = labels
+    if any(len(set(labels)) < len(labels) for labels in (left, right, out)):
+        return None  # a diagonal
     summed = [label for label in left if label in right and label not in out]
     alone = [label for label in (*left, *right) if label not in out and label not in summed]
     if len(summed) != 1 or alone:

@@ -25,17 +25,33 @@ from torch.utils import _pytree as pytree
 from effattn.passes.vocabulary import Call, canonical
 
 # operations whose result may share memory with an argument; asked only where Dynamo recorded no value
-_VIEWS = set(
-    ["reshape", "transpose", "permute", "movedim", "t", "getattr", "expand", "getitem", "select", "narrow", "chunk", "split", "unbind", "identity", "to", "type_as", "dropout"]
-) | {f"cast_{name}" for name in ["float32", "float64", "float16", "bfloat16", "int32", "int64", "bool"]}  # fmt: skip
+_VIEWS = {f"cast_{name}" for name in ("float32", "float64", "float16", "bfloat16", "int32", "int64", "bool")} | {
+    *("reshape", "transpose", "permute", "movedim", "t", "getattr", "expand", "getitem", "select", "narrow", "chunk"),
+    *("split", "unbind", "identity", "to", "type_as", "dropout"),
+}
 _INPLACE_OPERATORS = {
-    getattr(operator, name)
-    for name in ["iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor", "ilshift", "irshift", "imatmul", "setitem"]
-}  # fmt: skip
-# methods that change the shape or the memory of the tensor object that they are called on
-_CHANGES_ITSELF = set(
-    ["squeeze_", "unsqueeze_", "t_", "transpose_", "swapaxes_", "swapdims_", "as_strided_", "resize_", "resize_as_", "set_", "set_data"]
-)  # fmt: skip
+    getattr(operator, f"i{name}")
+    for name in [
+        "add",
+        "sub",
+        "mul",
+        "truediv",
+        "floordiv",
+        "mod",
+        "pow",
+        "and",
+        "or",
+        "xor",
+        "lshift",
+        "rshift",
+        "matmul",
+    ]
+} | {operator.setitem}
+# what changes the shape or the memory of the tensor object that it is called on
+_CHANGES_ITSELF = {
+    *("squeeze_", "unsqueeze_", "t_", "transpose_", "swapaxes_", "swapdims_"),
+    *("as_strided_", "resize_", "resize_as_", "set_", "set_data"),
+}
 _MAKERS = ("arange", "ones", "zeros", "full", "tensor")  # they look at the shape of an argument at most
 # packages whose functions have no effect but their value, unless their names or schemas say so
 _PURE_PACKAGES = ("torch", "_operator", "operator", "builtins", "math", "einops")
@@ -88,7 +104,7 @@ class GraphView:
         return targets[0] if len(targets) == 1 else None
 
     def changes_itself(self, node: fx.Node) -> bool:
-        """Whether the shape of a tensor that ``node`` may share memory with changes in place: nothing is certain then."""
+        """Whether a tensor that shares memory with ``node`` changes its shape in place: nothing is certain then."""
         return self._aliases[node] in self._reshaped
 
     def _find_aliases_and_writes(self) -> None:
@@ -160,6 +176,12 @@ class GraphView:
         value = self.value(node)
         return value if isinstance(value, torch.Tensor) else None
 
+    def held(self, node: Any) -> torch.Tensor:
+        """The fake tensor of a node that is known to hold one."""
+        tensor = self.tensor(node)
+        assert tensor is not None, f"{node} holds no tensor"
+        return tensor
+
     def shape(self, node: fx.Node) -> tuple[sympy.Expr, ...]:
         """The sizes of a tensor node as sympy terms (symbolic lengths stay symbolic; no guard is made)."""
         tensor = self.tensor(node)
@@ -227,7 +249,7 @@ def _inplace_position(target: Any) -> int | None:
 
 
 def _body_writes(node: fx.Node) -> bool:
-    """Whether a higher-order operator may write its arguments: a Triton kernel, or a body with an in-place operation."""
+    """Whether a higher-order operator may write its arguments: a Triton kernel, or a body that works in place."""
     if "mutation" in str(node.target):
         return True
     module = node.graph.owning_module

@@ -1,8 +1,8 @@
 """From one expression for the scores to a score, a predicate, and what stands at masked keys.
 
-Masks come as ``where(allowed, s, fill)``, as an added ``where(allowed, 0, fill)``, or several of both; the fill is -inf,
-the most negative float, or another large negative number. Splitting keeps what the author wrote where the difference
-shows: in rows that may attend to nothing.
+Masks come as ``where(allowed, s, fill)``, as an added ``where(allowed, 0, fill)``, or several of both; the fill is
+-inf, the most negative float, or another large negative number. Splitting keeps what the author wrote where the
+difference shows: in rows that may attend to nothing.
 """
 
 from __future__ import annotations

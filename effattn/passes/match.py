@@ -198,7 +198,7 @@ def _from_softmax(view: GraphView, call: Call, readers: dict[tuple, Reader]) -> 
     operands = []
     for name, side, length, free in (("query", sides[0], q_len, q), ("key", sides[1], k_len, k)):
         node, labels = product.operand(side)
-        at = {label: entry for label, entry in zip(product.out_labels, inside, strict=True)}
+        at = dict(zip(product.out_labels, inside, strict=True))
         entries = _operand_index(view, node, labels, {**at, product.summed: depth}, {free: row})
         found = _operand(view, node, entries, view.time[product.node], name, (batch, heads, length, head_dim))
         operands.append(found)
@@ -210,7 +210,7 @@ def _from_softmax(view: GraphView, call: Call, readers: dict[tuple, Reader]) -> 
         raise Refused("value", "value is scaled by a constant on the way to attention")
     notes: list[str] = []
     _note_folding([*operands, value], notes)
-    if view.tensor(product.node).dtype == view.tensor(replaced).dtype != view.tensor(product.left).dtype:
+    if view.held(product.node).dtype == view.held(replaced).dtype != view.held(product.left).dtype:
         notes.append("autocast")
     return Draft(
         anchor=call.node,
@@ -348,7 +348,7 @@ def _follow_weights(view: GraphView, softmax: fx.Node, index: tuple, reader: Rea
                 raise Refused("weights", "the weights are multiplied with themselves")
             if view.writes(user):
                 raise Refused("output", f"{_spelled(user)} writes its result into another tensor (out=)")
-            if view.call(user).name == "baddbmm" and not _adds_nothing(view.call(user)):
+            if (call := view.call(user)) is not None and call.name == "baddbmm" and not _adds_nothing(call):
                 raise Refused("output", "baddbmm adds a tensor to the product of weights and value")
             return user, product, (node, index)
         call = view.call(user)
@@ -372,8 +372,8 @@ def _follow_weights(view: GraphView, softmax: fx.Node, index: tuple, reader: Rea
             index = tuple(index[old] for old in order)
         elif call.name not in ("identity", "dropout", "to", "type_as") and not call.name.startswith("cast_"):
             raise Refused("weights", f"{_spelled(user)} stands between softmax and value")
-        elif not view.tensor(user).dtype.is_floating_point or view.tensor(user).dtype.itemsize < 2:
-            raise Refused("weights", f"the weights are cast to {view.tensor(user).dtype}")
+        elif not view.held(user).dtype.is_floating_point or view.held(user).dtype.itemsize < 2:
+            raise Refused("weights", f"the weights are cast to {view.held(user).dtype}")
         node = user
 
 

@@ -81,7 +81,7 @@ def _step(view: GraphView, reader: Reader, call: Call, index: Index):
     if call.name == "identity":
         return source, index, 1, ""
     if call.name == "to" or call.name == "type_as" or call.name.startswith("cast_"):
-        same = view.tensor(source).dtype == view.tensor(call.node).dtype
+        same = view.held(source).dtype == view.held(call.node).dtype
         return (source, index, 1, "") if same else None
     if call.name == "reshape" or (call.name == "getitem" and _only_new_dims(call.get("index"))):
         inside = None if reinterprets(view, call) else reshape_index(reader, shape, view.shape(call.node), index)
@@ -113,7 +113,7 @@ def _scaled(view: GraphView, call: Call, index: Index):
                 return None
             if not math.isfinite(scale):
                 return None
-            if not view.tensor(tensor).dtype.is_floating_point:
+            if not view.held(tensor).dtype.is_floating_point:
                 return None
             number = sympy.Float(scale)
             return tensor, index, 1 / number if call.name == "div" else number, "scale"
@@ -163,7 +163,7 @@ def emit(graph: fx.Graph, view: GraphView, operand: Operand, remember) -> fx.Nod
         keep = [d - 1 if d > dim else d for d in keep]
     if keep != sorted(keep):
         node = remember(graph.call_method("permute", (node, tuple(keep))))
-    for axis, dim in enumerate(operand.dims[:2]):
-        if dim is None:
+    for axis, missing in enumerate(operand.dims[:2]):
+        if missing is None:
             node = remember(graph.call_method("unsqueeze", (node, axis)))
     return node

@@ -132,7 +132,7 @@ _ARITHMETIC: dict[str, Callable[..., Any]] = {
 @reads(*_ARITHMETIC)
 def arithmetic(reader: Reader, call: Call, shape):
     names = ("input", "other") if "other" in call.args else ("input",)
-    if reader.view.tensor(call.node) is None or reader.view.tensor(call.node).dtype == torch.bool:
+    if reader.view.tensor(call.node) is None or reader.view.held(call.node).dtype == torch.bool:
         return None
     return _pointwise(reader, call, shape, names, _ARITHMETIC[call.name])
 

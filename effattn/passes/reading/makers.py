@@ -64,7 +64,7 @@ def full(reader: Reader, call: Call, shape):
 
 @reads("cumsum")
 def cumsum(reader: Reader, call: Call, shape):
-    source, dim, dtype = reader.argument(call, "input"), call.get("dim"), reader.view.tensor(call.node).dtype
+    source, dim, dtype = reader.argument(call, "input"), call.get("dim"), reader.view.held(call.node).dtype
     if not isinstance(dim, int) or not source.shape or kind_of(dtype) == "bool" or dtype.itemsize < 4:
         return None
     dim %= len(source.shape)
@@ -81,7 +81,7 @@ def diff(reader: Reader, call: Call, shape):
     dim, steps = call.get("dim", -1), call.get("n", 1)
     if steps != 1 or call.get("append") is not None or not isinstance(dim, int) or source.kind == "bool":
         return None
-    if reader.view.tensor(call.node).dtype.itemsize < 4:
+    if reader.view.held(call.node).dtype.itemsize < 4:
         return None
     dim %= len(source.shape)
     before = call.get("prepend")

@@ -232,6 +232,20 @@ class Reader:
             total += coefficient * (self.sizes[free[0]] - 1)
         return sympy.expand(total)
 
+    def nonnegative(self, term) -> bool:
+        """Whether a sum of multiples of bounded symbols is certainly not negative: ``q - k + N`` where k < N."""
+        low = sympy.Integer(0)
+        for part in sympy.Add.make_args(sympy.expand(term)):
+            free = [s for s in part.free_symbols if s in self.sizes]
+            if not free:
+                low += part
+            elif part.is_nonnegative is not True:
+                coefficient, symbol = part.as_coeff_Mul()
+                if symbol not in self.sizes:
+                    return False
+                low += coefficient * (self.sizes[symbol] - 1)
+        return sympy.expand(low).is_nonnegative is True
+
     def below(self, term, size) -> bool:
         """Whether 0 <= term < size is certain."""
         top = self.upper_bound(term)

@@ -265,10 +265,10 @@ def indexed(reader: Reader, source: Reading, spec: list[Any], shape, time: int) 
             steps.append(("tensor", picked))
         else:
             return None
-    return _compose(source, steps, tensors, shape)
+    return _compose(reader, source, steps, tensors, shape)
 
 
-def _compose(source: Reading, steps, tensors, shape) -> Reading | None:
+def _compose(reader: Reader, source: Reading, steps, tensors, shape) -> Reading | None:
     rank = max((len(picked.shape) for _, picked in tensors), default=0)
     positions = [position for position, _ in tensors]
     together = positions == list(range(positions[0], positions[0] + len(positions))) if positions else True
@@ -295,7 +295,7 @@ def _compose(source: Reading, steps, tensors, shape) -> Reading | None:
                 inside.append(value)
             else:
                 picked = value.at(aligned(value, tuple(group), group_shape))
-                if picked.is_nonnegative is not True:
+                if not reader.nonnegative(picked):
                     raise Unreadable(f"index {picked} may be negative")
                 inside.append(picked)
         return source.at(tuple(inside))
