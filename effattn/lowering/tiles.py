@@ -38,7 +38,8 @@ class KeyWalk:
     """The keys that a row of queries visits. All expressions are in q, Nq, Nk, scalars and loads without q or k.
 
     A key k is *structurally* kept by row q if every ``lower <= k``, every ``k < upper``, and, where ``choice`` is
-    set, at least one of: every ``near_lower <= k`` and every ``k < near_upper``; ``k < prefix``; k in the ``powers`` list.
+    set, at least one of: every ``near_lower <= k`` and every ``k < near_upper``; ``k < prefix``; k in the ``powers``
+    list.
     Bounds never decrease in q, except those in ``prefix`` which do not depend on q.
     """
 
@@ -91,8 +92,9 @@ def _choice(disjunction: sympy.Or) -> KeyWalk | None:
             if powers is not None or (powers := _power_list(part)) is None:
                 return None
             continue
-        bounds = [_bound(atom) for atom in expr.conjuncts(part)]
-        if any(bound is None for bound in bounds):
+        found = [_bound(atom) for atom in expr.conjuncts(part)]
+        bounds = [bound for bound in found if bound is not None]
+        if len(bounds) < len(found):
             return None
         constant_upper = len(bounds) == 1 and bounds[0][0] == "upper" and not bounds[0][1].has(q)
         if constant_upper:
