@@ -1,0 +1,61 @@
+"""SmolLM2-135M-Instruct from its wheel: the whole model, real text."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import effattn
+
+models = pytest.importorskip("effattn.models")
+
+
+@pytest.fixture(scope="module")
+def smollm2():
+    return models.load_smollm2()
+
+
+@pytest.fixture(scope="module")
+def ids(smollm2):
+    return models.standard_library_text(smollm2[1], 192)
+
+
+def test_thirty_sites_are_found_and_read(smollm2, ids):
+    with torch.no_grad():
+        report = effattn.explain(smollm2[0], ids, use_cache=False)
+    assert [site.layer for site in report.sites] == list(range(30))
+    assert {(site.predicate, site.form, site.found_as) for site in report.sites} == {("k <= q", "exact", "sdpa")}
+    assert report.missed == []
+    assert "30 of 30" in str(report)
+
+
+def test_logits_and_greedy_text(smollm2):
+    model, tokenizer = smollm2
+    prompt = tokenizer("The capital of France is", return_tensors="pt").input_ids
+
+    def greedy(function):
+        with torch.no_grad():
+            out = function(prompt)
+            first, found = out.logits, []
+            for _ in range(64):
+                token = out.logits[:, -1].argmax(-1, keepdim=True)
+                found.append(int(token))
+                out = function(token, past_key_values=out.past_key_values)
+        return first, found
+
+    logits, text = greedy(model)
+    torch._dynamo.reset()
+    fast_logits, fast_text = greedy(torch.compile(model, backend="effattn", options={"rest": "eager", "strict": True}))
+    assert (logits - fast_logits).abs().max() < 1e-3
+    assert fast_text == text
+
+
+def test_padding_and_the_default_policy(smollm2):
+    model, tokenizer = smollm2
+    tokenizer.pad_token = tokenizer.eos_token
+    batch = tokenizer(["Hello", "A much longer sentence than the first one"], return_tensors="pt", padding=True)
+    with torch.no_grad():
+        torch._dynamo.reset()
+        fast = torch.compile(model, backend="effattn", options={"rest": "eager", "strict": True, "verify": True})
+        difference = fast(**batch, use_cache=False).logits - model(**batch, use_cache=False).logits
+    assert difference.abs().max() < 1e-3
