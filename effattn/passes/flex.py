@@ -138,7 +138,7 @@ def _read_mod(view: GraphView, outer: Reader, mod: fx.Node, given: list, name: s
     found.at(())
     for node in [source.node for source in reader.loads.values()] + list(reader.numbers.values()):
         spelled = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", node.target)
-        raise Refused(name, f"{spelled} in {name} has no symbolic meaning")
+        raise Refused(name, f"{spelled} in {name}: {reader.reasons.get(node, 'no symbolic meaning')}")
     return found
 
 

@@ -95,6 +95,7 @@ class Reader:
         self.raw: dict[str, Contraction] = {}
         self.loads: dict[str, LoadSource] = {}
         self.numbers: dict[str, fx.Node] = {}
+        self.reasons: dict[fx.Node, str] = {}  # why a node whose operation is known stays data
         self._definitions: dict[fx.Node, Reading | None] = {}
         self._load_names: dict[tuple[fx.Node, int], str] = {}
 
@@ -146,7 +147,8 @@ class Reader:
         reading = Reading(reading.shape, reading.kind, _remember(reading.at))
         try:
             reading.at(generic_index(len(reading.shape)))
-        except Unreadable:
+        except Unreadable as unreadable:
+            self.reasons[node] = str(unreadable)
             return None
         return reading
 
