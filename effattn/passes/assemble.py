@@ -48,6 +48,8 @@ def assemble(view: GraphView, draft: Draft, order: int) -> Match:
     if sympy.count_ops(score) + sympy.count_ops(predicate, visual=False) > MAX_TERMS:
         raise Refused("size", "the expression of score and mask is too large to compute in a kernel")
     position = masks.query_position(predicate, layout)
+    if position is None and predicate == sympy.true and layout.q_len == 1 and _appended(view, draft.key):
+        position = q + Nk - 1  # a decode step without a mask: the query is the last of the keys
     try:
         empty = masks.empty_rows(
             masks.Split(score, predicate, found.fills),
@@ -242,6 +244,15 @@ def _check_operands(view: GraphView, draft: Draft, layout: Layout) -> None:
 def _autocast(view: GraphView, draft: Draft, target: torch.dtype) -> bool:
     """Whether the product of query and key already ran in the result's type, as under torch.autocast."""
     return draft.is_sdpa or "autocast" in draft.notes
+
+
+def _appended(view: GraphView, key: Operand) -> bool:
+    """Whether the last row of the keys was just put behind older ones, as a growing cache does."""
+    call = view.call(key.node)
+    if call is None or call.name != "cat" or not isinstance(call.get("dim", 0), int):
+        return False
+    parts, dim = call.get("tensors", ()), call.get("dim", 0) % len(view.shape(key.node))
+    return len(parts) == 2 and dim == key.dims[2] and view.shape(parts[1])[dim] == 1
 
 
 def _heads(view: GraphView, operand: Operand):

@@ -109,3 +109,28 @@ def test_choice_by_length_is_made_when_the_op_runs():
         errors = {n: (fast(tokens(1, n), use_cache=False).logits - want).abs().max().item() for n, want in near}
     assert max(errors[40], errors[48]) < 2e-5
     assert errors[96] > 1e-3
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("form", ["window", "power"])
+def test_decode_with_a_form_is_the_last_row_of_its_prefill(form, attention):
+    """A growing cache and a fixed one: the form keeps the same keys in prefill and decode."""
+    params = {"window": {"window": 16, "sinks": 4}, "power": {"block": 16, "window": 16, "sinks": 16}}
+    rule = {"forms": [form], "params": {form: params[form]}, "stage": ["prefill", "decode"]}
+    policy = {"schema": 1, "name": form, "rule": [rule]}
+    model, ids = llama(attention), tokens(1, 70)
+    with torch.no_grad():
+        fast = compiled(model, policy=policy, verify=False)
+        whole = fast(ids, use_cache=False).logits
+        out = fast(ids[:, :67])
+        for n in (67, 68, 69):
+            out = fast(ids[:, n : n + 1], past_key_values=out.past_key_values)
+            torch.testing.assert_close(out.logits[:, -1], whole[:, n], rtol=2e-5, atol=2e-5)
+        cache = StaticCache(config=model.config, max_cache_len=96)
+        fast(ids[:, :69], past_key_values=cache)
+        last = fast(ids[:, 69:70], past_key_values=cache).logits
+        report = effattn.explain(model, ids[:, 69:70], past_key_values=out.past_key_values, policy=policy)
+        exact = model(ids, use_cache=False).logits
+    torch.testing.assert_close(last[:, -1], whole[:, 69], rtol=2e-5, atol=2e-5)
+    assert {site.form for site in report.sites} == {form}
+    assert (exact - whole).abs().max() > 1e-3
