@@ -70,6 +70,9 @@ def assemble(view: GraphView, draft: Draft, order: int) -> Match:
     used = [load.name for load in expr.loads_of(score, predicate)]
     used = list(dict.fromkeys(used))
     specs = tuple(_load_spec(view, name, sources[name]) for name in used)
+    for name in used:  # a 0-d tensor may stand on the CPU: an author's operation takes it, a kernel cannot
+        if view.tensor(sources[name].node).device != view.tensor(draft.query.node).device:
+            raise Refused("device", f"{name} ({sources[name].node.name}) is on another device than the query")
     scalars = _scalars(view, draft, score, predicate)
     if unknown := set(numbers) - set(draft.reader.numbers):
         raise Refused("symbolic number", f"no node of the graph holds {', '.join(sorted(unknown))}")
