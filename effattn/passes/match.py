@@ -278,6 +278,8 @@ def _why_no_product(view: GraphView, reader: Reader, term) -> str:
         if writers:
             return f"{_spelled(writers[-1])} writes into the scores before softmax, which is not understood"
         return f"{_spelled(node)} stands between the product of query and key and softmax and has no symbolic meaning"
+    if term.is_number:
+        return "the mask allows nothing at all"
     return "the scores do not come from a product of two tensors: not attention"
 
 

@@ -439,3 +439,55 @@ def test_read(case, dynamic):
     assert site.score == case.score
     if not dynamic:  # with two lengths of which nothing is known there may be rows beyond all keys
         assert site.empty_rows == case.empty_rows
+
+
+# -- lengths stay symbolic ------------------------------------------------------------------------------------------
+
+
+def counted(function, backend: str):
+    """(compiled function, list that grows by one for every graph that is compiled)."""
+    from effattn.compiler.backend import effattn
+
+    graphs: list[int] = []
+
+    def compile_graph(gm, example_inputs):
+        graphs.append(len(gm.graph.nodes))
+        if backend == "eager":
+            return gm.forward
+        return effattn(gm, example_inputs, options={"rest": "eager", "strict": True})
+
+    torch._dynamo.reset()
+    return torch.compile(function, backend=compile_graph), graphs
+
+
+def with_lengths(case: Case, batch: int, queries: int, keys: int):
+    """Arguments of a case at other lengths."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(batch, H, length, D, generator=generator) for length in (queries, keys, keys))
+    more = []
+    for value in case.more:
+        sizes = [{B: batch, N: keys, 5: queries}.get(size, size) for size in value.shape]
+        if value.dim() == 1 and sizes[0] == keys and case.function is offset_positions:
+            sizes[0] = queries
+        index = [torch.arange(size) % old for size, old in zip(sizes, value.shape, strict=True)]
+        more.append(value[torch.meshgrid(*index, indexing="ij")] if index else value)
+    return q, k, v, *more
+
+
+SYMBOLIC = [window, offset_constant, offset_tensor, prefix_lengths, chunked, padding_and_causal, documents_of_positions]
+
+
+@pytest.mark.parametrize("function", SYMBOLIC, ids=lambda function: function.__name__)
+def test_one_graph_serves_all_lengths(function):
+    (case,) = [case for case in CASES if case.function is function]
+    runs = {}
+    for backend in ("eager", "effattn"):
+        fast, graphs = counted(function, backend)
+        for batch, queries, keys in ((2, 17, 17), (3, 33, 33), (4, 64, 64), (5, 12, 12), (2, 7, 29), (3, 9, 40)):
+            if queries != keys and "offset" not in function.__name__:
+                continue
+            args = with_lengths(case, batch, queries, keys)
+            torch.testing.assert_close(fast(*args), function(*args), rtol=2e-5, atol=2e-5)
+        runs[backend] = graphs
+    assert len(runs["effattn"]) == len(runs["eager"]), "no guard of ours"
+    assert len(runs["effattn"]) <= 3
