@@ -18,6 +18,7 @@ from effattn.compiler.options import Options
 from effattn.compiler.pipeline import Outcome, run_passes
 from effattn.compiler.rest import compile_rest
 from effattn.compiler.verify import verified
+from effattn.settings import warn_once
 
 
 def effattn(
@@ -43,6 +44,7 @@ def effattn(
             stacklevel=2,
         )
     outcome.seconds["passes"] = time.perf_counter() - start
+    _tell_portable(outcome)
     start = time.perf_counter()
     compiled = compile_rest(gm, example_inputs, settings)
     outcome.seconds["rest"] = time.perf_counter() - start
@@ -50,3 +52,10 @@ def effattn(
     if settings.verify and outcome.original is not None:
         return verified(compiled, gm, outcome, settings)
     return compiled
+
+
+def _tell_portable(outcome: Outcome) -> None:
+    """Say once that generated kernels need a GPU: timings on a CPU are not those of the kernels."""
+    ops = [(choice.match.site.device, choice.plan) for choice in outcome.choices if choice.plan is not None]
+    if any(device != "cuda" and plan.target is None for device, plan in ops):
+        warn_once("no GPU here: attention that needs a generated kernel runs on the portable target (ATen, blockwise)")

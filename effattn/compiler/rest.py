@@ -16,8 +16,10 @@ def compile_rest(gm: fx.GraphModule, example_inputs: list[Any], options: Options
         return gm.forward
     from torch._inductor.compile_fx import compile_fx
 
-    if options.mode in (None, "default"):
-        return compile_fx(gm, example_inputs)
-    from torch._inductor import list_mode_options
+    patches: dict[str, Any] | None = None
+    if options.mode not in (None, "default"):
+        from torch._inductor import list_mode_options
 
-    return compile_fx(gm, example_inputs, config_patches=list_mode_options(options.mode))
+        patches = list_mode_options(options.mode)
+    compiled: Any = compile_fx(gm, example_inputs, config_patches=patches)
+    return compiled

@@ -70,8 +70,9 @@ def assemble(view: GraphView, draft: Draft, order: int) -> Match:
     used = [load.name for load in expr.loads_of(score, predicate)]
     used = list(dict.fromkeys(used))
     specs = tuple(_load_spec(view, name, sources[name]) for name in used)
-    for name in used:  # a 0-d tensor may stand on the CPU: an author's operation takes it, a kernel cannot
-        if view.tensor(sources[name].node).device != view.tensor(draft.query.node).device:
+    devices = {name: getattr(view.tensor(sources[name].node), "device", None) for name in used}
+    for name, device in devices.items():  # a 0-d tensor may stand on the CPU: PyTorch takes it there, a kernel cannot
+        if device != getattr(view.tensor(draft.query.node), "device", None):
             raise Refused("device", f"{name} ({sources[name].node.name}) is on another device than the query")
     scalars = _scalars(view, draft, score, predicate)
     if unknown := set(numbers) - set(draft.reader.numbers):
