@@ -1,0 +1,161 @@
+"""The verifier notices every way of reading or rewriting wrongly that we can think of."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import sympy
+import torch
+import torch.nn.functional as F
+from compiled import compiled
+
+from effattn.errors import VerificationError
+from effattn.ir import expr
+from effattn.passes import assemble, masks, match
+from effattn.passes.reading import elementwise, reader
+
+B, H, N, D = 2, 4, 13, 8
+
+
+def qkv():
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(B, H, N, D, generator=generator) for _ in range(3)]
+
+
+def causal(q, k, v):
+    i = torch.arange(N)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=i[None] <= i[:, None])
+
+
+def window(q, k, v):
+    i = torch.arange(N)
+    seen = (i[None] <= i[:, None]) & (i[:, None] - i[None] < 4)
+    return (q @ k.mT * 0.3).masked_fill(~seen, float("-inf")).softmax(-1) @ v
+
+
+def padded(q, k, v):
+    seen = torch.arange(N) < torch.tensor([[N], [0]])
+    return (q @ k.mT * 0.3).masked_fill(~seen[:, None, None], torch.finfo(q.dtype).min).softmax(-1) @ v
+
+
+def triangle(q, k, v):
+    return (q @ k.mT * 0.3 + torch.full((N, N), float("-inf")).triu(1)).softmax(-1) @ v
+
+
+def soft_cap(q, k, v):
+    return (2 * torch.tanh(q @ k.mT / 2)).softmax(-1) @ v
+
+
+def alibi(q, k, v):
+    slopes = 2.0 ** -torch.arange(1, H + 1)
+    return (q @ k.mT + slopes[:, None, None] * torch.arange(N)).softmax(-1) @ v
+
+
+def documents(q, k, v):
+    ids = torch.tensor([[0] * 6 + [1] * 7, [0] * 3 + [1] * 10])
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=(ids[:, :, None] == ids[:, None])[:, None])
+
+
+def in_place(q, k, v):
+    scores = q @ k.mT
+    scores.mul_(0.3)
+    return scores.softmax(-1) @ v
+
+
+@pytest.fixture
+def swap(monkeypatch):
+    """Puts a wrong entry in a table, or a wrong function in a module."""
+
+    def put(owner, name, value):
+        if isinstance(owner, dict):
+            monkeypatch.setitem(owner, name, value)
+        else:
+            monkeypatch.setattr(owner, name, value)
+
+    return put
+
+
+def wrong_triangle(reader, call, shape):
+    reading = elementwise.triangle(reader, call, shape)
+    return dataclasses.replace(reading, at=lambda index: reading.at((*index[:-1], index[-1] + 1)))
+
+
+def wrong_split(change):
+    def split(term):
+        found = original_split(term)
+        return dataclasses.replace(found, score=change(found.score))
+
+    original_split = masks.split
+    return split
+
+
+def shifted_load(original):
+    def at(self, node, time):
+        reading = original(self, node, time)
+        return dataclasses.replace(reading, at=lambda index: reading.at((*index[:-1], sympy.Max(index[-1] - 1, 0))))
+
+    return at
+
+
+SABOTAGE = {
+    "le read as lt": (causal, elementwise._COMPARISONS, "le", sympy.Lt, "mask was read as"),
+    "le read as ge": (causal, elementwise._COMPARISONS, "le", sympy.Ge, "mask was read as"),
+    "lt read as le": (window, elementwise._COMPARISONS, "lt", sympy.Le, "mask was read as"),
+    "and read as or": (window, elementwise._LOGIC, "and", sympy.Or, "mask was read as"),
+    "eq read as le": (documents, elementwise._COMPARISONS, "eq", sympy.Le, "mask was read as"),
+    "triangle off by one": (triangle, reader.HANDLERS, "triu", wrong_triangle, "mask was read as"),
+    "loads shifted": (documents, reader.Reader, "_load", shifted_load(reader.Reader._load), "mask was read as"),
+    "scale forgotten": (window, masks, "split", wrong_split(lambda score: score / 0.3), "output 0"),
+    "scale in place forgotten": (in_place, elementwise._ARITHMETIC, "mul", lambda x, y: x, "output 0"),
+    "tanh forgotten": (soft_cap, elementwise._ARITHMETIC, "tanh", lambda x: x, "output 0"),
+    "slope of another head": (
+        alibi,
+        masks,
+        "split",
+        wrong_split(lambda score: score.subs(expr.h, (expr.h + 1))),
+        "output 0",
+    ),
+    "empty rows zero": (padded, masks, "empty_rows", lambda *args, **kwargs: "zero", "output 0"),
+}
+
+
+@pytest.mark.parametrize("name", SABOTAGE)
+def test_it_notices(name, swap):
+    function, owner, entry, value, message = SABOTAGE[name]
+    compiled(function, *qkv())  # right without the sabotage
+    swap(owner, entry, value)
+    if owner is masks:
+        swap(assemble.masks, entry, value)
+    with pytest.raises(VerificationError, match=message) as raised:
+        compiled(function, *qkv())
+    assert "test_verify.py" in str(raised.value) or message == "output 0"
+
+
+def test_heads_and_batch_mixed_up(swap):
+    original = match._operand
+
+    def mixed_up(view, node, index, time, name, sizes):
+        found = original(view, node, index, time, name, sizes)
+        batch, heads, rows, depth = found.dims
+        return dataclasses.replace(found, dims=(heads, batch, rows, depth)) if name == "key" else found
+
+    def function(q, k, v):
+        return (q @ k.mT).softmax(-1) @ v
+
+    given = [x[:, :B] for x in qkv()]  # as many heads as sequences
+    compiled(function, *given)
+    swap(match, "_operand", mixed_up)
+    with pytest.raises(VerificationError, match="output 0"):
+        compiled(function, *given)
+
+
+def test_transpose_of_a_mask_forgotten(swap):
+    def function(q, k, v):
+        mask = (torch.arange(N)[None] >= torch.arange(N)[:, None]).transpose(0, 1)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+    compiled(function, *qkv())
+    swap(reader.HANDLERS, "transpose", lambda reader, call, shape: reader.argument(call, "input"))
+    with pytest.raises(VerificationError, match="mask was read as"):
+        compiled(function, *qkv())
