@@ -7,8 +7,9 @@ An *algebra* says what each operation means: torch tensors (the portable target 
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
 from functools import reduce
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import sympy
 
@@ -105,7 +106,7 @@ def fold(expression, algebra: Algebra) -> Any:
 class Integers:
     """Python integers: bounds of tiles on the host. Symbols and loads come from a table."""
 
-    TABLE = {
+    TABLE: ClassVar[dict[str, Callable[..., Any]]] = {
         "add": operator.add,
         "mul": operator.mul,
         "min": min,

@@ -12,12 +12,13 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+import sympy
 import torch
 from torch import Tensor
 
 from effattn.ir import expr
 from effattn.lowering.tiles import KeyWalk, walk
-from effattn.runtime.algebra import evaluate
+from effattn.runtime.algebra import evaluate, evaluate_integer
 
 Interval = tuple[int, int]
 
@@ -51,6 +52,11 @@ class Chunk:
 @lru_cache(maxsize=4096)
 def names_of_loads(term: Any) -> tuple[str, ...]:
     return tuple(load.name for load in expr.loads_of(term))
+
+
+@lru_cache(maxsize=4096)
+def depends_on_head(term: Any) -> bool:
+    return sympy.sympify(term).has(expr.b, expr.h)
 
 
 @lru_cache(maxsize=4096)
@@ -150,7 +156,11 @@ class Walker:
 
     def _at(self, bound: Any, row: int) -> Interval | None:
         """(least, greatest) value of a bound at a row, over all batches and heads; None where only a device knows."""
-        if any(self.loads[name].device.type != "cpu" for name in names_of_loads(bound)):
+        names = names_of_loads(bound)
+        if not names and not depends_on_head(bound):
+            value = evaluate_integer(bound, {**self.symbols, "q": row})
+            return value, value
+        if any(self.loads[name].device.type != "cpu" for name in names):
             return None
         value = evaluate(bound, {**self.symbols, "q": row}, self.loads, torch.float64, "cpu")
         if isinstance(value, Tensor):

@@ -14,7 +14,7 @@ from effattn.ir import expr
 from effattn.ir.plan import Plan
 from effattn.runtime.algebra import bindings, evaluate
 from effattn.runtime.chunks import Chunk, Walker, walk_of
-from effattn.runtime.sdpa import constant_scale
+from effattn.runtime.sdpa import scale_and_bias
 
 SCORES = 2**24  # most elements of the blocks of scores that are alive at once: 64 MiB in float32
 ROWS = 128
@@ -55,8 +55,9 @@ class Call:
         self.walk = walk_of(plan.rule)
         self.walker = Walker(plan.rule, (self.batch, self.heads, self.q_len, self.k_len), self.names, self.loads)
         # the score as scale * s + bias, scale None where it is not of this kind
-        self.bias, product = sympy.sympify(plan.score).as_independent(expr.s, as_Add=True)
-        self.scale = constant_scale(product, {**self.names, "Nq": self.q_len, "Nk": self.k_len})
+        factor, self.bias = scale_and_bias(plan.score)
+        lengths = {"Nq": self.q_len, "Nk": self.k_len}
+        self.scale = None if factor is None else float(self.evaluate(factor, {**self.names, **lengths}))
         self.only_scale = self.scale if self.bias == 0 else None  # c where the score is c * s
 
     def takes_flash_kernel(self) -> bool:
@@ -127,7 +128,10 @@ class Call:
         score = raw
         if self.only_scale is None:
             symbols |= {"s": raw, "k": self.all_keys(piece)}
-            score = torch.as_tensor(self.evaluate(self.plan.score, symbols), dtype=self.dtype, device=self.device)
+            score = self.evaluate(self.plan.score, symbols)
+            if not isinstance(score, Tensor):
+                score = raw.new_full((), score)
+            score = score.to(self.dtype)
             if score is raw or score.shape != raw.shape:
                 score = score.expand_as(raw).clone()
         self._mask(score, piece, symbols)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any, Literal
 
 import sympy
@@ -10,10 +11,9 @@ import torch
 from torch import Tensor
 
 from effattn.ir import expr
-from effattn.ir.fold import Integers, fold
 from effattn.ir.plan import Plan
-from effattn.runtime.algebra import bindings, evaluate
-from effattn.runtime.chunks import walk_of
+from effattn.runtime.algebra import bindings, evaluate, evaluate_integer
+from effattn.runtime.chunks import depends_on_head, names_of_loads, walk_of
 
 FLASH, CUDNN = 1, 3  # what torch._fused_sdp_choice answers: values of torch.nn.attention.SDPBackend
 MANY_ROWS = 256  # on a CPU, with fewer rows, expanding grouped heads costs more than it saves
@@ -33,6 +33,8 @@ def sdpa_path(
     They take a score ``c * s`` and a rule that, at these lengths, keeps everything, or is ``k <= q`` with Nq == Nk.
     """
     if 0 in query.shape or 0 in key.shape or query.shape[3] != value.shape[3]:
+        return None
+    if query.device.type == "cpu" and query.shape[2] < MANY_ROWS:
         return None
     symbols, _ = bindings(plan, loads, scalars, numbers)
     symbols |= {"Nq": query.shape[2], "Nk": key.shape[2]}
@@ -66,8 +68,6 @@ def _on_cuda(query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: flo
 
 
 def _on_cpu(query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor] | None:
-    if query.shape[2] < MANY_ROWS:
-        return None
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = (tensor.repeat_interleave(groups, dim=1) for tensor in (key, value))
@@ -87,26 +87,43 @@ def in_layout(out: Tensor, layout: str) -> Tensor:
 
 def constant_scale(score: Any, symbols: dict[str, Any]) -> float | None:
     """c if the score is ``c * s``, c known on the host."""
-    factor, rest = sympy.sympify(score).as_independent(expr.s, as_Add=False)
+    factor, bias = scale_and_bias(score)
+    return None if factor is None or bias != 0 else float(evaluate(factor, symbols, {}, torch.float64, "cpu"))
+
+
+@lru_cache(maxsize=1024)
+def scale_and_bias(score: Any) -> tuple[Any | None, Any]:
+    """(c, bias) if the score is ``c * s + bias``, c without indices and data and bias without s; else (None, 0)."""
+    bias, product = sympy.sympify(score).as_independent(expr.s, as_Add=True)
+    factor, rest = product.as_independent(expr.s, as_Add=False)
     if rest != expr.s or factor.has(*expr.INDICES) or expr.loads_of(factor):
+        return None, sympy.Integer(0)
+    return factor, bias
+
+
+@lru_cache(maxsize=1024)
+def _dense_bounds(rule: Any) -> tuple[tuple[Any, ...], tuple[tuple[Any, bool], ...]] | None:
+    """Lower bounds, and upper ones with whether each is ``q + constant``; None if the rule is more than these."""
+    walk = walk_of(rule)
+    bounds = (*walk.lower, *walk.upper)
+    if walk.choice or walk.residual != sympy.true or any(map(names_of_loads, bounds)):
         return None
-    return float(evaluate(factor, symbols, {}, torch.float64, "cpu"))
+    if any(depends_on_head(bound) for bound in bounds):
+        return None
+    return walk.lower, tuple((bound, not (bound - expr.q).has(expr.q)) for bound in walk.upper)
 
 
 def dense_kind(rule: Any, symbols: dict[str, Any]) -> Literal["all", "causal"] | None:
     """Whether a rule, at the lengths in ``symbols``, keeps every key or is ``k <= q`` on a square; None: neither."""
-    walk = walk_of(rule)
-    if walk.choice or walk.residual != sympy.true or expr.loads_of(walk.structural):
+    if (bounds := _dense_bounds(rule)) is None:
         return None
+    lower, upper = bounds
     q_len, k_len = symbols["Nq"], symbols["Nk"]
-
-    def at(bound, row: int) -> int:
-        return fold(bound, Integers({**symbols, "q": row}))
-
-    if any(at(bound, q_len - 1) > 0 for bound in walk.lower):
+    last, first = {**symbols, "q": q_len - 1}, {**symbols, "q": 0}
+    if any(evaluate_integer(bound, last) > 0 for bound in lower):
         return None
-    active = [bound for bound in walk.upper if at(bound, 0) < k_len]
+    starts = [(evaluate_integer(bound, first), diagonal) for bound, diagonal in upper]
+    active = [(start, diagonal) for start, diagonal in starts if start < k_len]
     if not active:
         return "all"
-    diagonal = all((bound - expr.q).has(expr.q) is False and at(bound, 0) == 1 for bound in active)
-    return "causal" if diagonal and q_len == k_len else None
+    return "causal" if q_len == k_len and all(start == 1 and diagonal for start, diagonal in active) else None

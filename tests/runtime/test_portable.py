@@ -14,6 +14,8 @@ from effattn.ir.expr import Nk, Nq, k, q, s
 from effattn.ir.plan import Plan
 from effattn.lowering.forms import FORMS
 from effattn.runtime import portable
+from effattn.runtime.chunks import Walker, names_of_loads
+from effattn.runtime.portable_backward import run_backward
 from effattn.runtime.reference import reference
 
 CPU = torch.device("cpu")
@@ -186,6 +188,33 @@ def test_power_windows_of_four_and_five_blocks_are_one_function():
     six, _ = portable.run(plan_of("power", block=16, window=96, sinks=16), query, key, value)
     torch.testing.assert_close(four, five, atol=1e-6, rtol=1e-5)
     assert (five - six).abs().max() > 1e-3
+
+
+def on_a_device_without_values(*made):
+    """Meta tensors: reading one on the host raises, as a GPU in a captured graph would."""
+    return [tensor.to("meta") for tensor in made]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_nothing_is_read_from_a_device(name):
+    sizes = Sizes(heads=6, kv_heads=2)
+    call = CASES[name](sizes, CPU)
+    made, loads = on_a_device_without_values(*tensors(sizes)), on_a_device_without_values(*call.loads)
+    out, lse = portable.run(call.plan, *made, loads, call.scalars, call.numbers)
+    assert out.is_meta
+    grads = run_backward(call.plan, out, lse, *made, out, lse, loads, call.scalars, call.numbers)
+    assert [grad.shape for grad in grads] == [tensor.shape for tensor in made]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_bounds_that_only_a_device_knows(name, path, monkeypatch):
+    """The same plans where no bound may look at data: more keys are visited, the answer is the same."""
+    known = Walker._at
+    monkeypatch.setattr(
+        Walker, "_at", lambda self, bound, row: None if names_of_loads(bound) else known(self, bound, row)
+    )
+    sizes = Sizes(heads=6, kv_heads=2)
+    check(CASES[name](sizes, CPU), *tensors(sizes))
 
 
 class LargestTensor(TorchDispatchMode):
