@@ -212,9 +212,12 @@ def query_position(predicate, layout: Layout) -> Any | None:
     """
     found = []
     for part in expr.conjuncts(predicate):
-        if isinstance(part, sympy.Le) and part.lhs == k and not part.rhs.has(k):
-            offset = sympy.expand(part.rhs - q)
-            square = sympy.expand(layout.q_len - layout.k_len) == 0
-            if not offset.has(q, k, b, h, expr.s) and not (square and offset.is_positive):
-                found.append(sympy.expand(part.rhs))
+        if not isinstance(part, (sympy.Le, sympy.Lt)) or part.lhs != k or part.rhs.has(k, b, h, expr.s):
+            continue
+        last = part.rhs if isinstance(part, sympy.Le) else part.rhs - 1
+        beyond = sympy.expand(last - q)
+        square = sympy.expand(layout.q_len - layout.k_len) == 0
+        one_row = layout.q_len == 1 and layout.k_len != 1 and not last.has(q)  # decoding: q is 0
+        if one_row or not (beyond.has(q) or (square and beyond.is_positive)):
+            found.append(sympy.expand(last))
     return found[0] if len(found) == 1 else None

@@ -58,7 +58,10 @@ def _oriented(atom):
     key = difference.coeff(k)
     if key == 1:
         rest = k - difference - (1 if strict else 0)  # k <= rest
-        return sympy.Le(k, rest) if rest.has(q) else sympy.Lt(k, rest + 1)
+        constant, others = rest.as_coeff_Add()
+        if not rest.has(q) and (others == 0 or constant == -1):
+            return sympy.Lt(k, rest + 1)  # a number of keys
+        return sympy.Le(k, rest)
     if key == -1:
         constant, others = difference.as_coeff_Add()
         limit = -constant if strict else 1 - constant
