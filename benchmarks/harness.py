@@ -1,0 +1,303 @@
+"""What every benchmark shares: variants run one by one, timed, compared, held against bars, written as JSON.
+
+A *case* is one problem (a length, a mask), a *variant* one way to compute it, a *bar* the ratio between two variants of
+a case that has to be reached. Ratios are between variants of one case in one run, never between runs. A variant that
+fails (out of memory, say) is recorded with its error, and the others go on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import datetime
+import json
+import logging
+import pathlib
+import sys
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks import measuring, tables
+from benchmarks.measuring import device_name, versions
+from benchmarks.tables import number
+
+EAGER, INDUCTOR, EFFATTN = "eager", "inductor", "effattn"
+
+
+@dataclass
+class Row:
+    """One variant of one case."""
+
+    case: str
+    variant: str
+    ms: float | None = None  # median
+    fastest: float | None = None
+    runs: int = 0
+    peak_gib: float | None = None  # largest memory during the timed runs, weights included; None on the CPU
+    above_gib: float | None = None  # the same, above what was allocated before this variant (weights, inputs)
+    first_s: float | None = None  # first call, compilation included
+    difference: float | None = None  # largest, from the first variant of the case
+    size: float | None = None  # largest absolute value of that variant
+    error: str | None = None
+    more: dict[str, Any] = field(default_factory=dict)  # what only this benchmark measures
+
+
+@dataclass(frozen=True)
+class Bar:
+    """``variant`` may cost at most ``at_most`` times what the better of ``against`` costs."""
+
+    case: str
+    variant: str
+    against: tuple[str, ...]
+    at_most: float
+    what: str = "ms"  # a field of Row, or a key of Row.more
+
+
+def parser(description: str) -> argparse.ArgumentParser:
+    """The options that every benchmark takes."""
+    made = argparse.ArgumentParser(description=description)
+    made.add_argument("--tiny", action="store_true", help="sizes that any CPU does in seconds: a check, no measure")
+    made.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    made.add_argument("--repeats", type=int, default=7, help="most timed runs of a variant (default 7)")
+    made.add_argument("--seconds", type=float, help="start no further variant after this long")
+    made.add_argument("--out", type=pathlib.Path, help="write the results there, as JSON")
+    return made
+
+
+class Suite:
+    """The rows and bars of one benchmark.
+
+    Args:
+        setting: what describes the problem; goes into the file.
+        against: variants that every other is shown in ratio to.
+    """
+
+    def __init__(self, name: str, options: argparse.Namespace, setting: dict[str, Any], against: Sequence[str] = ()):
+        self.name, self.options, self.setting, self.against = name, options, setting, tuple(against)
+        self.device = torch.device(options.device)
+        self.rows: list[Row] = []
+        self.bars: list[Bar] = []
+        self.notes: list[str] = []
+        self._reference: tuple[str, Tensor] | None = None
+        self._start = time.perf_counter()
+        print(f"{name} on {device_name(self.device)}", flush=True)
+
+    # --- measuring ---
+
+    def measure(
+        self,
+        case: str,
+        variant: str,
+        build: Callable[[], Callable[[], Any]],
+        *,
+        compare: Callable[[Any], Tensor] | None = lambda value: value,
+        more: dict[str, Any] | None = None,
+    ) -> Row | None:
+        """Time one variant; None if there was no time left to start it.
+
+        Args:
+            build: makes the function to time; its own time is not counted, its memory is.
+            compare: the tensor to compare, from what the first call returns; None compares nothing. The first variant
+                of a case that succeeds is the reference of the others.
+            more: filled by ``build`` or the function as they like, and kept.
+        """
+        if self.out_of_time():
+            self.note(f"no time left for {case}, {variant}")
+            return None
+        row = Row(case, variant, more=more if more is not None else {})
+        self.rows.append(row)
+        measuring.forget(self.device)
+        try:
+            with quiet():
+                self._time(row, build, compare)
+        except Exception as error:  # one that fails must not take the others with it
+            row.error = _told(error)
+        finally:
+            measuring.forget(self.device)
+        print(f"  {case} | {variant} | {_line(row)}", flush=True)
+        self.save()
+        return row
+
+    def _time(self, row: Row, build: Callable[[], Callable[[], Any]], compare: Callable[[Any], Tensor] | None) -> None:
+        self._keep_reference_of(row.case)
+        before = measuring.allocated_gib(self.device) - self._held_gib()
+        function = build()
+        row.first_s, value = measuring.wall_seconds(function, self.device)
+        if compare is not None:
+            self._compare(row, compare(value))
+        del value
+        timing = measuring.timed(function, self.device, self.options.repeats)
+        row.ms, row.fastest, row.runs = timing.median, timing.fastest, timing.runs
+        if timing.peak_gib is not None:
+            row.peak_gib = timing.peak_gib - self._held_gib()
+            row.above_gib = row.peak_gib - before
+
+    def _compare(self, row: Row, value: Tensor) -> None:
+        if self._reference is None:
+            self._reference = (row.case, value.detach().clone())
+        reference = self._reference[1]
+        row.size = reference.abs().max().item()
+        row.difference = measuring.largest_difference(value.detach(), reference)
+
+    def _keep_reference_of(self, case: str) -> None:
+        if self._reference is not None and self._reference[0] != case:
+            self._reference = None
+
+    def _held_gib(self) -> float:
+        """Memory of the reference, which is ours and not the variant's."""
+        return 0.0 if self._reference is None else self._reference[1].nbytes / measuring.GIB
+
+    def compiled(self, function: Any, backend: str, **options: Any) -> Any:
+        """``function`` eager, by Inductor or by effattn, for static shapes; see :func:`compiled`."""
+        return compiled(function, backend, self.options.tiny, **options)
+
+    def out_of_time(self) -> bool:
+        limit = self.options.seconds
+        return limit is not None and time.perf_counter() - self._start > limit
+
+    def note(self, text: str) -> None:
+        """Something that the reader of the results has to know."""
+        self.notes.append(text)
+        print(f"  note: {text}", flush=True)
+
+    # --- ratios and bars ---
+
+    def cost(self, case: str, variant: str, what: str = "ms") -> float | None:
+        """What one variant costs; None where it failed or was not measured."""
+        for row in self.rows:
+            if (row.case, row.variant) == (case, variant):
+                return getattr(row, what) if hasattr(row, what) else row.more.get(what)
+        return None
+
+    def ratio(self, case: str, variant: str, against: Sequence[str], what: str = "ms") -> float | None:
+        """``variant`` over the cheapest of ``against``; None where one side was not measured."""
+        over = self.cost(case, variant, what)
+        under = [cost for name in against if (cost := self.cost(case, name, what))]
+        return over / min(under) if over is not None and under else None
+
+    def bar(self, case: str, variant: str, against: str | Sequence[str], at_most: float, what: str = "ms") -> None:
+        """Ask for ``variant`` <= ``at_most`` * the better of ``against``; only the full sizes are held against it."""
+        names = (against,) if isinstance(against, str) else tuple(against)
+        if not self.options.tiny:
+            self.bars.append(Bar(case, variant, names, at_most, what))
+
+    def ratios(self) -> list[dict[str, Any]]:
+        """Time and memory of every variant over each of ``against``."""
+        return [
+            {
+                "case": row.case,
+                "variant": row.variant,
+                "against": name,
+                "time": self.ratio(row.case, row.variant, (name,)),
+                "memory": self.ratio(row.case, row.variant, (name,), "peak_gib"),
+            }
+            for row in self.rows
+            for name in self.against
+            if name != row.variant and self.ratio(row.case, row.variant, (name,)) is not None
+        ]
+
+    def reached(self) -> list[dict[str, Any]]:
+        """Every bar with the ratio that was reached (None: not measured)."""
+        return [
+            {**asdict(bar), "reached": self.ratio(bar.case, bar.variant, bar.against, bar.what)} for bar in self.bars
+        ]
+
+    # --- results ---
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "tiny": self.options.tiny,
+            "date": datetime.date.today().isoformat(),
+            "device": device_name(self.device),
+            "versions": versions(),
+            "seconds": time.perf_counter() - self._start,
+            "setting": self.setting,
+            "against": self.against,
+            "rows": [asdict(row) for row in self.rows],
+            "ratios": self.ratios(),
+            "bars": self.reached(),
+            "notes": self.notes,
+        }
+
+    def save(self) -> None:
+        """Write what has been measured so far: a run that is cut off leaves its results."""
+        path: pathlib.Path | None = self.options.out
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            part = path.with_suffix(".part")
+            part.write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
+            part.replace(path)
+
+    def finish(self) -> int:
+        """Write the file, show the tables. 1 if a variant failed for another reason than memory."""
+        self.save()
+        tables.show(self.to_dict())
+        return int(any(row.error and "OutOfMemory" not in row.error for row in self.rows))
+
+
+def compiled(function: Any, backend: str, tiny: bool = False, **options: Any) -> Any:
+    """``function`` as it is (EAGER), compiled by Inductor (INDUCTOR) or by effattn (EFFATTN), for static shapes.
+
+    ``options`` are torch.compile's for Inductor, the backend's for effattn, which is always strict: a benchmark of a
+    fallback would mislead. ``tiny`` compiles nothing that is not attention: only to see that a benchmark runs.
+    """
+    if backend == EAGER:
+        return function
+    if backend == INDUCTOR:
+        return torch.compile(function, dynamic=False, **({"backend": "eager"} if tiny else options))
+    if tiny:
+        options = {**options, "rest": "eager"}
+    return torch.compile(function, dynamic=False, backend=_effattn(), options={"strict": True, **options})
+
+
+def _effattn() -> Any:
+    """The backend by its entry point; from the source tree where the package is not installed."""
+    if "effattn" in torch._dynamo.list_backends(exclude_tags=()):
+        return "effattn"
+    from effattn.compiler.backend import effattn
+
+    return effattn
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Without the advice that compilers give."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"torch\._(inductor|dynamo).*")
+        logging.getLogger("torch._inductor").setLevel(logging.ERROR)
+        yield
+
+
+def _told(error: Exception) -> str:
+    """One line for the record; the place where it happened goes to the screen, in short."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return "OutOfMemoryError: " + str(error).split(".")[0]
+    print("".join(traceback.format_exception(error, limit=-3))[-1500:], file=sys.stderr, flush=True)
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0]}"[:400]
+
+
+def _line(row: Row) -> str:
+    if row.error:
+        return row.error[:300]
+    peak = f", peak {row.peak_gib:.2f} GiB (+{row.above_gib:.2f})" if row.peak_gib is not None else ""
+    size = f", difference {row.difference:.2g} of {row.size:.2g}" if row.difference is not None else ""
+    more = "".join(f", {key} {number(value)}" for key, value in row.more.items())
+    return f"{row.ms:.3f} ms{peak}, first {row.first_s:.1f} s{size}{more}"
+
+
+def main(run: Callable[[list[str] | None], int]) -> None:
+    """Run a benchmark as a program; Ctrl-C keeps what was measured."""
+    try:
+        sys.exit(run(None))
+    except KeyboardInterrupt:
+        print("\nstopped", file=sys.stderr)
+        sys.exit(130)

@@ -1,0 +1,106 @@
+"""Time and memory of one function, and what the machine is that they were measured on."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import metadata
+from typing import Any
+
+import torch
+from torch import Tensor
+
+GIB = 1 << 30
+LONGEST = 4.0  # seconds of repeats after which a function has been timed well enough
+FEWEST = 3
+CHUNK = 1 << 26  # elements compared at once
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Milliseconds of repeated calls, and the memory they needed."""
+
+    median: float
+    fastest: float
+    runs: int
+    peak_gib: float | None
+
+
+def timed(function: Callable[[], Any], device: torch.device, repeats: int) -> Timing:
+    """Call ``function`` once to warm up, then up to ``repeats`` times (for LONGEST seconds, FEWEST times at least)."""
+    once, _ = wall_seconds(function, device)
+    runs = max(FEWEST, min(repeats, int(LONGEST / max(once, 1e-6))))
+    if device.type != "cuda":
+        times = [1e3 * wall_seconds(function, device)[0] for _ in range(runs)]
+        return Timing(statistics.median(times), min(times), runs, None)
+    torch.cuda.reset_peak_memory_stats(device)
+    times = _event_times(function, device, runs)
+    return Timing(statistics.median(times), min(times), runs, torch.cuda.max_memory_allocated(device) / GIB)
+
+
+def _event_times(function: Callable[[], Any], device: torch.device, runs: int) -> list[float]:
+    """Milliseconds between events around each call. The host runs ahead of the device, as it does in use."""
+    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(runs)]
+    for begin, end in events:
+        begin.record()
+        function()
+        end.record()
+    torch.cuda.synchronize(device)
+    return [begin.elapsed_time(end) for begin, end in events]
+
+
+def wall_seconds(function: Callable[[], Any], device: torch.device) -> tuple[float, Any]:
+    """Seconds of one call by the clock on the wall, until the device is idle again, and its value."""
+    _wait(device)
+    start = time.perf_counter()
+    value = function()
+    _wait(device)
+    return time.perf_counter() - start, value
+
+
+def allocated_gib(device: torch.device) -> float:
+    """Memory in use now; 0 on the CPU, where nobody counts."""
+    return torch.cuda.memory_allocated(device) / GIB if device.type == "cuda" else 0.0
+
+
+def largest_difference(one: Tensor, other: Tensor) -> float:
+    """The largest absolute difference, computed piece by piece. NaN in one alone counts as infinite."""
+    worst = 0.0
+    for a, b in zip(one.flatten().split(CHUNK), other.flatten().split(CHUNK), strict=True):
+        a, b = a.float(), b.float()
+        apart = (a - b).abs()
+        apart = torch.where(a.isnan() & b.isnan(), 0.0, apart).nan_to_num(nan=torch.inf)
+        worst = max(worst, apart.max().item())
+    return worst
+
+
+def forget(device: torch.device) -> None:
+    """Free what the last variant held: compiled code, graphs, memory."""
+    torch._dynamo.reset()
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+
+
+def versions() -> dict[str, str]:
+    found = {"python": platform.python_version(), "torch": torch.__version__}
+    for package in ("triton", "transformers"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[package] = metadata.version(package)
+    return found
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
