@@ -90,6 +90,8 @@ def run(
     kind = kind or kind_of(plan, q_len, groups)
     tensors = (_narrow(query), _narrow(key), _narrow(value))
     spec = spec_of(plan, query.dtype, q_len, groups, head_dim, value_dim, device, kind, config)
+    if kind == "decode" and batches == 1:
+        spec = replace(spec, key_ranges=False)  # one short row is seldom padded: not worth a second kernel
     if spec.tiles.descriptors and not (_describable(tensors[1]) and _describable(tensors[2])):
         spec = replace(spec, tiles=replace(spec.tiles, descriptors=False))
     kernel = kernels.load(spec)

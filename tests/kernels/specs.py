@@ -42,6 +42,7 @@ def compiled() -> dict[str, tuple[KernelSpec, str, str]]:
         if arch == "sm90":
             made["descriptors"] = spec("left_padding", arch, tiles=Tiles(128, 64, 8, 4, descriptors=True))
         found |= {f"{name} {arch}": (one, arch, "forward") for name, one in made.items()}
+        found[f"left_padding find_allowed {arch}"] = (made["left_padding prefill"], arch, "find_allowed")
         for name in ("causal", "left_padding"):
             one = spec(name, arch, "backward")
             found |= {f"{name} {kernel} {arch}": (one, arch, kernel) for kernel in ("grad_query", "grad_key_value")}

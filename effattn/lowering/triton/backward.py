@@ -10,6 +10,7 @@ from effattn.ir import expr
 from effattn.ir.fold import fold
 from effattn.ir.plan import Plan
 from effattn.lowering.tiles import walk
+from effattn.lowering.triton import allowed
 from effattn.lowering.triton.algebra import KEYS, ROWS, TILE, UNLIMITED, Lines, Source, Value
 from effattn.lowering.triton.ranges import Part, flatten, rows_of
 from effattn.lowering.triton.source import Generator, Sweep, affine_slope, parameters
@@ -53,8 +54,8 @@ class BackwardGenerator(Generator):
             # the row changes as the bisection goes on: no part of a bound is computed before it
             return self.scalar_text(bound, self.rows_before, row, UNLIMITED)
 
-        ranges = rows_of(self.walk, bound_text)
-        data = "" if self.walk.residual == sympy.true else " but for conditions on data"
+        ranges = rows_of(self.walk, bound_text, self.allowed)
+        data = "" if self.residual == sympy.true else " but for conditions on data"
         sweeps = [
             self.rows_sweep(f"rows that keep every key of the tile{data}", ranges.full, edge=False),
             self.rows_sweep("rows on the edges", ranges.edge, edge=True),
@@ -63,7 +64,7 @@ class BackwardGenerator(Generator):
             "query_params": parameters(self.spec, "grad_query"),
             "key_params": parameters(self.spec, "grad_key_value"),
             "rows_before": self.rows_before.lines,
-            "rows_lines": list(ranges.lines),
+            "rows_lines": [*(allowed.SUMS if self.allowed else ()), *ranges.lines],
             "rows_sweeps": sweeps,
         }
 
@@ -78,7 +79,7 @@ class BackwardGenerator(Generator):
         sweep.slope = fold(self.slope, algebra).text
         if self.scale is None:
             sweep.score = fold(self.plan.score, algebra).spread(TILE)
-        condition = self.plan.rule if edge else self.walk.residual
+        condition = self.plan.rule if edge else self.residual
         if condition != sympy.true:
             sweep.keep = fold(condition, algebra).spread(TILE)
         return sweep

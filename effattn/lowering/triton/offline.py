@@ -56,7 +56,7 @@ def compiled_for(spec: KernelSpec, arch: str, kernel: str = "forward") -> Any:
     backend, name, lanes, _ = TARGETS[arch]
     source = generate(spec)
     module = module_from(source, Path(file_name(spec, source)))
-    constants: dict[str, Any] = dict(kernel_constants(spec))
+    constants: dict[str, Any] = {} if kernel == "find_allowed" else dict(kernel_constants(spec))
     signature, attributes = {}, {}
     for place, param in enumerate(parameters(spec, kernel)):
         last_stride = param.name.endswith("_stride_d") or _is_last_stride(spec, param.name)
@@ -66,7 +66,7 @@ def compiled_for(spec: KernelSpec, arch: str, kernel: str = "forward") -> Any:
         elif param.type != "constexpr" and param.specialise:
             attributes[(place,)] = [["tt.divisibility", 16]]
     ast = ASTSource(getattr(module, kernel), signature, constants, attributes)
-    options = {"num_warps": spec.tiles.warps, "num_stages": spec.tiles.stages}
+    options = {"num_warps": spec.tiles.warps, "num_stages": spec.tiles.stages} if constants else {}
     return triton.compile(ast, target=GPUTarget(backend, name, lanes), options=options)
 
 

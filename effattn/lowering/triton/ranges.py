@@ -47,28 +47,31 @@ def position_offset(powers: PowerList, block_m: int, block_n: int) -> Any | None
     return offset
 
 
-def visits(walk: KeyWalk, text: Text, aligned: bool, split: bool) -> Ranges:
+def visits(walk: KeyWalk, text: Text, aligned: bool, split: bool, allowed: bool = False) -> Ranges:
     """The parts that a tile with rows ``first_row`` to ``last_row`` visits.
 
     Args:
         text: turns a bound of the walk into source at a row.
         aligned: the rows have one block in the block list, called ``position_block``.
         split: tell full tiles from edges; else everything is an edge.
+        allowed: no key before ``allowed_first`` or from ``allowed_end`` on is kept, and all between them that the walk
+            keeps if ``allowed_whole``; if not, every tile is an edge.
     """
-    builder = _Builder(text, split)
+    builder = _Builder(text, split, allowed)
     builder.outer(walk)
     if not walk.choice or (walk.powers is not None and not aligned):
         builder.split = split and not walk.choice
-        builder.segment("band", "outer_tile", "outer_end", "full_tile", "full_end", bool(walk.lower))
+        builder.segment("band", "outer_tile", "outer_end", "full_tile", "full_end", bool(walk.lower) or allowed)
     else:
         builder.choose(walk)
     return Ranges(tuple(builder.lines), tuple(builder.full), tuple(builder.edge))
 
 
 class _Builder:
-    def __init__(self, text: Text, split: bool):
+    def __init__(self, text: Text, split: bool, allowed: bool):
         self.text = text
         self.split = split
+        self.allowed = allowed
         self.lines: list[str] = []
         self.full: list[Part] = []
         self.edge: list[Part] = []
@@ -87,41 +90,44 @@ class _Builder:
     def outer(self, walk: KeyWalk) -> None:
         """Keys that some row may visit, and keys that every row keeps, by the conditions outside the choice."""
         within = "tl.minimum({}, k_len).to(tl.int32)".format
-        if walk.lower:
-            self.let("some_first", within(self.bound(walk.lower, "first_row", "maximum", ["0"])))
+        zero, k_len = ("allowed_first", "allowed_end") if self.allowed else ("0", "k_len")
+        if walk.lower or self.allowed:
+            self.let("some_first", within(self.bound(walk.lower, "first_row", "maximum", [zero])))
             self.let("outer_tile", "some_first // BLOCK_N")
         else:
             self.let("outer_tile", "0")
-        self.let("some_end", f"tl.maximum({self.bound(walk.upper, 'last_row', 'minimum', ['k_len'])}, 0).to(tl.int32)")
+        self.let("some_end", f"tl.maximum({self.bound(walk.upper, 'last_row', 'minimum', [k_len])}, 0).to(tl.int32)")
         self.let("outer_end", "tl.maximum(tl.cdiv(some_end, BLOCK_N), outer_tile)")
         if not self.split:
             return
-        if walk.lower:
-            self.let("every_first", within(self.bound(walk.lower, "last_row", "maximum", ["0"])))
+        if walk.lower or self.allowed:
+            self.let("every_first", within(self.bound(walk.lower, "last_row", "maximum", [zero])))
             self.let("full_tile", "tl.cdiv(every_first, BLOCK_N)")
         else:
             self.let("full_tile", "0")
-        every_end = self.bound(walk.upper, "first_row", "minimum", ["k_len"])
+        every_end = self.bound(walk.upper, "first_row", "minimum", [k_len])
         self.let("every_end", f"tl.maximum({every_end}, 0).to(tl.int32)")
-        self.let("full_end", "every_end // BLOCK_N")
+        full_end = "every_end // BLOCK_N"
+        self.let("full_end", f"tl.where(allowed_whole, {full_end}, 0)" if self.allowed else full_end)
 
     def choose(self, walk: KeyWalk) -> None:
         """Segments of the choice: prefix, then the list between prefix and near band, then the near band."""
         middle, right = "outer_tile", "outer_end"
+        outer_left = bool(walk.lower) or self.allowed
         if walk.prefix is not None:
             prefix = f"tl.maximum({self.text(walk.prefix, 'first_row')}, 0)"
             self.let("prefix_keys", f"tl.minimum({prefix}, k_len).to(tl.int32)")
             self.let("prefix_end", _clamp("tl.cdiv(prefix_keys, BLOCK_N)", "outer_tile", "outer_end"))
             full = "tl.minimum(prefix_keys // BLOCK_N, full_end)"
-            self.segment("prefix", "outer_tile", "prefix_end", "full_tile", full, bool(walk.lower))
+            self.segment("prefix", "outer_tile", "prefix_end", "full_tile", full, outer_left)
             middle = "prefix_end"
         if walk.near_lower is not None:
             self.near(walk, middle)
             right = "near_tile"
         if walk.powers is not None:
-            self.listed("far", middle, right, bool(walk.lower))
+            self.listed("far", middle, right, outer_left)
             if walk.near_lower is not None and walk.near_upper:
-                self.listed("ahead", "near_end", "outer_end", bool(walk.lower))
+                self.listed("ahead", "near_end", "outer_end", outer_left)
 
     def near(self, walk: KeyWalk, middle: str) -> None:
         lower, upper = walk.near_lower or (), walk.near_upper
@@ -146,7 +152,7 @@ class _Builder:
             end = self.bound(upper, "first_row", "minimum", ["k_len"])
             self.let("near_whole", f"tl.maximum({end}, 0).to(tl.int32) // BLOCK_N")
             full_end = "tl.minimum(near_whole, full_end)"
-        self.segment("near", "near_tile", "near_end", full_tile, full_end, bool(lower) or bool(walk.lower))
+        self.segment("near", "near_tile", "near_end", full_tile, full_end, bool(lower or walk.lower) or self.allowed)
 
     def listed(self, name: str, first: str, end: str, has_left: bool) -> None:
         """Tiles of listed blocks in ``[first, end)``. Places in the list run from far right to far left."""
@@ -182,11 +188,11 @@ class _Builder:
         self.edge.append(Part(f"{name}_right", f"{name}_full_end", end))
 
 
-def rows_of(walk: KeyWalk, text: Text) -> Ranges:
+def rows_of(walk: KeyWalk, text: Text, allowed: bool = False) -> Ranges:
     """The other way round: tiles of query rows that a tile of keys ``first_key`` to ``last_key`` is visited by.
 
     Bounds never decrease in q, so the rows are consecutive and their ends are found by bisection. A walk with a
-    block list has no such ends.
+    block list has no such ends. ``allowed``: as for :func:`visits`.
     """
     conditions = {
         "rows_first": ("first_key", walk.upper, walk.near_upper, "all"),
@@ -217,6 +223,11 @@ def rows_of(walk: KeyWalk, text: Text) -> Ranges:
         f"whole_tile = {_clamp('tl.cdiv(whole_first, BLOCK_N)', 'row_tile_first', 'row_tile_end')}",
         f"whole_tile_end = {_clamp('whole_end // BLOCK_N', 'whole_tile', 'row_tile_end')}",
     ]
+    if allowed:
+        lines.insert(-2, "some_allowed = (first_key < allowed_end) & (last_key >= allowed_first)")
+        lines.insert(-2, "row_tile_end = tl.where(some_allowed, row_tile_end, row_tile_first)")
+        lines.append("all_allowed = allowed_whole & (first_key >= allowed_first) & (last_key < allowed_end)")
+        lines.append("whole_tile_end = tl.where(all_allowed, whole_tile_end, whole_tile)")
     edges = (Part("before", "row_tile_first", "whole_tile"), Part("after", "whole_tile_end", "row_tile_end"))
     return Ranges(tuple(lines), (Part("whole", "whole_tile", "whole_tile_end"),), edges)
 

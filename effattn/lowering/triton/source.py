@@ -20,6 +20,7 @@ from effattn.ir import expr
 from effattn.ir.fold import fold
 from effattn.ir.text import text
 from effattn.lowering.tiles import KeyWalk, walk
+from effattn.lowering.triton import allowed
 from effattn.lowering.triton.algebra import LONGEST, ROWS, SCALAR, TILE, Lines, Source, Value, tested_dims
 from effattn.lowering.triton.helpers import HELPERS
 from effattn.lowering.triton.ranges import Part, Ranges, flatten, position_offset, visits
@@ -81,16 +82,24 @@ def file_name(spec: KernelSpec, source: str) -> str:
 
 
 def parameters(spec: KernelSpec, kernel: str = "forward") -> list[Param]:
-    """The parameters of a kernel in the file, in order: ``forward``, or ``grad_query`` and ``grad_key_value``."""
+    """The parameters of a kernel in the file, in order.
+
+    ``forward``, or ``grad_query`` and ``grad_key_value``; ``find_allowed`` if there is a :func:`key_condition`.
+    """
     element = f"*{DTYPES[spec.dtype]}"
+    allowed_keys = [Param("allowed", "*i32")] if key_condition(spec) != sympy.true else []
+    if kernel == "find_allowed":
+        return allowed_keys + [p for p in _common_parameters(spec) if p.type != "constexpr" and p.name != "splits"]
     if kernel != "forward":
         grads = {"grad_query": ["grad_of_query"], "grad_key_value": ["grad_of_key", "grad_of_value"]}[kernel]
         inputs = ["query", "key", "value", "grad_out"]
-        found = [Param(name, element) for name in inputs] + [Param("lse", "*fp32"), Param("delta", "*fp32")]
+        found = [Param(name, element) for name in inputs] + [Param(name, "*fp32") for name in ("lse", "delta")]
+        found += allowed_keys
         found += [Param(name, element) for name in grads]
         found += [Param(f"{name}_stride_{dim}", "i32") for name in (*inputs, *grads) for dim in "bhnd"]
         return found + _common_parameters(spec)
-    found = [Param(name, element) for name in ("query", "key", "value", "out")] + [Param("lse", "*fp32")]
+    found = [Param(name, element) for name in ("query", "key", "value", "out")]
+    found += [Param("lse", "*fp32"), *allowed_keys]
     if spec.kind == "decode":
         found += [Param(name, "*fp32") for name in ("parts", "parts_top", "parts_total")]
     if spec.tiles.descriptors:
@@ -114,6 +123,11 @@ def _common_parameters(spec: KernelSpec) -> list[Param]:
     found += [Param(f"scalar_{name}", "i32", False) for name in spec.plan.scalars]
     found += [Param(f"number_{name}", "fp32", False) for name in spec.plan.numbers]
     return found + [Param(name, "constexpr") for name in kernel_constants(spec)]
+
+
+def key_condition(spec: KernelSpec) -> Any:
+    """What is found out about keys before the main kernel starts; true: nothing."""
+    return allowed.split(walk(spec.plan.rule).residual)[0] if spec.key_ranges else sympy.true
 
 
 def sizes_tested(spec: KernelSpec) -> dict[str, list[int]]:
@@ -179,6 +193,9 @@ class Generator:
         self.spec = spec
         self.plan = spec.plan
         self.walk: KeyWalk = walk(self.plan.rule)
+        self.key_condition = key_condition(spec)
+        self.allowed = self.key_condition != sympy.true
+        self.residual = allowed.split(self.walk.residual)[1] if self.allowed else self.walk.residual
         self.loads = {load.name: load for load in self.plan.loads}
         self.early = Lines()  # before the rows of the tile are known: only scalars
         self.before = self.early.inner()  # before the loops
@@ -263,6 +280,24 @@ class Generator:
             "scale_expression": scale_expression,
             "score_expression": self.scale is None,
             "tested": list(sizes_tested(spec).values()),
+            **self.allowed_context(),
+        }
+
+    def allowed_context(self) -> dict[str, Any]:
+        """What the kernel ``find_allowed`` is written from."""
+        if not self.allowed:
+            return {"allowed": False}
+        head = {"h": Value("0"), "q": Value("0")}  # neither occurs
+        lines, keep = allowed.lines_and_keep(self.key_condition, self.symbols(**head), self.loads)
+        params = parameters(self.spec, "find_allowed")
+        return {
+            "allowed": True,
+            "allowed_params": params,
+            "allowed_unspecialised": [p.name for p in params if not p.specialise],
+            "allowed_lines": lines,
+            "allowed_keep": keep,
+            "allowed_parts": allowed.PARTS,
+            "allowed_keys": allowed.KEYS_AT_ONCE,
         }
 
     def descriptor_arguments(self) -> str:
@@ -288,8 +323,10 @@ class Generator:
     def ranges(self) -> Ranges:
         listed = self.offset is not None
         split = self.spec.kind != "decode"
-        found = visits(self.walk, lambda bound, row: self.scalar_text(bound, self.before, row), listed, split)
-        lines = list(found.lines)
+        found = visits(
+            self.walk, lambda bound, row: self.scalar_text(bound, self.before, row), listed, split, self.allowed
+        )
+        lines = [*(allowed.SUMS if self.allowed else ()), *found.lines]
         if listed and self.walk.choice:
             powers = self.walk.powers
             assert powers is not None
@@ -304,7 +341,7 @@ class Generator:
             found.append(self.sweep("", ranges.edge, edge=True))
         else:
             title = "tiles in which every row keeps every key"
-            if self.walk.residual != sympy.true:
+            if self.residual != sympy.true:
                 title = "tiles in which only conditions on data are tested"
             if ranges.full:
                 found.append(self.sweep(title, ranges.full, edge=False))
@@ -319,7 +356,7 @@ class Generator:
         sweep = Sweep(title, edge, count, before, steps, lines=inside.lines)
         if self.scale is None:
             sweep.score = fold(self.plan.score, algebra).spread(TILE)
-        condition = self.plan.rule if edge else self.walk.residual
+        condition = self.plan.rule if edge else self.residual
         keep = [] if condition == sympy.true else [fold(condition, algebra)]
         if edge:
             keep.append(Value("key_ok", frozenset("k"), "bool"))

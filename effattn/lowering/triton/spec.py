@@ -44,6 +44,7 @@ class KernelSpec:
     groups: int  # query heads that share one key/value head
     tiles: Tiles
     tf32: bool = False  # fp32 products may round their inputs to TF32
+    key_ranges: bool = True  # find the keys that data allows first, and visit no others
 
     @property
     def block_d(self) -> int:

@@ -1,0 +1,127 @@
+"""Keys that data allows are found first: tiles without any are skipped, tiles of nothing else are not tested."""
+
+from __future__ import annotations
+
+import pytest
+import sympy
+import torch
+from checking import check
+from plans import CASES, CAUSAL, Call, Sizes, power_keep, tensors
+from test_backward import check as check_backward
+
+from effattn.ir.expr import b, h, k, load, q, s
+from effattn.ir.plan import LoadSpec, Plan
+from effattn.lowering.tiles import walk
+from effattn.lowering.triton.allowed import split
+from effattn.lowering.triton.spec import Tiles
+from effattn.runtime import triton_target
+
+CPU = torch.device("cpu")
+SMALL = Tiles(16, 16, 4, 1)
+PADDING = sympy.Ne(load("padding", [b, k], integer=True), 0)
+KEYS = 90
+# which of 90 keys each batch row may attend to
+PATTERNS = {
+    "all": [(0, 90), (0, 90)],
+    "left": [(0, 90), (37, 90)],
+    "right": [(0, 90), (0, 33)],
+    "within a tile": [(35, 41), (48, 64)],
+    "one key": [(89, 90), (0, 1)],
+    "nothing": [(5, 5), (0, 90)],
+    "nothing at all": [(0, 0), (0, 0)],
+}
+SIZES = Sizes(q_len=KEYS, k_len=KEYS, heads=2)
+RULES = {
+    "causal": CAUSAL,
+    "all": sympy.true,
+    "window and sinks": sympy.And(CAUSAL, sympy.Or(q - k < 21, k < 20)),
+    "power": sympy.And(CAUSAL, power_keep(16, 16, 7)),
+    "documents too": sympy.And(
+        CAUSAL, sympy.Eq(load("document", [b, q], integer=True), load("document", [b, k], integer=True))
+    ),
+}
+
+
+def mask_of(pattern: str) -> torch.Tensor:
+    if pattern == "holes":
+        return torch.rand(2, KEYS, generator=torch.Generator().manual_seed(1)) > 0.4
+    columns = torch.arange(KEYS)
+    return torch.stack([(columns >= first) & (columns < end) for first, end in PATTERNS[pattern]])
+
+
+def call_of(pattern: str, rule: str = "causal", empty_rows: str = "zero", dtype=torch.bool) -> Call:
+    loads = {"padding": mask_of(pattern).to(dtype), "document": torch.arange(KEYS).div(40).long().expand(2, -1)}
+    names = ["padding", *(["document"] if rule == "documents too" else [])]
+    specs = tuple(LoadSpec(name, str(loads[name].dtype).removeprefix("torch."), 2) for name in names)
+    plan = Plan("exact", SIZES.scale * s, sympy.And(RULES[rule], PADDING), loads=specs, empty_rows=empty_rows)
+    return Call(plan, [loads[name] for name in names])
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("pattern", [*PATTERNS, "holes"])
+def test_every_pattern(pattern, rule):
+    check(call_of(pattern, rule), *tensors(SIZES), config=SMALL, kind="prefill")
+
+
+@pytest.mark.parametrize("empty_rows", ["zero", "nan", "mean"])
+@pytest.mark.parametrize("pattern", ["nothing", "within a tile"])
+def test_rows_without_keys(pattern, empty_rows):
+    check(call_of(pattern, empty_rows=empty_rows, dtype=torch.int64), *tensors(SIZES), config=SMALL, kind="prefill")
+
+
+@pytest.mark.parametrize("pattern", [*PATTERNS, "holes"])
+def test_decode(pattern):
+    sizes = Sizes(q_len=1, k_len=KEYS, heads=4)
+    check(call_of(pattern, "all", "nan"), *tensors(sizes), config=SMALL, kind="decode", splits=3)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "rule"),
+    [*((name, "causal") for name in ("left", "right", "nothing", "holes")), ("within a tile", "window and sinks")],
+)
+def test_backward(pattern, rule):
+    check_backward(call_of(pattern, rule), tensors(SIZES))
+
+
+def test_more_keys_than_one_program_reads_at_once():
+    sizes = Sizes(batch=1, heads=1, q_len=3, k_len=70_000)
+    seen = torch.zeros(1, 70_000, dtype=torch.int64)
+    seen[:, 40_500:66_001] = 1
+    plan = Plan("exact", sizes.scale * s, PADDING, loads=(LoadSpec("padding", "int64", 2),))
+    check(Call(plan, [seen]), *tensors(sizes), config=Tiles(16, 512, 4, 1), kind="prefill")
+
+
+@pytest.mark.parametrize("kind", ["prefill", "decode"])
+def test_tiles_without_allowed_keys_are_not_read(kind):
+    """What such tiles hold does not matter, not even NaN, which a weight of zero would not remove."""
+    call = call_of("left", "all")
+    call.loads[0][:, :37] = False
+    query, key, value = tensors(Sizes(q_len=1 if kind == "decode" else KEYS, k_len=KEYS))
+    options = {"config": SMALL, "kind": kind} | ({"splits": 2} if kind == "decode" else {})
+    wanted, _ = triton_target.run(call.plan, query, key, value, call.loads, **options)
+    key[:, :, :32], value[:, :, :32] = torch.nan, torch.nan
+    out, _ = triton_target.run(call.plan, query, key, value, call.loads, **options)
+    torch.testing.assert_close(out, wanted, atol=0, rtol=0)
+
+
+def test_backward_skips_keys_that_are_not_allowed():
+    call = call_of("right")
+    call.loads[0][:, 33:] = False
+    inputs = tensors(SIZES)
+    out, lse = triton_target.run(call.plan, *inputs, call.loads, config=SMALL, kind="prefill")
+    grad = torch.ones_like(out)
+    wanted = triton_target.run_backward(call.plan, grad, None, *inputs, out, lse, call.loads, config=SMALL)
+    inputs[1][:, :, 48:], inputs[2][:, :, 48:] = torch.nan, torch.nan
+    grads = triton_target.run_backward(call.plan, grad, None, *inputs, out, lse, call.loads, config=SMALL)
+    for got, want in zip(grads, wanted, strict=True):
+        torch.testing.assert_close(got, want, atol=0, rtol=0)
+
+
+def test_which_conditions_are_found_beforehand():
+    opaque = sympy.Ne(load("mask", [b, h, q, k], integer=True), 0)
+    by_row = sympy.Eq(load("document", [b, q], integer=True), load("document", [b, k], integer=True))
+    odd = sympy.Ne(sympy.Mod(k, 3), 1)
+    alone, others = split(walk(sympy.And(CAUSAL, PADDING, opaque, by_row, odd)).residual)
+    assert alone == PADDING
+    assert others == sympy.And(opaque, by_row, odd)
+    assert split(walk(CASES["causal"](SIZES, CPU).plan.rule).residual) == (sympy.true, sympy.true)
