@@ -1,4 +1,4 @@
-"""The power form against compiled FlexAttention with the same mask, forward, in one run.
+"""The power and window forms against compiled FlexAttention with the same masks, forward, in one run.
 
     python -m benchmarks.power_vs_flex --out benchmarks/results/power_vs_flex.json
 
@@ -8,7 +8,9 @@ none.
 
 from __future__ import annotations
 
+import argparse
 import time
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -17,66 +19,72 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 import effattn
 from benchmarks import harness
+from benchmarks.harness import EFFATTN
 
-LENGTHS = (32_768, 131_072)
-LARGE = {"block": 128, "window": 2048, "sinks": 128}
-TINY = {"block": 16, "window": 64, "sinks": 16}
+FLEX = "flex_attention"
+LENGTHS, TINY_LENGTHS = (32_768, 131_072), (257,)
+PARAMS = {"power": {"block": 128, "window": 2048, "sinks": 128}, "window": {"window": 2048, "sinks": 128}}
+TINY_PARAMS = {"power": {"block": 16, "window": 64, "sinks": 16}, "window": {"window": 64, "sinks": 16}}
+SIZES, TINY_SIZES = {"heads": 32, "kv_heads": 8, "head_dim": 128}, {"heads": 4, "kv_heads": 2, "head_dim": 16}
+BLOCK = 128  # FlexAttention's
 
 
-def tensors(heads: int, kv_heads: int, length: int, dim: int, options: Any) -> tuple[torch.Tensor, ...]:
+def inputs(options: argparse.Namespace, sizes: dict[str, int], length: int) -> tuple[torch.Tensor, ...]:
     """query [1, heads, N, D], key and value [1, kv_heads, N, D], the same every time."""
     torch.manual_seed(0)
     dtype = torch.float32 if options.tiny else torch.bfloat16
-    return tuple(
-        torch.randn(1, count, length, dim, device=options.device, dtype=dtype) for count in (heads, kv_heads, kv_heads)
-    )
+    heads = (sizes["heads"], sizes["kv_heads"], sizes["kv_heads"])
+    return tuple(torch.randn(1, h, length, sizes["head_dim"], device=options.device, dtype=dtype) for h in heads)
 
 
-def flex(query: Any, key: Any, value: Any, params: dict[str, int], device: str, more: dict[str, Any]) -> Any:
-    """FlexAttention on the mask that defines the form."""
-    form = effattn.forms()["power"]
-    reference = partial(form.reference, form.params(**params))
+def flex(form: str, params: dict[str, int], given: tuple[torch.Tensor, ...], tiny: bool, more: dict) -> Callable:
+    """FlexAttention with the mask that defines the form."""
+    chosen = effattn.forms()[form]
+    definition = partial(chosen.reference, chosen.params(**params))
 
-    def mask(_batch, _head, row, column):
-        return reference(row, column) & (column <= row)
+    def kept(_batch, _head, row, column):
+        return definition(row, column) & (column <= row)
 
-    length = query.shape[2]
+    query, device = given[0], given[0].device
+    on_gpu = device.type == "cuda"
     start = time.perf_counter()
-    blocks = create_block_mask(mask, None, None, length, length, device=device, _compile=device == "cuda")
-    if device == "cuda":
-        torch.cuda.synchronize()
+    mask = create_block_mask(
+        kept, None, None, query.shape[2], query.shape[2], device=str(device), BLOCK_SIZE=BLOCK, _compile=on_gpu
+    )
+    if on_gpu:
+        torch.cuda.synchronize(device)
     more["mask_s"] = time.perf_counter() - start
-    call = torch.compile(flex_attention, dynamic=False)
-    return lambda: call(query, key, value, block_mask=blocks, enable_gqa=True)
+    call = flex_attention if tiny else torch.compile(flex_attention, dynamic=False)
+    return lambda: call(*given, block_mask=mask, enable_gqa=True)
 
 
-def ours(query: Any, key: Any, value: Any, params: dict[str, int]) -> Any:
-    return lambda: effattn.attention(query, key, value, form="power", causal=True, **params)
+def ours(form: str, params: dict[str, int], given: tuple[torch.Tensor, ...]) -> Callable:
+    return lambda: effattn.attention(*given, form=form, causal=True, **params)
 
 
-def run() -> int:
-    parser = harness.parser(__doc__.split("\n")[0])
-    parser.add_argument("--lengths", type=int, nargs="+")
-    options = parser.parse_args()
-    heads, kv_heads, dim = (4, 2, 16) if options.tiny else (32, 8, 128)
-    params = TINY if options.tiny else LARGE
-    setting = {"heads": heads, "kv_heads": kv_heads, "head_dim": dim, "dtype": "bfloat16", "batch": 1, **params}
-    suite = harness.Suite("power_vs_flex", options, setting)
-    for length in options.lengths or ((257, 512) if options.tiny else LENGTHS):
-        inputs = tensors(heads, kv_heads, length, dim, options)
-        more: dict[str, Any] = {}
-        with torch.no_grad():
-            case = f"N {length}"
-            suite.measure(
-                case, "flex_attention", partial(flex, *inputs, params, options.device, more), compare=_rows, more=more
-            )
-            suite.measure(case, "effattn", partial(ours, *inputs, params), compare=_rows)
-    return suite.finish(against=("flex_attention",))
-
-
-def _rows(out: torch.Tensor) -> torch.Tensor:
-    """Enough rows to compare: the first and last blocks, and every 61st."""
+def some_rows(out: torch.Tensor) -> torch.Tensor:
+    """Enough rows to compare: the first and last, and every 61st."""
     return torch.cat([out[:, :, :256], out[:, :, ::61], out[:, :, -256:]], dim=2)
+
+
+def run(argv: list[str] | None) -> int:
+    parser = harness.parser(__doc__.split("\n")[0])
+    parser.add_argument("--lengths", type=int, nargs="+", help="instead of 32,768 and 131,072")
+    parser.add_argument("--forms", nargs="+", choices=tuple(PARAMS), default=list(PARAMS))
+    options = parser.parse_args(argv)
+    sizes, params = (TINY_SIZES, TINY_PARAMS) if options.tiny else (SIZES, PARAMS)
+    setting: dict[str, Any] = {"batch": 1, "dtype": "float32" if options.tiny else "bfloat16", **sizes, **params}
+    suite = harness.Suite("power_vs_flex", options, setting, against=(FLEX,))
+    for length in options.lengths or (TINY_LENGTHS if options.tiny else LENGTHS):
+        given = inputs(options, sizes, length)
+        for form in options.forms:
+            case, more = f"{form}, N {length:,}", dict[str, Any]()
+            with torch.no_grad():
+                built = partial(flex, form, params[form], given, options.tiny, more)
+                suite.measure(case, FLEX, built, compare=some_rows, more=more)
+                suite.measure(case, EFFATTN, partial(ours, form, params[form], given), compare=some_rows)
+            suite.bar(case, EFFATTN, FLEX, 1.0)
+    return suite.finish()
 
 
 if __name__ == "__main__":
