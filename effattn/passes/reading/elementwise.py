@@ -107,7 +107,7 @@ def _swallows(value) -> bool:
         return False
     plain = value.xreplace({choice: sympy.Integer(0) for choice in value.atoms(expr.Where)})
     terms = (term for term in sympy.preorder_traversal(plain) if isinstance(term, (sympy.Add, sympy.Mul)))
-    numbers = (arg for term in terms for arg in term.args if arg.is_Number and arg.is_finite)
+    numbers = (n for term in terms if expr.loads_of(term) for n in term.args if n.is_Number and n.is_finite)
     return any(abs(number) > _LARGE for number in numbers)
 
 
