@@ -128,6 +128,7 @@ class Suite:
     def _time(self, row: Row, build: Callable[[], Callable[[], Any]], compare: Callable[[Any], Tensor] | None) -> None:
         self._keep_reference_of(row.case)
         before = measuring.allocated_gib(self.device) - self._held_gib()
+        skipped = measuring.graphs_not_captured()
         function = build()
         row.first_s, value = measuring.wall_seconds(function, self.device)
         if compare is not None:
@@ -135,6 +136,8 @@ class Suite:
         del value
         timing = measuring.timed(function, self.device, self.options.repeats)
         row.ms, row.fastest, row.runs = timing.median, timing.fastest, timing.runs
+        if (now := measuring.graphs_not_captured()) > skipped:
+            row.more["graphs not captured"] = now - skipped
         if timing.peak_gib is not None:
             row.peak_gib = timing.peak_gib - self._held_gib()
             row.above_gib = row.peak_gib - before

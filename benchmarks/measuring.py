@@ -87,6 +87,11 @@ def forget(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
+def graphs_not_captured() -> int:
+    """How many CUDA graphs Inductor was asked for and did not make (as when a graph changes its inputs)."""
+    return torch._dynamo.utils.counters["inductor"]["cudagraph_skips"]
+
+
 def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
