@@ -69,8 +69,10 @@ def attend(
     _check_shapes(query, key, value)
     if key.shape[2] < decoded.min_length:
         decoded = _dense(plan)
-    if decoded.target is None and (done := sdpa_path(decoded, query, key, value, loads, scalars, numbers)) is not None:
-        return done
+    if decoded.target != "triton":
+        done = sdpa_path(decoded, query, key, value, loads, scalars, numbers)
+        if done is not None:
+            return done
     return _target(decoded, query, value).run(decoded, query, key, value, loads, scalars, numbers)
 
 

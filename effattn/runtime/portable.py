@@ -70,6 +70,8 @@ class Call:
 
     def pieces(self) -> Iterator[Piece]:
         """The whole call in pieces whose scores fit the budget."""
+        if self.batch * self.heads * self.q_len == 0:
+            return
         for chunk in self.walker.chunks(self._rows()):
             per_head = max(self.groups * (chunk.stop - chunk.start) * chunk.keys, 1)
             fit = max(self.budget // per_head, 1)
