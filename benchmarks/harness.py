@@ -125,6 +125,12 @@ class Suite:
         self.save()
         return row
 
+    def add(self, row: Row) -> None:
+        """Keep a row that was measured elsewhere, as in a process of its own."""
+        self.rows.append(row)
+        print(f"  {row.case} | {row.variant} | {_line(row)}", flush=True)
+        self.save()
+
     def _time(self, row: Row, build: Callable[[], Callable[[], Any]], compare: Callable[[Any], Tensor] | None) -> None:
         self._keep_reference_of(row.case)
         before = measuring.allocated_gib(self.device) - self._held_gib()
@@ -291,10 +297,12 @@ def _told(error: Exception) -> str:
 def _line(row: Row) -> str:
     if row.error:
         return row.error[:300]
+    time_ = "" if row.ms is None else f"{row.ms:.3f} ms"
+    first = "" if row.first_s is None else f", first {row.first_s:.1f} s"
     peak = f", peak {row.peak_gib:.2f} GiB (+{row.above_gib:.2f})" if row.peak_gib is not None else ""
     size = f", difference {row.difference:.2g} of {row.size:.2g}" if row.difference is not None else ""
     more = "".join(f", {key} {number(value)}" for key, value in row.more.items())
-    return f"{row.ms:.3f} ms{peak}, first {row.first_s:.1f} s{size}{more}"
+    return f"{time_}{peak}{first}{size}{more}"
 
 
 def main(run: Callable[[list[str] | None], int]) -> None:

@@ -20,21 +20,21 @@ def show(result: dict[str, Any]) -> None:
 
 def rows(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Headings and cells: one line a variant, a column for every variant that the others are compared to."""
-    extra = list(dict.fromkeys(key for row in result["rows"] for key in row["more"]))
     memory = any(row["peak_gib"] is not None for row in result["rows"])
     headings = ["case", "variant", "ms", *[f"/ {name}" for name in result["against"]]]
     headings += ["peak GiB", "above weights"] if memory else []
-    headings += ["first call s", "difference", *extra]
-    return headings, [_cells(row, result, extra, memory) for row in result["rows"]]
+    headings += ["first call s", "difference", "more"]
+    return headings, [_cells(row, result, memory) for row in result["rows"]]
 
 
-def _cells(row: dict[str, Any], result: dict[str, Any], extra: list[str], memory: bool) -> list[str]:
+def _cells(row: dict[str, Any], result: dict[str, Any], memory: bool) -> list[str]:
     costs = {other["variant"]: other["ms"] for other in result["rows"] if other["case"] == row["case"]}
     ratios = [row["ms"] / costs[name] if row["ms"] and costs.get(name) else None for name in result["against"]]
     cells = [row["case"], row["variant"], row["error"] or number(row["ms"]), *map(number, ratios)]
     cells += [number(row["peak_gib"]), number(row["above_gib"])] if memory else []
     apart = "" if row["difference"] is None else f"{row['difference']:.2g} of {row['size']:.2g}"
-    return [*cells, number(row["first_s"]), apart, *[number(row["more"].get(key)) for key in extra]]
+    more = ", ".join(f"{key} {number(value)}" for key, value in row["more"].items())
+    return [*cells, number(row["first_s"]), apart, more]
 
 
 def bars(results: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
