@@ -18,6 +18,7 @@ from torch import Tensor
 GIB = 1 << 30
 LONGEST = 4.0  # seconds of repeats after which a function has been timed well enough
 FEWEST = 3
+REST = 3.0  # seconds of idling before a GPU is timed: what ran before must not leave it hotter for what comes after
 CHUNK = 1 << 26  # elements compared at once
 
 
@@ -38,6 +39,8 @@ def timed(function: Callable[[], Any], device: torch.device, repeats: int) -> Ti
     if device.type != "cuda":
         times = [1e3 * wall_seconds(function, device)[0] for _ in range(runs)]
         return Timing(statistics.median(times), min(times), runs, None)
+    if once > 1e-2:
+        time.sleep(REST)
     torch.cuda.reset_peak_memory_stats(device)
     times = _event_times(function, device, runs)
     return Timing(statistics.median(times), min(times), runs, torch.cuda.max_memory_allocated(device) / GIB)
