@@ -9,7 +9,8 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 # Which torch to install, and the triton that goes with it. Choose others with, for example,
 #   make demo TORCH='torch==2.11.0 triton==3.6.0'
 # Without an NVIDIA GPU, PyTorch's own index is asked too: it has the same version built for the CPU alone, which pip
-# prefers and which spares gigabytes of CUDA libraries. TORCH_INDEX= (empty) leaves that index out, or names another.
+# prefers and which spares gigabytes of CUDA libraries. What torch itself needs comes later, from pip's usual index.
+# TORCH_INDEX= (empty) leaves that index out; another value names another.
 TORCH ?= torch==2.13.0 triton==3.7.1
 ifeq ($(shell nvidia-smi -L 2>/dev/null | grep -c GPU),0)
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
@@ -28,11 +29,14 @@ help:
 demo: $(VENV)/.models
 	$(BIN)/python examples/demo.py $(DEMO)
 
+# two workers of one thread each: more threads than cores make each other wait
+PYTEST ?= -n 2
+
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest $(PYTEST)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST)
 
 test-gpu: $(VENV)/.dev
-	TRITON_INTERPRET=0 $(BIN)/python -m pytest -m gpu tests/gpu $(PYTEST)
+	TRITON_INTERPRET=0 $(BIN)/python -m pytest tests/gpu
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -50,7 +54,7 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.torch: $(VENV)/bin/python
-	$(PIP) install $(TORCH) $(if $(TORCH_INDEX),--retries 1 --extra-index-url $(TORCH_INDEX))
+	$(PIP) install --no-deps $(TORCH) $(if $(TORCH_INDEX),--retries 1 --extra-index-url $(TORCH_INDEX))
 	@touch $@
 
 $(VENV)/.models: $(VENV)/.torch pyproject.toml

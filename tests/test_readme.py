@@ -1,0 +1,56 @@
+"""Every Python and TOML example of the README works as written."""
+
+from __future__ import annotations
+
+import pathlib
+import re
+
+import pytest
+import torch
+
+import effattn
+
+README = pathlib.Path(__file__).parents[1] / "README.md"
+BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+
+
+def blocks(language: str) -> list:
+    found = [body for name, body in BLOCK.findall(README.read_text(encoding="utf-8")) if name == language]
+    return [pytest.param(body, id=str(number)) for number, body in enumerate(found)]
+
+
+class _Attention(torch.nn.Module):
+    """What the examples call ``model``: one causal attention."""
+
+    def forward(self, input_ids, use_cache=True):
+        q = k = v = torch.nn.functional.one_hot(input_ids, 16).float()[:, None]
+        mask = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool).tril()
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+
+@pytest.mark.parametrize("source", blocks("python"))
+def test_python(source, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    torch._dynamo.reset()
+    names = {"model": _Attention(), "input_ids": torch.arange(16)[None], "torch": torch}
+    exec(compile(source, str(README), "exec"), names)
+    if "fast" in names:
+        names["fast"] = torch.compile(names["model"], backend="effattn", options={"rest": "eager"})
+        assert torch.allclose(names["fast"](names["input_ids"]), names["model"](names["input_ids"]), atol=1e-5)
+    if "report" in names:
+        assert [site.predicate for site in names["report"].sites] == ["k <= q"]
+        assert "1 of 1 attention sites found" in capsys.readouterr().out
+    if "out" in names:
+        assert names["out"].isfinite().all()
+
+
+@pytest.mark.parametrize("source", blocks("toml"))
+def test_toml(source, tmp_path):
+    path = tmp_path / "policy.toml"
+    path.write_text(source, encoding="utf-8")
+    assert effattn.Policy.load(path).rules
+
+
+def test_there_are_examples():
+    assert len(blocks("python")) >= 3
+    assert blocks("toml")
