@@ -63,6 +63,9 @@ class _Checker(fx.Interpreter):
         self.sites = {match.anchors.scores: match for match in matches}
         self.by_time: dict[int, list[tuple[str, str]]] = {}
         self.values: dict[tuple[str, int], Any] = {}
+        self.plain: dict[str, Any] = {}  # lengths and numbers, by node: the interpreter forgets what is not used again
+        self.kept = {source.node.name for match in matches for source in match.anchors.scalars}
+        self.kept |= {node.name for match in matches for node in match.anchors.numbers}
         self.time = 0
         for match in matches:
             for source in match.anchors.loads:
@@ -76,7 +79,10 @@ class _Checker(fx.Interpreter):
             args, kwargs = self.fetch_args_kwargs_from_env(n)
             self._check(self.sites[n.name], n, args, kwargs)
         self.time += 1
-        return super().run_node(n)
+        result = super().run_node(n)
+        if n.name in self.kept:
+            self.plain[n.name] = result.shape if isinstance(result, torch.Tensor) else result
+        return result
 
     def _check(self, match: Match, node: fx.Node, args: tuple, kwargs: dict) -> None:
         site = match.site
@@ -101,10 +107,10 @@ class _Checker(fx.Interpreter):
             for spec, source in zip(site.loads, match.anchors.loads, strict=True)
         }
         for name, source in zip(site.scalars, match.anchors.scalars, strict=True):
-            held = next(value for node, value in self.env.items() if node.name == source.node.name)
-            index[name] = held if source.dim is None else held.shape[source.dim]
+            held = self.plain[source.node.name]
+            index[name] = held if source.dim is None else held[source.dim]
         for name, number in zip(site.numbers, match.anchors.numbers, strict=True):
-            index[name] = next(value for node, value in self.env.items() if node.name == number.name)
+            index[name] = self.plain[number.name]
         device = allowed.device
         places = [evaluate(entry, index, loads, torch.float64, device) for entry in match.anchors.scores_index]
         places = [torch.as_tensor(place, device=device) for place in places]

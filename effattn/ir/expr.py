@@ -67,6 +67,10 @@ class FloorDiv(sympy.Function):
             return sympy.Integer(0)
         return None
 
+    def _eval_is_nonnegative(self):
+        numerator, divisor = self.args
+        return True if numerator.is_nonnegative and divisor.is_positive else None
+
 
 class Modulo(sympy.Function):
     """Remainder of :class:`FloorDiv`, never negative."""

@@ -19,10 +19,13 @@ class _Printer(StrPrinter):
     _print_IntLoad = _print_Load
 
     def _print_FloorDiv(self, term):
-        return f"({self._print(term.args[0])})//{self._print(term.args[1])}".replace("(q)", "q").replace("(k)", "k")
+        return f"{self._operand(term.args[0])}//{self._operand(term.args[1])}"
 
     def _print_Modulo(self, term):
-        return f"({self._print(term.args[0])})%{self._print(term.args[1])}"
+        return f"{self._operand(term.args[0])}%{self._operand(term.args[1])}"
+
+    def _operand(self, term):
+        return self._print(term) if term.is_Symbol or term.is_Number else f"({self._print(term)})"
 
     def _print_IsPowerOfTwo(self, term):
         return f"is_power_of_two({self._print(term.args[0])})"

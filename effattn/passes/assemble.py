@@ -18,7 +18,7 @@ from effattn.ir.plan import LoadSpec
 from effattn.ir.site import Layout, Site, Stage
 from effattn.passes import masks
 from effattn.passes.draft import Anchors, Draft, Match, Refused, SizeSource
-from effattn.passes.graph import GraphView, hint
+from effattn.passes.graph import GraphView, as_sympy, hint
 from effattn.passes.operands import Operand
 from effattn.passes.placement import placement
 from effattn.passes.reading import LoadSource
@@ -47,13 +47,14 @@ def assemble(view: GraphView, draft: Draft, order: int) -> Match:
     _check_expressions(score, predicate)
     if sympy.count_ops(score) + sympy.count_ops(predicate, visual=False) > MAX_TERMS:
         raise Refused("size", "the expression of score and mask is too large to compute in a kernel")
-    position = masks.query_position(predicate, layout)
+    lengths = _in_lengths(layout)
+    position = masks.query_position(predicate, lengths)
     if position is None and predicate == sympy.true and layout.q_len == 1 and _appended(view, draft.key):
         position = q + Nk - 1  # a decode step without a mask: the query is the last of the keys
     try:
         empty = masks.empty_rows(
             masks.Split(score, predicate, found.fills),
-            _in_lengths(layout),
+            lengths,
             position,
             sdpa=draft.zero_when_empty,
             dtype=_score_dtype(view, draft),
@@ -426,7 +427,7 @@ def _hint(view: GraphView, size, draft: Draft) -> int:
         return int(size)
     for operand in (draft.query, draft.key, draft.value):
         for extent in view.held(operand.node).shape:
-            if isinstance(extent, torch.SymInt) and extent.node.expr == size:
+            if isinstance(extent, torch.SymInt) and as_sympy(extent) == size:
                 return hint(extent)
     return 0
 

@@ -21,7 +21,9 @@ import torch
 from networkx.utils import UnionFind
 from torch import fx
 from torch.utils import _pytree as pytree
+from torch.utils._sympy import functions
 
+from effattn.ir import expr
 from effattn.passes.vocabulary import Call, canonical
 
 # operations whose result may share memory with an argument; asked only where Dynamo recorded no value
@@ -189,10 +191,32 @@ class GraphView:
 
 
 def as_sympy(value: Any) -> sympy.Expr:
-    """An int or SymInt as a sympy term, without guarding on it."""
+    """An int or SymInt as a sympy term in our vocabulary, without guarding on it."""
     if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
-        return value.node.expr
+        return _in_our_words(value.node.expr)
     return sympy.sympify(value)
+
+
+# torch's own symbolic functions that ours compute as well, for sizes: all arguments positive
+_OUR_WORDS: dict[type, Any] = {
+    functions.FloorDiv: expr.FloorDiv,
+    functions.CleanDiv: expr.FloorDiv,
+    functions.Mod: expr.Modulo,
+    functions.PythonMod: expr.Modulo,
+    functions.Max: sympy.Max,
+    functions.Min: sympy.Min,
+}
+
+
+@lru_cache(maxsize=4096)
+def _in_our_words(term: sympy.Expr) -> sympy.Expr:
+    if not term.args:
+        return term
+    args = [_in_our_words(arg) for arg in term.args]
+    ours = _OUR_WORDS.get(type(term))
+    if ours in (expr.FloorDiv, expr.Modulo) and not (args[1].is_Integer and args[1] > 0):
+        return term
+    return term.func(*args) if ours is None else ours(*args)
 
 
 def hint(value: Any) -> int:

@@ -214,10 +214,17 @@ def query_position(predicate, layout: Layout) -> Any | None:
     for part in expr.conjuncts(predicate):
         if not isinstance(part, (sympy.Le, sympy.Lt)) or part.lhs != k or part.rhs.has(k, b, h, expr.s):
             continue
-        last = part.rhs if isinstance(part, sympy.Le) else part.rhs - 1
-        beyond = sympy.expand(last - q)
-        square = sympy.expand(layout.q_len - layout.k_len) == 0
+        last = sympy.expand(part.rhs if isinstance(part, sympy.Le) else part.rhs - 1)
         one_row = layout.q_len == 1 and layout.k_len != 1 and not last.has(q)  # decoding: q is 0
-        if one_row or not (beyond.has(q) or (square and beyond.is_positive)):
-            found.append(sympy.expand(last))
+        if one_row or _is_offset(sympy.expand(last - q), layout):
+            found.append(last)
     return found[0] if len(found) == 1 else None
+
+
+def _is_offset(beyond, layout: Layout) -> bool:
+    """Whether keys up to ``q + beyond`` can be those up to the query's own place: none lies beyond the last key."""
+    if beyond.has(q):
+        return False
+    known_at_run_time = expr.loads_of(beyond) or beyond.free_symbols - {expr.Nq, expr.Nk}
+    room = sympy.expand(layout.k_len - layout.q_len - beyond)
+    return bool(known_at_run_time) or beyond.is_nonpositive is True or room.is_nonnegative is True

@@ -491,3 +491,32 @@ def test_one_graph_serves_all_lengths(function):
         runs[backend] = graphs
     assert len(runs["effattn"]) == len(runs["eager"]), "no guard of ours"
     assert len(runs["effattn"]) <= 3
+
+
+POSITIONS = [
+    (window, {}, "q"),
+    (offset_constant, {"queries": 5}, "14 + q"),
+    (offset_tensor, {"queries": 5, "more": (torch.tensor(14),)}, "q + offset"),
+    (offset_tensor, {"queries": 1, "more": (torch.tensor(14),)}, "q + offset"),
+    (padding_and_causal, {"more": (LEFT,)}, "q"),
+    (window_to_both_sides, {}, None),
+    (lookahead, {}, None),
+    (block_diagonal, {}, None),
+    (padding_lengths, {"more": (torch.tensor([N, 11]),)}, None),
+]
+
+
+@pytest.mark.parametrize(
+    ("function", "options", "position"), POSITIONS, ids=lambda value: getattr(value, "__name__", "")
+)
+def test_position_of_a_query_among_the_keys(function, options, position):
+    """Forms that measure distances need it; a row that sees what comes after it has none."""
+    from effattn.compiler import collect
+    from effattn.ir.text import text
+
+    more = options.get("more", ())
+    with collect.listening() as heard:
+        compiled(function, *qkv(N, options.get("queries", N)), *more)
+    (choice,) = heard.choices
+    found = choice.match.site.position
+    assert (found if found is None else text(found)) == position

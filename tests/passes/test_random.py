@@ -221,7 +221,8 @@ def test_random_attention(recipe, sizes):
         function, *given_args[:3], *given_args[3].values(), lengths=lengths, tolerance=TOLERANCE[sizes.dtype]
     )
     assert len(report.sites) + len(report.missed) == 1
-    for missed in report.missed:
+    one_of_everything = sizes.queries == sizes.heads * sizes.groups == 1  # views cannot tell rows from heads then
+    for missed in report.missed if not one_of_everything else ():
         assert any(reason in missed.reason for reason in ALLOWED), missed.reason
 
 
