@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -102,11 +103,60 @@ ARITHMETIC: dict[str, Callable] = {
 }
 
 
+@dataclass(frozen=True)
+class Span:
+    """Consecutive indices, or a few runs of them, as the value of a symbol: a load reads them as slices.
+
+    ``tensor`` is what they are elsewhere: int64, in the shape in which they broadcast to the scores.
+    """
+
+    tensor: Tensor
+    parts: tuple[tuple[int, int], ...]  # (start, stop)
+
+    @staticmethod
+    def of(parts: Sequence[tuple[int, int]], device: Any, *shape: int) -> Span:
+        ranges = [torch.arange(start, stop, device=device) for start, stop in parts]
+        tensor = ranges[0] if len(ranges) == 1 else torch.cat(ranges)
+        return Span(tensor.view(shape) if shape else tensor, tuple(parts))
+
+
+def plain(value: Any) -> Any:
+    return value.tensor if isinstance(value, Span) else value
+
+
+def read_slices(tensor: Tensor, indices: Sequence[Any]) -> Tensor | None:
+    """``tensor[indices]`` without a gather, where every index is a number or a span within bounds; else None."""
+    spans: list[Span] = []
+    for index, size in zip(indices, tensor.shape, strict=True):
+        if isinstance(index, Tensor):
+            return None
+        low, high = (index.parts[0][0], index.parts[-1][1]) if isinstance(index, Span) else (index, index + 1)
+        if low < 0 or high > size:
+            return None
+        if isinstance(index, Span):
+            spans.append(index)
+    dims = max((span.tensor.ndim for span in spans), default=0)
+    shape, order = [1] * dims, []
+    for place, span in enumerate(spans):
+        own = [(dims - span.tensor.ndim + dim, size) for dim, size in enumerate(span.tensor.shape) if size > 1]
+        if any(shape[dim] > 1 for dim, _ in own):
+            return None  # two indices along one dimension: a diagonal
+        for dim, size in own:
+            shape[dim] = size
+        order.append((own[0][0] if own else dims, place))
+    read = tensor[tuple(slice(None) if isinstance(index, Span) else index for index in indices)]
+    for place, span in enumerate(spans):
+        slices = [read.narrow(place, start, stop - start) for start, stop in span.parts]
+        read = slices[0] if len(slices) == 1 else torch.cat(slices, dim=place)
+    return read.permute([place for _, place in sorted(order)]).reshape(shape)
+
+
 class TorchAlgebra:
     """Torch tensors as the values of an expression; see :func:`effattn.ir.fold.fold`.
 
     Args:
-        symbols: value of each symbol: index tensors that broadcast to the scores, lengths, scalars, numbers, ``s``.
+        symbols: value of each symbol: indices that broadcast to the scores (tensors or spans), lengths, scalars,
+            numbers, ``s``.
         loads: tensor of each load, by name. Indices are clamped into it.
         dtype: floating point loads are read in this dtype.
         device: where tensors that no other tensor decides are made.
@@ -126,10 +176,13 @@ class TorchAlgebra:
 
     def load(self, name, indices):
         tensor = self.loads[name]
-        if indices:
-            clamped = [self._clamp(index, size) for index, size in zip(indices, tensor.shape, strict=True)]
-            tensor = tensor[tuple(clamped)]
-        return tensor.to(self.dtype) if tensor.is_floating_point() else tensor
+        # of a single element every index is clamped to it: what broadcasts stays small
+        indices = [0 if size == 1 else index for index, size in zip(indices, tensor.shape, strict=True)]
+        read = read_slices(tensor, indices)
+        if read is None:
+            clamped = [self._clamp(plain(index), size) for index, size in zip(indices, tensor.shape, strict=True)]
+            read = tensor[tuple(clamped)] if clamped else tensor
+        return read.to(self.dtype) if read.is_floating_point() else read
 
     def _clamp(self, index, size: int):
         if isinstance(index, Tensor):
@@ -137,6 +190,7 @@ class TorchAlgebra:
         return max(0, min(int(index), size - 1))
 
     def call(self, operation, *args):
+        args = tuple(plain(arg) for arg in args)
         if operation == "where":
             return self._where(*args)
         if (logical := LOGICAL.get(operation)) is not None:
@@ -230,4 +284,4 @@ def evaluate(term, symbols: Mapping[str, Any], loads: Mapping[str, Tensor], dtyp
             values.append(algebra.load(subject, given))
         else:
             values.append(algebra.symbol(subject) if method == "symbol" else subject)
-    return values[-1]
+    return plain(values[-1])

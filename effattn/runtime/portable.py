@@ -10,9 +10,8 @@ import sympy
 import torch
 from torch import Tensor
 
-from effattn.ir import expr
 from effattn.ir.plan import Plan
-from effattn.runtime.algebra import bindings, evaluate
+from effattn.runtime.algebra import Span, bindings, evaluate
 from effattn.runtime.chunks import Chunk, Walker, walk_of
 from effattn.runtime.sdpa import scale_and_bias
 
@@ -98,21 +97,20 @@ class Call:
         """Values of every symbol but ``s`` and ``k``, to broadcast against [b, hkv, G, rows, n]."""
         batches = range(self.batch)[piece.batches]
         heads = range(self.kv_heads)[piece.kv_heads]
-        head = torch.arange(heads.start * self.groups, heads.stop * self.groups, device=self.device)
         return {
             **self.names,
             "Nq": self.q_len,
             "Nk": self.k_len,
-            "b": torch.arange(batches.start, batches.stop, device=self.device).view(-1, 1, 1, 1, 1),
-            "h": head.view(1, -1, self.groups, 1, 1),
-            "q": torch.arange(piece.chunk.start, piece.chunk.stop, device=self.device).view(-1, 1),
+            "b": self.span([(batches.start, batches.stop)], -1, 1, 1, 1, 1),
+            "h": self.span([(heads.start * self.groups, heads.stop * self.groups)], 1, -1, self.groups, 1, 1),
+            "q": self.span([(piece.chunk.start, piece.chunk.stop)], -1, 1),
         }
 
-    def keys(self, start: int, stop: int) -> Tensor:
-        return torch.arange(start, stop, device=self.device)
+    def span(self, parts: Sequence[tuple[int, int]], *shape: int) -> Span:
+        return Span.of(parts, self.device, *shape)
 
-    def all_keys(self, piece: Piece) -> Tensor:
-        return torch.cat([self.keys(*part) for part in piece.chunk.slices()])
+    def all_keys(self, piece: Piece) -> Span:
+        return self.span(piece.chunk.slices())
 
     def evaluate(self, term: Any, symbols: dict[str, Any]) -> Any:
         return evaluate(term, symbols, self.loads, self.dtype, self.device)
@@ -136,7 +134,7 @@ class Call:
             score = score.to(self.dtype)
             if score is raw or score.shape != raw.shape:
                 score = score.expand_as(raw).clone()
-        self._mask(score, piece, symbols)
+        _mask(score, self._conditions(piece, symbols))
         return score, symbols
 
     def additive(self, piece: Piece) -> Tensor | None:
@@ -145,23 +143,17 @@ class Call:
         [b or 1, hkv or 1, G or 1, rows, n], 1 where neither bias nor rule depends on it.
         """
         symbols = self.indices(piece)
-        partial = not all(run.full for run in piece.chunk.runs)
-        terms = (self.bias, self.walk.residual, self.walk.structural if partial else sympy.true)
-        if terms == (0, sympy.true, sympy.true):
+        conditions = self._conditions(piece, symbols)
+        bias = self.evaluate(self.bias, {**symbols, "k": self.all_keys(piece)})
+        if not conditions and self.bias == 0:
             return None
-        batches, (heads, groups) = symbols["b"].shape[0], symbols["h"].shape[1:3]
-        by_batch, by_head = (any(term.has(index) for term in terms) for index in (expr.b, expr.h))
-        shape = (
-            batches if by_batch else 1,
-            heads if by_head else 1,
-            groups if by_head else 1,
-            piece.chunk.stop - piece.chunk.start,
-            piece.chunk.keys,
-        )
+        tensors = [value for value in (bias, *(kept for _, kept in conditions)) if isinstance(value, Tensor)]
+        leading = torch.broadcast_shapes((1, 1, 1), *(value.shape[:-2] for value in tensors))
+        shape = (*leading, piece.chunk.stop - piece.chunk.start, piece.chunk.keys)
         added = torch.zeros(shape, dtype=self.dtype, device=self.device)
         if self.bias != 0:
-            added += self.evaluate(self.bias, {**symbols, "k": self.all_keys(piece)})
-        self._mask(added, piece, symbols)
+            added += bias
+        _mask(added, conditions)
         return added
 
     def empty_rows(self, piece: Piece, added: Tensor | None) -> Tensor | None:
@@ -171,24 +163,28 @@ class Call:
             return None
         return added.amax(dim=-1) == -torch.inf
 
-    def _mask(self, score: Tensor, piece: Piece, symbols: dict[str, Any]) -> None:
-        """-inf where the rule does not hold, in place; the structure is asked only where it is not known."""
-        column = 0
+    def _conditions(self, piece: Piece, symbols: dict[str, Any]) -> list[tuple[slice, Tensor | bool]]:
+        """What must hold, by columns of the visited keys; the structure is asked only where it is not known."""
+        conditions, column = [], 0
         for run in piece.chunk.runs:
             width = run.stop - run.start
             if not run.full:
-                kept = self.evaluate(self.walk.structural, {**symbols, "k": self.keys(run.start, run.stop)})
-                _fill(score[..., column : column + width], kept)
+                kept = self.evaluate(self.walk.structural, {**symbols, "k": self.span([(run.start, run.stop)])})
+                conditions.append((slice(column, column + width), kept))
             column += width
         if self.walk.residual != sympy.true:
-            _fill(score, self.evaluate(self.walk.residual, {**symbols, "k": self.all_keys(piece)}))
+            kept = self.evaluate(self.walk.residual, {**symbols, "k": self.all_keys(piece)})
+            conditions.append((slice(0, column), kept))
+        return conditions
 
 
-def _fill(score: Tensor, kept: Tensor | bool) -> None:
-    if isinstance(kept, Tensor):
-        score.masked_fill_(~kept, -torch.inf)
-    elif not kept:
-        score.fill_(-torch.inf)
+def _mask(score: Tensor, conditions: list[tuple[slice, Tensor | bool]]) -> None:
+    """-inf where a condition does not hold, in place."""
+    for columns, kept in conditions:
+        if isinstance(kept, Tensor):
+            score[..., columns].masked_fill_(~kept, -torch.inf)
+        elif not kept:
+            score[..., columns].fill_(-torch.inf)
 
 
 def empty_output(plan: Plan, value: Tensor, dtype: torch.dtype) -> Tensor:
