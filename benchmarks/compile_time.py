@@ -128,6 +128,7 @@ def why_not(options: argparse.Namespace) -> str | None:
 def run(argv: list[str] | None) -> int:
     parser = harness.parser(__doc__.split("\n")[0])
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--cases", nargs="+", choices=(COLD, WARM), default=[COLD, WARM])
     options = parser.parse_args(argv)
     if options.child:
         print(RESULT + json.dumps(compile_once(options)), flush=True)
@@ -139,7 +140,7 @@ def run(argv: list[str] | None) -> int:
         suite.note(f"skipped: {missing}")
         return suite.finish()
     with tempfile.TemporaryDirectory() as caches:
-        for case in (COLD, WARM):
+        for case in options.cases:
             if suite.out_of_time():
                 suite.note(f"no time left for {case}")
                 break
