@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from typing import Any
 
 import torch
 
@@ -32,7 +33,7 @@ from effattn.runtime import kernels
 
 MAX_SPLITS = 128
 KEYS_PER_SPLIT = 256  # a split with fewer keys costs more to combine than it saves
-WAVES = 4  # programs that share one multiprocessor while keys stream in
+WAVES = 2  # programs that share one multiprocessor: all run at once, and no few are left for the end
 MAX_DESCRIPTOR_DIM = 256  # widest side of a box that the copy engine takes
 WIDEST_STRIDE = 1 << 22  # offsets within a tile are 32-bit
 
@@ -69,24 +70,86 @@ def run(
     Raises:
         UnsupportedCall: dtypes, sizes or expressions that kernels do not serve.
     """
+    tensors = (query, key, value, *loads)
+    given = [float(number) for number in numbers]
+    # a plan is known by its place in memory, which the call keeps for it: to hash its expressions takes longer
+    facts = (id(plan), config, kind, splits, _tf32(), *map(_facts, tensors), *(scalar >> 31 for scalar in scalars))
+    call = _CALLS.get(facts)
+    if call is None:
+        call = _prepared(plan, query, key, value, loads, config, kind, splits)
+        _remember(_CALLS, facts, call)
+    out = query.new_empty(call.shape)
+    if call.transposed:
+        out = out.transpose(1, 2)
+    lse = query.new_empty(call.lse_shape, dtype=torch.float32)
+    if call.launch is None:
+        return out, lse
+    if call.widened:  # the interpreter multiplies no bfloat16 tiles
+        wide = (query.float(), key.float(), value.float())
+        found, lse = run(call.plan, *wide, loads, scalars, numbers, config=config, kind=kind, splits=splits)
+        return out.copy_(found), lse
+    if call.narrowed:
+        query, key, value = _narrow(query), _narrow(key), _narrow(value)
+    with _on(query.device):
+        call.launch(query, key, value, out, lse, loads, scalars, given, *call.splits, call.known)
+    return out, lse
+
+
+@dataclass(frozen=True)
+class _Call:
+    """What calls with the same plan, shapes, strides, dtypes and alignment share."""
+
+    plan: Plan
+    given: Plan  # as it was passed: while it lives here, no other plan gets its place in memory
+    shape: tuple[int, ...]  # of the output as it lies in memory
+    lse_shape: tuple[int, ...]
+    transposed: bool
+    launch: Callable[..., None] | None = None  # None: nothing to compute
+    widened: bool = False
+    narrowed: bool = False
+    splits: tuple[int, ...] = ()  # one number for decoding
+    known: dict[str, Any] = field(default_factory=dict)  # what the launcher found out the first time
+
+
+_CALLS: dict[tuple, _Call] = {}
+_BACKWARD_CALLS: dict[tuple, tuple[Plan, Callable[..., None], dict[str, Any]]] = {}
+MOST_CALLS = 4096
+
+
+def forget() -> None:
+    """Choose kernels anew for every call."""
+    _CALLS.clear()
+    _BACKWARD_CALLS.clear()
+
+
+def _remember(calls: dict, facts: tuple, call: Any) -> None:
+    if len(calls) >= MOST_CALLS:
+        calls.clear()
+    calls[facts] = call
+
+
+def _facts(tensor: torch.Tensor) -> tuple:
+    """All that a launch depends on beside the place of the data: kernels are specialised on its alignment alone."""
+    return tensor.shape, tensor.stride(), tensor.dtype, tensor.data_ptr() % 16 == 0, tensor.get_device()
+
+
+def _prepared(plan: Plan, query, key, value, loads, config: Tiles | None, kind: Kind | None, splits: int | None):
+    """Checks a call and chooses its kernel; see :func:`run`."""
+    given = plan
     batches, heads, q_len, head_dim = query.shape
     kv_heads, k_len, value_dim = key.shape[1], key.shape[2], value.shape[3]
     if plan.min_length > k_len:
         plan = plan.dense()
     _check(plan, query, key, value, loads)
-    if plan.layout == "bnhd":
-        out = query.new_empty((batches, q_len, heads, value_dim)).transpose(1, 2)
-    else:
-        out = query.new_empty((batches, heads, q_len, value_dim))
-    lse = query.new_empty((batches, heads, q_len), dtype=torch.float32)
-    if lse.numel() == 0:
-        return out, lse
-    groups = heads // kv_heads
+    transposed = plan.layout == "bnhd"
+    shape = (batches, q_len, heads, value_dim) if transposed else (batches, heads, q_len, value_dim)
+    call = _Call(plan, given, shape, (batches, heads, q_len), transposed)
+    if 0 in call.lse_shape:
+        return call
     device = query.device
-    if device.type == "cpu" and query.dtype == torch.bfloat16:  # the interpreter multiplies no bfloat16 tiles
-        wide = (query.float(), key.float(), value.float())
-        found, lse = run(plan, *wide, loads, scalars, numbers, config=config, kind=kind, splits=splits)
-        return out.copy_(found), lse
+    if device.type == "cpu" and query.dtype == torch.bfloat16:
+        return replace(call, launch=_never, widened=True)
+    groups = heads // kv_heads
     kind = kind or kind_of(plan, q_len, groups)
     tensors = (_narrow(query), _narrow(key), _narrow(value))
     spec = spec_of(plan, query.dtype, q_len, groups, head_dim, value_dim, device, kind, config)
@@ -94,14 +157,15 @@ def run(
         spec = replace(spec, key_ranges=False)  # one short row is seldom padded: not worth a second kernel
     if spec.tiles.descriptors and not (_describable(tensors[1]) and _describable(tensors[2])):
         spec = replace(spec, tiles=replace(spec.tiles, descriptors=False))
-    kernel = kernels.load(spec)
-    arguments = (*tensors, out, lse, loads, scalars, numbers)
-    with _on(device):
-        if kind == "decode":
-            kernel.module.launch(*arguments, splits or splits_for(batches * kv_heads, k_len, _multiprocessors(device)))
-        else:
-            kernel.module.launch(*arguments)
-    return out, lse
+    parts: tuple[int, ...] = ()
+    if kind == "decode":
+        parts = (splits or splits_for(batches * kv_heads, k_len, _multiprocessors(device)),)
+    narrowed = any(narrow is not tensor for narrow, tensor in zip(tensors, (query, key, value), strict=True))
+    return replace(call, launch=kernels.load(spec).module.launch, narrowed=narrowed, splits=parts)
+
+
+def _never(*arguments: Any) -> None:
+    raise AssertionError("a call whose tensors are widened first")
 
 
 def run_backward(
@@ -123,7 +187,7 @@ def run_backward(
 
     ``out`` and ``lse`` are what the forward returned. What generated kernels do not serve goes through ATen.
     """
-    if no_backward(plan, query.shape[3], value.shape[3]) is not None or lse.numel() == 0 or key.shape[2] == 0:
+    if lse.numel() == 0 or key.shape[2] == 0 or _no_backward(plan, query.shape[3], value.shape[3]) is not None:
         from effattn.runtime import portable_backward
 
         return portable_backward.run_backward(
@@ -136,19 +200,29 @@ def run_backward(
         of_query, of_key, of_value = (_empty_like(plan, grad, query.dtype).copy_(grad) for grad in found)
         return of_query, of_key, of_value
     groups = query.shape[1] // key.shape[1]
-    head_dim, value_dim = query.shape[3], value.shape[3]
-    spec = spec_of(plan, query.dtype, query.shape[2], groups, head_dim, value_dim, query.device, "backward", config)
-    inputs = [_narrow(tensor) for tensor in (query, key, value)]
+    inputs = (_narrow(query), _narrow(key), _narrow(value), out, lse, _narrow(grad_out))
+    grad_lse = None if grad_lse is None else grad_lse.float().contiguous()
+    facts: tuple = (id(plan), config, _tf32(), *map(_facts, (*inputs, *loads)), *(scalar >> 31 for scalar in scalars))
+    facts += (None if grad_lse is None else _facts(grad_lse),)
+    call = _BACKWARD_CALLS.get(facts)
+    if call is None:
+        widths = (query.shape[3], value.shape[3])
+        spec = spec_of(plan, query.dtype, query.shape[2], groups, *widths, query.device, "backward", config)
+        call = (plan, kernels.load(spec).module.launch, {})
+        _remember(_BACKWARD_CALLS, facts, call)
+    _, launch, known = call
     of_query, of_key, of_value = (_empty_like(plan, tensor, tensor.dtype) for tensor in (query, key, value))
     grads = (of_query, of_key, of_value)
-    grad_lse = None if grad_lse is None else grad_lse.float().contiguous()
+    given = [float(number) for number in numbers]
     with _on(query.device):
-        launch = kernels.load(spec).module.launch
-        launch(*inputs, out, lse, _narrow(grad_out), grad_lse, grads, loads, scalars, numbers)
+        launch(*inputs, grad_lse, grads, loads, scalars, given, known)
     if plan.empty_rows == "mean":
         lost = torch.where(lse[..., None] == -torch.inf, grad_out.float(), 0.0).sum(dim=2)
         of_value.add_(lost.unflatten(1, (-1, groups)).sum(dim=2)[:, :, None] / key.shape[2])
     return grads
+
+
+_no_backward = lru_cache(maxsize=4096)(no_backward)
 
 
 def _empty_like(plan: Plan, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -67,7 +67,7 @@ def test_half_precision(name, dtype):
     check(CASES[name](sizes, CPU), *tensors(sizes, dtype=dtype), tolerance=tolerance, config=SMALL, kind="prefill")
 
 
-@pytest.mark.parametrize("tiles", [Tiles(32, 16, 4, 1), Tiles(16, 32, 4, 1), Tiles(32, 32, 4, 1, heads_first=True)])
+@pytest.mark.parametrize("tiles", [Tiles(32, 16, 4, 1), Tiles(16, 32, 4, 1), Tiles(32, 32, 4, 1)])
 @pytest.mark.parametrize(
     "name", ["causal_from_the_end", "window_and_sinks", "power_16", "power_32_no_sinks", "chunked"]
 )
@@ -75,6 +75,14 @@ def test_tile_sizes(name, tiles):
     """Tiles larger than the blocks of a list too: then all tiles of the band are visited and tested."""
     sizes = Sizes(batch=1, q_len=70, k_len=90)
     check(CASES[name](sizes, CPU), *tensors(sizes), config=tiles, kind="prefill")
+
+
+@pytest.mark.parametrize("together", [0, 1, 3, 4, 99])
+def test_heads_side_by_side(together):
+    """Every tile of every head is computed, whatever number of heads starts side by side."""
+    sizes = Sizes(batch=2, heads=4, kv_heads=2, q_len=40, k_len=40)
+    tiles = Tiles(16, 16, 4, 1, heads_together=together)
+    check(CASES["causal"](sizes, CPU), *tensors(sizes), config=tiles, kind="prefill")
 
 
 @pytest.mark.parametrize("layout", ["bhnd", "bnhd"])

@@ -19,7 +19,7 @@ from specs import goldens, spec
 
 from effattn.lowering.triton.source import file_name, generate
 from effattn.lowering.triton.spec import Tiles, canonical
-from effattn.runtime import kernels
+from effattn.runtime import kernels, triton_target
 
 GOLDENS = Path(__file__).parents[1] / "goldens" / "kernels"
 CPU = torch.device("cpu")
@@ -84,17 +84,22 @@ def test_lines_are_computed_once():
     assert [text.count("tl.load(data_document") for text in (before, full, edge)] == [1, 1, 1]
 
 
+def _forget():
+    kernels.load.cache_clear()
+    triton_target.forget()
+
+
 def test_a_file_that_was_tampered_with_is_never_run(tmp_path, monkeypatch):
     monkeypatch.setenv("EFFATTN_CACHE_DIR", str(tmp_path / "cache"))
     sizes = Sizes(q_len=19, k_len=19)
     call = CASES["window"](sizes, CPU)
-    kernels.load.cache_clear()
+    _forget()
     check(call, *tensors(sizes), config=Tiles(16, 16, 4, 1), kind="prefill")
     (path,) = (tmp_path / "cache").rglob("*.py")
     wanted = path.read_text()
     for damage in ("raise SystemExit('ran')\n", wanted[: len(wanted) // 2], ""):
         path.write_text(damage)
-        kernels.load.cache_clear()
+        _forget()
         check(call, *tensors(sizes), config=Tiles(16, 16, 4, 1), kind="prefill")
         assert path.read_text() == wanted
     path.write_text("raise SystemExit('ran')\n")  # while the kernel is loaded

@@ -8,7 +8,7 @@ from effattn.ir.plan import Plan
 from effattn.lowering.tiles import walk
 from effattn.lowering.triton.spec import MIN_TILE, Kind, Tiles, padded
 
-# On an H100 at D 128 tiles of 128 x 64 with 8 warps and 3 stages were the fastest of those tried; 4 warps spill.
+# On an H200 at D 128 causal attention was fastest with tiles of 128 x 64, 8 warps and 3 stages; 4 warps spill.
 # (architecture, bits of the dtype) -> rows (largest padded head dimension, tiles); the first row that fits is taken
 PREFILL: dict[tuple[str, int], tuple[tuple[int, Tiles], ...]] = {
     ("sm90", 16): (
@@ -41,6 +41,12 @@ PREFILL: dict[tuple[str, int], tuple[tuple[int, Tiles], ...]] = {
     ),
     ("interpreter", 16): ((512, Tiles(32, 32, 4, 1)),),
     ("interpreter", 32): ((512, Tiles(32, 32, 4, 1)),),
+}
+# masks of which a row keeps few keys, (architecture, bits, kind of mask): instead of rows for head dimension 128;
+# measured on an H200 at 8K to 128K
+SPARSE: dict[tuple[str, int, str], Tiles] = {
+    ("sm90", 16, "list"): Tiles(128, 128, 8, 2),
+    ("sm90", 16, "band"): Tiles(64, 64, 4, 3),
 }
 DECODE: dict[tuple[str, int], tuple[tuple[int, Tiles], ...]] = {
     ("sm90", 16): ((128, Tiles(16, 64, 4, 3)), (256, Tiles(16, 64, 4, 2)), (512, Tiles(16, 32, 8, 2))),
@@ -80,8 +86,18 @@ def choose(kind: Kind, plan: Plan, arch: str, bits: int, head_dim: int, value_di
     found = table.get((arch, bits)) or table.get(("any", bits)) or table["sm80", bits]
     width = padded(max(head_dim, value_dim))
     tiles = next(tiles for limit, tiles in found if width <= limit)
+    if kind == "prefill" and width == 128:
+        tiles = SPARSE.get((arch, bits, mask_kind(plan)), tiles)
     fitting = aligned(tiles, plan)
     return replace(fitting, block_m=padded(rows), warps=tiles.warps) if kind == "decode" else fitting
+
+
+def mask_kind(plan: Plan) -> str:
+    """ "list": blocks at power-of-two distances, that tiles of 128 divide; "band": rows keep no keys far behind."""
+    keys = walk(plan.rule)
+    if keys.powers is not None:
+        return "list" if keys.powers.block % 128 == 0 else "small list"
+    return "band" if keys.lower or keys.near_lower else "dense"
 
 
 def aligned(tiles: Tiles, plan: Plan) -> Tiles:

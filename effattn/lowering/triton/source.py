@@ -27,6 +27,7 @@ from effattn.lowering.triton.ranges import Part, Ranges, flatten, position_offse
 from effattn.lowering.triton.spec import DTYPES, KernelSpec
 
 LOG2_E = 1.4426950408889634
+CACHED_KEYS = 20 << 20  # bytes of keys and values that heads running side by side may share the L2 cache with
 _POINTER = {**DTYPES, "bool": "i1", "uint8": "u8", "float64": "fp64", **{f"int{n}": f"i{n}" for n in (8, 16, 32, 64)}}
 
 
@@ -89,13 +90,13 @@ def parameters(spec: KernelSpec, kernel: str = "forward") -> list[Param]:
     element = f"*{DTYPES[spec.dtype]}"
     allowed_keys = [Param("allowed", "*i32")] if key_condition(spec) != sympy.true else []
     if kernel == "find_allowed":
-        return allowed_keys + [p for p in _common_parameters(spec) if p.type != "constexpr" and p.name != "splits"]
+        common = [param for param in _common_parameters(spec) if param.type != "constexpr"]
+        return [*allowed_keys, *_data(spec), *common]
     if kernel != "forward":
         grads = {"grad_query": ["grad_of_query"], "grad_key_value": ["grad_of_key", "grad_of_value"]}[kernel]
         inputs = ["query", "key", "value", "grad_out"]
         found = [Param(name, element) for name in inputs] + [Param(name, "*fp32") for name in ("lse", "delta")]
-        found += allowed_keys
-        found += [Param(name, element) for name in grads]
+        found += [*allowed_keys, *(Param(name, element) for name in grads), *_data(spec)]
         found += [Param(f"{name}_stride_{dim}", "i32") for name in (*inputs, *grads) for dim in "bhnd"]
         return found + _common_parameters(spec)
     found = [Param(name, element) for name in ("query", "key", "value", "out")]
@@ -106,18 +107,22 @@ def parameters(spec: KernelSpec, kernel: str = "forward") -> list[Param]:
         for name, width in (("key_tiles", spec.block_d), ("value_tiles", spec.block_dv)):
             shape = f"1, 1, {spec.tiles.block_n}, {width}"
             found.append(Param(name, f"tensordesc<{DTYPES[spec.dtype]}[{shape}]>", False))
+    found += _data(spec)
     found += [Param(f"{name}_stride_{dim}", "i32") for name in ("query", "key", "value", "out") for dim in "bhnd"]
+    found.append(Param("splits" if spec.kind == "decode" else "together", "i32", False))
     return found + _common_parameters(spec)
 
 
+def _data(spec: KernelSpec) -> list[Param]:
+    """The tensors that the predicate and score read."""
+    return [Param(f"data_{load.name}", f"*{_POINTER.get(load.dtype, load.dtype)}") for load in spec.plan.loads]
+
+
 def _common_parameters(spec: KernelSpec) -> list[Param]:
-    """Lengths, data, scalars, numbers and constants."""
+    """Lengths, strides of data, scalars, numbers and constants."""
     found = [Param(name, "i32", False) for name in ("heads", "q_len", "k_len")]
-    if spec.kind == "decode":
-        found.append(Param("splits", "i32", False))
     tested = sizes_tested(spec)
     for load in spec.plan.loads:
-        found.append(Param(f"data_{load.name}", f"*{_POINTER.get(load.dtype, load.dtype)}"))
         found += [Param(f"{load.name}_stride_{dim}", "i32") for dim in range(load.ndim)]
         found += [Param(f"{load.name}_size_{dim}", "i32", False) for dim in tested[load.name]]
     found += [Param(f"scalar_{name}", "i32", False) for name in spec.plan.scalars]
@@ -259,7 +264,7 @@ class Generator:
             "block_n": tiles.block_n,
             "warps": tiles.warps,
             "stages": tiles.stages,
-            "heads_first": tiles.heads_first,
+            "together": self.together(),
             "descriptors": tiles.descriptors,
             "descriptor_arguments": self.descriptor_arguments(),
             "empty_rows": self.plan.empty_rows,
@@ -305,6 +310,14 @@ class Generator:
             return ""
         sides = (("key", self.spec.block_d), ("value", self.spec.block_dv))
         return "".join(f" tiles_of({name}, {self.spec.tiles.block_n}, {width})," for name, width in sides)
+
+    def together(self) -> str:
+        """How many heads run side by side, as source of the launcher."""
+        spec = self.spec
+        if spec.tiles.heads_together:
+            return str(spec.tiles.heads_together)
+        width = (spec.head_dim + spec.value_dim) * (4 if spec.dtype == "float32" else 2)
+        return f"{spec.groups} * max(1, {CACHED_KEYS} // ({width} * max(1, key.shape[2])))"
 
     def precision(self) -> str:
         if self.spec.dtype != "float32":
