@@ -1,6 +1,7 @@
 """Generated kernels on a real GPU: right numbers first, then their time beside SDPA and FlexAttention.
 
     python benchmarks/kernels_check.py --out kernels.json [--part check,time,decode,backward] [--workers 10]
+    python benchmarks/kernels_check.py --quick --out kernels.json    (default and best candidates only, 100 s)
 
 Everything is compiled (and checked) in a pool of processes; then one process times, so that peers and kernels are
 measured in the same run. A variant that fails is printed and left out.
@@ -24,8 +25,12 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "kernels")]
 
 HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
+ALL_HEADS = 1 << 20
 LENGTHS = (8192, 32768, 131072)
-MASKS = ("causal", "padding", "power", "window")
+MASKS = ("causal", "padding", "power", "window")  # padding: nothing is padded; left: a quarter is
+QUICK_MASKS = ("causal", "padding", "left", "power", "window")
+QUICK_LENGTHS = (32768, 131072)
+QUICK_SECONDS = 95
 BLOCK, WINDOW, SINKS = 128, 2048, 128
 
 
@@ -36,7 +41,8 @@ def configs():
         "default": None,
         "64 w8 s3": Tiles(128, 64, 8, 3),
         "64 w8 s3 edge1": Tiles(128, 64, 8, 3, edge_stages=1),
-        "64 w8 s3 heads": Tiles(128, 64, 8, 3, heads_first=True),
+        "64 w8 s3 heads": Tiles(128, 64, 8, 3, heads_together=ALL_HEADS),
+        "64 w8 s3 head": Tiles(128, 64, 8, 3, heads_together=1),
         "64 w8 s4": Tiles(128, 64, 8, 4),
         "64 w4 s3": Tiles(128, 64, 4, 3),
         "128 w8 s2": Tiles(128, 128, 8, 2),
@@ -44,8 +50,29 @@ def configs():
         "tma 64 w8 s3": Tiles(128, 64, 8, 3, descriptors=True),
         "tma 64 w8 s4": Tiles(128, 64, 8, 4, descriptors=True),
         "tma 128 w8 s2": Tiles(128, 128, 8, 2, descriptors=True),
-        "tma 128 w8 s2 heads": Tiles(128, 128, 8, 2, descriptors=True, heads_first=True),
+        "tma 128 w8 s2 heads": Tiles(128, 128, 8, 2, descriptors=True, heads_together=ALL_HEADS),
     }
+
+
+def quick_configs(mask: str):
+    """What the tables choose and the three candidates that came closest."""
+    from effattn.lowering.triton.spec import Tiles
+
+    tma = {"tma 128 w8 s2": Tiles(128, 128, 8, 2, descriptors=True)}
+    small = {"64x64 w4 s3": Tiles(64, 64, 4, 3)}
+    one = {"64 w8 s3 head": Tiles(128, 64, 8, 3, heads_together=1)}
+    return {
+        "causal": {"default": None, **one, "64 w8 s3 2 groups": Tiles(128, 64, 8, 3, heads_together=8), **tma},
+        "padding": {"default": None, **one, **tma, **small},
+        "left": {"default": None, **tma},
+        "power": {
+            "default": None,
+            "128 w8 s2 head": Tiles(128, 128, 8, 2, heads_together=1),
+            "128 w8 s2 2 groups": Tiles(128, 128, 8, 2, heads_together=8),
+            **tma,
+        },
+        "window": {"default": None, "64 w8 s3": Tiles(128, 64, 8, 3), **one, **tma},
+    }[mask]
 
 
 # --- right numbers -----------------------------------------------------------------------------------------------
@@ -62,8 +89,20 @@ def check_jobs():
     for name in ("causal", "left_padding", "documents", "window_and_sinks", "alibi", "empty_rows_mean", "none"):
         jobs.append((name, "backward", "bfloat16", 128, 128))
     jobs += [("causal", "backward", "float32", 64, 64), ("causal", "backward", "bfloat16", 96, 80)]
+    jobs += [("holes", kind, "bfloat16", 128, 128) for kind in ("prefill", "decode", "backward")]
     jobs += [("power of 128", "prefill", "bfloat16", 128, 128), ("descriptors", "prefill", "bfloat16", 128, 128)]
     return jobs
+
+
+def built(name: str, sizes, device):
+    """A call of the tests' table; "holes": keys that may be attended to are not consecutive."""
+    from plans import CASES
+
+    call = CASES["left_padding" if name == "holes" else name](sizes, device)
+    if name == "holes":
+        call.loads[0][:, 40:50] = False
+        call.loads[0][:, ::7] = False
+    return call
 
 
 def check_one(job) -> dict:
@@ -82,8 +121,8 @@ def check_one(job) -> dict:
     sizes = Sizes(2, 8, 2, 1 if kind == "decode" else length, length, dim, value_dim)
     device = torch.device("cuda")
     config = None
-    if name in CASES:
-        call = CASES[name](sizes, device)
+    if name in CASES or name == "holes":
+        call = built(name, sizes, device)
     else:
         call = Call(Plan("power", sizes.scale * s, CAUSAL, power_keep(128, 256, 128)))
         config = Tiles(128, 64, 8, 3, descriptors=True) if name == "descriptors" else None
@@ -106,14 +145,14 @@ def check_one(job) -> dict:
 
 def check_backward(job) -> dict:
     """The largest relative error of the three gradients against autograd in float64."""
-    from plans import CASES, Sizes, tensors
+    from plans import Sizes, tensors
 
     from effattn.runtime import triton_target
     from effattn.runtime.reference import reference
 
     name, _, dtype, dim, value_dim = job
     sizes = Sizes(2, 8, 2, 333, 333, dim, value_dim)
-    call = CASES[name](sizes, torch.device("cuda"))
+    call = built(name, sizes, torch.device("cuda"))
     inputs = tensors(sizes, "cuda", getattr(torch, dtype), order="bnhd")
     data = (call.loads, call.scalars, call.numbers)
     leaves = [tensor.double().requires_grad_() for tensor in inputs]
@@ -138,6 +177,13 @@ def inputs(length: int, batch: int = 1, q_len: int | None = None):
     return [torch.randn(*s, HEAD_DIM, device="cuda", dtype=torch.bfloat16, generator=make) for s in shapes]
 
 
+def padding_of(mask: str, length: int) -> torch.Tensor:
+    padding = torch.ones(1, length, dtype=torch.bool, device="cuda")
+    if mask == "left":
+        padding[:, : length // 4] = False
+    return padding
+
+
 def our_call(mask: str, length: int):
     import sympy
     from plans import CAUSAL, Call, b, k, load, s
@@ -150,10 +196,10 @@ def our_call(mask: str, length: int):
     score = HEAD_DIM**-0.5 * s
     if mask == "causal":
         return Call(Plan("exact", score, CAUSAL, empty_rows="never"))
-    if mask == "padding":
+    if mask in ("padding", "left"):
         seen = sympy.And(CAUSAL, sympy.Ne(load("padding", [b, k], integer=True), 0))
         plan = Plan("exact", score, seen, loads=(LoadSpec("padding", "bool", 2),))
-        return Call(plan, loads=[torch.ones(1, length, dtype=torch.bool, device="cuda")])
+        return Call(plan, loads=[padding_of(mask, length)])
     if mask == "power":
         params = POWER.params(block=BLOCK, window=WINDOW, sinks=SINKS)
         return Call(Plan("power", score, CAUSAL, POWER.keep(params, q), empty_rows="never"))
@@ -177,10 +223,11 @@ def blocks(mask: str, length: int):
 def flex_call(mask: str, length: int):
     from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-    padding = torch.ones(1, length, dtype=torch.bool, device="cuda")
+    torch._dynamo.reset()  # or the lengths and masks so far count towards its limit of recompilations
+    padding = padding_of(mask, length)
 
     def keep(b, h, q, k):
-        if mask == "padding":
+        if mask in ("padding", "left"):
             return (k <= q) & padding[b, k]
         if mask == "power":
             distance = q // BLOCK - k // BLOCK
@@ -205,7 +252,7 @@ def sdpa_call(backend: str, q, k, v, causal=True):
         return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=causal)
 
 
-def variants(mask: str, length: int):
+def variants(mask: str, length: int, quick: bool = False):
     """Name -> function that makes what is to be timed."""
 
     def ours(config):
@@ -229,10 +276,19 @@ def variants(mask: str, length: int):
 
         return make
 
-    found = {f"ours {name}": ours(config) for name, config in configs().items()}
-    found["flex"] = flex
+    def op():
+        import effattn.runtime.attend  # noqa: F401  (registers the op)
+
+        call, (q, k, v) = our_call(mask, length), inputs(length)
+        plan = call.plan.encode()
+        return lambda: torch.ops.effattn.attend(q, k, v, call.loads, [], [], plan)
+
+    tiles = quick_configs(mask) if quick else configs()
+    found = {f"ours {name}": ours(config) for name, config in tiles.items()}
+    if mask != "left":
+        found["flex"] = flex
     if mask == "causal":
-        found |= {"flash": sdpa("flash"), "cudnn": sdpa("cudnn")}
+        found |= {"the op": op, "flash": sdpa("flash"), "cudnn": sdpa("cudnn")}
     return found
 
 
@@ -259,6 +315,7 @@ def decode_variants(batch: int, length: int, live: int):
         return lambda: attend(q, k, v, enable_gqa=True)
 
     found = {"ours default": ours(None, None), "sdpa of the live part": sdpa}
+    found |= {f"ours 64 w4 s3 /{splits}": ours(Tiles(16, 64, 4, 3), splits) for splits in (1, 2, 3, 8) if batch > 1}
     for block_n, warps, stages in ((64, 4, 3), (64, 4, 4), (128, 4, 3), (128, 8, 3)):
         for splits in (16, 32, 64):
             found[f"ours {block_n} w{warps} s{stages} /{splits}"] = ours(Tiles(16, block_n, warps, stages), splits)
@@ -361,19 +418,29 @@ def check_cuda_graph() -> dict:
     return {"job": ["a decode step in a CUDA graph"], "out": worst, "lse": 0.0, "good": worst < 4e-3}
 
 
-def host_cost() -> float:
-    """Microseconds of Python that one small call takes."""
+def host_cost() -> dict[str, float]:
+    """Microseconds of Python that one small call takes: of the target alone, with padding too, and through the op."""
+    import effattn.runtime.attend  # noqa: F401  (registers the op)
     from effattn.runtime import triton_target
 
-    call, (q, k, v) = our_call("causal", 256), inputs(256)
-    triton_target.run(call.plan, q, k, v, kind="prefill")
-    torch.cuda.synchronize()
-    start = time.perf_counter()
-    for _ in range(200):
-        triton_target.run(call.plan, q, k, v, kind="prefill")
-    cost = (time.perf_counter() - start) / 200 * 1e6
-    torch.cuda.synchronize()
-    return cost
+    found = {}
+    for mask in ("causal", "padding", "window"):
+        call, (q, k, v) = our_call(mask, 256), inputs(256)
+        plan = call.plan.encode()
+        runs = {
+            mask: lambda: triton_target.run(call.plan, q, k, v, call.loads, kind="prefill"),  # noqa: B023
+            f"op, {mask}": lambda: torch.ops.effattn.attend(q, k, v, call.loads, [], [], plan),  # noqa: B023
+        }
+        for name, run in runs.items():
+            for _ in range(10):
+                run()
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            for _ in range(200):
+                run()
+            found[name] = (time.perf_counter() - start) / 200 * 1e6
+            torch.cuda.synchronize()
+    return found
 
 
 # --- the run -----------------------------------------------------------------------------------------------------
@@ -386,8 +453,8 @@ def work(job):
         if kind == "check":
             return check_one(rest[0])
         if kind == "warm":
-            mask, length, name = rest
-            variants(mask, length)[name]()()
+            mask, length, name, quick = rest
+            variants(mask, length, quick)[name]()()
         if kind == "warm decode":
             sizes, name = rest
             decode_variants(*sizes)[name]()()
@@ -410,8 +477,13 @@ def main() -> None:
     parser.add_argument("--out", default="kernels_check.json")
     parser.add_argument("--part", default="check,time,decode,backward")
     parser.add_argument("--workers", type=int, default=10)
-    parser.add_argument("--seconds", type=float, default=330, help="stop starting new measurements after this")
+    parser.add_argument("--seconds", type=float, help="stop starting new measurements after this")
+    parser.add_argument("--quick", action="store_true", help="the defaults and their nearest rivals")
     args = parser.parse_args()
+    args.seconds = args.seconds or (QUICK_SECONDS if args.quick else 330)
+    if args.quick:
+        args.part = "time,decode,backward,host"
+    masks, lengths = (QUICK_MASKS, QUICK_LENGTHS) if args.quick else (MASKS, LENGTHS)
     begun = time.perf_counter()
     parts = args.part.split(",")
     found: dict = {
@@ -427,13 +499,16 @@ def main() -> None:
     if "check" in parts:
         jobs += [("check", job) for job in check_jobs()]
     if "time" in parts:
-        jobs += [("warm", mask, length, "flex") for mask in MASKS for length in LENGTHS]
-        jobs += [("warm", mask, LENGTHS[0], f"ours {name}") for mask in MASKS for name in configs()]
+        jobs += [("warm", mask, length, "flex", False) for mask in MASKS for length in lengths]
+        for mask in masks:
+            named = quick_configs(mask) if args.quick else configs()
+            jobs += [("warm", mask, LENGTHS[0], f"ours {name}", args.quick) for name in named]
     if "decode" in parts:
-        jobs += [
-            ("warm decode", DECODE[0], name) for name in decode_variants(*DECODE[0]) if "/16" in name or "def" in name
-        ]
-    if "backward" in parts:
+        names = ["ours default"] if args.quick else decode_variants(*DECODE[0])
+        jobs += [("warm decode", DECODE[0], name) for name in names if "/16" in name or "def" in name]
+    if "backward" in parts and args.quick:
+        jobs += [("warm backward", sizes, "ours default") for sizes in BACKWARD[1:3]]
+    elif "backward" in parts:
         jobs += [("warm backward", BACKWARD[0], name) for name in backward_variants(*BACKWARD[0])]
         jobs += [("warm backward", sizes, "flex") for sizes in BACKWARD[1:]]
     context = multiprocessing.get_context("spawn")
@@ -446,6 +521,7 @@ def main() -> None:
     print(f"compiled and checked in {time.perf_counter() - begun:.0f} s", flush=True)
     if "check" in parts:
         found["checks"].append(check_cuda_graph())
+    if {"check", "host"} & set(parts):
         found["host_microseconds"] = host_cost()
 
     def save():
@@ -462,11 +538,13 @@ def main() -> None:
             torch.cuda.empty_cache()
 
     save()
-    for length in LENGTHS if "time" in parts else ():
-        for mask in MASKS:
+    for length in lengths if "time" in parts else ():
+        for mask in masks:
             some, _ = blocks(mask, length)
-            pairs = length * (length + 1) / 2 if mask in ("causal", "padding") else some.sum().item() * BLOCK**2
-            for name, make in variants(mask, length).items():
+            whole = length * 3 // 4 if mask == "left" else length  # keys that are seen, and rows that see any
+            sparse = mask in ("power", "window")
+            pairs = some.sum().item() * BLOCK**2 if sparse else whole * (whole + 1) / 2
+            for name, make in variants(mask, length, args.quick).items():
                 if time.perf_counter() - begun > args.seconds:
                     print("out of time before", mask, length, name)
                     continue
@@ -474,12 +552,18 @@ def main() -> None:
                 rate = None if spent is None else 4 * HEAD_DIM * HEADS * pairs / spent / 1e9
                 found["times"].append({"mask": mask, "length": length, "name": name, "ms": spent, "tflops": rate})
         save()
+    quick_decode = ("ours default", "sdpa of the live part", *(f"ours 64 w4 s3 /{n}" for n in (1, 2, 3, 8, 16)))
     for sizes in DECODE if "decode" in parts else ():
         for name, make in decode_variants(*sizes).items():
+            if args.quick and name not in quick_decode:
+                continue
             if time.perf_counter() - begun < args.seconds:
                 found["decode"].append({"sizes": sizes, "name": name, "ms": measure(make, graph=True)})
-    for sizes in BACKWARD if "backward" in parts else ():
+    backward = BACKWARD[1:3] if args.quick else BACKWARD
+    for sizes in backward if "backward" in parts else ():
         for name, make in backward_variants(*sizes).items():
+            if args.quick and name not in ("ours default", "flash", "cudnn"):
+                continue
             if time.perf_counter() - begun < args.seconds:
                 found["backward"].append({"sizes": sizes, "name": name, "ms": measure(make)})
     save()
@@ -490,8 +574,12 @@ def main() -> None:
 def table(found: dict) -> None:
     good = sum(check["good"] for check in found["checks"])
     print(f"\n{found['device']}, torch {found['torch']}: {good} of {len(found['checks'])} checks right", end="")
-    print(f"; {found.get('host_microseconds', float('nan')):.0f} us of host time a call\n")
-    columns = [(mask, length) for mask in MASKS for length in LENGTHS]
+    print()
+    if "host_microseconds" in found:
+        costs = (f"{name} {cost:.0f} us" for name, cost in found["host_microseconds"].items())
+        print(f"host time of a call: {', '.join(costs)}\n")
+    columns = list(dict.fromkeys((row["mask"], row["length"]) for row in found["times"]))
+    columns.sort(key=lambda column: (QUICK_MASKS.index(column[0]), column[1]))
     times = {(row["name"], row["mask"], row["length"]): row for row in found["times"]}
     names = list(dict.fromkeys(row["name"] for row in found["times"]))
     if names:
