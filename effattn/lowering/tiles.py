@@ -21,6 +21,8 @@ import sympy
 from effattn.ir import expr
 from effattn.ir.expr import FloorDiv, IsPowerOfTwo, k, q
 
+CLEAR_FRACTION = 2**-8  # how far from an integer a constant must be for its rounding to be certain
+
 
 @dataclass(frozen=True)
 class PowerList:
@@ -137,9 +139,14 @@ def _bound(atom) -> tuple[str, Any] | None:
 
 
 def _whole(term, up: bool):
-    """``term`` rounded to an integer; None if more than its constant may be a fraction."""
+    """``term`` rounded to an integer; None if more than its constant may be a fraction.
+
+    Comparisons are evaluated in float32, so a fraction that rounding could take to an integer is left to them.
+    """
     constant, rest = sympy.expand(term).as_coeff_Add()
     if not rest.is_integer or not constant.is_finite:
+        return None
+    if constant.is_integer is not True and 0 < abs(constant - round(constant)) < CLEAR_FRACTION:
         return None
     return rest + (sympy.ceiling(constant) if up else sympy.floor(constant))
 

@@ -155,10 +155,10 @@ def _from_sdpa(view: GraphView, call: Call, readers: dict[tuple, Reader]) -> Dra
     )
 
 
-def _operand(view: GraphView, node: fx.Node, index: tuple, time: int, name: str, sizes: tuple) -> Operand:
+def _operand(view: GraphView, node: fx.Node, index: tuple, time: int, name: str, sizes: tuple, dtype=None) -> Operand:
     batch, heads, length, width = sizes
     bounds = Reader(view, {b: batch, h: heads, row: length, depth: width})
-    found = trace(view, bounds, node, index, time)
+    found = trace(view, bounds, node, index, time, dtype)
     if found is None:
         raise Refused("operands", f"the layout of {name} is not understood: {node.name} at {index}")
     return found
@@ -180,7 +180,7 @@ def _from_softmax(view: GraphView, call: Call, readers: dict[tuple, Reader]) -> 
         raise Refused("arguments", "softmax without a constant dim over a tensor")
     shape, time = view.shape(scores), view.time[call.node]
     dim = call.get("dim") % len(shape)
-    product, q_dim = _query_key_product(view, scores, shape, dim, time)
+    product, q_dim = _query_key_product(view, readers, scores, shape, dim, time)
     rest = [n for n in range(len(shape)) if n not in (dim, q_dim)]
     batch_index, batch, heads = _batch_index(tuple(shape[n] for n in rest))
     index: list[Any] = [None] * len(shape)
@@ -194,17 +194,17 @@ def _from_softmax(view: GraphView, call: Call, readers: dict[tuple, Reader]) -> 
     sides = _sides(product, inside)
     if sides is None:
         raise Refused("product", "query and key cannot be told apart in the product before softmax")
-    head_dim = view.shape(product.left)[product.left_labels.index(product.summed)]
+    replaced, value_product, placed = _follow_weights(view, call.node, tuple(index), reader)
+    head_dim, dtype = view.shape(product.left)[product.left_labels.index(product.summed)], view.held(replaced).dtype
     operands = []
     for name, side, length, free in (("query", sides[0], q_len, q), ("key", sides[1], k_len, k)):
         node, labels = product.operand(side)
         at = dict(zip(product.out_labels, inside, strict=True))
         entries = _operand_index(view, node, labels, {**at, product.summed: depth}, {free: row})
-        found = _operand(view, node, entries, view.time[product.node], name, (batch, heads, length, head_dim))
-        operands.append(found)
+        sizes = (batch, heads, length, head_dim)
+        operands.append(_operand(view, node, entries, view.time[product.node], name, sizes, dtype))
     term = term.subs(s, operands[0].factor * operands[1].factor * s)
 
-    replaced, value_product, placed = _follow_weights(view, call.node, tuple(index), reader)
     value, out_index, value_dim = _value(view, value_product, placed, (batch, heads, k_len))
     if value.factor != 1:
         raise Refused("value", "value is scaled by a constant on the way to attention")
@@ -234,10 +234,13 @@ def _from_softmax(view: GraphView, call: Call, readers: dict[tuple, Reader]) -> 
     )
 
 
-def _query_key_product(view: GraphView, scores: fx.Node, shape: tuple, dim: int, time: int) -> tuple[Contraction, int]:
+def _query_key_product(
+    view: GraphView, readers: dict[tuple, Reader], scores: fx.Node, shape: tuple, dim: int, time: int
+) -> tuple[Contraction, int]:
     """The product that the scores are made of, and the dimension of the scores that is the query row."""
     symbols = [sympy.Symbol(f"g{n}", integer=True, nonnegative=True) for n in range(len(shape))]
-    reader = Reader(view, dict(zip(symbols, shape, strict=True)), products=True)
+    sizes = dict(zip(symbols, shape, strict=True))
+    reader = readers.setdefault(("product", *shape), Reader(view, sizes, products=True))
     term = reader.read(scores, time).at(tuple(symbols))
     candidates: list[tuple[Contraction, int]] = []
     wrong_axis = False

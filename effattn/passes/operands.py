@@ -43,8 +43,13 @@ class Operand:
     folded: tuple[str, ...] = ()
 
 
-def trace(view: GraphView, reader: Reader, node: fx.Node, index: Index, time: int) -> Operand | None:
-    """The operand behind ``node``, read at ``time`` with ``index`` in the symbols b, h, row and d."""
+def trace(
+    view: GraphView, reader: Reader, node: fx.Node, index: Index, time: int, dtype: torch.dtype | None = None
+) -> Operand | None:
+    """The operand behind ``node``, read at ``time`` with ``index`` in the symbols b, h, row and d.
+
+    Casts from ``dtype`` to a wider type are looked through: the scores are computed in float32 in any case.
+    """
     best: Operand | None = None
     factor: Any = sympy.Integer(1)
     folded: list[str] = []
@@ -57,7 +62,7 @@ def trace(view: GraphView, reader: Reader, node: fx.Node, index: Index, time: in
         call = view.call(node)
         if call is None or view.writes(node) or view.cuts_gradient(node, time):
             return best
-        step = _step(view, reader, call, index)
+        step = _step(view, reader, call, index, dtype)
         if step is None:
             return best
         time = view.time[node]
@@ -68,7 +73,7 @@ def trace(view: GraphView, reader: Reader, node: fx.Node, index: Index, time: in
     return best
 
 
-def _step(view: GraphView, reader: Reader, call: Call, index: Index):
+def _step(view: GraphView, reader: Reader, call: Call, index: Index, dtype: torch.dtype | None):
     """One operation towards the inputs: (node, index there, factor, what was folded)."""
     source = call.get("input")
     if call.name in ("mul", "div"):
@@ -81,8 +86,9 @@ def _step(view: GraphView, reader: Reader, call: Call, index: Index):
     if call.name == "identity":
         return source, index, 1, ""
     if call.name == "to" or call.name == "type_as" or call.name.startswith("cast_"):
-        same = view.held(source).dtype == view.held(call.node).dtype
-        return (source, index, 1, "") if same else None
+        before, after = view.held(source).dtype, view.held(call.node).dtype
+        widens = before == dtype and after.is_floating_point and before.itemsize < after.itemsize
+        return (source, index, 1, "") if before == after or widens else None
     if call.name == "reshape" or (call.name == "getitem" and _only_new_dims(call.get("index"))):
         inside = None if reinterprets(view, call) else reshape_index(reader, shape, view.shape(call.node), index)
         return None if inside is None else (source, inside, 1, "")

@@ -81,7 +81,10 @@ class Call:
                     yield Piece(slice(b, b + batches), slice(h, h + heads), chunk)
 
     def _rows(self) -> int:
-        return max(min(ROWS, self.budget // max(self.groups * self.k_len, 1)), 1)
+        """As many rows at once as fit with one head; the first or the last rows visit the most keys."""
+        ends = (0, min(ROWS, self.q_len)), (max(self.q_len - ROWS, 0), self.q_len)
+        widest = max(sum(run.stop - run.start for run in self.walker.runs(*rows)) for rows in ends)
+        return max(min(ROWS, self.budget // max(self.groups * widest, 1)), 1)
 
     def rows(self, grouped: Tensor, piece: Piece) -> Tensor:
         """A piece of a tensor of :meth:`by_group`."""

@@ -196,6 +196,8 @@ def test_chunks_visit_every_kept_key_and_full_ones_are_full(predicate, sizes, he
         (FloorDiv(k, 16) >= FloorDiv(q, 16), 1),
         (k < lengths, 1),
         (k <= q + live, 1),
+        (k >= 1.5, 1),
+        (k < q + 3.75, 1),
     ],
     ids=str,
 )
@@ -203,6 +205,16 @@ def test_what_must_be_bounded_is(predicate, bounds):
     parts = walk(predicate)
     assert len(parts.lower) + len(parts.upper) == bounds
     assert parts.residual in (sympy.true, padding)
+
+
+@pytest.mark.parametrize("tiny", [2.5e-146, 1e-9, -1e-12, 7 + 1e-9])
+@pytest.mark.parametrize("relation", [sympy.Le, sympy.Lt, sympy.Ge, sympy.Gt])
+def test_a_fraction_lost_in_float32_gives_no_bound(relation, tiny):
+    """In float32 ``0 >= 1e-146`` holds and ``k >= 1`` would not."""
+    parts = walk(relation(k, tiny))
+    assert not parts.lower
+    assert not parts.upper
+    assert torch.equal(grid(parts.residual, 9, 12), grid(relation(k, tiny), 9, 12))
 
 
 @pytest.mark.parametrize("sinks", [0, 5])

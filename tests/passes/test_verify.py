@@ -135,8 +135,8 @@ def test_it_notices(name, swap):
 def test_heads_and_batch_mixed_up(swap):
     original = match._operand
 
-    def mixed_up(view, node, index, time, name, sizes):
-        found = original(view, node, index, time, name, sizes)
+    def mixed_up(view, node, index, time, name, sizes, dtype=None):
+        found = original(view, node, index, time, name, sizes, dtype)
         batch, heads, rows, depth = found.dims
         return dataclasses.replace(found, dims=(heads, batch, rows, depth)) if name == "key" else found
 
