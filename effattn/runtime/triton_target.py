@@ -138,8 +138,7 @@ def _prepared(plan: Plan, query, key, value, loads, config: Tiles | None, kind: 
     given = plan
     batches, heads, q_len, head_dim = query.shape
     kv_heads, k_len, value_dim = key.shape[1], key.shape[2], value.shape[3]
-    if plan.min_length > k_len:
-        plan = plan.dense()
+    plan = plan.at(k_len)
     _check(plan, query, key, value, loads)
     transposed = plan.layout == "bnhd"
     shape = (batches, q_len, heads, value_dim) if transposed else (batches, heads, q_len, value_dim)
