@@ -56,6 +56,7 @@ class Sweep:
     guard: bool = False  # a row may have met no key yet
     reads_keys: bool = False
     stages: int = 0
+    gathered: bool = False  # the keys of a tile lie apart: ``steps`` say which they are
 
 
 def generate(spec: KernelSpec) -> str:
@@ -68,6 +69,10 @@ def generate(spec: KernelSpec) -> str:
         from effattn.lowering.triton.backward import BackwardGenerator
 
         return BackwardGenerator(spec).source()
+    if spec.kind == "listed":
+        from effattn.lowering.triton.listed import ListedGenerator
+
+        return ListedGenerator(spec).source()
     return Generator(spec).source()
 
 
@@ -103,12 +108,16 @@ def parameters(spec: KernelSpec, kernel: str = "forward") -> list[Param]:
     found += [Param("lse", "*fp32"), *allowed_keys]
     if spec.kind == "decode":
         found += [Param(name, "*fp32") for name in ("parts", "parts_top", "parts_total")]
+    if spec.kind == "listed":
+        found += [Param(name, "*i32") for name in ("order", "counts", "edges")]
     if spec.tiles.descriptors:
         for name, width in (("key_tiles", spec.block_d), ("value_tiles", spec.block_dv)):
             shape = f"1, 1, {spec.tiles.block_n}, {width}"
             found.append(Param(name, f"tensordesc<{DTYPES[spec.dtype]}[{shape}]>", False))
     found += _data(spec)
     found += [Param(f"{name}_stride_{dim}", "i32") for name in ("query", "key", "value", "out") for dim in "bhnd"]
+    if spec.kind == "listed":
+        found += [Param(name, "i32", False) for name in ("lists", "counted", "row_blocks", "width")]
     found.append(Param("splits" if spec.kind == "decode" else "together", "i32", False))
     return found + _common_parameters(spec)
 
@@ -146,7 +155,8 @@ def sizes_tested(spec: KernelSpec) -> dict[str, list[int]]:
 def linear_scale(score: Any, spec: KernelSpec) -> Any | None:
     """c where the score is ``c * s`` with one c for all of a tile, so that it folds into the exponent; else None."""
     factor = sympy.expand(score).coeff(expr.s, 1)
-    varying = (expr.s, expr.q, expr.k) if spec.kind == "prefill" else (expr.s, expr.q, expr.k, expr.h)
+    one_head = spec.kind in ("prefill", "listed")  # of a tile
+    varying = (expr.s, expr.q, expr.k) if one_head else (expr.s, expr.q, expr.k, expr.h)
     if factor.has(*varying) or (factor.is_zero is not False and factor.is_number):
         return None
     return factor if sympy.expand(score - factor * expr.s) == 0 else None
@@ -177,6 +187,8 @@ def kernel_constants(spec: KernelSpec) -> dict[str, int | bool]:
         found["LIST_TILES"] = powers.block // spec.tiles.block_n
     if spec.kind == "decode":
         found["DIRECT"] = False
+    if spec.kind == "listed":
+        found |= {"LIST_BLOCK": spec.list_block, "LIST_UNIT": spec.list_unit}
     return found
 
 
@@ -194,6 +206,10 @@ def _environment() -> jinja2.Environment:
 class Generator:
     """Fills the template of one specialisation."""
 
+    @property
+    def template(self) -> str:
+        return self.spec.kind
+
     def __init__(self, spec: KernelSpec):
         self.spec = spec
         self.plan = spec.plan
@@ -208,7 +224,7 @@ class Generator:
         self.shift = ""
         self.offset = None
         if self.walk.powers is not None:
-            rows = spec.tiles.block_m if spec.kind == "prefill" else 1  # decode: kernels with a list take one row
+            rows = spec.tiles.block_m if spec.kind != "decode" else 1  # decode: kernels with a list take one row
             self.offset = position_offset(self.walk.powers, rows, spec.tiles.block_n)
 
     def symbols(self, **more: Value) -> dict[str, Value]:
@@ -235,7 +251,7 @@ class Generator:
         context = self.context()
         environment = _environment()
         context["host_helpers"] = environment.get_template("host.jinja").render(context)
-        template = environment.get_template(f"{self.spec.kind}.py.jinja")
+        template = environment.get_template(f"{self.template}.py.jinja")
         body = template.render(context, helpers="")
         return _tidy(template.render(context, helpers=_helpers_for(body)))
 
@@ -285,6 +301,8 @@ class Generator:
             "scale_expression": scale_expression,
             "score_expression": self.scale is None,
             "tested": list(sizes_tested(spec).values()),
+            "listed": spec.kind == "listed",
+            "gathered": False,
             **self.allowed_context(),
         }
 

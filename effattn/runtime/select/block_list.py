@@ -10,7 +10,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class BlockList:
-    """Units of ``unit`` consecutive keys, for rows in blocks of ``block``.
+    """Units of ``unit`` consecutive keys, for rows in blocks of ``block``. The tensors are contiguous.
 
     Query head h reads list ``h // (Hq // L)`` and takes from it as many units as ``count`` says of that head. The units
     that hold the positions of the rows themselves come first, and only there causality has to be tested; no unit

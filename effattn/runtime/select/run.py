@@ -43,7 +43,7 @@ def select(
         order, count = _tokens(plan, query, key, given, places)
     else:
         order, count = _units(plan, query, key, given, places)
-    return BlockList(order, count, places.edges.to(torch.int32), expand.block, expand.unit)
+    return BlockList(order, count.contiguous(), places.edges.to(torch.int32), expand.block, expand.unit)
 
 
 def _units(plan: Plan, query: Tensor, key: Tensor, given: tuple, places: Places) -> tuple[Tensor, Tensor]:
