@@ -94,7 +94,7 @@ def run(
     extra: tuple = call.splits
     with _on(query.device):
         if call.plan.select is not None:
-            listed = select(call.plan, query, key, loads, scalars, given)
+            listed = select(call.plan, query, key, loads, scalars, given, target="triton")
             extra = (listed.order, listed.count, listed.edges)
         call.launch(query, key, value, out, lse, loads, scalars, given, *extra, call.known)
     return out, lse

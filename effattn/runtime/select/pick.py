@@ -54,8 +54,21 @@ def covering_units(coverage: Coverage, unit: int, mass: Tensor) -> Tensor:
     return needed.clamp(min=-(-coverage.least // unit), max=mass.shape[-1])
 
 
-def counts(budget: Tensor | int, own: Tensor, near: Tensor, places: Places) -> Tensor:
+def counts(budget: Tensor | int, pick: Pick, unit: int, places: Places) -> Tensor:
     """Units that each block visits: the budget, at least the forced, at most the eligible ones: int32 [..., M]."""
-    least = own.sum(dim=-1) + near.sum(dim=-1)
-    wanted = torch.maximum(least, torch.as_tensor(budget, device=least.device))
+    of_sinks = places.first.clamp(max=-(-pick.sinks // unit))
+    recent = torch.maximum(places.last + 1 - -(-pick.local // unit), of_sinks)
+    least = places.edges + of_sinks + (places.first - recent).clamp(min=0)
+    wanted = least.clamp(min=budget) if isinstance(budget, int) else torch.maximum(least, budget)
     return torch.minimum(wanted, places.eligible).to(torch.int32)
+
+
+def rank_into(order: Tensor, rows: slice, scores: Tensor, pick: Pick, unit: int, places: Places) -> None:
+    """Fill ``order[:, :, rows]`` from scores [B, L, rows, U]; the width of ``order`` says how many are kept."""
+    own, near = forced_units(pick, unit, places)
+    order[:, :, rows] = ranked(scores, own[rows], near[rows], places.last[rows])[..., : order.shape[3]]
+
+
+def covering_counts(coverage: Coverage, mass: Tensor, pick: Pick, unit: int, places: Places) -> Tensor:
+    """Units that each head visits in every query block: int32 [B, Hq, M], from its mass [B, Hq, 1, U]."""
+    return counts(covering_units(coverage, unit, mass), pick, unit, places)

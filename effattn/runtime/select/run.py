@@ -13,12 +13,10 @@ from effattn.ir.selector import Chunks, Coverage, Mean
 from effattn.runtime.algebra import bindings
 from effattn.runtime.select import chunks as chunked
 from effattn.runtime.select.block_list import BlockList
-from effattn.runtime.select.pick import budget_units, counts, covering_units, forced_units, ranked
+from effattn.runtime.select.pick import budget_units, counts
 from effattn.runtime.select.places import Places, places_of
-from effattn.runtime.select.scores import Scorer, scorer
+from effattn.runtime.select.scores import PRODUCTS
 from effattn.runtime.select.vectors import pool_heads, take
-
-SCORES = 2**23  # most scores that are alive at once: 32 MiB in float32
 
 
 @torch.no_grad()
@@ -29,11 +27,13 @@ def select(
     loads: Sequence[Tensor] = (),
     scalars: Sequence[int] = (),
     numbers: Sequence[float] = (),
+    target: str = "portable",
 ) -> BlockList:
     """The units of keys that each query block of a call visits.
 
     Args:
         query: [B, Hq, Nq, D]; key: [B, Hkv, Nk, D]; loads, scalars, numbers: what the plan names, in its order.
+        target: "triton" scores and picks by generated kernels, "portable" through ATen.
     """
     assert plan.select is not None
     given = (loads, scalars, numbers)
@@ -42,40 +42,41 @@ def select(
     if expand.unit == 1:
         order, count = _tokens(plan, query, key, given, places)
     else:
-        order, count = _units(plan, query, key, given, places)
+        order, count = _units(plan, query, key, given, places, _steps(target))
     return BlockList(order, count.contiguous(), places.edges.to(torch.int32), expand.block, expand.unit)
 
 
-def _units(plan: Plan, query: Tensor, key: Tensor, given: tuple, places: Places) -> tuple[Tensor, Tensor]:
+def _steps(target: str) -> Any:
+    """The module that scores and picks."""
+    if target == "triton":
+        from effattn.runtime.select import triton_steps
+
+        return triton_steps
+    from effattn.runtime.select import portable_steps
+
+    return portable_steps
+
+
+def _units(plan: Plan, query: Tensor, key: Tensor, given: tuple, places: Places, steps: Any) -> tuple[Tensor, Tensor]:
     selector = plan.select
     assert selector is not None
     pick, unit = selector.pick, selector.expand.unit
-    own, near = forced_units(pick, unit, places)
-    found = scorer(plan, selector.score, selector.reduce, query, key, *given)
+    scorer = steps.Scorer(plan, selector.score, selector.reduce, query, key, *given)
     if isinstance(pick.budget, Coverage):
-        mass = scorer(plan, pick.budget.score, pick.budget.reduce, query, key, *given).of(0, 1)
-        count = counts(covering_units(pick.budget, unit, mass), own, near, places)
+        mass = steps.Scorer(plan, pick.budget.score, pick.budget.reduce, query, key, *given).of(0, 1)
+        count = steps.covering_counts(pick.budget, mass, pick, unit, places)
         width = places.units  # heads differ in how much they take of one list
     else:
         budget = budget_units(pick, unit, key.shape[2])
-        count = counts(budget, own, near, places).expand(query.shape[0], found.lists, -1)
+        count = counts(budget, pick, unit, places).expand(query.shape[0], scorer.lists, -1)
         sinks, local = -(-pick.sinks // unit), -(-pick.local // unit)
         forced = places.most_edges(selector.expand.block, unit) + sinks + local
         width = min(places.units, max(budget, forced))
-    order = torch.empty((query.shape[0], found.lists, places.blocks, width), dtype=torch.int32, device=query.device)
-    for first, last in _chunks(found, places):
-        scores = found.of(first, last)
-        rows = slice(first, last)
-        order[:, :, rows] = ranked(scores, own[rows], near[rows], places.last[rows])[..., :width]
+    shape = (query.shape[0], scorer.lists, places.blocks, width)
+    order = torch.empty(shape, dtype=torch.int32, device=query.device)
+    for first, last in scorer.chunks(places.blocks):
+        steps.rank_into(order, slice(first, last), scorer.of(first, last), pick, unit, places)
     return order, count
-
-
-def _chunks(found: Scorer, places: Places) -> list[tuple[int, int]]:
-    """Query blocks in groups whose scores, before they are reduced, fit in ``SCORES``."""
-    vectors = found.key.shape[2] * found.query.shape[0] * found.lists
-    height = 1 if isinstance(found.score.query, Mean) else found.expand.block // getattr(found.score.query, "stride", 1)
-    step = max(SCORES // max(vectors * height, 1), 1)
-    return [(first, min(first + step, places.blocks)) for first in range(0, places.blocks, step)]
 
 
 def _tokens(plan: Plan, query: Tensor, key: Tensor, given: tuple, places: Places) -> tuple[Tensor, Tensor]:
@@ -89,7 +90,7 @@ def _tokens(plan: Plan, query: Tensor, key: Tensor, given: tuple, places: Places
     found = chunked.cut(score.key, pooled, tensors)
     means = chunked.chunk_means(score.key, pooled, found)
     queries = take(pool_heads(query, 1), score.query).float()
-    step = max(SCORES // max(means.shape[2] * query.shape[0], 1), 1)
+    step = max(PRODUCTS // max(means.shape[2] * query.shape[0], 1), 1)
     orders, totals = [], []
     for first in range(0, places.blocks, step):
         rows = slice(first, first + step)

@@ -9,23 +9,33 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from effattn.ir.plan import Plan
-from effattn.ir.selector import Expand, Last, Reduce, Score
+from effattn.ir.selector import Last, Mean, Reduce, Score
 from effattn.runtime.algebra import bindings, evaluate
 from effattn.runtime.select.vectors import indices, pool_heads, take
+
+PRODUCTS = 2**23  # most products that are alive at once: 32 MiB in float32
 
 
 class Scorer:
     """The scores of one call for one :class:`Score`; larger is more important, -inf where the mask allows nothing."""
 
-    def __init__(
-        self, plan: Plan, score: Score, reduce: Reduce, expand: Expand, query: Tensor, key: Tensor, loads, numbers
-    ):
-        """``query`` [B, Hq, Nq, D], ``key`` [B, Hkv, Nk, D]; ``loads`` and ``numbers`` are named: dicts by name."""
-        self.plan, self.score, self.reduce, self.expand = plan, score, reduce, expand
+    def __init__(self, plan: Plan, score: Score, reduce: Reduce, query: Tensor, key: Tensor, loads, scalars, numbers):
+        """``query`` [B, Hq, Nq, D], ``key`` [B, Hkv, Nk, D]; the rest as ``effattn::attend`` gets it."""
+        assert plan.select is not None
+        self.plan, self.score, self.reduce, self.expand = plan, score, reduce, plan.select.expand
         self.q_len, self.k_len = query.shape[2], key.shape[2]
-        self.loads, self.names = loads, numbers
+        self.names, self.loads = bindings(plan, loads, scalars, numbers)
         self.query, self.key = pool_heads(query, score.lists), take(pool_heads(key, score.lists), score.key)
         self.lists = self.query.shape[1]
+
+    def chunks(self, blocks: int) -> list[tuple[int, int]]:
+        """Query blocks in groups whose products fit in ``PRODUCTS``."""
+        height = (
+            1 if isinstance(self.score.query, Mean) else self.expand.block // getattr(self.score.query, "stride", 1)
+        )
+        row = self.key.shape[2] * self.query.shape[0] * self.lists * height
+        step = max(PRODUCTS // max(row, 1), 1)
+        return [(first, min(first + step, blocks)) for first in range(0, blocks, step)]
 
     @property
     def blocks(self) -> int:
@@ -86,10 +96,3 @@ class Scorer:
         fill = -torch.inf if self.reduce.columns == "max" else 0.0
         rows = F.pad(found, (0, 0, 0, blocks * height - found.shape[2]), value=fill).unflatten(2, (blocks, height))
         return rows.amax(dim=3) if self.reduce.rows == "max" else rows.mean(dim=3)
-
-
-def scorer(plan: Plan, score: Score, reduce: Reduce, query, key, loads, scalars, numbers) -> Scorer:
-    """The scorer of a call, tensors and numbers as ``effattn::attend`` gets them."""
-    assert plan.select is not None
-    names, tensors = bindings(plan, loads, scalars, numbers)
-    return Scorer(plan, score, reduce, plan.select.expand, query, key, tensors, names)
