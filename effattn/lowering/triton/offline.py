@@ -8,12 +8,15 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from effattn.lowering.triton import pick, score
 from effattn.lowering.triton.module import module_from
-from effattn.lowering.triton.source import file_name, generate, kernel_constants, parameters
+from effattn.lowering.triton.score import ScoreSpec
+from effattn.lowering.triton.source import Param, file_name, generate, kernel_constants, parameters
 from effattn.lowering.triton.spec import KernelSpec
 
 # architecture -> (backend, name in that backend, lanes of a warp, bytes of shared memory that a program may use)
@@ -37,8 +40,11 @@ class Resources:
         return f"{self.registers} registers, {self.spilled} bytes spilled, {self.shared} bytes of shared memory"
 
 
-def compile_for(spec: KernelSpec, arch: str, kernel: str = "forward") -> Resources:
-    """Compile a kernel of ``spec`` for ``arch`` (a key of ``TARGETS``), with contiguous last dimensions."""
+def compile_for(spec: KernelSpec | ScoreSpec | int, arch: str, kernel: str = "forward") -> Resources:
+    """Compile a kernel of ``spec`` for ``arch`` (a key of ``TARGETS``), with contiguous last dimensions.
+
+    ``spec`` is that of an attention kernel, of a selector's scores, or the width of a selector's pick.
+    """
     compiled = compiled_for(spec, arch, kernel)
     if TARGETS[arch][0] == "hip":
         registers, spilled = _read_amd(compiled.asm["amdgcn"])
@@ -47,31 +53,51 @@ def compile_for(spec: KernelSpec, arch: str, kernel: str = "forward") -> Resourc
     return Resources(registers, spilled, compiled.metadata.shared)
 
 
-def compiled_for(spec: KernelSpec, arch: str, kernel: str = "forward") -> Any:
+def compiled_for(spec: KernelSpec | ScoreSpec | int, arch: str, kernel: str = "forward") -> Any:
     """What ``triton.compile`` returns: ``.asm`` holds every stage from ``ttir`` down to machine code."""
+    if isinstance(spec, int):
+        warps = pick.warps_for(spec)
+        params, constants = pick.parameters(kernel), {"WIDTH": spec}
+        return _compiled(pick.generate(spec, warps), f"pick_{spec}.py", arch, kernel, params, constants, (warps, 1), ())
+    last = [f"{load.name}_stride_{load.ndim - 1}" for load in spec.plan.loads]
+    if isinstance(spec, ScoreSpec):
+        params, constants = score.parameters(spec, kernel), dict(spec.constants())
+        schedule = (spec.warps, spec.stages)
+        return _compiled(score.generate(spec), "score.py", arch, kernel, params, constants, schedule, last)
+    source = generate(spec)
+    found: dict[str, Any] = {} if kernel == "find_allowed" else dict(kernel_constants(spec))
+    schedule = (spec.tiles.warps, spec.tiles.stages)
+    return _compiled(source, file_name(spec, source), arch, kernel, parameters(spec, kernel), found, schedule, last)
+
+
+def _compiled(
+    source: str,
+    name: str,
+    arch: str,
+    kernel: str,
+    params: list[Param],
+    constants: dict[str, Any],
+    schedule: tuple[int, int],
+    ones: Sequence[str],
+) -> Any:
+    """``schedule`` is (warps, stages); ``ones`` are strides that are 1, as are all that end in ``_stride_d``."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    backend, name, lanes, _ = TARGETS[arch]
-    source = generate(spec)
-    module = module_from(source, Path(file_name(spec, source)))
-    constants: dict[str, Any] = {} if kernel == "find_allowed" else dict(kernel_constants(spec))
+    backend, architecture, lanes, _ = TARGETS[arch]
+    module = module_from(source, Path(name))
     signature, attributes = {}, {}
-    for place, param in enumerate(parameters(spec, kernel)):
-        last_stride = param.name.endswith("_stride_d") or _is_last_stride(spec, param.name)
+    for place, param in enumerate(params):
+        last_stride = param.name.endswith("_stride_d") or param.name in ones
         signature[param.name] = "constexpr" if last_stride else param.type
         if last_stride:
             constants[param.name] = 1
         elif param.type != "constexpr" and param.specialise:
             attributes[(place,)] = [["tt.divisibility", 16]]
     ast = ASTSource(getattr(module, kernel), signature, constants, attributes)
-    options = {"num_warps": spec.tiles.warps, "num_stages": spec.tiles.stages} if constants else {}
-    return triton.compile(ast, target=GPUTarget(backend, name, lanes), options=options)
-
-
-def _is_last_stride(spec: KernelSpec, name: str) -> bool:
-    return any(name == f"{load.name}_stride_{load.ndim - 1}" for load in spec.plan.loads)
+    options = {"num_warps": schedule[0], "num_stages": schedule[1]} if constants else {}
+    return triton.compile(ast, target=GPUTarget(backend, architecture, lanes), options=options)
 
 
 def _read_nvidia(cubin: bytes) -> tuple[int, int]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from effattn.lowering.triton.source import template_named, tidy
-from effattn.lowering.triton.spec import MIN_TILE, padded
+from effattn.lowering.triton.source import Param, template_named, tidy
+from effattn.lowering.triton.spec import padded
 
 WIDEST = 8192  # units that one program sorts
 
@@ -13,8 +13,20 @@ def generate(width: int, warps: int) -> str:
     return tidy(template_named("pick.py.jinja").render(width=width, warps=warps))
 
 
+def parameters(kernel: str) -> list[Param]:
+    """The parameters of ``rank`` or ``cover``, in order."""
+    read, written = {"rank": ("scores", "order"), "cover": ("mass", "counts")}[kernel]
+    found = [Param(read, "*fp32"), *(Param(name, "*i32") for name in (written, "firsts", "lasts"))]
+    found += [Param("row_blocks", "i32", False), Param("units", "i32", False)]
+    if kernel == "rank":
+        found.append(Param("kept", "i32", False))
+    else:
+        found += [Param("gamma", "fp32", False), Param("least", "i32", False)]
+    return [*found, Param("sinks", "i32", False), Param("local", "i32", False), Param("WIDTH", "constexpr")]
+
+
 def width_for(units: int) -> int:
-    return max(padded(units), MIN_TILE)
+    return padded(units)
 
 
 def warps_for(width: int) -> int:

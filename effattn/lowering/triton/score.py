@@ -26,7 +26,7 @@ from effattn.lowering.triton.source import (
     template_named,
     tidy,
 )
-from effattn.lowering.triton.spec import DTYPES, MIN_TILE, padded
+from effattn.lowering.triton.spec import DTYPES, padded
 
 WIDEST_TILE = 128
 
@@ -46,7 +46,6 @@ class ScoreSpec:
     rows: Literal["max", "mean"]
     columns: Literal["max", "sum"]
     splits: int  # parts of the keys in ``row_totals``; a power of two
-    warps: int = 4
     stages: int = 2
     tf32: bool = False
 
@@ -59,12 +58,12 @@ class ScoreSpec:
         return min(max(64, self.width), WIDEST_TILE)
 
     @property
-    def kind(self) -> str:
-        return "score"
-
-    @property
     def block_d(self) -> int:
         return padded(self.head_dim)
+
+    @property
+    def warps(self) -> int:
+        return 8 if self.block_m * self.block_n > 64 * 128 else 4
 
     def constants(self) -> dict[str, int]:
         """The compile-time constants of both kernels."""
@@ -72,7 +71,7 @@ class ScoreSpec:
             "BLOCK_M": self.block_m,
             "BLOCK_N": self.block_n,
             "HEAD_DIM": self.head_dim,
-            "BLOCK_D": max(self.block_d, MIN_TILE),
+            "BLOCK_D": self.block_d,
             "GROUPS": self.groups,
             "Q_STRIDE": self.q_stride,
             "K_STRIDE": self.k_stride,
@@ -146,7 +145,7 @@ def generate(spec: ScoreSpec) -> str:
         "stages": spec.stages,
         "splits": spec.splits,
         "constants": spec.constants(),
-        "pad_d": spec.head_dim != max(spec.block_d, MIN_TILE),
+        "pad_d": spec.head_dim != spec.block_d,
         "precision": f', input_precision="{"tf32" if spec.tf32 else "ieee"}"' if spec.dtype == "float32" else "",
         "keep": reduce(lambda x, y: algebra.call("and", x, y), keep).spread(TILE),
         "score": score,
