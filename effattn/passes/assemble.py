@@ -17,7 +17,7 @@ from effattn.ir.expr import Nk, Nq, b, h, k, q
 from effattn.ir.plan import LoadSpec
 from effattn.ir.site import Layout, Site, Stage
 from effattn.passes import masks
-from effattn.passes.draft import Anchors, Draft, Match, Refused, SizeSource
+from effattn.passes.draft import Anchors, Draft, Match, Refused, SizeSource, require_fixed
 from effattn.passes.graph import GraphView, as_sympy, hint
 from effattn.passes.operands import Operand
 from effattn.passes.placement import placement
@@ -34,6 +34,7 @@ def assemble(view: GraphView, draft: Draft, order: int) -> Match:
     Raises:
         Refused: the draft cannot be computed by an op; the reason says why.
     """
+    require_fixed(draft.heads, draft.head_dim, draft.value_dim)
     layout = Layout(
         draft.batch, draft.heads, _kv_heads(view, draft), draft.q_len, draft.k_len, draft.head_dim, draft.value_dim
     )

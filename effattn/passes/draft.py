@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+import sympy
 from torch import fx
 
 from effattn.ir.site import Refusal, Site
@@ -68,6 +69,20 @@ class Refused(Exception):
     def __init__(self, rule: str, reason: str, hint: str = ""):
         super().__init__(reason)
         self.refusal = Refusal(rule, reason, hint)
+
+
+def require_fixed(heads: Any, *widths: Any) -> None:
+    """Heads and their widths are compiled into kernels.
+
+    Raises:
+        Refused: one of them is symbolic.
+    """
+    if not all(sympy.sympify(size).is_Integer for size in (heads, *widths)):
+        raise Refused(
+            "sizes",
+            "the number of heads or head_dim is a symbolic size",
+            "let only batch and length be dynamic: torch._dynamo.mark_dynamic(tensor, dim) instead of dynamic=True",
+        )
 
 
 @dataclass

@@ -18,7 +18,7 @@ from effattn.ir import expr
 from effattn.ir.expr import Where, b, h, k, q, s
 from effattn.passes.assemble import assemble, location, module_path
 from effattn.passes.contraction import Contraction, contraction
-from effattn.passes.draft import FOUND_AS, Draft, Match, Missed, Refused
+from effattn.passes.draft import FOUND_AS, Draft, Match, Missed, Refused, require_fixed
 from effattn.passes.flex import from_flex
 from effattn.passes.graph import GraphView
 from effattn.passes.operands import Operand, depth, row, trace
@@ -93,6 +93,7 @@ def _from_sdpa(view: GraphView, call: Call, readers: dict[tuple, Reader]) -> Dra
     q_shape, k_shape, v_shape = (view.shape(node) for node in (query, key, value))
     index, batch, heads = _batch_index(q_shape[:-2])
     q_len, k_len, head_dim, value_dim = q_shape[-2], k_shape[-2], q_shape[-1], v_shape[-1]
+    require_fixed(heads, head_dim)
     reader = _reader(view, readers, False, batch, heads, q_len, k_len)
     time = view.time[call.node]
 

@@ -48,7 +48,9 @@ class Rule(BaseModel):
     model: Annotated[tuple[StrictStr, ...], BeforeValidator(fields.strings)] = Field(
         default=(), description="class names or globs; one enclosing module must match. Left out: any model"
     )
-    layers: str | None = Field(default=None, description='such as "2-29" or "0-3, 8, 20-". Left out: all layers')
+    layers: str | None = Field(
+        default=None, description='such as "2-29", "0-3, 8, 20-" or "0-1 of every 7". Left out: all layers'
+    )
     stage: Annotated[tuple[StrictStr, ...], BeforeValidator(fields.strings)] = Field(
         default=(), description=f"one or more of {', '.join(STAGES)}. Left out: any stage"
     )

@@ -868,3 +868,11 @@ def test_gradients(function, reason):
         assert (actual is None) == (expected is None)
         if actual is not None:
             torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_symbolic_heads_are_left_alone():
+    """``dynamic=True`` makes heads and head_dim of a function's arguments symbolic too."""
+    report, _ = compiled(lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True), *qkv(), dynamic=True)
+    assert [missed.reason for missed in report.missed] == ["the number of heads or head_dim is a symbolic size"]
+    report, _ = compiled(lambda q, k, v: (q @ k.mT).softmax(-1) @ v, *qkv(), dynamic=True)
+    assert [missed.reason for missed in report.missed] == ["the number of heads or head_dim is a symbolic size"]

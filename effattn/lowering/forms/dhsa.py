@@ -29,6 +29,7 @@ from effattn.lowering.forms.form import (
     PREFILL,
     Form,
     Params,
+    Rule,
 )
 
 
@@ -132,13 +133,20 @@ def kept_keys(params: DhsaParams):
     return sympy.Min(Nk, sympy.Max(params.share * Nk, params.sinks + params.local + params.block))
 
 
+BOUNDARIES = Rule(
+    "boundaries",
+    lambda site, params: params.unit > 1 or params.chunks != "given",
+    "a model's graph holds no boundaries of chunks",
+    "give them to effattn.attention(..., boundaries=...), or let chunks be found",
+)
+
 DHSA = Form(
     name="dhsa",
     kind="approximate",
     summary="chunks of keys ranked by their means; the best within a budget, recent ones and sinks",
     source="Xiong et al., Dynamic Hierarchical Sparse Attention, arXiv 2510.24606",
     params=DhsaParams,
-    rules=(CAUSAL, ONLY_CAUSAL, PREFILL, FROM_THE_START, NO_BACKWARD, PLAIN_SCORE),
+    rules=(CAUSAL, ONLY_CAUSAL, PREFILL, PLAIN_SCORE, FROM_THE_START, BOUNDARIES, NO_BACKWARD),
     kept_keys=kept_keys,
     select=select,
     reference=reference,
