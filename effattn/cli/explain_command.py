@@ -117,7 +117,7 @@ def _problems(report) -> bool:
     body = report.to_dict()
     refused = any(not candidate.get("accepted") for site in body["sites"] for candidate in site.get("candidates", ()))
     failed = any(item.get("failure") for item in body.get("graphs", ()))
-    return bool(body["missed"]) or refused or failed
+    return any(item.get("attention", True) for item in body["missed"]) or refused or failed
 
 
 def _first_lines(error: BaseException, count: int = 4) -> str:

@@ -238,6 +238,9 @@ def _check_operands(view: GraphView, draft: Draft, layout: Layout) -> None:
     target = view.held(draft.replaced).dtype
     if target not in SUPPORTED_DTYPES:
         raise Refused("dtype", f"attention in {target} is not supported")
+    scores = (view.tensor(node) for node in (draft.anchor, *draft.anchor.all_input_nodes[:1]))
+    if any(tensor is not None and tensor.dtype == torch.float64 for tensor in scores):
+        raise Refused("dtype", "the scores are computed in torch.float64, which is not supported")
     if dtypes != {target} and not _autocast(view, draft, target):
         raise Refused("dtype", f"query, key and value mix {', '.join(sorted(map(str, dtypes)))} for a {target} result")
     if not (layout.head_dim.is_Integer and layout.value_dim.is_Integer):
