@@ -79,7 +79,9 @@ def summary(results: list[dict[str, Any]], ends: dict[str, str]) -> Table:
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--out", type=pathlib.Path, help="folder of results (default benchmarks/results; tiny ones: build)")
+    parser.add_argument(
+        "--out", type=pathlib.Path, help="folder of results (default benchmarks/results; tiny ones: build)"
+    )
     parser.add_argument("--minutes", type=float, default=8, help="for all of them together (default 8)")
     parser.add_argument("--only", help=f"some of: {','.join(BENCHMARKS)}")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
