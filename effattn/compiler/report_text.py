@@ -13,7 +13,9 @@ def render(report: Report) -> str:
     found = len(report.sites)
     total = found + sum(miss.attention for miss in report.missed)
     lines = [f"effattn: {found} of {total} attention sites found, policy {report.policy!r}"]
-    if not total and any(graph.failure for graph in report.graphs):
+    if not report.graphs:
+        lines = ["effattn: torch.compile made no graph of this call (TORCH_LOGS=graph_breaks tells why)"]
+    elif not total and any(graph.failure for graph in report.graphs):
         lines = ["effattn: no attention was replaced, because of an error"]
     elif not total:
         lines = ["effattn: no attention found in this model"]

@@ -22,7 +22,7 @@ from effattn.passes.assemble import assemble, location, module_path
 from effattn.passes.contraction import Contraction, contraction
 from effattn.passes.draft import FOUND_AS, NOT_ATTENTION, Draft, Match, Missed, Refused
 from effattn.passes.flex import from_flex
-from effattn.passes.graph import GraphView
+from effattn.passes.graph import GraphView, bodies_of
 from effattn.passes.operands import Operand, depth, row, trace
 from effattn.passes.reading import Reader
 from effattn.passes.reading.elementwise import aligned, is_dead_dropout
@@ -47,7 +47,30 @@ def find(view: GraphView) -> tuple[list[Match], list[Missed]]:
         except Unreadable as unreadable:
             name = module_path(call.node)[0] or call.node.name
             missed.append(Missed(name, location(call.node), Refused("reading", str(unreadable)).refusal))
-    return matches, missed
+    return matches, missed + [_inside(node) for node in view.graph.nodes if _hides_attention(node)]
+
+
+def _hides_attention(node: fx.Node) -> bool:
+    """Whether a higher-order operator has attention in the graphs that it runs."""
+    if node.target is torch.ops.higher_order.flex_attention:
+        return False
+    return any(mentions_attention(body) for body in bodies_of(node))
+
+
+def _inside(node: fx.Node) -> Missed:
+    hint = "disable gradient checkpointing to have it replaced" if "checkpoint" in _spelled(node) else ""
+    reason = f"it is inside {_spelled(node)}, and graphs within the graph are not looked into"
+    return Missed(node.name, location(node), Refused("higher order", reason, hint).refusal)
+
+
+def mentions_attention(graph: fx.Graph) -> bool:
+    """A quick look for anything that could be attention, so that other graphs cost nothing."""
+    names = ("softmax", "attention", "transformer_encoder_layer")
+    return any(
+        any(name in str(getattr(node.target, "__name__", node.target)) for name in names) or _hides_attention(node)
+        for node in graph.nodes
+        if node.op.startswith("call_")
+    )
 
 
 def _anchors(view: GraphView) -> Iterator[Call]:
