@@ -16,6 +16,8 @@ from effattn.passes.reading import LoadSource, Reader
 
 FOUND_AS = "effattn_found_as"  # in a node's meta: what the author called, where a pass wrote the node
 
+NOT_ATTENTION = "not attention"  # the rule that a softmax over something else fails: a router, a classifier
+
 
 @dataclass(frozen=True)
 class SizeSource:

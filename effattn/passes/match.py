@@ -12,21 +12,25 @@ from collections.abc import Iterator
 from typing import Any
 
 import sympy
+import torch
+import torch.nn.functional as F
 from torch import fx
 
 from effattn.ir import expr
 from effattn.ir.expr import Where, b, h, k, q, s
 from effattn.passes.assemble import assemble, location, module_path
 from effattn.passes.contraction import Contraction, contraction
-from effattn.passes.draft import FOUND_AS, Draft, Match, Missed, Refused, require_fixed
+from effattn.passes.draft import FOUND_AS, NOT_ATTENTION, Draft, Match, Missed, Refused, require_fixed
 from effattn.passes.flex import from_flex
-from effattn.passes.graph import GraphView
+from effattn.passes.graph import GraphView, bodies_of
 from effattn.passes.operands import Operand, depth, row, trace
 from effattn.passes.reading import Reader
 from effattn.passes.reading.elementwise import aligned, is_dead_dropout
 from effattn.passes.reading.reader import Unreadable
 from effattn.passes.reading.views import permutation, reinterprets, reshape_index
 from effattn.passes.vocabulary import Call
+
+NO_PRODUCT = "the scores do not come from a product of two tensors: not attention"
 
 
 def find(view: GraphView) -> tuple[list[Match], list[Missed]]:
@@ -43,7 +47,30 @@ def find(view: GraphView) -> tuple[list[Match], list[Missed]]:
         except Unreadable as unreadable:
             name = module_path(call.node)[0] or call.node.name
             missed.append(Missed(name, location(call.node), Refused("reading", str(unreadable)).refusal))
-    return matches, missed
+    return matches, missed + [_inside(node) for node in view.graph.nodes if _hides_attention(node)]
+
+
+def _hides_attention(node: fx.Node) -> bool:
+    """Whether a higher-order operator has attention in the graphs that it runs."""
+    if node.target is torch.ops.higher_order.flex_attention:
+        return False
+    return any(mentions_attention(body) for body in bodies_of(node))
+
+
+def _inside(node: fx.Node) -> Missed:
+    hint = "disable gradient checkpointing to have it replaced" if "checkpoint" in _spelled(node) else ""
+    reason = f"it is inside {_spelled(node)}, and graphs within the graph are not looked into"
+    return Missed(node.name, location(node), Refused("higher order", reason, hint).refusal)
+
+
+def mentions_attention(graph: fx.Graph) -> bool:
+    """A quick look for anything that could be attention, so that other graphs cost nothing."""
+    names = ("softmax", "attention", "transformer_encoder_layer")
+    return any(
+        any(name in str(getattr(node.target, "__name__", node.target)) for name in names) or _hides_attention(node)
+        for node in graph.nodes
+        if node.op.startswith("call_")
+    )
 
 
 def _anchors(view: GraphView) -> Iterator[Call]:
@@ -112,6 +139,8 @@ def _from_sdpa(view: GraphView, call: Call, readers: dict[tuple, Reader]) -> Dra
                 raise Refused("shapes", f"{name} of shape {shape} does not fit query of shape {q_shape}")
         return _operand(view, node, (*inside, row, depth), time, name, (batch, heads, length, shape[-1]))
 
+    if not head_dim.is_Integer:
+        raise Refused("head_dim", "head_dim is not a constant")
     scale = call.get("scale")
     factor = sympy.Float(1 / math.sqrt(int(head_dim))) if scale is None else reader.read(scale, time).at(())
     operands = [operand(query, q_shape, "query", q_len), operand(key, k_shape, "key", k_len)]
@@ -124,7 +153,7 @@ def _from_sdpa(view: GraphView, call: Call, readers: dict[tuple, Reader]) -> Dra
         if len(reading.shape) > len(q_shape):
             raise Refused("shapes", f"the mask has {len(reading.shape)} dimensions where query has {len(q_shape)}")
         at = reading.at(aligned(reading, (*index, q, k), (*q_shape[:-1], k_len)))
-        term = Where(at, term, -sympy.oo) if reading.kind == "bool" else term + at
+        term = Where(at, term, -sympy.oo) if reading.kind == "bool" else term + reader.grouped(at)
     if call.get("is_causal") is True:
         term = Where(k <= q, term, -sympy.oo)
     elif call.get("is_causal", False) is not False:
@@ -264,7 +293,8 @@ def _query_key_product(
     if not candidates:
         if wrong_axis:
             raise Refused("softmax axis", "the softmax does not run over the keys of a product of queries and keys")
-        raise Refused("no product", _why_no_product(view, reader, term))
+        reason = _why_no_product(view, reader, term)
+        raise Refused(NOT_ATTENTION if reason == NO_PRODUCT else "no product", reason)
     if len({id(product.node) for product, _ in candidates}) > 1:
         raise Refused("several products", "the scores add several products of queries and keys", "not supported yet")
     return candidates[0]
@@ -284,14 +314,20 @@ def _why_no_product(view: GraphView, reader: Reader, term) -> str:
         return f"{_spelled(node)} stands between the product of query and key and softmax and has no symbolic meaning"
     if term.is_number:
         return "the mask allows nothing at all"
-    return "the scores do not come from a product of two tensors: not attention"
+    return NO_PRODUCT
+
+
+# products with weights: what comes out of one is no product of queries and keys, whatever lies above it
+_LAYERS = (F.linear, F.embedding, F.conv1d, F.conv2d, F.conv3d, F.bilinear, torch.addmm)
 
 
 def _product_above(view: GraphView, node: fx.Node) -> bool:
-    """Whether a product of two computed tensors, of the rank of scores, lies above ``node``."""
+    """Whether a product of two computed tensors lies above ``node``, with no layer in between."""
     waiting, seen = [node], {node}
     while waiting:
         node = waiting.pop()
+        if node.target in _LAYERS:
+            continue
         if contraction(view, node) is not None:
             return True
         new = [source for source in node.all_input_nodes if source not in seen]
