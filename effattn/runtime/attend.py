@@ -142,7 +142,7 @@ def _target(plan: Plan, query: Tensor, value: Tensor) -> Any:
 def _setup_context(ctx, inputs, output) -> None:
     query, key, value, loads, scalars, numbers, plan = inputs
     decoded = Plan.decode(plan)
-    if decoded.select is not None:
+    if decoded.selects:
         raise NoGradient(
             f"effattn::attend has no gradient where keys are chosen at run time (form {decoded.form!r}); run it under "
             "torch.no_grad(), or use another form for training"
