@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -43,42 +43,63 @@ class Captured:
 
 
 @dataclass
-class Capture:
-    """What one run had: how many attentions were reached, and which softmaxes were left alone."""
+class Run:
+    """What one run had: how many attentions were reached."""
 
+    receive: Callable[[Captured], None]
     reached: int = 0
-    missed: list[Missed] = field(default_factory=list)
 
 
-@torch.no_grad()
-def capture(model: Any, receive: Callable[[Captured], None], *args: Any, **kwargs: Any) -> Capture:
-    """Run ``model`` once and hand every attention to ``receive`` when the run reaches it.
+class Tapped:
+    """A model that can be run with somebody looking at its attentions; compiled once for all lengths.
 
     The model computes what its author wrote; attention is only looked at, one site at a time, so that no more than one
     site's tensors are held because of it. Works for whatever the backend finds sites in.
-
-    Args:
-        model: a module or function; it is not changed.
-        receive: called in the order of the run; what it raises ends the run.
-        args, kwargs: handed to the model.
     """
-    done = Capture()
 
-    def backend(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable:
-        if mentions_attention(gm.graph):
-            _, left_alone = normalize(gm)
-            view = GraphView(gm.graph)
-            matches, missed = find(view)
-            done.missed += [*missed, *left_alone]
+    def __init__(self, model: Any):
+        """``model``: a module or function; it is not changed."""
+        self.missed: list[Missed] = []  # softmaxes that were left alone, of all graphs
+        self._run: Run | None = None
+        self._compiled = torch.compile(model, backend=self._backend, dynamic=True)
 
-            def observe(number: int, query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> None:
-                index, done.reached = done.reached, done.reached + 1
-                receive(Captured(index, matches[number], query, key, value, *rest))
+    @torch.no_grad()
+    def run(self, receive: Callable[[Captured], None], *args: Any, **kwargs: Any) -> int:
+        """Run the model once and hand every attention to ``receive`` when the run reaches it.
 
-            tap(view, matches, observe)
-            gm.recompile()
+        Args:
+            receive: called in the order of the run; what it raises ends the run.
+            args, kwargs: handed to the model.
+
+        Returns:
+            How many attentions were reached.
+        """
+        run = self._run = Run(receive)
+        try:
+            with torch._dynamo.config.patch(recompile_limit=64):
+                self._compiled(*args, **kwargs)
+        finally:
+            self._run = None
+        return run.reached
+
+    def _backend(self, gm: fx.GraphModule, example_inputs: list[Any]) -> Callable:
+        if not mentions_attention(gm.graph):
+            return gm.forward
+        _, left_alone = normalize(gm)
+        view = GraphView(gm.graph)
+        matches, missed = find(view)
+        self.missed += [*missed, *left_alone]
+
+        def observe(number: int, query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> None:
+            if (run := self._run) is not None:
+                index, run.reached = run.reached, run.reached + 1
+                run.receive(Captured(index, matches[number], query, key, value, *rest))
+
+        tap(view, matches, observe)
+        gm.recompile()
         return gm.forward
 
-    with torch._dynamo.config.patch(recompile_limit=64):
-        torch.compile(model, backend=backend)(*args, **kwargs)
-    return done
+
+def capture(model: Any, receive: Callable[[Captured], None], *args: Any, **kwargs: Any) -> int:
+    """One run of a :class:`Tapped` model."""
+    return Tapped(model).run(receive, *args, **kwargs)

@@ -49,8 +49,12 @@ def kept_rows(captured: Captured, plan: Plan, chunks: Sequence[Rows]) -> Iterato
     """The masks of the first source that takes the plan; see :class:`KeptRows`."""
     if captured.key.shape[2] < plan.min_length:
         plan = plan.dense()
-    rows = next(source.rows for source in SOURCES if source.takes(plan))
-    return rows(captured, plan, chunks)
+    return _source(plan).rows(captured, plan, chunks)
+
+
+def is_static(plan: Plan) -> bool:
+    """Whether an expression says which keys the plan keeps, so that they can be counted without data."""
+    return _source(plan).rows is rule_rows
 
 
 def allowed_rows(captured: Captured, plan: Plan, chunks: Sequence[Rows]) -> Iterator[Tensor]:
@@ -90,6 +94,10 @@ def reach(captured: Captured, plan: Plan, chunks: Sequence[Rows]) -> list[int]:
     walker = Walker(plan.predicate, captured.shape, symbols, loads)
     runs = [walker.runs(start, stop) for start, stop in chunks]
     return [max((run.stop for run in found), default=0) for found in runs]
+
+
+def _source(plan: Plan) -> Source:
+    return next(source for source in SOURCES if source.takes(plan))
 
 
 SOURCES: tuple[Source, ...] = (Source(lambda plan: True, rule_rows),)

@@ -53,8 +53,8 @@ def captured_from(model, batch: int = 1, **kwargs):
         got.append(type(captured)(**{**vars(captured), **sharp}))
 
     ids = torch.randint(3, 99, (batch, LENGTH), generator=torch.Generator().manual_seed(1))
-    done = capture(model, receive, ids, use_cache=False, **kwargs)
-    assert done.reached == len(got) == 2
+    reached = capture(model, receive, ids, use_cache=False, **kwargs)
+    assert reached == len(got) == 2
     assert [captured.number for captured in got] == [0, 1]
     return got
 
