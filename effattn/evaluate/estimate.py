@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from effattn.evaluate.passkey import ANSWER_TOKENS
+from effattn.evaluate.records import Looked
 from effattn.evaluate.setting import Setting
 
 GRAPHS = 3  # that a policy compiles: without a cache, into one, from one
@@ -13,25 +14,15 @@ DECODED = 4  # short forwards that an answer costs, about
 
 
 @dataclass(frozen=True)
-class Sample:
-    """What was measured beforehand."""
-
-    short: tuple[int, float]  # tokens and seconds of a dense forward
-    long: tuple[int, float]
-    site: float  # seconds of one site with all policies, at the longer of the two lengths
-    sites: int
-    compilation: float  # seconds that the first, tapped run took beyond a forward
-
-
-@dataclass(frozen=True)
 class Estimate:
     """Seconds of each kind of work."""
 
-    sample: Sample
+    looked: Looked
     setting: Setting
 
     def forward(self, length: int) -> float:
-        (short, one), (long, two) = self.sample.short, self.sample.long
+        short, one = self.looked.short, self.looked.short_seconds
+        long, two = self.looked.long, self.looked.long_seconds
         if long <= short:
             return two * length / max(long, 1)
         per_token = one / short
@@ -40,10 +31,10 @@ class Estimate:
         return line * length + square * length * length
 
     def site(self, length: int) -> float:
-        return self.sample.site * (length / self.sample.long[0]) ** 2
+        return self.looked.site_seconds * (length / self.looked.long) ** 2
 
     def errors(self, length: int) -> float:
-        return self.forward(length) + self.sample.sites * self.site(length)
+        return self.forward(length) + self.looked.sites * self.site(length)
 
     def perplexity(self, length: int) -> float:
         return self.forward(length)
@@ -52,10 +43,10 @@ class Estimate:
         return self.forward(length) * (1 + self.setting.repeats)
 
     def passkey(self, length: int) -> float:
-        return self.forward(length) + DECODED * ANSWER_TOKENS * self.sample.short[1] / self.sample.short[0]
+        return self.forward(length) + DECODED * ANSWER_TOKENS * self.looked.short_seconds / self.looked.short
 
     def compilation(self) -> float:
-        return GRAPHS * self.sample.compilation * (INDUCTOR if self.setting.rest == "inductor" else 1.0)
+        return GRAPHS * self.looked.compilation * (INDUCTOR if self.setting.rest == "inductor" else 1.0)
 
     def total(self) -> float:
         """Everything, as if nothing were finished."""

@@ -11,16 +11,17 @@ from typing import Any
 from pydantic import Field, ValidationError
 
 from effattn.errors import EvaluationError
-from effattn.evaluate.records import ErrorsDone, PasskeyAnswer, PrefillTime, Record, SiteErrors, TextLoss
+from effattn.evaluate.records import (
+    Density,
+    ErrorsDone,
+    Looked,
+    PasskeyAnswer,
+    PrefillTime,
+    Record,
+    SiteErrors,
+    TextLoss,
+)
 from effattn.evaluate.store import FORMAT, read_json
-
-
-class Density(Record):
-    """Kept of allowed pairs, mean over the attentions of the model, where structure alone decides it."""
-
-    length: int
-    policy: str
-    density: float
 
 
 class Evaluation(Record):
@@ -39,12 +40,7 @@ class Evaluation(Record):
     times: list[PrefillTime] = Field(default_factory=list)
 
     @staticmethod
-    def of(
-        about: Mapping[str, Any],
-        records: Iterable[Record],
-        densities: Mapping[tuple[int, str], float],
-        notes: Iterable[str],
-    ) -> Evaluation:
+    def of(about: Mapping[str, Any], looked: Looked, records: Iterable[Record]) -> Evaluation:
         """Sort results by kind."""
         kinds: dict[type[Record], list[Any]] = {SiteErrors: [], TextLoss: [], PasskeyAnswer: [], PrefillTime: []}
         for record in records:
@@ -52,8 +48,8 @@ class Evaluation(Record):
                 kinds[type(record)].append(record)
         return Evaluation(
             about=dict(about),
-            notes=list(notes),
-            densities=[Density(length=n, policy=policy, density=d) for (n, policy), d in densities.items()],
+            notes=looked.notes,
+            densities=looked.densities,
             sites=kinds[SiteErrors],
             losses=kinds[TextLoss],
             passkeys=kinds[PasskeyAnswer],

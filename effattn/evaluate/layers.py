@@ -10,17 +10,16 @@ from effattn.compiler.capture import Captured, Tapped
 from effattn.errors import EvaluationError, FormRefused
 from effattn.evaluate.clock import wait
 from effattn.evaluate.density import kept_pairs
-from effattn.evaluate.estimate import Estimate, Sample
+from effattn.evaluate.estimate import Estimate
 from effattn.evaluate.kept import is_static
 from effattn.evaluate.progress import Silent
-from effattn.evaluate.records import ErrorsDone, FormAtSite, Record, SiteErrors
+from effattn.evaluate.records import Density, ErrorsDone, FormAtSite, Looked, Record, SiteErrors
 from effattn.evaluate.setting import Setting
 from effattn.evaluate.site_errors import Lowered, lower, site_errors
 from effattn.evaluate.store import Store
 from effattn.evaluate.subject import Subject
 from effattn.evaluate.text import LongText
 from effattn.ir.plan import Plan
-from effattn.lowering.forms import FORMS
 
 SHORT, LONG = 128, 1024  # tokens of the runs from which the time is estimated
 
@@ -31,15 +30,20 @@ class Layers:
     def __init__(self, subject: Subject, setting: Setting, store: Store, tell: Silent):
         self.subject, self.setting, self.store, self.tell = subject, setting, store, tell
         self.tapped = Tapped(subject.model.base_model)
-        self.notes: list[str] = []  # what a reader of the results must know
-        self.densities: dict[tuple[int, str], float] = {}  # by length and policy, where structure alone decides
 
-    def look(self, text: LongText) -> Sample:
+    def look(self, text: LongText) -> Looked:
         """Run a short text: are there attentions, which forms will they get, how long does all of it take?
 
         Raises:
             EvaluationError: no attention was found.
         """
+        looked = self.store.get("look", Looked)
+        if looked is None:
+            looked = self._look(text)
+            self.store.put("look", looked)
+        return looked
+
+    def _look(self, text: LongText) -> Looked:
         plans: list[list[Lowered]] = [[] for _ in self.setting.policies]
         seconds = 0.0
 
@@ -69,11 +73,24 @@ class Layers:
             spent.append(self._now() - begin)
         if "errors" in self.setting.tasks:
             self.tapped.run(only_first, text.segment(long), use_cache=False)
-        for number, found in enumerate(plans):
-            self._describe(self.setting.policies[number].name, found)
+        densities: list[Density] = []
+        notes: list[str] = []
+        for policy, found in zip(self.setting.policies, plans, strict=True):
+            densities += self._densities(policy.name, found)
+            notes += self._notes(policy.name, found)
         if self.tapped.missed:
-            self.notes.append(f"{len(self.tapped.missed)} softmaxes are left alone: {self._left_alone()[0]}")
-        return Sample((short, spent[0]), (long, spent[1]), seconds, sites, max(compilation - spent[0], 0.0))
+            notes.append(f"{len(self.tapped.missed)} softmaxes are left alone: {self._left_alone()[0]}")
+        return Looked(
+            sites=sites,
+            short=short,
+            short_seconds=spent[0],
+            long=long,
+            long_seconds=spent[1],
+            site_seconds=seconds,
+            compilation=max(compilation - spent[0], 0.0),
+            densities=densities,
+            notes=notes,
+        )
 
     def errors(self, text: LongText, length: int, estimate: Estimate) -> list[Record]:
         """One record for every attention of a run over ``length`` tokens; those that are finished are not repeated."""
@@ -135,22 +152,27 @@ class Layers:
             seconds=self._now() - start,
         )
 
-    def _describe(self, policy: str, found: Sequence[Lowered]) -> None:
-        """Densities where structure alone decides them, and a note where a policy's form is refused."""
+    def _densities(self, policy: str, found: Sequence[Lowered]) -> list[Density]:
+        """By length, where structure alone decides at every attention."""
+        densities = []
         for length in self.setting.lengths:
-            densities = [_density(lowered.plan, length) for lowered in found]
-            known = [density for density in densities if density is not None]
+            known = [density for lowered in found if (density := _density(lowered.plan, length)) is not None]
             if len(known) == len(found):
-                self.densities[length, policy] = sum(known) / len(known)
+                densities.append(Density(length=length, policy=policy, density=sum(known) / len(known)))
+        return densities
+
+    def _notes(self, policy: str, found: Sequence[Lowered]) -> list[str]:
+        """Where a policy's form is refused, or begins only at greater lengths."""
         reasons = Counter(low.reason for low in found if low.form == "exact" and "refused" in low.reason)
-        for reason, count in reasons.items():
-            self.notes.append(f"policy {policy!r} stays exact at {count} of {len(found)} attentions: {reason}")
-        forms = {lowered.form for lowered in found}
+        notes = [
+            f"policy {policy!r} stays exact at {count} of {len(found)} attentions: {reason}"
+            for reason, count in reasons.items()
+        ]
         since = min((low.plan.min_length for low in found if low.form != "exact"), default=0)
-        dense = [length for length in self.setting.lengths if length < since]
-        if FORMS["exact"].name not in forms and dense:
-            lengths = ", ".join(f"{length:,}" for length in dense)
-            self.notes.append(f"policy {policy!r} is exact below {since:,} keys, so at {lengths}")
+        dense = [f"{length:,}" for length in self.setting.lengths if length < since]
+        if dense:
+            notes.append(f"policy {policy!r} is exact below {since:,} keys, so at {', '.join(dense)}")
+        return notes
 
     def _left_alone(self) -> list[str]:
         return [f"{missed.name} ({missed.location}): {missed.refusal}" for missed in self.tapped.missed]
@@ -183,5 +205,3 @@ def _density(plan: Plan, length: int) -> float | None:
         return kept_pairs(plan.rule, length, length) / allowed if allowed else 1.0
     except (FormRefused, KeyError):  # data, or a length that is only known at run time
         return None
-
-

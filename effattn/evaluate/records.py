@@ -11,6 +11,28 @@ class Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
+class Density(Record):
+    """Kept of allowed pairs, mean over the attentions of the model, where structure alone decides it."""
+
+    length: int
+    policy: str
+    density: float
+
+
+class Looked(Record):
+    """What short runs told beforehand."""
+
+    sites: int
+    short: int  # tokens of the shorter run
+    short_seconds: float
+    long: int
+    long_seconds: float
+    site_seconds: float  # of measuring one attention of the longer run
+    compilation: float  # seconds
+    densities: list[Density]
+    notes: list[str]
+
+
 class FormAtSite(Record):
     """One policy at one attention; see :class:`effattn.evaluate.site_errors.FormErrors`."""
 

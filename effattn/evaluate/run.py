@@ -120,10 +120,10 @@ class _Work:
     def all(self) -> Evaluation:
         start = time.perf_counter()
         self.tell.work("looking at the model's attention")
-        sample = self.layers.look(self.text)
-        for note in self.layers.notes:
+        self.looked = self.layers.look(self.text)
+        for note in self.looked.notes:
             self.tell.say(note)
-        self.estimate = Estimate(sample, self.setting)
+        self.estimate = Estimate(self.looked, self.setting)
         total = self.estimate.total()
         self.tell.say(f"all of it takes about {duration(total)} on this machine, what is already finished included")
         self.tell.begin(total)
@@ -223,7 +223,7 @@ class _Work:
     def _finish(self, seconds: float) -> Evaluation:
         store = self.store
         about = {**store.setting, "date": datetime.date.today().isoformat(), "seconds": round(seconds, 1)}
-        done = Evaluation.of(about, self.records, self.layers.densities, self.layers.notes)
+        done = Evaluation.of(about, self.looked, self.records)
         if store.reused:
             self.tell.say(f"{store.reused} finished pieces were read from {store.folder}")
         if store.folder is not None:

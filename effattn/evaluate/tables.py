@@ -44,7 +44,7 @@ def tables(done: Evaluation) -> list[Table]:
 
 def summary(done: Evaluation) -> Table:
     """One line a length and policy, the dense model first."""
-    headings = ("tokens", "policy", "density", "error", "recovered mass", "oracle's mass")
+    headings = ("tokens", "policy", "density", "error", "mass", "oracle's density", "oracle's mass")
     headings += ("perplexity", "against dense", "passkeys", "prefill, s", "over dense")
     lines = []
     for length in done.lengths:
@@ -60,6 +60,7 @@ def summary(done: Evaluation) -> Table:
                     _number(density_of(done, length, policy), ".3f"),
                     _error(_mean([form.error for form in forms if form.error is not None])),
                     _number(_mean([form.mass for form in forms]), ".4f"),
+                    _number(_mean([form.oracle_density for form in forms]), ".3f"),
                     _number(_mean([form.oracle_mass for form in forms]), ".4f"),
                     _number(None if loss is None else math.exp(loss), ".3f"),
                     "" if loss is None or dense is None or policy == DENSE else f"{math.expm1(loss - dense):+.2%}",
@@ -88,7 +89,9 @@ def by_layer(done: Evaluation) -> Table:
             worst = sorted(layers, key=lambda item: -(item[1].error or 0.0))[:WORST]
             least = sorted(layers, key=lambda item: item[1].mass)[:WORST]
             errors = ", ".join(f"{layer}: {_error(form.error)}" for layer, form in worst)
-            lines.append((f"{length:,}", policy, errors, ", ".join(f"{layer}: {form.mass:.3f}" for layer, form in least)))
+            lines.append(
+                (f"{length:,}", policy, errors, ", ".join(f"{layer}: {form.mass:.3f}" for layer, form in least))
+            )
     return Table("Layers", headings, tuple(lines), words=4)
 
 
