@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pathlib
 from enum import StrEnum
+from typing import Any
 
 import typer
 
@@ -67,7 +68,7 @@ def evaluate(
     from effattn.errors import EvaluationError
     from effattn.evaluate.setting import Setting
 
-    given = {
+    given: dict[str, Any] = {
         "lengths": tuple(_length(item) for item in _items(lengths)),
         "tasks": tuple(_items(tasks)),
         "depths": tuple(_depth(item) for item in _items(depths)),

@@ -24,7 +24,7 @@ def body_of(model: Any, policy: Policy | None, rest: str) -> Iterator[Callable[.
     if policy is None:
         yield model.base_model
         return
-    options = {"policy": policy, "rest": rest}
+    options: Any = {"policy": policy, "rest": rest}
     compiled = torch.compile(model.base_model, backend=backend, dynamic=True, options=options)
     with torch._dynamo.config.patch(recompile_limit=64):
         yield compiled

@@ -20,7 +20,8 @@ class Chosen:
 def by_blocks(values: Tensor, block: int) -> Tensor:
     """Sums over block x block tiles: [..., rows, keys] -> [..., ceil(rows / block), ceil(keys / block)]."""
     rows, keys = values.shape[-2:]
-    values = functional.pad(values, (0, -keys % block, 0, -rows % block))
+    if keys % block or rows % block:
+        values = functional.pad(values, (0, -keys % block, 0, -rows % block))
     return values.unflatten(-1, (-1, block)).unflatten(-3, (-1, block)).sum(dim=(-3, -1))
 
 

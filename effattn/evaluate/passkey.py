@@ -33,7 +33,7 @@ class Passkey:
 
 
 def passkey(tokenizer: Any, length: int, depth: float, trial: int, seed: int = 0) -> Passkey:
-    """A prompt that, with its answer, takes at most ``length`` tokens, and nearly that; the same for the same arguments.
+    """A prompt that, with its answer, takes at most ``length`` tokens and nearly that; the same every time.
 
     Args:
         depth: where the key stands in the filler: 0 is the start, 1 the end.
@@ -69,13 +69,20 @@ def _ids(tokenizer: Any, key: str, count: int, depth: float) -> list[int]:
 
 
 @torch.no_grad()
-def answer(body: Callable[..., Any], head: Callable[[Tensor], Tensor], tokenizer: Any, prompt: Tensor) -> str:
+def answer(
+    body: Callable[..., Any],
+    head: Callable[[Tensor], Tensor],
+    tokenizer: Any,
+    prompt: Tensor,
+    cache: str = "past_key_values",
+) -> str:
     """The most likely continuation of ``prompt``, token by token over a cache.
 
     Args:
-        body: layers that return ``last_hidden_state`` and ``past_key_values``; the same for prompt and decode steps.
+        body: layers that return ``last_hidden_state`` and a cache; the same for prompt and decode steps.
         head: logits [1, 1, vocabulary] of a hidden state; only which is largest matters.
         prompt: int64 [1, N].
+        cache: what ``body`` and its output call the cache.
     """
     end = tokenizer.eos_token_id
     out = body(prompt, use_cache=True)
@@ -85,7 +92,7 @@ def answer(body: Callable[..., Any], head: Callable[[Tensor], Tensor], tokenizer
         made.append(int(token))
         if made[-1] == end or len(made) == ANSWER_TOKENS:
             return tokenizer.decode(made, skip_special_tokens=True)
-        out = body(token, past_key_values=out.past_key_values, use_cache=True)
+        out = body(token, use_cache=True, **{cache: getattr(out, cache)})
 
 
 def retrieved(key: str, text: str) -> bool:

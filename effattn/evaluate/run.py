@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -154,7 +155,7 @@ class _Work:
                     f"perplexity-{length}-{slug}-{segment}",
                     f"{who}: perplexity of {length:,} tokens",
                     TextLoss,
-                    lambda segment=segment: self._perplexity(body, who, length, segment),
+                    partial(self._perplexity, body, who, length, segment),
                     estimate.perplexity(length),
                 )
         if "time" in setting.tasks:
@@ -162,7 +163,7 @@ class _Work:
                 f"time-{length}-{slug}",
                 f"{who}: time of {length:,} tokens",
                 PrefillTime,
-                lambda: self._time(body, who, length),
+                partial(self._time, body, who, length),
                 estimate.time(length),
             )
         if "passkey" in setting.tasks:
@@ -172,7 +173,7 @@ class _Work:
                         f"passkey-{length}-{slug}-{place}-{trial}",
                         f"{who}: passkey in {length:,} tokens at depth {depth:g}",
                         PasskeyAnswer,
-                        lambda depth=depth, trial=trial: self._passkey(body, who, length, depth, trial),
+                        partial(self._passkey, body, who, length, depth, trial),
                         estimate.passkey(length),
                     )
 
@@ -203,11 +204,11 @@ class _Work:
         return PrefillTime(length=length, policy=who, first=first, later=later, peak_gib=peak)
 
     def _passkey(self, body: Callable[..., Any], who: str, length: int, depth: float, trial: int) -> PasskeyAnswer:
-        tokenizer = self.subject.tokenizer
+        subject, tokenizer = self.subject, self.subject.tokenizer
         prompt = keys.passkey(tokenizer, length, depth, trial, self.setting.seed)
         wait()
         start = time.perf_counter()
-        text = keys.answer(body, self.subject.head, tokenizer, prompt.ids.to(self.subject.device))
+        text = keys.answer(body, subject.head, tokenizer, prompt.ids.to(subject.device), subject.cache)
         return PasskeyAnswer(
             length=length,
             policy=who,

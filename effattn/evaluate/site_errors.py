@@ -23,7 +23,7 @@ from effattn.policy import Policy
 from effattn.runtime.algebra import bindings, evaluate
 
 BLOCK = 128  # of the oracle where the form has no blocks
-SCORES = 2**24  # most scores of one head group that are alive at once, where a block of rows is not more
+SCORES = 2**20  # scores of one head group at once, where a block of rows is not more: they stay in a CPU's cache
 
 
 @dataclass(frozen=True)
@@ -88,10 +88,10 @@ class _Dense:
         self.out = torch.zeros(shape, dtype=torch.float32, device=device)
 
         def zeros(*size: int) -> Tensor:
-            return torch.zeros(*size, dtype=torch.float64, device=device)
+            return torch.zeros(size, dtype=torch.float64, device=device)
 
         self.counted = zeros(self.heads)  # rows that may attend to something
-        self.allowed = zeros(())  # pairs of all batches and heads
+        self.allowed = zeros()  # pairs of all batches and heads
         self.mass, self.oracle_mass = zeros(len(forms), self.heads), zeros(len(forms), self.heads)
         self.kept, self.oracle_kept = zeros(len(forms)), zeros(len(forms))
         self.names, self.loads = bindings(self.plan, captured.loads, captured.scalars, captured.numbers)
@@ -131,11 +131,12 @@ class _Dense:
         if not allowed.shape[-1]:
             return
         self.allowed += _pairs(allowed, self.batch * self.heads)
-        tiles = {block: by_blocks(allowed.float(), block) for block in {lowered.block for lowered in self.forms}}
-        kept_tiles = []
+        wanted = allowed.float()
+        tiles = {block: by_blocks(wanted, block) for block in {lowered.block for lowered in self.forms}}
+        kept_tiles, kept = [], [mask.float() for mask in masks]
         for number, (mask, lowered) in enumerate(zip(masks, self.forms, strict=True)):
             self.kept[number] += _pairs(mask, self.batch * self.heads)
-            kept_tiles.append(by_blocks(mask.float(), lowered.block))
+            kept_tiles.append(by_blocks(kept[number], lowered.block))
         for b in range(self.batch):
             for g in range(self.kv_heads):
                 heads = slice(g * self.groups, (g + 1) * self.groups)
@@ -144,10 +145,11 @@ class _Dense:
                 self.out[b, heads, rows[0] : rows[1]] = weights @ values
                 self.counted[heads] += (weights.amax(dim=-1) > 0).sum(dim=-1)
                 by_block = {block: by_blocks(weights, block) for block in tiles}
-                for number, (mask, lowered) in enumerate(zip(masks, self.forms, strict=True)):
-                    self.mass[number, heads] += (weights * _part(mask, b, heads)).sum(dim=-1).double().sum(dim=-1)
-                    kept = _part(kept_tiles[number], b, heads)
-                    chosen = oracle(by_block[lowered.block], kept, _part(tiles[lowered.block], b, heads))
+                for number, lowered in enumerate(self.forms):
+                    mass = (weights * _part(kept[number], b, heads)).sum(dim=-1)
+                    self.mass[number, heads] += mass.double().sum(dim=-1)
+                    touched = _part(kept_tiles[number], b, heads)
+                    chosen = oracle(by_block[lowered.block], touched, _part(tiles[lowered.block], b, heads))
                     self.oracle_mass[number, heads] += chosen.mass.double().sum(dim=-1)
                     self.oracle_kept[number] += chosen.pairs.double().sum()
 
@@ -161,7 +163,7 @@ class _Dense:
         symbols["h"] = torch.arange(heads.start, heads.stop, device=raw.device).view(-1, 1, 1)
         score = evaluate(self.plan.score, symbols, self.loads, torch.float32, raw.device)
         score = torch.as_tensor(score, dtype=torch.float32, device=raw.device).expand_as(raw)
-        return score.masked_fill(~allowed, -torch.inf).softmax(dim=-1).nan_to_num_(nan=0.0)
+        return score.where(allowed, -torch.inf).softmax(dim=-1).nan_to_num_(nan=0.0)
 
 
 def _pairs(mask: Tensor, times: int) -> Tensor:

@@ -50,9 +50,9 @@ class Store:
     def get(self, name: str, kind: type[Kind]) -> Kind | None:
         """The piece of this name, or None if it is not finished."""
         if name not in self.found and self.folder is not None:
-            record = self._read(self._path(name), name, kind)
-            if record is not None:
-                self.found[name] = record
+            read = self._read(self._path(name), name, kind)
+            if read is not None:
+                self.found[name] = read
                 self.reused += 1
         record = self.found.get(name)
         return record if isinstance(record, kind) else None
@@ -71,7 +71,7 @@ class Store:
     def _open(self, folder: pathlib.Path) -> None:
         path = folder / SETTING
         try:
-            (folder / PIECES).mkdir(parents=True, exist_ok=True) if not folder.exists() else None
+            folder.mkdir(parents=True, exist_ok=True)
             present = sorted(entry.name for entry in folder.iterdir())
         except OSError as error:
             raise EvaluationError(f"cannot use the folder {folder}: {error.strerror}; choose another") from error
@@ -90,7 +90,8 @@ class Store:
                 raise ValueError("not written by this version of effattn evaluate")
         except (OSError, ValueError) as error:
             raise EvaluationError(
-                f"{path} cannot be read ({error}); nothing was touched: delete {folder} to begin anew, or choose another"
+                f"{path} cannot be read ({error}), and nothing was touched: delete {folder} to begin anew, or choose "
+                "another folder"
             ) from error
         if before["setting"] == json.loads(json.dumps(self.setting)):
             (folder / PIECES).mkdir(exist_ok=True)

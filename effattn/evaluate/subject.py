@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import platform
 from dataclasses import dataclass
 from functools import cached_property
@@ -49,6 +50,11 @@ class Subject:
 
     def head(self, hidden: Tensor) -> Tensor:
         return self.model.get_output_embeddings()(hidden)
+
+    @property
+    def cache(self) -> str:
+        """What the layers call the key/value cache: transformers has renamed it."""
+        return "cache" if "cache" in inspect.signature(self.model.base_model.forward).parameters else "past_key_values"
 
     def check(self, setting: Setting) -> None:
         """What cannot work with this model is told before anything runs.

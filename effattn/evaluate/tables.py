@@ -44,8 +44,8 @@ def tables(done: Evaluation) -> list[Table]:
 
 def summary(done: Evaluation) -> Table:
     """One line a length and policy, the dense model first."""
-    headings = ("tokens", "policy", "density", "error", "mass", "oracle's density", "oracle's mass")
-    headings += ("perplexity", "against dense", "passkeys", "prefill, s", "over dense")
+    attention = ("density", "error", "mass", "oracle's density", "oracle's mass")
+    headings = ("tokens", "policy", *attention, "perplexity", "against dense", "passkeys", "prefill, s", "over dense")
     lines = []
     for length in done.lengths:
         for policy in (DENSE, *done.policies):
