@@ -51,11 +51,12 @@ class LayerMap:
     def __init__(self, done: Evaluation, length: int, what: str):
         self.what, self.length = what, length
         self.sites = [site for site in done.sites if site.length == length]
-        self.policies = done.policies
-        self.values = [
-            [self._value(next(form for form in site.forms if form.policy == policy)) for site in self.sites]
-            for policy in self.policies
-        ]
+        values = {
+            policy: [self._value(next(form for form in site.forms if form.policy == policy)) for site in self.sites]
+            for policy in done.policies
+        }
+        shown = {policy: line for policy, line in values.items() if any(line)} or values  # dense ones have nothing
+        self.policies, self.values = list(shown), list(shown.values())
         self.height = 0.9 + 0.36 * len(self.policies)
 
     def _value(self, form: Any) -> float:
@@ -96,14 +97,14 @@ class PasskeyMaps:
         for number, (axes, policy) in enumerate(zip(all_axes, self.policies, strict=True)):
             cells = [[passkeys_of(self.done, n, policy, depth) for n in self.lengths] for depth in self.depths]
             shares = [[found / asked if asked else 0.0 for found, asked in line] for line in cells]
-            axes.imshow(shares, aspect="auto", cmap="RdYlGn", vmin=0, vmax=1)
+            axes.imshow(shares, aspect="auto", cmap="YlGn", vmin=0, vmax=1)
             axes.set_title(policy, fontsize=8)
             axes.set_xticks(range(len(self.lengths)), [_tokens(n) for n in self.lengths], fontsize=7)
             axes.set_yticks(range(len(self.depths)), [f"{d:g}" for d in self.depths] if not number else [], fontsize=7)
             axes.tick_params(length=0)
             for y, line in enumerate(cells):
                 for x, (found, asked) in enumerate(line):
-                    _write(axes, x, y, f"{found}/{asked}" if asked else "", False, 7)
+                    _write(axes, x, y, f"{found}/{asked}" if asked else "", shares[y][x] > 0.7, 7)
 
 
 def _write(axes: Any, x: int, y: int, text: str, on_dark: bool, size: int) -> None:

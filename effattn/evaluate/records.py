@@ -100,6 +100,6 @@ class PrefillTime(Record):
 
     length: int
     policy: str
-    first: float  # compilation included
+    first: float  # with compilation, where nothing else ran before
     later: list[float]
     peak_gib: float | None  # largest memory of the later ones, weights included; None on the CPU

@@ -121,6 +121,8 @@ class _Work:
     def all(self) -> Evaluation:
         start = time.perf_counter()
         self.tell.work("looking at the model's attention")
+        if "perplexity" in self.setting.tasks:
+            self.subject.check_head(self.text.segment(min(16, *self.setting.lengths)))
         self.looked = self.layers.look(self.text)
         for note in self.looked.notes:
             self.tell.say(note)

@@ -131,12 +131,11 @@ class _Dense:
         if not allowed.shape[-1]:
             return
         self.allowed += _pairs(allowed, self.batch * self.heads)
-        wanted = allowed.float()
-        tiles = {block: by_blocks(wanted, block) for block in {lowered.block for lowered in self.forms}}
-        kept_tiles, kept = [], [mask.float() for mask in masks]
-        for number, (mask, lowered) in enumerate(zip(masks, self.forms, strict=True)):
+        blocks = {lowered.block for lowered in self.forms}
+        whole = {block: by_blocks(allowed.float(), block) for block in blocks}
+        kept = [_Kept(mask, lowered.block) for mask, lowered in zip(masks, self.forms, strict=True)]
+        for number, mask in enumerate(masks):
             self.kept[number] += _pairs(mask, self.batch * self.heads)
-            kept_tiles.append(by_blocks(kept[number], lowered.block))
         for b in range(self.batch):
             for g in range(self.kv_heads):
                 heads = slice(g * self.groups, (g + 1) * self.groups)
@@ -144,12 +143,11 @@ class _Dense:
                 values = self.captured.value[b, g, : allowed.shape[-1]].float()
                 self.out[b, heads, rows[0] : rows[1]] = weights @ values
                 self.counted[heads] += (weights.amax(dim=-1) > 0).sum(dim=-1)
-                by_block = {block: by_blocks(weights, block) for block in tiles}
+                by_block = {block: by_blocks(weights, block) for block in blocks}
                 for number, lowered in enumerate(self.forms):
-                    mass = (weights * _part(kept[number], b, heads)).sum(dim=-1)
-                    self.mass[number, heads] += mass.double().sum(dim=-1)
-                    touched = _part(kept_tiles[number], b, heads)
-                    chosen = oracle(by_block[lowered.block], touched, _part(tiles[lowered.block], b, heads))
+                    mask, touched = kept[number].of(b, heads)
+                    self.mass[number, heads] += (weights * mask).sum(dim=-1).double().sum(dim=-1)
+                    chosen = oracle(by_block[lowered.block], touched, _part(whole[lowered.block], b, heads))
                     self.oracle_mass[number, heads] += chosen.mass.double().sum(dim=-1)
                     self.oracle_kept[number] += chosen.pairs.double().sum()
 
@@ -164,6 +162,22 @@ class _Dense:
         score = evaluate(self.plan.score, symbols, self.loads, torch.float32, raw.device)
         score = torch.as_tensor(score, dtype=torch.float32, device=raw.device).expand_as(raw)
         return score.where(allowed, -torch.inf).softmax(dim=-1).nan_to_num_(nan=0.0)
+
+
+class _Kept:
+    """The mask of one form and chunk as numbers, by head group: made once where all heads share it."""
+
+    def __init__(self, mask: Tensor, block: int):
+        self.mask, self.block = mask, block
+        self.shared = self._numbers(mask[0]) if mask.shape[:2] == (1, 1) else None
+
+    def of(self, b: int, heads: slice) -> tuple[Tensor, Tensor]:
+        """(0 or 1 of every pair, kept pairs of every tile): float32 [G or 1, rows, keys] and [G or 1, tiles, tiles]."""
+        return self.shared or self._numbers(_part(self.mask, b, heads))
+
+    def _numbers(self, mask: Tensor) -> tuple[Tensor, Tensor]:
+        numbers = mask.float()
+        return numbers, by_blocks(numbers, self.block)
 
 
 def _pairs(mask: Tensor, times: int) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from effattn.compiler.report import versions
 from effattn.errors import EvaluationError
+from effattn.evaluate.perplexity import logits_of
 from effattn.evaluate.rope import context_of
 from effattn.evaluate.setting import Setting
 
@@ -86,6 +87,20 @@ class Subject:
                         f"policy {policy.name!r}, rule[{index}]: model = {list(rule.model)} names the class with the "
                         f"head; evaluate runs the layers without it, so name {type(self.model.base_model).__name__}"
                     )
+
+    def check_head(self, ids: Tensor) -> None:
+        """Perplexity is computed from hidden states and the head alone: compare with the model's own logits.
+
+        Raises:
+            EvaluationError: the model does something else to its logits.
+        """
+        own = self.model(ids, use_cache=False).logits.float()
+        states = self.model.base_model(ids, use_cache=False).last_hidden_state
+        if torch.linalg.vector_norm(logits_of(self.model, states) - own) > 0.02 * torch.linalg.vector_norm(own):
+            raise EvaluationError(
+                f"{type(self.model).__name__} changes its logits after its head (scales them?), so that a perplexity "
+                "from its hidden states would be wrong; leave the task perplexity out"
+            )
 
     @cached_property
     def facts(self) -> dict[str, Any]:

@@ -186,3 +186,16 @@ def test_the_estimate_adds_up():
     assert estimate.forward(400) == pytest.approx(0.005 * 400 + 5e-5 * 400**2)
     assert estimate.total() == pytest.approx(3 * estimate.forward(400) + 3 * 8.0 + 15.0)
     assert [duration(seconds) for seconds in (0.1, 90, 720, 12_600)] == ["1 s", "90 s", "12 min", "3.5 h"]
+
+
+def test_a_model_that_scales_its_logits(model, monkeypatch):
+    forward = type(model).forward
+
+    def scaling(self, *args, **kwargs):
+        out = forward(self, *args, **kwargs)
+        out.logits = out.logits * 0.5
+        return out
+
+    monkeypatch.setattr(type(model), "forward", scaling)
+    with pytest.raises(EvaluationError, match="changes its logits after its head"):
+        evaluate(model, None, ("exact",), lengths=(64,), tasks=("perplexity",), text=ids())
