@@ -7,7 +7,9 @@ import math
 
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from evaluating import POWER, WINDOW, ids, llama, policy
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from effattn.compiler.capture import capture
 from effattn.evaluate import kept
@@ -16,27 +18,13 @@ from effattn.lowering.forms import FORMS
 from effattn.policy import Policy
 
 LENGTH = 200
-POWER = {"block": 16, "window": 32, "sinks": 16}
-WINDOW = {"window": 37, "sinks": 5}
-
-
-def policy(form: str, **params) -> Policy:
-    return Policy.of({"schema": 1, "name": form, "rule": [{"forms": [form], "params": {form: params}}]})
 
 
 def model(kind: str = "llama"):
+    if kind == "llama":
+        return llama()
     torch.manual_seed(0)
-    if kind == "gpt2":
-        return GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=99)).eval()
-    config = LlamaConfig(
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=99,
-    )
-    return LlamaForCausalLM(config).eval()
+    return GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=99)).eval()
 
 
 @functools.cache
@@ -52,8 +40,7 @@ def captured_from(model, batch: int = 1, **kwargs):
         sharp = {"query": captured.query * 20, "key": captured.key * 20}
         got.append(type(captured)(**{**vars(captured), **sharp}))
 
-    ids = torch.randint(3, 99, (batch, LENGTH), generator=torch.Generator().manual_seed(1))
-    reached = capture(model, receive, ids, use_cache=False, **kwargs)
+    reached = capture(model, receive, ids(LENGTH).expand(batch, -1), use_cache=False, **kwargs)
     assert reached == len(got) == 2
     assert [captured.number for captured in got] == [0, 1]
     return got
@@ -144,6 +131,35 @@ def test_padding_counts_only_rows_and_keys_that_are_there():
     (found,) = site_errors(captured, [lower(captured, policy("exact"))])
     assert found.mass == pytest.approx(1.0, abs=1e-6)
     assert (found.density, found.oracle_density) == (1.0, 1.0)
+
+
+class Largest(TorchDispatchMode):
+    """Elements of the largest tensor that an operation makes."""
+
+    def __init__(self):
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(tensor, torch.Tensor):
+                self.elements = max(self.elements, tensor.numel())
+        return out
+
+
+def test_nothing_is_as_large_as_the_square(monkeypatch):
+    monkeypatch.setattr("effattn.evaluate.site_errors.SCORES", 1)
+    length, sizes = 1280, []
+
+    def receive(captured):
+        forms = [lower(captured, policy("power", **POWER)), lower(captured, policy("window", **WINDOW))]
+        with Largest() as largest:
+            site_errors(captured, forms)
+        sizes.append(largest.elements)
+
+    capture(model(), receive, ids(length), use_cache=False)
+    assert max(sizes) <= 2 * 128 * length  # two heads of a group, one block of rows
 
 
 def test_a_selector_plugs_in_at_one_place(monkeypatch):
