@@ -38,43 +38,56 @@ class Table:
 
 def tables(done: Evaluation) -> list[Table]:
     """Everything that has figures."""
-    made = [summary(done), by_layer(done), passkeys(done)]
+    made = [whole_model(done), attention(done), by_layer(done), passkeys(done)]
     return [table.without_empty_columns() for table in made if table.lines]
 
 
-def summary(done: Evaluation) -> Table:
-    """One line a length and policy, the dense model first."""
-    attention = ("density", "error", "mass", "oracle's density", "oracle's mass")
-    headings = ("tokens", "policy", *attention, "perplexity", "against dense", "passkeys", "prefill, s", "over dense")
+def whole_model(done: Evaluation) -> Table:
+    """What a policy costs and saves, the dense model first."""
+    headings = ("tokens", "policy", "density", "perplexity", "to dense", "passkeys", "prefill, s", "over dense")
     lines = []
     for length in done.lengths:
         for policy in (DENSE, *done.policies):
-            forms = forms_of(done, length, policy)
             loss, dense = loss_of(done, length, policy), loss_of(done, length, DENSE)
             time, dense_time = time_of(done, length, policy), time_of(done, length, DENSE)
             found = [answer.found for answer in done.passkeys if (answer.length, answer.policy) == (length, policy)]
-            lines.append(
-                (
-                    f"{length:,}",
-                    policy,
-                    _number(density_of(done, length, policy), ".3f"),
-                    _error(_mean([form.error for form in forms if form.error is not None])),
-                    _number(_mean([form.mass for form in forms]), ".4f"),
-                    _number(_mean([form.oracle_density for form in forms]), ".3f"),
-                    _number(_mean([form.oracle_mass for form in forms]), ".4f"),
-                    _number(None if loss is None else math.exp(loss), ".3f"),
-                    "" if loss is None or dense is None or policy == DENSE else f"{math.expm1(loss - dense):+.2%}",
-                    f"{sum(found)} of {len(found)}" if found else "",
-                    _number(time, ".2f"),
-                    "" if time is None or dense_time is None or policy == DENSE else f"{time / dense_time:.2f}",
-                )
+            if loss is None and time is None and not found:
+                continue
+            figures = (
+                _number(density_of(done, length, policy), ".3f"),
+                _number(None if loss is None else math.exp(loss), ".3f"),
+                "" if loss is None or dense is None or policy == DENSE else f"{math.expm1(loss - dense):+.2%}",
+                f"{sum(found)} of {len(found)}" if found else "",
+                _number(time, ".2f"),
+                "" if time is None or dense_time is None or policy == DENSE else f"{time / dense_time:.2f}",
             )
+            lines.append((f"{length:,}", policy, *figures))
     return Table("Policies against the dense model", headings, tuple(lines))
+
+
+def attention(done: Evaluation) -> Table:
+    """Means over the attentions of the model."""
+    headings = ("tokens", "policy", "density", "error", "mass", "oracle's mass", "at density")
+    lines = []
+    for length in done.lengths:
+        for policy in done.policies:
+            forms = forms_of(done, length, policy)
+            if not forms:
+                continue
+            figures = (
+                _number(_mean([form.density for form in forms]), ".3f"),
+                _error(_mean([form.error for form in forms if form.error is not None])),
+                _number(_mean([form.mass for form in forms]), ".4f"),
+                _number(_mean([form.oracle_mass for form in forms]), ".4f"),
+                _number(_mean([form.oracle_density for form in forms]), ".3f"),
+            )
+            lines.append((f"{length:,}", policy, *figures))
+    return Table("Attention, mean over the layers", headings, tuple(lines))
 
 
 def by_layer(done: Evaluation) -> Table:
     """Where a policy costs most."""
-    headings = ("tokens", "policy", "largest errors, by layer", "least recovered mass, by layer")
+    headings = ("tokens", "policy", "layer: largest errors", "layer: least mass")
     lines = []
     for length in done.lengths:
         for policy in done.policies:

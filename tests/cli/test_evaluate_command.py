@@ -53,9 +53,9 @@ def test_tables_and_the_folder(tiny, tmp_path):
     )
     result = run(*given, "--out", out, "--device", "cpu", "--model", "anything")
     assert tiny == [("anything", "cpu", "float32")]
-    assert "Policies against the dense model" in result.stdout
+    assert "Attention, mean over the layers" in result.stdout
     lines = [line.split() for line in result.stdout.splitlines() if line.startswith("1,024")]
-    assert [line[1] for line in lines] == ["dense", "exact", "mine", "mine"]
+    assert [line[1] for line in lines] == ["exact", "mine", "mine"]
     assert "note: random weights" in result.stderr
     assert "takes about" in result.stderr
     assert {path.name for path in out.iterdir()} >= {"setting.json", "results.json", "pieces"}

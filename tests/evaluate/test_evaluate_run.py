@@ -12,7 +12,7 @@ from effattn.compiler.capture import Tapped
 from effattn.errors import EvaluationError
 from effattn.evaluate import Evaluation, density_of, evaluate, perplexity
 from effattn.evaluate import run as running
-from effattn.evaluate.tables import summary, tables
+from effattn.evaluate.tables import attention, tables, whole_model
 
 POLICIES = ("exact", policy("power", **POWER))
 
@@ -108,10 +108,8 @@ def test_the_picture_is_a_png(whole):
 
 def test_tables(whole):
     done = whole[0]
-    table = summary(done)
-    assert [line[:2] for line in table.lines] == [
-        (length, who) for length in ("384", "512") for who in ("dense", "exact", "power")
-    ]
+    for table, names in ((whole_model(done), ("dense", "exact", "power")), (attention(done), ("exact", "power"))):
+        assert [line[:2] for line in table.lines] == [(length, who) for length in ("384", "512") for who in names]
     text = str(done)
     for made in tables(done):
         assert made.title in text
