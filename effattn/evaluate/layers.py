@@ -59,7 +59,7 @@ class Layers:
                 seconds = self._now() - start
 
         shortest = min(self.setting.lengths)
-        long, short = min(LONG, shortest), min(SHORT, max(shortest // 2, 1))
+        long, short = min(LONG, shortest), min(SHORT, shortest // 2)
         begin = self._now()
         sites = self.tapped.run(receive, text.segment(short), use_cache=False)
         compilation = self._now() - begin

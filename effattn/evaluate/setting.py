@@ -14,7 +14,7 @@ from effattn.policy.problems import unknown
 
 TASKS = ("errors", "perplexity", "passkey", "time")
 RESTS = ("inductor", "eager")
-SHORTEST = 2
+SHORTEST = 16  # tokens: fewer are no text, and one alone would be a decode step
 DENSE = "dense"  # the model as its author wrote it, not compiled
 
 PolicySource = str | os.PathLike | Mapping[str, Any] | Policy

@@ -33,7 +33,7 @@ WRONG = {
     "task": ({"tasks": ("perplexty",)}, r"unknown task 'perplexty'; did you mean 'perplexity'\?"),
     "no task": ({"tasks": ()}, "no task given"),
     "twice": ({"lengths": (64, 64)}, "length 64 is named twice"),
-    "length": ({"lengths": (1,)}, "at least 2, got 1"),
+    "length": ({"lengths": (1,)}, "at least 16, got 1"),
     "not whole": ({"lengths": (64.5,)}, r"whole number .*, got 64\.5"),
     "context": ({"lengths": (CONTEXT * 3,)}, r"3,072 tokens are more than the 1,024 .*--rope-scaling yarn:3"),
     "rope": ({"rope_scaling": "yran:4"}, r"unknown kind 'yran' of RoPE scaling; did you mean 'yarn'\?"),
