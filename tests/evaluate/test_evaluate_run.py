@@ -132,7 +132,7 @@ def test_a_run_that_was_cut_off_goes_on(model, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         run(model, tmp_path / "out", **small)
     assert run(model, tmp_path / "out", **small).losses[2].policy == "exact"
-    assert count == 3 + 6
+    assert count == 3 + 4
 
 
 def test_results_of_something_else_are_refused(tmp_path):
