@@ -1,9 +1,8 @@
 """Which keys every row of a captured attention keeps under a plan: THE place that knows static from dynamic forms.
 
 Everything here that asks for kept keys (recovered mass, density, the oracle's budget) goes through :func:`kept_rows`.
-A form whose kept keys are an expression is served by :func:`rule_rows`. A form that chooses keys at run time from data
-adds one :class:`Source` to ``SOURCES``: ``rows`` runs its selection once, before the first mask, and then writes each
-chunk of its block lists out as a mask.
+A form whose kept keys are an expression is served by :func:`rule_rows`. One that chooses at run time runs its selection
+once, before the first mask, and then writes each chunk of its block list out as a mask.
 """
 
 from __future__ import annotations
@@ -20,6 +19,7 @@ from effattn.compiler.capture import Captured
 from effattn.ir.plan import Plan
 from effattn.runtime.algebra import Span, bindings, evaluate
 from effattn.runtime.chunks import Walker
+from effattn.runtime.select.run import select
 
 Rows = tuple[int, int]  # start, stop
 
@@ -47,8 +47,7 @@ class Source:
 
 def kept_rows(captured: Captured, plan: Plan, chunks: Sequence[Rows]) -> Iterator[Tensor]:
     """The masks of the first source that takes the plan; see :class:`KeptRows`."""
-    if captured.key.shape[2] < plan.min_length:
-        plan = plan.dense()
+    plan = plan.at(captured.key.shape[2])
     return _source(plan).rows(captured, plan, chunks)
 
 
@@ -59,7 +58,7 @@ def is_static(plan: Plan) -> bool:
 
 def allowed_rows(captured: Captured, plan: Plan, chunks: Sequence[Rows]) -> Iterator[Tensor]:
     """What the author's mask allows, whatever the form keeps of it."""
-    return rule_rows(captured, replace(plan, keep=sympy.true), chunks)
+    return rule_rows(captured, replace(plan, keep=sympy.true, select=None), chunks)
 
 
 def rule_rows(captured: Captured, plan: Plan, chunks: Sequence[Rows]) -> Iterator[Tensor]:
@@ -100,4 +99,16 @@ def _source(plan: Plan) -> Source:
     return next(source for source in SOURCES if source.takes(plan))
 
 
-SOURCES: tuple[Source, ...] = (Source(lambda plan: True, rule_rows),)
+def listed_rows(captured: Captured, plan: Plan, chunks: Sequence[Rows]) -> Iterator[Tensor]:
+    """Masks of a plan that chooses at run time: its selection runs once, its block lists are written out by chunks."""
+    given = (captured.loads, captured.scalars, captured.numbers)
+    target = "triton" if captured.query.device.type == "cuda" and plan.target != "portable" else "portable"
+    listed = select(plan, captured.query, captured.key, *given, target=target)
+    for start, stop in chunks:
+        yield listed.rows(start, stop, captured.shape[1], captured.shape[3])
+
+
+SOURCES: tuple[Source, ...] = (
+    Source(lambda plan: plan.select is not None, listed_rows),
+    Source(lambda plan: True, rule_rows),
+)

@@ -134,6 +134,7 @@ class Layers:
                 oracle_mass=found.oracle_mass,
                 oracle_density=found.oracle_density,
                 block=found.block,
+                unit=found.unit,
                 mass_by_head=list(found.mass_by_head),
             )
             for policy, low, found in zip(self.setting.policies, lowered, measured, strict=True)
@@ -196,8 +197,7 @@ class Layers:
 
 def _density(plan: Plan, length: int) -> float | None:
     """Kept of allowed pairs of self-attention over ``length`` tokens, or None where data decides."""
-    if length < plan.min_length:
-        return 1.0
+    plan = plan.at(length)
     if not is_static(plan):
         return None
     try:

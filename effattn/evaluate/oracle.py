@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+Tile = tuple[int, int]  # rows that share a choice, keys that are chosen together
+
 
 @dataclass(frozen=True)
 class Chosen:
@@ -17,19 +19,20 @@ class Chosen:
     pairs: Tensor  # allowed pairs in the chosen blocks
 
 
-def by_blocks(values: Tensor, block: int) -> Tensor:
-    """Sums over block x block tiles: [..., rows, keys] -> [..., ceil(rows / block), ceil(keys / block)]."""
+def by_tiles(values: Tensor, tile: Tile) -> Tensor:
+    """Sums over tiles: [..., rows, keys] -> [..., ceil(rows / tile rows), ceil(keys / tile keys)]."""
     rows, keys = values.shape[-2:]
-    if keys % block or rows % block:
-        values = functional.pad(values, (0, -keys % block, 0, -rows % block))
-    return values.unflatten(-1, (-1, block)).unflatten(-3, (-1, block)).sum(dim=(-3, -1))
+    high, wide = tile
+    if keys % wide or rows % high:
+        values = functional.pad(values, (0, -keys % wide, 0, -rows % high))
+    return values.unflatten(-1, (-1, wide)).unflatten(-3, (-1, high)).sum(dim=(-3, -1))
 
 
 def oracle(mass: Tensor, kept: Tensor, allowed: Tensor) -> Chosen:
     """Choose, in every block of rows, as many blocks of keys by mass as the form touches.
 
     Args:
-        mass: softmax mass of the tiles, float32 [..., row blocks, key blocks]; see :func:`by_blocks`.
+        mass: softmax mass of the tiles, float32 [..., row blocks, key blocks]; see :func:`by_tiles`.
         kept: pairs that the form keeps in each tile, broadcasts to ``mass``.
         allowed: pairs that the author's mask allows in each tile, broadcasts to ``mass``.
     """

@@ -45,6 +45,7 @@ class FormAtSite(Record):
     oracle_mass: float
     oracle_density: float
     block: int
+    unit: int | None = None  # keys that are chosen together, where that is not ``block``
     mass_by_head: list[float]
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from effattn.compiler.capture import Captured
 from effattn.evaluate.kept import Rows, allowed_rows, indices, kept_rows, reach
-from effattn.evaluate.oracle import by_blocks, oracle
+from effattn.evaluate.oracle import Tile, by_tiles, oracle
 from effattn.ir.plan import Plan
 from effattn.passes.choose import choose, plan_of
 from effattn.policy import Policy
@@ -32,7 +32,7 @@ class Lowered:
 
     form: str
     plan: Plan
-    block: int  # size of the oracle's blocks
+    tile: Tile  # of the oracle: what the form chooses at once
     reason: str
 
 
@@ -47,6 +47,7 @@ class FormErrors:
     oracle_mass: float
     oracle_density: float
     block: int
+    unit: int
     mass_by_head: tuple[float, ...]
 
 
@@ -54,7 +55,8 @@ def lower(captured: Captured, policy: Policy) -> Lowered:
     """The plan that a policy gives this site, exact where it names no form that applies."""
     choice = choose([captured.match], policy, strict=False, target=None)[0]
     plan = choice.plan or plan_of(captured.site, "exact", choice.params, 0, None)
-    return Lowered(choice.form, plan, int(getattr(choice.params, "block", BLOCK)), choice.reason)
+    block = int(getattr(choice.params, "block", BLOCK))
+    return Lowered(choice.form, plan, (block, int(getattr(choice.params, "unit", block))), choice.reason)
 
 
 @torch.no_grad()
@@ -117,13 +119,14 @@ class _Dense:
             density=float(self.kept[number]) / pairs,
             oracle_mass=float((self.oracle_mass[number] / counted).mean()),
             oracle_density=float(self.oracle_kept[number]) / pairs,
-            block=lowered.block,
+            block=lowered.tile[0],
+            unit=lowered.tile[1],
             mass_by_head=tuple(by_head),
         )
 
     def _chunks(self) -> list[Rows]:
         """Chunks of whole blocks of rows, of every form's blocks."""
-        step = math.lcm(*(lowered.block for lowered in self.forms))
+        step = math.lcm(*(lowered.tile[0] for lowered in self.forms))
         step *= max(1, SCORES // (step * self.groups * max(self.keys, 1)))
         return [(start, min(start + step, self.rows)) for start in range(0, self.rows, step)]
 
@@ -131,9 +134,9 @@ class _Dense:
         if not allowed.shape[-1]:
             return
         self.allowed += _pairs(allowed, self.batch * self.heads)
-        blocks = {lowered.block for lowered in self.forms}
-        whole = {block: by_blocks(allowed.float(), block) for block in blocks}
-        kept = [_Kept(mask, lowered.block) for mask, lowered in zip(masks, self.forms, strict=True)]
+        tiles = {lowered.tile for lowered in self.forms}
+        whole = {tile: by_tiles(allowed.float(), tile) for tile in tiles}
+        kept = [_Kept(mask, lowered.tile) for mask, lowered in zip(masks, self.forms, strict=True)]
         for number, mask in enumerate(masks):
             self.kept[number] += _pairs(mask, self.batch * self.heads)
         for b in range(self.batch):
@@ -143,11 +146,11 @@ class _Dense:
                 values = self.captured.value[b, g, : allowed.shape[-1]].float()
                 self.out[b, heads, rows[0] : rows[1]] = weights @ values
                 self.counted[heads] += (weights.amax(dim=-1) > 0).sum(dim=-1)
-                by_block = {block: by_blocks(weights, block) for block in blocks}
+                by_tile = {tile: by_tiles(weights, tile) for tile in tiles}
                 for number, lowered in enumerate(self.forms):
                     mask, touched = kept[number].of(b, heads)
                     self.mass[number, heads] += (weights * mask).sum(dim=-1).double().sum(dim=-1)
-                    chosen = oracle(by_block[lowered.block], touched, _part(whole[lowered.block], b, heads))
+                    chosen = oracle(by_tile[lowered.tile], touched, _part(whole[lowered.tile], b, heads))
                     self.oracle_mass[number, heads] += chosen.mass.double().sum(dim=-1)
                     self.oracle_kept[number] += chosen.pairs.double().sum()
 
@@ -167,8 +170,8 @@ class _Dense:
 class _Kept:
     """The mask of one form and chunk as numbers, by head group: made once where all heads share it."""
 
-    def __init__(self, mask: Tensor, block: int):
-        self.mask, self.block = mask, block
+    def __init__(self, mask: Tensor, tile: Tile):
+        self.mask, self.tile = mask, tile
         self.shared = self._numbers(mask[0]) if mask.shape[:2] == (1, 1) else None
 
     def of(self, b: int, heads: slice) -> tuple[Tensor, Tensor]:
@@ -177,7 +180,7 @@ class _Kept:
 
     def _numbers(self, mask: Tensor) -> tuple[Tensor, Tensor]:
         numbers = mask.float()
-        return numbers, by_blocks(numbers, self.block)
+        return numbers, by_tiles(numbers, self.tile)
 
 
 def _pairs(mask: Tensor, times: int) -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 
 import pytest
 import torch
@@ -18,6 +17,12 @@ from effattn.lowering.forms import FORMS
 from effattn.policy import Policy
 
 LENGTH = 200
+# forms that choose by the captured queries and keys
+SELECTED = [
+    ("proxy", {"block": 16, "stride": 2, "least": 16, "gamma": 0.7}),
+    ("dhsa", {"block": 32, "unit": 16, "share": 0.3, "local": 16, "sinks": 16}),
+    ("dhsa", {"block": 16, "unit": 1, "budget": 50, "chunk": 8, "local": 16, "sinks": 4}),
+]
 
 
 def model(kind: str = "llama"):
@@ -52,30 +57,34 @@ def plainly(captured, form: str, params: dict):
     key, value = (t.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for t in (key, value))
     rows, keys = torch.arange(LENGTH)[:, None], torch.arange(LENGTH)[None, :]
     causal = keys <= rows
-    mask = causal & FORMS[form].reference(FORMS[form].params(**params), rows, keys)
-    scores = query @ key.transpose(-1, -2) / math.sqrt(query.shape[-1])
+    chosen, scale = FORMS[form], query.shape[-1] ** -0.5
+    if chosen.select is None:
+        mask = causal & chosen.reference(chosen.params(**params), rows, keys)
+    else:
+        mask = causal & chosen.reference(chosen.params(**params), captured.query, captured.key, causal, scale)
+    scores = query @ key.transpose(-1, -2) * scale
     weights = scores.masked_fill(~causal, -torch.inf).softmax(-1)
     dense = weights @ value
     out = scores.masked_fill(~mask, -torch.inf).softmax(-1) @ value
     return ((out - dense).norm() / dense.norm()).item(), (weights * mask).sum(-1).mean().item(), weights, mask
 
 
-def oracle_mass(weights, mask, block: int) -> float:
+def oracle_mass(weights, mask, block: int, unit: int) -> float:
     """By definition, one block of rows after another."""
     total = 0.0
     for start in range(0, LENGTH, block):
         rows = slice(start, start + block)
         for head in range(weights.shape[1]):
             masses, touched = [], 0
-            for first in range(0, LENGTH, block):
-                masses.append(weights[0, head, rows, first : first + block].sum().item())
-                touched += bool(mask[rows, first : first + block].any())
+            for first in range(0, LENGTH, unit):
+                masses.append(weights[0, head, rows, first : first + unit].sum().item())
+                touched += bool(mask[min(head, mask.shape[0] - 1), rows, first : first + unit].any())
             total += sum(sorted(masses, reverse=True)[:touched])
     return total / (weights.shape[1] * LENGTH)
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
-@pytest.mark.parametrize(("form", "params"), [("power", POWER), ("window", WINDOW)])
+@pytest.mark.parametrize(("form", "params"), [("power", POWER), ("window", WINDOW), *SELECTED])
 def test_against_the_whole_square(kind, form, params):
     for captured in captured_of(kind):
         (found,) = site_errors(captured, [lower(captured, policy(form, **params))])
@@ -84,8 +93,11 @@ def test_against_the_whole_square(kind, form, params):
         assert found.error == pytest.approx(error, rel=1e-4)
         assert found.mass == pytest.approx(mass, abs=1e-5)
         assert sum(found.mass_by_head) / 4 == pytest.approx(mass, abs=1e-5)
-        assert found.density == pytest.approx(mask.sum().item() / (LENGTH * (LENGTH + 1) / 2), abs=1e-12)
-        assert found.oracle_mass == pytest.approx(oracle_mass(weights, mask, found.block), abs=1e-5)
+        kept = mask.double().mean().item() * 2 * LENGTH / (LENGTH + 1)
+        assert found.density == pytest.approx(kept, abs=1e-9)
+        by_head = mask.view(-1, LENGTH, LENGTH)
+        assert found.oracle_mass == pytest.approx(oracle_mass(weights, by_head, found.block, found.unit), abs=1e-5)
+        assert found.oracle_mass >= found.mass - 1e-6
 
 
 def test_small_chunks_change_nothing(monkeypatch):
