@@ -34,8 +34,8 @@ ABOUT = {
     "selectors": (
         "Forms that choose at run time",
         "Dense attention, whole forms, and their selections alone, on queries and keys captured from SmolLM2; then a "
-        "prefill of a model at a density of a tenth against the same model lossless. `ms / density` is the time divided "
-        "by the share of causal pairs that were visited.",
+        "prefill of a model at a density of a tenth against the same model lossless. `ms / density` is the time over "
+        "the share of causal pairs that were visited.",
     ),
     "decode_static": (
         "A decode step over a static cache",
