@@ -3,8 +3,8 @@
 With ``decay = exp(log_decay)``, one per query head (core recurrence of Lightning attention, arXiv 2405.17381 section 3;
 without decay that of Katharopoulos et al., arXiv 2006.16236):
 
-    S_t = decay * S_(t-1) + k_t v_t^T                        the state, [F, Dv]
-    o_t = scale * q_t^T S_t                                  which is ((scale * Q K^T) * M) V with M_ij = decay^(i-j), i >= j
+    S_t = decay * S_(t-1) + k_t v_t^T       the state, [F, Dv]
+    o_t = scale * q_t^T S_t                 which is ((scale * Q K^T) * M) V with M_ij = decay^(i-j) where i >= j
 
 Normalised, a column of ones stands beside value: the state is [F, Dv + 1], its last column the running sum of keys, and
 ``o_t = scale * q_t^T S_t / (scale * q_t^T z_t + eps)``.
