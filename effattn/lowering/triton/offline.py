@@ -12,8 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from effattn.lowering.triton import linear_source
+from effattn.lowering.triton.linear_spec import LinearSpec
 from effattn.lowering.triton.module import module_from
-from effattn.lowering.triton.source import file_name, generate, kernel_constants, parameters
+from effattn.lowering.triton.source import Param, file_name, generate, kernel_constants, parameters
 from effattn.lowering.triton.spec import KernelSpec
 
 # architecture -> (backend, name in that backend, lanes of a warp, bytes of shared memory that a program may use)
@@ -39,35 +41,56 @@ class Resources:
 
 def compile_for(spec: KernelSpec, arch: str, kernel: str = "forward") -> Resources:
     """Compile a kernel of ``spec`` for ``arch`` (a key of ``TARGETS``), with contiguous last dimensions."""
-    compiled = compiled_for(spec, arch, kernel)
-    if TARGETS[arch][0] == "hip":
-        registers, spilled = _read_amd(compiled.asm["amdgcn"])
-    else:
-        registers, spilled = _read_nvidia(compiled.asm["cubin"])
-    return Resources(registers, spilled, compiled.metadata.shared)
+    return resources(compiled_for(spec, arch, kernel), arch)
 
 
 def compiled_for(spec: KernelSpec, arch: str, kernel: str = "forward") -> Any:
     """What ``triton.compile`` returns: ``.asm`` holds every stage from ``ttir`` down to machine code."""
+    source = generate(spec)
+    module = module_from(source, Path(file_name(spec, source)))
+    params = parameters(spec, kernel)
+    constants: dict[str, Any] = {} if kernel == "find_allowed" else dict(kernel_constants(spec))
+    constants |= {param.name: 1 for param in params if _is_last_stride(spec, param.name)}
+    options = {"num_warps": spec.tiles.warps, "num_stages": spec.tiles.stages} if constants else {}
+    return compile_function(getattr(module, kernel), params, constants, arch, options)
+
+
+def linear_compiled_for(spec: LinearSpec, arch: str, kernel: str) -> Any:
+    """The same for a kernel of linear attention."""
+    source = linear_source.generate(spec)
+    module = module_from(source, Path(linear_source.file_name(spec, source)))
+    constants: dict[str, Any] = {**linear_source.kernel_constants(spec), "HAS_STATE": True}
+    options = {"num_warps": spec.tiles.warps, "num_stages": spec.tiles.stages}
+    return compile_function(getattr(module, kernel), linear_source.parameters(spec, kernel), constants, arch, options)
+
+
+def compile_function(
+    function: Any, params: list[Param], constants: dict[str, Any], arch: str, options: dict[str, int]
+) -> Any:
+    """Compile one function of a generated module; strides of last dimensions are 1, aligned are the others."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     backend, name, lanes, _ = TARGETS[arch]
-    source = generate(spec)
-    module = module_from(source, Path(file_name(spec, source)))
-    constants: dict[str, Any] = {} if kernel == "find_allowed" else dict(kernel_constants(spec))
+    constants = {**constants, **{param.name: 1 for param in params if param.name.endswith("_stride_d")}}
+    constants = {name: value for name, value in constants.items() if any(param.name == name for param in params)}
     signature, attributes = {}, {}
-    for place, param in enumerate(parameters(spec, kernel)):
-        last_stride = param.name.endswith("_stride_d") or _is_last_stride(spec, param.name)
-        signature[param.name] = "constexpr" if last_stride else param.type
-        if last_stride:
-            constants[param.name] = 1
-        elif param.type != "constexpr" and param.specialise:
+    for place, param in enumerate(params):
+        signature[param.name] = "constexpr" if param.name in constants else param.type
+        if param.name not in constants and param.specialise:
             attributes[(place,)] = [["tt.divisibility", 16]]
-    ast = ASTSource(getattr(module, kernel), signature, constants, attributes)
-    options = {"num_warps": spec.tiles.warps, "num_stages": spec.tiles.stages} if constants else {}
+    ast = ASTSource(function, signature, constants, attributes)
     return triton.compile(ast, target=GPUTarget(backend, name, lanes), options=options)
+
+
+def resources(compiled: Any, arch: str) -> Resources:
+    """What a compiled kernel uses on ``arch``."""
+    if TARGETS[arch][0] == "hip":
+        registers, spilled = _read_amd(compiled.asm["amdgcn"])
+    else:
+        registers, spilled = _read_nvidia(compiled.asm["cubin"])
+    return Resources(registers, spilled, compiled.metadata.shared)
 
 
 def _is_last_stride(spec: KernelSpec, name: str) -> bool:
