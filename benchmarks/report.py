@@ -16,7 +16,7 @@ from typing import Any
 from benchmarks import tables
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-ORDER = ("prefill_llama", "power_vs_flex", "decode_static", "train_step", "compile_time")
+ORDER = ("prefill_llama", "power_vs_flex", "linear_lightning", "decode_static", "train_step", "compile_time")
 ABOUT = {
     "prefill_llama": (
         "Prefill of a Hugging Face model",
@@ -28,6 +28,11 @@ ABOUT = {
         "Sparse forms against FlexAttention",
         "`effattn.attention` against compiled `flex_attention` with the same mask, forward, static shapes. A block "
         "mask is something that only FlexAttention needs: its cost is shown on its own, and is in no other figure.",
+    ),
+    "linear_lightning": (
+        "Lightning attention",
+        "Causal linear attention with one decay per head, [1, N, 32, 128] in bfloat16, against fla-core's kernel with the "
+        "same slopes; then forward and backward, in nanoseconds per token, which should not depend on the length.",
     ),
     "decode_static": (
         "A decode step over a static cache",
