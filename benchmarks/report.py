@@ -31,8 +31,8 @@ ABOUT = {
     ),
     "linear_lightning": (
         "Lightning attention",
-        "Causal linear attention with one decay per head, [1, N, 32, 128] in bfloat16, against fla-core's kernel with the "
-        "same slopes; then forward and backward, in nanoseconds per token, which should not depend on the length.",
+        "Causal linear attention with one decay per head, [1, N, 32, 128] in bfloat16, against fla-core's kernel with "
+        "the same slopes; then forward and backward, in nanoseconds per token, which should not depend on the length.",
     ),
     "decode_static": (
         "A decode step over a static cache",
