@@ -31,7 +31,7 @@ def rewrite(view: GraphView, choices: list[Choice]) -> int:
         RewriteError: a replacement does not have the shape, dtype or device of what it replaces.
     """
     before = len(view.graph.nodes)
-    saved = _SavedLoads(view)
+    saved = SavedLoads(view)
     replaced: list[fx.Node] = []
     inserted = 0
     for choice in choices:
@@ -40,7 +40,7 @@ def rewrite(view: GraphView, choices: list[Choice]) -> int:
         anchors = choice.match.anchors
         node = anchors.replaced
         with view.graph.inserting_before(anchors.before or node):
-            writer = _Writer(view, node)
+            writer = Writer(view, node)
             result = _sdpa(writer, choice) if choice.route == "sdpa" else _op(writer, choice, saved)
             pairs = [(node, anchors.placement.emit(view.graph, result, writer.remember))]
             if anchors.lse is not None:
@@ -56,7 +56,7 @@ def rewrite(view: GraphView, choices: list[Choice]) -> int:
     return before + inserted + saved.count - len(view.graph.nodes)
 
 
-class _Writer(Inserter):
+class Writer(Inserter):
     """Inserts the replacement of one site."""
 
     def __init__(self, view: GraphView, like: fx.Node):
@@ -69,13 +69,13 @@ class _Writer(Inserter):
         return node if node.meta["example_value"].dtype == dtype else self.method("to", node, dtype)
 
 
-def _operands(writer: _Writer, choice: Choice) -> list[fx.Node]:
+def _operands(writer: Writer, choice: Choice) -> list[fx.Node]:
     anchors = choice.match.anchors
     dtype = anchors.replaced.meta["example_value"].dtype
     return [writer.operand(operand, dtype) for operand in (anchors.query, anchors.key, anchors.value)]
 
 
-def _sdpa(writer: _Writer, choice: Choice) -> fx.Node:
+def _sdpa(writer: Writer, choice: Choice) -> fx.Node:
     site, anchors = choice.match.site, choice.match.anchors
     scale = plain_scale(site.score)
     numbers = dict(zip(site.numbers, anchors.numbers, strict=True))
@@ -88,7 +88,7 @@ def _sdpa(writer: _Writer, choice: Choice) -> fx.Node:
     return writer.call(F.scaled_dot_product_attention, *_operands(writer, choice), **kwargs)
 
 
-def _op(writer: _Writer, choice: Choice, saved: _SavedLoads) -> fx.Node:
+def _op(writer: Writer, choice: Choice, saved: SavedLoads) -> fx.Node:
     anchors, plan = choice.match.anchors, choice.plan
     assert plan is not None
     operands = _operands(writer, choice)
@@ -99,17 +99,17 @@ def _op(writer: _Writer, choice: Choice, saved: _SavedLoads) -> fx.Node:
     return writer.call(operator.getitem, both, 0)
 
 
-def _lse(writer: _Writer, result: fx.Node) -> fx.Node:
+def _lse(writer: Writer, result: fx.Node) -> fx.Node:
     """The op's LSE in base 2, as flex_attention gives it."""
     lse = writer.call(operator.getitem, result.args[0], 1)
     return writer.call(operator.mul, lse, 1 / math.log(2.0))
 
 
-def _length(writer: _Writer, source: SizeSource) -> fx.Node:
+def _length(writer: Writer, source: SizeSource) -> fx.Node:
     return source.node if source.dim is None else writer.method("size", source.node, source.dim)
 
 
-class _SavedLoads:
+class SavedLoads:
     """Loads as the author's code read them. Where memory is written in between, a copy is taken before the write."""
 
     def __init__(self, view: GraphView):

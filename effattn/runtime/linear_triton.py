@@ -156,34 +156,41 @@ def _prepared(
     """Chooses kernel and parts for such calls."""
     reverse, ones, tiles, span = traits
     heads = max(query.shape[1], key.shape[1])
-    device = query.device
-    name = str(query.dtype).removeprefix("torch.")
-    bits = 32 if name == "float32" else 16
-    features, value_dim = query.shape[3], value.shape[3]
-    tiles = tiles or linear_configs.choose(kind, _arch(device), bits, features, value_dim, ones)
-    key_groups = heads // key.shape[1]
-    shared = key_groups > 1 and not decay and (kind == "whole" or (kind == "chunks" and not has_state))
-    spec = LinearSpec(
-        kind,
-        name,
-        features,
-        value_dim,
-        tiles,
-        heads // query.shape[1],
-        key_groups,
-        shared,
-        decay,
-        ones,
-        reverse,
-        _tf32() and bits == 32,
-    )
+    groups = (heads // query.shape[1], heads // key.shape[1])
+    widths, device = (query.shape[3], value.shape[3]), query.device
+    spec = specialise(kind, query.dtype, *widths, *groups, decay, has_state, ones, reverse, device, tiles)
     programs = query.shape[0] * heads * spec.value_tiles
-    span = span or span_for(programs, key.shape[2], tiles.chunk, _multiprocessors(device))
+    span = span or span_for(programs, key.shape[2], spec.tiles.chunk, _multiprocessors(device))
     parts = -(-key.shape[2] // span)
     parts = parts - 1 if kind == "chunks" else parts
-    pairs = query.shape[0] * (heads // key_groups if shared else heads)
-    states = (0,) if kind == "step" else (pairs, parts, features, spec.width)
+    pairs = query.shape[0] * (key.shape[1] if spec.shared else heads)
+    states = (0,) if kind == "step" else (pairs, parts, widths[0], spec.width)
     return _Call(load(spec).module.launch, span, parts, states)
+
+
+def specialise(
+    kind: LinearKind,
+    dtype: torch.dtype,
+    features: int,
+    value_dim: int,
+    query_groups: int,
+    key_groups: int,
+    decay: bool,
+    has_state: bool,
+    ones: bool,
+    reverse: bool,
+    device: torch.device,
+    tiles: LinearTiles | None = None,
+) -> LinearSpec:
+    """The specialisation that serves such calls on ``device``."""
+    name = str(dtype).removeprefix("torch.")
+    bits = 32 if name == "float32" else 16
+    tiles = tiles or linear_configs.choose(kind, _arch(device), bits, features, value_dim, ones)
+    shared = key_groups > 1 and not decay and (kind == "whole" or (kind == "chunks" and not has_state))
+    tf32 = _tf32() and bits == 32
+    return LinearSpec(
+        kind, name, features, value_dim, tiles, query_groups, key_groups, shared, decay, ones, reverse, tf32
+    )
 
 
 def span_for(programs: int, length: int, chunk: int, multiprocessors: int) -> int:
