@@ -78,6 +78,7 @@ def _plan(form: str, causal: bool, params: tuple[tuple[str, Any], ...]) -> str:
         score=SCALE * expr.s,
         predicate=expr.k <= position if causal else sympy.true,
         keep=FORMS[form].keep(checked, position),
+        select=FORMS[form].selector(checked),
         numbers=(SCALE.name,),
         empty_rows="zero",
     )

@@ -16,8 +16,9 @@ import sympy
 
 from effattn.errors import PlanError
 from effattn.ir import expr, wire
+from effattn.ir.selector import Selector
 
-VERSION = 1
+VERSION = 2
 EmptyRows = Literal["never", "zero", "nan", "mean"]
 EMPTY_ROWS: tuple[EmptyRows, ...] = ("never", "zero", "nan", "mean")
 LAYOUTS = ("bhnd", "bnhd")
@@ -52,6 +53,7 @@ class Plan:
     min_length: int = 0  # below this many keys the form keeps everything (the choice is made when the op runs)
     layout: str = "bhnd"  # memory order of the output; its shape is always [B, H, Nq, Dv]
     target: str | None = None  # "triton", "portable", or None: by device
+    select: Selector | None = None  # what of the rule is visited, decided by data at run time; None: all of it
 
     @cached_property
     def rule(self) -> Any:
@@ -60,7 +62,16 @@ class Plan:
 
     def dense(self) -> Plan:
         """The same site without the form: keeps all that the mask allows."""
-        return replace(self, form="exact", keep=sympy.true, min_length=0)
+        return replace(self, form="exact", keep=sympy.true, min_length=0, select=None)
+
+    def at(self, k_len: int) -> Plan:
+        """What is computed for this many keys: the dense plan below ``min_length``, and where a selector keeps all."""
+        dense = k_len < self.min_length or (self.select is not None and self.select.keeps_all(k_len))
+        return self._dense if dense else self
+
+    @cached_property
+    def _dense(self) -> Plan:
+        return self.dense()
 
     def encode(self) -> str:
         """The canonical string: equal plans give equal bytes, in any process."""
@@ -77,6 +88,7 @@ class Plan:
             "min_length": self.min_length,
             "layout": self.layout,
             "target": self.target,
+            "select": None if self.select is None else self.select.model_dump(mode="json"),
         }
         return json.dumps(body, separators=(",", ":"))
 
@@ -122,6 +134,7 @@ def _checked(body: dict) -> Plan:
         min_length=int(body["min_length"]),
         layout=body["layout"],
         target=body["target"],
+        select=None if body["select"] is None else Selector.decode(body["select"]),
     )
     known = {spec.name for spec in loads}
     used = {term.name for term in expr.loads_of(plan.score, plan.predicate, plan.keep)}

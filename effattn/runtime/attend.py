@@ -65,10 +65,8 @@ def attend(
         PlanError: the plan is not one of this version.
         ValueError: shapes or counts do not fit.
     """
-    decoded = Plan.decode(plan)
     _check_shapes(query, key, value)
-    if key.shape[2] < decoded.min_length:
-        decoded = _dense(plan)
+    decoded = Plan.decode(plan).at(key.shape[2])
     if decoded.target != "triton":
         done = sdpa_path(decoded, query, key, value, loads, scalars, numbers)
         if done is not None:
@@ -97,9 +95,7 @@ def attend_backward(
     """Gradients of query, key and value, in their shapes and dtypes, in the plan's memory order."""
     from effattn.runtime import portable_backward
 
-    decoded = Plan.decode(plan)
-    if key.shape[2] < decoded.min_length:
-        decoded = _dense(plan)
+    decoded = Plan.decode(plan).at(key.shape[2])
     target = _target(decoded, query, value)
     backward = getattr(target, "run_backward", portable_backward.run_backward)
     return backward(decoded, grad_out, grad_lse, query, key, value, out, lse, loads, scalars, numbers)
@@ -108,11 +104,6 @@ def attend_backward(
 def attend_backward_fake(grad_out, grad_lse, query, key, value, out, lse, loads, scalars, numbers, plan):
     layout = Plan.decode(plan).layout
     return tuple(portable.allocate(layout, tensor, tensor.shape) for tensor in (query, key, value))
-
-
-@lru_cache(maxsize=4096)
-def _dense(plan: str) -> Plan:
-    return Plan.decode(plan).dense()
 
 
 def _check_shapes(query: Tensor, key: Tensor, value: Tensor) -> None:

@@ -5,6 +5,7 @@ What runs is the text that was generated a moment ago, never what a file holds.
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -24,6 +25,12 @@ class Kernel:
     source: str
     path: Path
     module: ModuleType
+
+
+def load_source(stem: str, source: str) -> ModuleType:
+    """A generated module by its source; ``stem`` names its copy on disk, with a digest behind it."""
+    path = keep_source(f"{stem}_{hashlib.sha256(source.encode()).hexdigest()[:8]}.py", source)
+    return module_from(source, path)
 
 
 @lru_cache(maxsize=1024)

@@ -224,6 +224,10 @@ def run(
     numbers: Sequence[float] = (),
 ) -> tuple[Tensor, Tensor]:
     """Output and LSE of a plan, as ``effattn::attend`` defines them. Scores are computed in float32 (or float64)."""
+    if plan.select is not None:
+        from effattn.runtime import portable_listed
+
+        return portable_listed.run(plan, query, key, value, loads, scalars, numbers)
     call = Call(plan, query, key, value, loads, scalars, numbers)
     compute = by_flash_kernel if call.takes_flash_kernel() else by_products
     out, lse = allocate_output(plan, query, value)

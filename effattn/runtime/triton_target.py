@@ -30,6 +30,7 @@ from effattn.lowering.triton.spec import (
     padded,
 )
 from effattn.runtime import kernels
+from effattn.runtime.select.run import select
 
 MAX_SPLITS = 128
 KEYS_PER_SPLIT = 256  # a split with fewer keys costs more to combine than it saves
@@ -90,8 +91,12 @@ def run(
         return out.copy_(found), lse
     if call.narrowed:
         query, key, value = _narrow(query), _narrow(key), _narrow(value)
+    extra: tuple = call.splits
     with _on(query.device):
-        call.launch(query, key, value, out, lse, loads, scalars, given, *call.splits, call.known)
+        if call.plan.select is not None:
+            listed = select(call.plan, query, key, loads, scalars, given, target="triton")
+            extra = (listed.order, listed.count, listed.edges)
+        call.launch(query, key, value, out, lse, loads, scalars, given, *extra, call.known)
     return out, lse
 
 
@@ -138,8 +143,7 @@ def _prepared(plan: Plan, query, key, value, loads, config: Tiles | None, kind: 
     given = plan
     batches, heads, q_len, head_dim = query.shape
     kv_heads, k_len, value_dim = key.shape[1], key.shape[2], value.shape[3]
-    if plan.min_length > k_len:
-        plan = plan.dense()
+    plan = plan.at(k_len)
     _check(plan, query, key, value, loads)
     transposed = plan.layout == "bnhd"
     shape = (batches, q_len, heads, value_dim) if transposed else (batches, heads, q_len, value_dim)
@@ -234,6 +238,8 @@ def _empty_like(plan: Plan, tensor: torch.Tensor, dtype: torch.dtype) -> torch.T
 
 def kind_of(plan: Plan, q_len: int, groups: int) -> Kind:
     """Few query rows go to the kernel that splits keys over programs, if its tiles can follow the plan's walk."""
+    if plan.select is not None:
+        return "listed"
     if q_len > DECODE_QUERIES or q_len * groups > DECODE_ROWS:
         return "prefill"
     return "decode" if _walk_allows_decode(plan, q_len == 1) else "prefill"
@@ -284,7 +290,11 @@ def specialise(
     name = str(dtype).removeprefix("torch.")
     bits = 32 if name == "float32" else 16
     tiles = config or configs.choose(kind, plan, arch, bits, head_dim, value_dim, rows)
-    return KernelSpec(kind, canonical(plan), name, head_dim, value_dim, groups, tiles, tf32 and bits == 32)
+    spec = KernelSpec(kind, canonical(plan), name, head_dim, value_dim, groups, tiles, tf32 and bits == 32)
+    if plan.select is None:
+        return spec
+    expand = plan.select.expand
+    return replace(spec, key_ranges=False, list_block=expand.block, list_unit=expand.unit)
 
 
 def splits_for(pairs: int, k_len: int, multiprocessors: int) -> int:

@@ -6,13 +6,13 @@ import json
 
 from linear_specs import compiled
 
-from effattn.lowering.triton.offline import TARGETS, linear_compiled_for, resources
+from effattn.lowering.triton.offline import TARGETS, compile_for
 
 
 def main() -> None:
     found = {}
     for name, (spec, arch, kernel) in compiled().items():
-        used = resources(linear_compiled_for(spec, arch, kernel), arch)
+        used = compile_for(spec, arch, kernel)
         found[name] = [used.registers, used.spilled, used.shared, TARGETS[arch][3]]
     print(json.dumps(found))
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from plans import CASES, CAUSAL, Sizes, power_keep
 
 from effattn.ir.expr import s
 from effattn.ir.plan import Plan
+from effattn.lowering.forms import FORMS
 from effattn.lowering.triton import configs
-from effattn.lowering.triton.spec import KernelSpec, Tiles
+from effattn.lowering.triton.score import ScoreSpec
+from effattn.lowering.triton.spec import KernelSpec, Tiles, canonical
 
 ARCHS = ("sm80", "sm90", "sm100", "gfx942")
 PREFILL = ("causal", "left_padding", "window_and_sinks", "power_128", "documents", "soft_cap", "alibi", "bias")
@@ -28,7 +32,39 @@ def spec(name: str, arch: str, kind="prefill", dtype="bfloat16", dim=128, value_
     return KernelSpec(kind, plan, dtype, dim, value_dim, groups, tiles)
 
 
-def compiled() -> dict[str, tuple[KernelSpec, str, str]]:
+def selector_plan(form: str, **params) -> Plan:
+    chosen = FORMS[form]
+    return Plan(form, Sizes(head_dim=128).scale * s, CAUSAL, select=chosen.selector(chosen.params(**params)))
+
+
+def listed(arch: str, form: str, dtype="bfloat16", **params) -> KernelSpec:
+    plan = selector_plan(form, **params)
+    bits = 32 if dtype == "float32" else 16
+    tiles = configs.choose("listed", plan, arch, bits, 128, 128)
+    expand = plan.select.expand
+    return KernelSpec("listed", canonical(plan), dtype, 128, 128, 4, tiles, False, False, expand.block, expand.unit)
+
+
+def selectors(arch: str) -> dict[str, tuple[KernelSpec | ScoreSpec | int, str]]:
+    """What the forms that choose at run time compile on ``arch``."""
+    ranking = ScoreSpec(canonical(selector_plan("proxy")), "bfloat16", 128, 1, 4, 4, 32, 32, "max", "max", 4)
+    mass = replace(ranking, groups=4, q_stride=1, k_stride=1, height=128, width=128, rows="mean", columns="sum")
+    return {
+        "proxy listed": (listed(arch, "proxy"), "forward"),
+        "dhsa listed": (listed(arch, "dhsa"), "forward"),
+        "tokens listed": (listed(arch, "dhsa", unit=1), "forward"),
+        "proxy listed fp32": (listed(arch, "proxy", dtype="float32"), "forward"),
+        "ranking totals": (ranking, "row_totals"),
+        "ranking cells": (ranking, "cells"),
+        "mass totals": (mass, "row_totals"),
+        "mass cells": (mass, "cells"),
+        "rank 1024": (1024, "rank"),
+        **({"rank 4096": (4096, "rank")} if arch == "sm90" else {}),
+        "cover 1024": (1024, "cover"),
+    }
+
+
+def compiled() -> dict[str, tuple[KernelSpec | ScoreSpec | int, str, str]]:
     """Readable name -> what is compiled, for which architecture, and the kernel in the file."""
     found = {}
     for arch in ARCHS:
@@ -43,6 +79,7 @@ def compiled() -> dict[str, tuple[KernelSpec, str, str]]:
             made["descriptors"] = spec("left_padding", arch, tiles=Tiles(128, 64, 8, 4, descriptors=True))
         found |= {f"{name} {arch}": (one, arch, "forward") for name, one in made.items()}
         found[f"left_padding find_allowed {arch}"] = (made["left_padding prefill"], arch, "find_allowed")
+        found |= {f"{name} {arch}": (one, arch, kernel) for name, (one, kernel) in selectors(arch).items()}
         for name in ("causal", "left_padding"):
             one = spec(name, arch, "backward")
             found |= {f"{name} {kernel} {arch}": (one, arch, kernel) for kernel in ("grad_query", "grad_key_value")}
@@ -52,6 +89,8 @@ def compiled() -> dict[str, tuple[KernelSpec, str, str]]:
 def goldens() -> dict[str, KernelSpec]:
     """Name of the golden file -> what it holds."""
     return {
+        "proxy_listed": listed("sm90", "proxy"),
+        "tokens_listed": listed("sm90", "dhsa", unit=1),
         "causal_prefill": spec("causal", "sm90"),
         "power_prefill": spec("power_128", "sm90"),
         "empty_rows_prefill": spec("empty_rows_mean", "sm80", dim=96, value_dim=64, groups=1),

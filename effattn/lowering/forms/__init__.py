@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from effattn.lowering.forms.dhsa import DHSA
 from effattn.lowering.forms.exact import EXACT
 from effattn.lowering.forms.form import Cost, Form, Params, Rule
 from effattn.lowering.forms.power import POWER
+from effattn.lowering.forms.proxy import PROXY
 from effattn.lowering.forms.window import WINDOW
 
-FORMS: dict[str, Form] = {form.name: form for form in (EXACT, WINDOW, POWER)}
+FORMS: dict[str, Form] = {form.name: form for form in (EXACT, WINDOW, POWER, PROXY, DHSA)}
 
 __all__ = ["FORMS", "Cost", "Form", "Params", "Rule"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sympy
 import torch
 
 from effattn.ir.expr import Nk
@@ -25,7 +24,6 @@ EXACT = Form(
     source="Dao et al., FlashAttention-2, arXiv 2307.08691",
     params=ExactParams,
     rules=(),
-    keep=lambda params, position: sympy.true,
     kept_keys=lambda params: Nk,
     reference=reference,
 )

@@ -10,6 +10,7 @@ import sympy
 from pydantic import BaseModel, ConfigDict
 
 from effattn.ir import expr
+from effattn.ir.selector import Selector
 from effattn.ir.site import Refusal, Site
 from effattn.lowering.tiles import walk
 
@@ -51,7 +52,13 @@ class Cost:
 
 @dataclass(frozen=True)
 class Form:
-    """A way to compute a site."""
+    """A way to compute a site: softmax attention over fewer keys, known in advance (``keep``) or found (``select``).
+
+    ``reference`` is the eager definition of what is kept, to be combined with causality. Without a selector it is
+    called with (params, q_index [Nq, 1], k_index [1, Nk]) and gives bool [Nq, Nk]; with one, with (params, query
+    [B, Hq, Nq, D], key [B, Hkv, Nk, D], allowed bool that broadcasts to [B, Hq, Nq, Nk], scale), the last row standing
+    at the last key, and gives bool [B, Hq, Nq, Nk].
+    """
 
     name: str
     kind: Kind
@@ -59,9 +66,14 @@ class Form:
     source: str
     params: type[Params]
     rules: tuple[Rule, ...]
-    keep: Callable[[Any, Any], Any]  # (params, position of the query row) -> predicate over (position, k)
     kept_keys: Callable[[Any], Any]  # params -> keys that a causal row of Nk keeps, as a sympy term in Nk: for costs
-    reference: Callable[..., Any]  # (params, q_index [Nq, 1], k_index [1, Nk]) -> bool [Nq, Nk]: the eager definition
+    reference: Callable[..., Any]
+    keep: Callable[[Any, Any], Any] = lambda params, position: sympy.true  # predicate over (position, k)
+    select: Callable[[Any], Selector] | None = None  # params -> what is decided by data
+
+    def selector(self, params: Params) -> Selector | None:
+        """What is decided by data when the op runs; None: nothing."""
+        return None if self.select is None else self.select(params)
 
     def refusals(self, site: Site, params: Params) -> tuple[Refusal, ...]:
         """Every reason why this form does not apply to ``site``; empty if it does."""
@@ -94,6 +106,30 @@ def no_gradient(site: Site, _params: Params) -> bool:
     return not site.needs_grad
 
 
+def only_causal(site: Site, _params: Params) -> bool:
+    """``k <= position`` and conditions on data, nothing else; the position is the same in all batches and heads."""
+    keys = walk(site.predicate)
+    return (
+        site.position is not None
+        and not keys.choice
+        and not keys.lower
+        and len(keys.upper) == 1
+        and not expr.free_symbols(site.position) & {expr.b, expr.h}
+    )
+
+
+def plain_score(site: Site, _params: Params) -> bool:
+    return not expr.free_symbols(site.score) & set(expr.INDICES) and not expr.loads_of(site.score)
+
+
+def is_prefill(site: Site, _params: Params) -> bool:
+    return site.stage != "decode"
+
+
+def same_mask_for_heads(site: Site, _params: Params) -> bool:
+    return expr.h not in expr.free_symbols(site.predicate)
+
+
 CAUSAL = Rule(
     "causal",
     is_causal,
@@ -111,4 +147,28 @@ NO_BACKWARD = Rule(
     no_gradient,
     "gradients are needed and this form has no backward",
     "run under torch.no_grad() or torch.inference_mode(), or keep this site exact for training",
+)
+ONLY_CAUSAL = Rule(
+    "only causal",
+    only_causal,
+    "the mask is more than causal (a sliding window, or chunks): it leaves little to select",
+    "keep such layers exact",
+)
+PLAIN_SCORE = Rule(
+    "plain score",
+    plain_score,
+    "the score depends on positions or on data (ALiBi, a bias): keys are selected by query and key alone",
+    "keep this site exact",
+)
+PREFILL = Rule(
+    "prefill",
+    is_prefill,
+    "this form is defined for prefill; a single step reads the whole cache, as its authors do",
+    'name stage = "prefill" in the rule, so that decoding stays exact without a word',
+)
+SAME_MASK = Rule(
+    "same mask for heads",
+    same_mask_for_heads,
+    "the mask differs between heads, and this form ranks keys for several heads at once",
+    "keep this site exact",
 )

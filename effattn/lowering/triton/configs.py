@@ -68,7 +68,7 @@ BACKWARD: dict[tuple[str, int], tuple[tuple[int, Tiles], ...]] = {
     ("interpreter", 16): ((512, Tiles(32, 32, 4, 1)),),
     ("interpreter", 32): ((512, Tiles(32, 32, 4, 1)),),
 }
-TABLES = {"prefill": PREFILL, "decode": DECODE, "backward": BACKWARD}
+TABLES = {"prefill": PREFILL, "listed": PREFILL, "decode": DECODE, "backward": BACKWARD}
 # an architecture that has no rows of its own takes those of a relative with no more shared memory
 RELATIVES = {"sm86": "sm80", "sm89": "sm80", "sm120": "sm80", "sm103": "sm100"}
 
@@ -86,18 +86,28 @@ def choose(kind: Kind, plan: Plan, arch: str, bits: int, head_dim: int, value_di
     found = table.get((arch, bits)) or table.get(("any", bits)) or table["sm80", bits]
     width = padded(max(head_dim, value_dim))
     tiles = next(tiles for limit, tiles in found if width <= limit)
-    if kind == "prefill" and width == 128:
+    if kind in ("prefill", "listed") and width == 128:
         tiles = SPARSE.get((arch, bits, mask_kind(plan)), tiles)
+    if plan.select is not None:
+        return within_block(tiles, plan.select.expand.block)
     fitting = aligned(tiles, plan)
     return replace(fitting, block_m=padded(rows), warps=tiles.warps) if kind == "decode" else fitting
 
 
 def mask_kind(plan: Plan) -> str:
     """ "list": blocks at power-of-two distances, that tiles of 128 divide; "band": rows keep no keys far behind."""
+    if plan.select is not None:
+        return "list" if plan.select.expand.unit % 128 == 0 else "small list"
     keys = walk(plan.rule)
     if keys.powers is not None:
         return "list" if keys.powers.block % 128 == 0 else "small list"
     return "band" if keys.lower or keys.near_lower else "dense"
+
+
+def within_block(tiles: Tiles, block: int) -> Tiles:
+    """Tiles whose rows lie within one block of rows that share a list."""
+    block_m = min(tiles.block_m, block)
+    return replace(tiles, block_m=block_m, warps=tiles.warps if block_m >= 128 else min(tiles.warps, 4))
 
 
 def aligned(tiles: Tiles, plan: Plan) -> Tiles:

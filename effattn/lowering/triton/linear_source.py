@@ -6,7 +6,7 @@ import hashlib
 from typing import Any
 
 from effattn.lowering.triton.linear_spec import LinearSpec
-from effattn.lowering.triton.source import Param, _environment, _tidy
+from effattn.lowering.triton.source import Param, template_named, tidy
 from effattn.lowering.triton.spec import DTYPES
 
 STATE_BLOCK = 1024  # elements of a state that one program carries from part to part
@@ -19,10 +19,9 @@ KERNELS = {
 
 def generate(spec: LinearSpec) -> str:
     """The source of the kernels that ``spec`` asks for: a Python module with ``launch`` in it."""
-    environment = _environment()
     context = _context(spec)
-    context["host_helpers"] = environment.get_template("start.jinja").render()
-    return _tidy(environment.get_template(f"linear_{spec.kind}.py.jinja").render(context))
+    context["host_helpers"] = template_named("start.jinja").render()
+    return tidy(template_named(f"linear_{spec.kind}.py.jinja").render(context))
 
 
 def file_name(spec: LinearSpec, source: str) -> str:

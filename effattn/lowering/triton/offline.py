@@ -8,13 +8,15 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from effattn.lowering.triton import linear_source
+from effattn.lowering.triton import linear_source, pick, score
 from effattn.lowering.triton.linear_spec import LinearSpec
 from effattn.lowering.triton.module import module_from
+from effattn.lowering.triton.score import ScoreSpec
 from effattn.lowering.triton.source import Param, file_name, generate, kernel_constants, parameters
 from effattn.lowering.triton.spec import KernelSpec
 
@@ -39,53 +41,13 @@ class Resources:
         return f"{self.registers} registers, {self.spilled} bytes spilled, {self.shared} bytes of shared memory"
 
 
-def compile_for(spec: KernelSpec, arch: str, kernel: str = "forward") -> Resources:
-    """Compile a kernel of ``spec`` for ``arch`` (a key of ``TARGETS``), with contiguous last dimensions."""
-    return resources(compiled_for(spec, arch, kernel), arch)
+def compile_for(spec: KernelSpec | ScoreSpec | LinearSpec | int, arch: str, kernel: str = "forward") -> Resources:
+    """Compile a kernel of ``spec`` for ``arch`` (a key of ``TARGETS``), with contiguous last dimensions.
 
-
-def compiled_for(spec: KernelSpec, arch: str, kernel: str = "forward") -> Any:
-    """What ``triton.compile`` returns: ``.asm`` holds every stage from ``ttir`` down to machine code."""
-    source = generate(spec)
-    module = module_from(source, Path(file_name(spec, source)))
-    params = parameters(spec, kernel)
-    constants: dict[str, Any] = {} if kernel == "find_allowed" else dict(kernel_constants(spec))
-    constants |= {param.name: 1 for param in params if _is_last_stride(spec, param.name)}
-    options = {"num_warps": spec.tiles.warps, "num_stages": spec.tiles.stages} if constants else {}
-    return compile_function(getattr(module, kernel), params, constants, arch, options)
-
-
-def linear_compiled_for(spec: LinearSpec, arch: str, kernel: str) -> Any:
-    """The same for a kernel of linear attention."""
-    source = linear_source.generate(spec)
-    module = module_from(source, Path(linear_source.file_name(spec, source)))
-    constants: dict[str, Any] = {**linear_source.kernel_constants(spec), "HAS_STATE": True}
-    options = {"num_warps": spec.tiles.warps, "num_stages": spec.tiles.stages}
-    return compile_function(getattr(module, kernel), linear_source.parameters(spec, kernel), constants, arch, options)
-
-
-def compile_function(
-    function: Any, params: list[Param], constants: dict[str, Any], arch: str, options: dict[str, int]
-) -> Any:
-    """Compile one function of a generated module; strides of last dimensions are 1, aligned are the others."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    backend, name, lanes, _ = TARGETS[arch]
-    constants = {**constants, **{param.name: 1 for param in params if param.name.endswith("_stride_d")}}
-    constants = {name: value for name, value in constants.items() if any(param.name == name for param in params)}
-    signature, attributes = {}, {}
-    for place, param in enumerate(params):
-        signature[param.name] = "constexpr" if param.name in constants else param.type
-        if param.name not in constants and param.specialise:
-            attributes[(place,)] = [["tt.divisibility", 16]]
-    ast = ASTSource(function, signature, constants, attributes)
-    return triton.compile(ast, target=GPUTarget(backend, name, lanes), options=options)
-
-
-def resources(compiled: Any, arch: str) -> Resources:
-    """What a compiled kernel uses on ``arch``."""
+    ``spec`` is that of an attention kernel, of a selector's scores, of linear attention, or the width of a selector's
+    pick.
+    """
+    compiled = compiled_for(spec, arch, kernel)
     if TARGETS[arch][0] == "hip":
         registers, spilled = _read_amd(compiled.asm["amdgcn"])
     else:
@@ -93,8 +55,59 @@ def resources(compiled: Any, arch: str) -> Resources:
     return Resources(registers, spilled, compiled.metadata.shared)
 
 
-def _is_last_stride(spec: KernelSpec, name: str) -> bool:
-    return any(name == f"{load.name}_stride_{load.ndim - 1}" for load in spec.plan.loads)
+def compiled_for(spec: KernelSpec | ScoreSpec | LinearSpec | int, arch: str, kernel: str = "forward") -> Any:
+    """What ``triton.compile`` returns: ``.asm`` holds every stage from ``ttir`` down to machine code."""
+    if isinstance(spec, LinearSpec):
+        params, every = (
+            linear_source.parameters(spec, kernel),
+            {**linear_source.kernel_constants(spec), "HAS_STATE": True},
+        )
+        used = {param.name: every[param.name] for param in params if param.name in every}
+        schedule = (spec.tiles.warps, spec.tiles.stages)
+        return _compiled(linear_source.generate(spec), "linear.py", arch, kernel, params, used, schedule, ())
+    if isinstance(spec, int):
+        warps = pick.warps_for(spec)
+        params, constants = pick.parameters(kernel), {"WIDTH": spec}
+        return _compiled(pick.generate(spec, warps), f"pick_{spec}.py", arch, kernel, params, constants, (warps, 1), ())
+    last = [f"{load.name}_stride_{load.ndim - 1}" for load in spec.plan.loads]
+    if isinstance(spec, ScoreSpec):
+        params, constants = score.parameters(spec, kernel), dict(spec.constants())
+        schedule = (spec.warps, spec.stages)
+        return _compiled(score.generate(spec), "score.py", arch, kernel, params, constants, schedule, last)
+    source = generate(spec)
+    found: dict[str, Any] = {} if kernel == "find_allowed" else dict(kernel_constants(spec))
+    schedule = (spec.tiles.warps, spec.tiles.stages)
+    return _compiled(source, file_name(spec, source), arch, kernel, parameters(spec, kernel), found, schedule, last)
+
+
+def _compiled(
+    source: str,
+    name: str,
+    arch: str,
+    kernel: str,
+    params: list[Param],
+    constants: dict[str, Any],
+    schedule: tuple[int, int],
+    ones: Sequence[str],
+) -> Any:
+    """``schedule`` is (warps, stages); ``ones`` are strides that are 1, as are all that end in ``_stride_d``."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    backend, architecture, lanes, _ = TARGETS[arch]
+    module = module_from(source, Path(name))
+    signature, attributes = {}, {}
+    for place, param in enumerate(params):
+        last_stride = param.name.endswith("_stride_d") or param.name in ones
+        signature[param.name] = "constexpr" if last_stride else param.type
+        if last_stride:
+            constants[param.name] = 1
+        elif param.type != "constexpr" and param.specialise:
+            attributes[(place,)] = [["tt.divisibility", 16]]
+    ast = ASTSource(getattr(module, kernel), signature, constants, attributes)
+    options = {"num_warps": schedule[0], "num_stages": schedule[1]} if constants else {}
+    return triton.compile(ast, target=GPUTarget(backend, architecture, lanes), options=options)
 
 
 def _read_nvidia(cubin: bytes) -> tuple[int, int]:

@@ -18,6 +18,7 @@ import sympy
 
 from effattn.ir import expr
 from effattn.ir.fold import fold
+from effattn.ir.plan import Plan
 from effattn.ir.text import text
 from effattn.lowering.tiles import KeyWalk, walk
 from effattn.lowering.triton import allowed
@@ -56,6 +57,7 @@ class Sweep:
     guard: bool = False  # a row may have met no key yet
     reads_keys: bool = False
     stages: int = 0
+    gathered: bool = False  # the keys of a tile lie apart: ``steps`` say which they are
 
 
 def generate(spec: KernelSpec) -> str:
@@ -68,6 +70,10 @@ def generate(spec: KernelSpec) -> str:
         from effattn.lowering.triton.backward import BackwardGenerator
 
         return BackwardGenerator(spec).source()
+    if spec.kind == "listed":
+        from effattn.lowering.triton.listed import ListedGenerator
+
+        return ListedGenerator(spec).source()
     return Generator(spec).source()
 
 
@@ -91,43 +97,52 @@ def parameters(spec: KernelSpec, kernel: str = "forward") -> list[Param]:
     allowed_keys = [Param("allowed", "*i32")] if key_condition(spec) != sympy.true else []
     if kernel == "find_allowed":
         common = [param for param in _common_parameters(spec) if param.type != "constexpr"]
-        return [*allowed_keys, *_data(spec), *common]
+        return [*allowed_keys, *data_parameters(spec.plan), *common]
     if kernel != "forward":
         grads = {"grad_query": ["grad_of_query"], "grad_key_value": ["grad_of_key", "grad_of_value"]}[kernel]
         inputs = ["query", "key", "value", "grad_out"]
         found = [Param(name, element) for name in inputs] + [Param(name, "*fp32") for name in ("lse", "delta")]
-        found += [*allowed_keys, *(Param(name, element) for name in grads), *_data(spec)]
+        found += [*allowed_keys, *(Param(name, element) for name in grads), *data_parameters(spec.plan)]
         found += [Param(f"{name}_stride_{dim}", "i32") for name in (*inputs, *grads) for dim in "bhnd"]
         return found + _common_parameters(spec)
     found = [Param(name, element) for name in ("query", "key", "value", "out")]
     found += [Param("lse", "*fp32"), *allowed_keys]
     if spec.kind == "decode":
         found += [Param(name, "*fp32") for name in ("parts", "parts_top", "parts_total")]
+    if spec.kind == "listed":
+        found += [Param(name, "*i32") for name in ("order", "counts", "edges")]
     if spec.tiles.descriptors:
         for name, width in (("key_tiles", spec.block_d), ("value_tiles", spec.block_dv)):
             shape = f"1, 1, {spec.tiles.block_n}, {width}"
             found.append(Param(name, f"tensordesc<{DTYPES[spec.dtype]}[{shape}]>", False))
-    found += _data(spec)
+    found += data_parameters(spec.plan)
     found += [Param(f"{name}_stride_{dim}", "i32") for name in ("query", "key", "value", "out") for dim in "bhnd"]
+    if spec.kind == "listed":
+        found += [Param(name, "i32", False) for name in ("lists", "counted", "row_blocks", "width")]
     found.append(Param("splits" if spec.kind == "decode" else "together", "i32", False))
     return found + _common_parameters(spec)
 
 
-def _data(spec: KernelSpec) -> list[Param]:
+def data_parameters(plan: Plan) -> list[Param]:
     """The tensors that the predicate and score read."""
-    return [Param(f"data_{load.name}", f"*{_POINTER.get(load.dtype, load.dtype)}") for load in spec.plan.loads]
+    return [Param(f"data_{load.name}", f"*{_POINTER.get(load.dtype, load.dtype)}") for load in plan.loads]
+
+
+def data_sizes(plan: Plan) -> list[Param]:
+    """Strides of those tensors, and the sizes that kernels test; scalars and numbers."""
+    found = []
+    tested = sizes_tested(plan)
+    for load in plan.loads:
+        found += [Param(f"{load.name}_stride_{dim}", "i32") for dim in range(load.ndim)]
+        found += [Param(f"{load.name}_size_{dim}", "i32", False) for dim in tested[load.name]]
+    found += [Param(f"scalar_{name}", "i32", False) for name in plan.scalars]
+    return found + [Param(f"number_{name}", "fp32", False) for name in plan.numbers]
 
 
 def _common_parameters(spec: KernelSpec) -> list[Param]:
     """Lengths, strides of data, scalars, numbers and constants."""
     found = [Param(name, "i32", False) for name in ("heads", "q_len", "k_len")]
-    tested = sizes_tested(spec)
-    for load in spec.plan.loads:
-        found += [Param(f"{load.name}_stride_{dim}", "i32") for dim in range(load.ndim)]
-        found += [Param(f"{load.name}_size_{dim}", "i32", False) for dim in tested[load.name]]
-    found += [Param(f"scalar_{name}", "i32", False) for name in spec.plan.scalars]
-    found += [Param(f"number_{name}", "fp32", False) for name in spec.plan.numbers]
-    return found + [Param(name, "constexpr") for name in kernel_constants(spec)]
+    return found + data_sizes(spec.plan) + [Param(name, "constexpr") for name in kernel_constants(spec)]
 
 
 def key_condition(spec: KernelSpec) -> Any:
@@ -135,10 +150,10 @@ def key_condition(spec: KernelSpec) -> Any:
     return allowed.split(walk(spec.plan.rule).residual)[0] if spec.key_ranges else sympy.true
 
 
-def sizes_tested(spec: KernelSpec) -> dict[str, list[int]]:
-    """Load -> dimensions whose size the kernel needs to test a computed index."""
-    tested: dict[str, set[int]] = {load.name: set() for load in spec.plan.loads}
-    for load in expr.loads_of(spec.plan.score, spec.plan.rule):
+def sizes_tested(plan: Plan) -> dict[str, list[int]]:
+    """Load -> dimensions whose size a kernel needs to test a computed index."""
+    tested: dict[str, set[int]] = {load.name: set() for load in plan.loads}
+    for load in expr.loads_of(plan.score, plan.rule):
         tested[load.name].update(tested_dims(load))
     return {name: sorted(dims) for name, dims in tested.items()}
 
@@ -146,7 +161,8 @@ def sizes_tested(spec: KernelSpec) -> dict[str, list[int]]:
 def linear_scale(score: Any, spec: KernelSpec) -> Any | None:
     """c where the score is ``c * s`` with one c for all of a tile, so that it folds into the exponent; else None."""
     factor = sympy.expand(score).coeff(expr.s, 1)
-    varying = (expr.s, expr.q, expr.k) if spec.kind == "prefill" else (expr.s, expr.q, expr.k, expr.h)
+    one_head = spec.kind in ("prefill", "listed")  # of a tile
+    varying = (expr.s, expr.q, expr.k) if one_head else (expr.s, expr.q, expr.k, expr.h)
     if factor.has(*varying) or (factor.is_zero is not False and factor.is_number):
         return None
     return factor if sympy.expand(score - factor * expr.s) == 0 else None
@@ -177,6 +193,8 @@ def kernel_constants(spec: KernelSpec) -> dict[str, int | bool]:
         found["LIST_TILES"] = powers.block // spec.tiles.block_n
     if spec.kind == "decode":
         found["DIRECT"] = False
+    if spec.kind == "listed":
+        found |= {"LIST_BLOCK": spec.list_block, "LIST_UNIT": spec.list_unit}
     return found
 
 
@@ -191,8 +209,16 @@ def _environment() -> jinja2.Environment:
     )
 
 
+def template_named(name: str) -> jinja2.Template:
+    return _environment().get_template(name)
+
+
 class Generator:
     """Fills the template of one specialisation."""
+
+    @property
+    def template(self) -> str:
+        return self.spec.kind
 
     def __init__(self, spec: KernelSpec):
         self.spec = spec
@@ -208,7 +234,7 @@ class Generator:
         self.shift = ""
         self.offset = None
         if self.walk.powers is not None:
-            rows = spec.tiles.block_m if spec.kind == "prefill" else 1  # decode: kernels with a list take one row
+            rows = spec.tiles.block_m if spec.kind != "decode" else 1  # decode: kernels with a list take one row
             self.offset = position_offset(self.walk.powers, rows, spec.tiles.block_n)
 
     def symbols(self, **more: Value) -> dict[str, Value]:
@@ -233,11 +259,10 @@ class Generator:
 
     def source(self) -> str:
         context = self.context()
-        environment = _environment()
-        context["host_helpers"] = environment.get_template("host.jinja").render(context)
-        template = environment.get_template(f"{self.spec.kind}.py.jinja")
+        context["host_helpers"] = template_named("host.jinja").render(context)
+        template = template_named(f"{self.template}.py.jinja")
         body = template.render(context, helpers="")
-        return _tidy(template.render(context, helpers=_helpers_for(body)))
+        return tidy(template.render(context, helpers=helpers_for(body)))
 
     def context(self) -> dict[str, Any]:
         """What the templates ask for."""
@@ -284,7 +309,9 @@ class Generator:
             "scale_base2": None if scale_constant is None else abs(scale_constant) * LOG2_E,
             "scale_expression": scale_expression,
             "score_expression": self.scale is None,
-            "tested": list(sizes_tested(spec).values()),
+            "tested": list(sizes_tested(spec.plan).values()),
+            "listed": spec.kind == "listed",
+            "gathered": False,
             **self.allowed_context(),
         }
 
@@ -382,7 +409,7 @@ class Generator:
         return sweep
 
 
-def _helpers_for(body: str) -> str:
+def helpers_for(body: str) -> str:
     """Device functions that ``body`` calls, with those that they call themselves."""
     wanted: list[str] = []
     for name in HELPERS:
@@ -391,7 +418,7 @@ def _helpers_for(body: str) -> str:
     return "".join(f"{HELPERS[name].strip()}\n\n\n" for name in reversed(wanted))
 
 
-def _tidy(source: str) -> str:
+def tidy(source: str) -> str:
     source = re.sub(r"[ \t]+\n", "\n", source)
     source = re.sub(r"\n{4,}", "\n\n\n", source)
     source = re.sub(r"(\n    [^\n]*)\n{3,}(?=    )", r"\1\n\n", source)

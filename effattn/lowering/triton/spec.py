@@ -7,7 +7,7 @@ from typing import Literal
 
 from effattn.ir.plan import Plan
 
-Kind = Literal["prefill", "decode", "backward"]
+Kind = Literal["prefill", "listed", "decode", "backward"]
 DTYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}  # torch's name -> Triton's
 MAX_HEAD_DIM = 512
 MIN_TILE = 16  # tl.dot takes no smaller side
@@ -45,6 +45,8 @@ class KernelSpec:
     tiles: Tiles
     tf32: bool = False  # fp32 products may round their inputs to TF32
     key_ranges: bool = True  # find the keys that data allows first, and visit no others
+    list_block: int = 0  # listed: rows that share a list of units
+    list_unit: int = 0  # listed: consecutive keys of a unit
 
     @property
     def block_d(self) -> int:
@@ -63,4 +65,4 @@ def padded(size: int) -> int:
 
 def canonical(plan: Plan) -> Plan:
     """``plan`` without what a kernel does not depend on, so that such plans share one kernel."""
-    return replace(plan, min_length=0, layout="bhnd", target=None)
+    return replace(plan, min_length=0, layout="bhnd", target=None, select=None)

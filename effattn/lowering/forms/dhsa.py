@@ -1,0 +1,145 @@
+"""DHSA: chunks of keys are scored by their means, and each query block takes the best of them within a budget.
+
+Two systems share the name (arXiv 2510.24606). ``unit = 1`` is the first: keys are cut in chunks, all heads share one
+list, a budget of single tokens. A larger ``unit`` is the second: fixed blocks of that many keys, a list for each head,
+a share of all blocks.
+
+The published code is repaired in three places: only what causality allows is ranked (a row could end up without any
+key), no key comes twice (the splice of the first tokens could repeat one, which counts it twice in the softmax), and
+of equal scores the later key is taken (every token of a chunk has the same score, so the choice was left to chance).
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import Literal
+
+import sympy
+import torch
+from pydantic import Field, model_validator
+
+from effattn.ir.expr import Nk
+from effattn.ir.selector import Chunks, Expand, Mean, Pick, Reduce, Score, Selector, Share, Tokens
+from effattn.lowering.forms.form import (
+    CAUSAL,
+    FROM_THE_START,
+    NO_BACKWARD,
+    ONLY_CAUSAL,
+    PLAIN_SCORE,
+    PREFILL,
+    Form,
+    Params,
+)
+
+
+class DhsaParams(Params):
+    """Lengths in tokens. The form equals exact attention at ``share`` 1 (blocks) or ``budget`` >= Nk (tokens)."""
+
+    block: int = Field(default=128, ge=16, description="query rows that share a list; a power of two")
+    unit: int = Field(default=32, ge=1, description="keys that are taken together; 1: single tokens of chunks")
+    share: float = Field(default=0.125, gt=0, le=1, description="share of all blocks that a row keeps (unit > 1)")
+    budget: int = Field(default=2048, ge=1, description="tokens that a row keeps (unit = 1)")
+    chunks: Literal["fixed", "dip", "given"] = Field(
+        default="fixed", description="how keys are cut (unit = 1): every ``chunk``, where they change, or by the caller"
+    )
+    chunk: int = Field(default=64, ge=1, description='size of a chunk with chunks = "fixed"')
+    threshold: float = Field(default=0.9, ge=-1, le=1, description='likeness below which "dip" cuts')
+    local: int = Field(default=128, ge=0, description="most recent tokens that a block always keeps")
+    sinks: int = Field(default=128, ge=0, description="tokens at the start that a block always keeps")
+
+    @model_validator(mode="after")
+    def _sizes(self):
+        for name in ("block", "unit"):
+            value = getattr(self, name)
+            if value & (value - 1):
+                raise ValueError(f"{name} must be a power of two, got {value}")
+        if self.unit > 1 and self.unit < 16:
+            raise ValueError(f"unit must be 1 or at least 16, got {self.unit}")
+        if self.unit == 1 and self.local < self.block:
+            raise ValueError(f"local must be at least block ({self.block}), so that no row is empty; got {self.local}")
+        if self.unit == 1 and self.budget < self.local + self.sinks:
+            raise ValueError(f"budget must hold local and sinks ({self.local} + {self.sinks}), got {self.budget}")
+        return self
+
+
+def select(params: DhsaParams) -> Selector:
+    if params.unit > 1:
+        score = Score(query=Mean(size=params.block), key=Mean(size=params.unit))
+        return Selector(
+            score=score,
+            reduce=Reduce(),
+            pick=Pick(budget=Share(share=params.share), sinks=params.sinks, local=params.local),
+            expand=Expand(block=params.block, unit=params.unit),
+        )
+    keys = (
+        Mean(size=params.chunk, root_length=True)
+        if params.chunks == "fixed"
+        else Chunks(find=params.chunks, threshold=params.threshold)
+    )
+    return Selector(
+        score=Score(query=Mean(size=params.block, root_length=True), key=keys, lists=1),
+        reduce=Reduce(),
+        pick=Pick(budget=Tokens(tokens=params.budget), sinks=params.sinks, local=params.local),
+        expand=Expand(block=params.block, unit=1),
+    )
+
+
+def reference(params: DhsaParams, query, key, allowed, scale, bounds=None):
+    """The recipe in float64. ``bounds``: where chunks begin and end, from 0 to Nk; every ``chunk`` if None."""
+    batch, heads, q_len, _ = query.shape
+    k_len, block = key.shape[2], params.block
+    query, key = query.double(), key.double().repeat_interleave(heads // key.shape[1], 1)
+    kept = torch.zeros(batch, heads, q_len, k_len, dtype=torch.bool)
+    bounds = bounds or [*range(0, k_len, params.chunk), k_len]
+    for start in range(0, q_len, block):
+        stop = min(start + block, q_len)
+        first, limit = start + k_len - q_len, stop + k_len - q_len
+        if limit <= 0:
+            continue
+        rows = query[:, :, start:stop]
+        if params.unit == 1:
+            mean = rows.mean((1, 2)) * (stop - start) ** 0.5
+            scores = torch.full((batch, k_len), -torch.inf, dtype=torch.float64)
+            for low, high in itertools.pairwise(bounds):
+                chunk = key[:, :, low:high].mean((1, 2)) * (high - low) ** 0.5
+                scores[:, low:high] = (mean * chunk).sum(-1, keepdim=True)
+            scores[:, : params.sinks] = torch.inf
+            scores[:, max(limit - params.local, 0) :] = torch.inf
+            scores = scores[:, :limit]
+            order = limit - 1 - scores.flip(-1).argsort(dim=-1, descending=True, stable=True)
+            for b in range(batch):
+                kept[b, :, start:stop, order[b, : min(params.budget, limit)]] = True
+            continue
+        unit, units = params.unit, -(-k_len // params.unit)
+        seen = (limit - 1) // unit + 1
+        means = torch.stack([part.mean(2) for part in key.split(unit, 2)], 2)[:, :, :seen]
+        scores = (rows.mean(2, keepdim=True) * means).sum(-1)
+        scores[:, :, : -(-params.sinks // unit)] = 1e30
+        scores[:, :, max(seen - -(-params.local // unit), 0) :] = 1e30
+        scores[:, :, max(first, 0) // unit :] = torch.inf
+        order = seen - 1 - scores.flip(-1).argsort(dim=-1, descending=True, stable=True)
+        count = max(int(params.share * units), 1, int((scores[0, 0] >= 1e30).sum()))
+        for b in range(batch):
+            for h in range(heads):
+                for one in order[b, h, :count].tolist():
+                    kept[b, h, start:stop, one * unit : (one + 1) * unit] = True
+    return kept
+
+
+def kept_keys(params: DhsaParams):
+    if params.unit == 1:
+        return sympy.Min(Nk, params.budget)
+    return sympy.Min(Nk, sympy.Max(params.share * Nk, params.sinks + params.local + params.block))
+
+
+DHSA = Form(
+    name="dhsa",
+    kind="approximate",
+    summary="chunks of keys ranked by their means; the best within a budget, recent ones and sinks",
+    source="Xiong et al., Dynamic Hierarchical Sparse Attention, arXiv 2510.24606",
+    params=DhsaParams,
+    rules=(CAUSAL, ONLY_CAUSAL, PREFILL, FROM_THE_START, NO_BACKWARD, PLAIN_SCORE),
+    kept_keys=kept_keys,
+    select=select,
+    reference=reference,
+)

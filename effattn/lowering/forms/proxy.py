@@ -1,0 +1,124 @@
+"""Proxy: blocks are ranked once for a group of heads by its pooled heads; each head takes its own share (ProxyAttn)."""
+
+from __future__ import annotations
+
+import sympy
+import torch
+from pydantic import Field, model_validator
+
+from effattn.ir.expr import Nk
+from effattn.ir.selector import Coverage, Every, Expand, Last, Pick, Reduce, Score, Selector
+from effattn.lowering.forms.form import (
+    CAUSAL,
+    NO_BACKWARD,
+    ONLY_CAUSAL,
+    PLAIN_SCORE,
+    PREFILL,
+    SAME_MASK,
+    Form,
+    Params,
+    Rule,
+)
+
+
+class ProxyParams(Params):
+    """Lengths in tokens. The form equals exact attention at ``gamma`` 1, and while Nk <= ``least``."""
+
+    gamma: float = Field(default=0.95, gt=0, le=1, description="share of its last block's mass that each head keeps")
+    groups: int = Field(default=1, ge=1, description="groups of heads that share a ranking; divides the key heads")
+    stride: int = Field(default=4, ge=1, description="one token of so many is scored")
+    block: int = Field(default=128, ge=16, description="size of a block; a power of two")
+    least: int = Field(default=2048, ge=0, description="tokens that every row keeps at least")
+
+    @model_validator(mode="after")
+    def _powers_of_two(self):
+        for name in ("block", "stride"):
+            value = getattr(self, name)
+            if value & (value - 1):
+                raise ValueError(f"{name} must be a power of two, got {value}")
+        if self.stride > self.block:
+            raise ValueError(f"stride must be at most block ({self.block}), got {self.stride}")
+        return self
+
+
+def select(params: ProxyParams) -> Selector:
+    strided = Every(stride=params.stride)
+    of_each_head = Coverage(
+        gamma=params.gamma,
+        least=params.least,
+        score=Score(query=Last(size=params.block), key=Every(), softmax=True),
+        reduce=Reduce(rows="mean", columns="sum"),
+    )
+    return Selector(
+        score=Score(query=strided, key=strided, lists=params.groups, softmax=True),
+        reduce=Reduce(rows="max", columns="max"),
+        pick=Pick(budget=of_each_head, sinks=params.block),
+        expand=Expand(block=params.block, unit=params.block),
+    )
+
+
+def reference(params: ProxyParams, query, key, allowed, scale):
+    """The recipe in float64, block by block; the diagonal and the first block are always kept.
+
+    What the published description leaves open: a block is 128 tokens, the diagonal and the first block are forced, a
+    head's budget is the same in all rows, and of equal blocks the later comes first.
+    """
+    batch, heads, q_len, dim = query.shape
+    kv_heads, k_len = key.shape[1], key.shape[2]
+    query, key = query.double(), key.double()
+    allowed = allowed.expand(batch, heads, q_len, k_len)
+    block, offset = params.block, k_len - q_len
+    units = -(-k_len // block)
+    # 1. rank the blocks once for each group of heads
+    pooled_q = query.view(batch, params.groups, -1, q_len, dim).mean(2)[:, :, :: params.stride]
+    pooled_k = key.view(batch, params.groups, -1, k_len, dim).mean(2)[:, :, :: params.stride]
+    seen = allowed[:, :1, :: params.stride, :: params.stride]
+    logits = (pooled_q @ pooled_k.mT * scale).masked_fill(~seen, -torch.inf)
+    shares = logits.softmax(-1).nan_to_num()
+    # 2. how many of them each head needs to cover gamma of what its last block of rows sees
+    last = query[:, :, -block:] @ key.repeat_interleave(heads // kv_heads, 1).mT * scale
+    mass = last.masked_fill(~allowed[:, :, -block:], -torch.inf).softmax(-1).nan_to_num().mean(2)
+    by_unit = torch.stack([part.sum(-1) for part in mass.split(block, -1)], -1)
+    covered = by_unit.sort(-1, descending=True).values.cumsum(-1)
+    needed = (covered < params.gamma * covered[..., -1:]).sum(-1) + 1
+    needed = needed.clamp(-(-params.least // block), units) if params.gamma < 1 else torch.full_like(needed, units)
+    # 3. each block of rows keeps its own blocks, the first one, and the best of the others
+    kept = torch.zeros(batch, heads, q_len, k_len, dtype=torch.bool)
+    cells = block // params.stride
+    for start in range(0, q_len, block):
+        stop = min(start + block, q_len)
+        first, last_unit = max(start + offset, 0) // block, (stop - 1 + offset) // block
+        if stop - 1 + offset < 0:
+            continue
+        rows = shares[:, :, start // params.stride : -(-stop // params.stride)]
+        best = torch.stack([part.amax((-1, -2)) for part in rows.split(cells, -1)], -1)[..., : last_unit + 1]
+        best[..., 0] = 2.0
+        best[..., first:] = 3.0
+        order = last_unit - best.flip(-1).argsort(dim=-1, descending=True, stable=True)
+        least = last_unit - first + 1 + (first > 0)
+        for b in range(batch):
+            for h in range(heads):
+                taken = order[b, h * params.groups // heads, : max(int(needed[b, h]), least)]
+                for unit in taken.tolist():
+                    kept[b, h, start:stop, unit * block : (unit + 1) * block] = True
+    return kept
+
+
+GROUPS = Rule(
+    "groups",
+    lambda site, params: int(site.layout.kv_heads) % params.groups == 0,
+    "the key heads do not fall into that many groups of equal size",
+    "choose a divisor of the number of key heads, or 1",
+)
+
+PROXY = Form(
+    name="proxy",
+    kind="approximate",
+    summary="blocks ranked by pooled heads on every fourth token, as many for each head as cover its last rows' mass",
+    source="Wang et al., ProxyAttn, arXiv 2509.24745",
+    params=ProxyParams,
+    rules=(CAUSAL, ONLY_CAUSAL, PREFILL, PLAIN_SCORE, SAME_MASK, GROUPS, NO_BACKWARD),
+    kept_keys=lambda params: sympy.Min(Nk, sympy.Max(params.least, Nk / 4)),  # the share depends on the data
+    select=select,
+    reference=reference,
+)

@@ -1,0 +1,102 @@
+"""A selector and the tensors of a call in, a block list out. Nothing waits for the device, nothing is N x N."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from effattn.ir.plan import Plan
+from effattn.ir.selector import Chunks, Coverage, Mean
+from effattn.runtime.algebra import bindings
+from effattn.runtime.select import chunks as chunked
+from effattn.runtime.select.block_list import BlockList
+from effattn.runtime.select.pick import budget_units, counts
+from effattn.runtime.select.places import Places, places_of
+from effattn.runtime.select.scores import PRODUCTS
+from effattn.runtime.select.vectors import pool_heads, take
+
+
+@torch.no_grad()
+def select(
+    plan: Plan,
+    query: Tensor,
+    key: Tensor,
+    loads: Sequence[Tensor] = (),
+    scalars: Sequence[int] = (),
+    numbers: Sequence[float] = (),
+    target: str = "portable",
+) -> BlockList:
+    """The units of keys that each query block of a call visits.
+
+    Args:
+        query: [B, Hq, Nq, D]; key: [B, Hkv, Nk, D]; loads, scalars, numbers: what the plan names, in its order.
+        target: "triton" scores and picks by generated kernels, "portable" through ATen.
+    """
+    assert plan.select is not None
+    given = (loads, scalars, numbers)
+    places = places_of(plan, query.shape[2], key.shape[2], *given, query.device)
+    expand = plan.select.expand
+    if expand.unit == 1:
+        order, count = _tokens(plan, query, key, given, places)
+    else:
+        order, count = _units(plan, query, key, given, places, _steps(target))
+    return BlockList(order, count.contiguous(), places.edges.to(torch.int32), expand.block, expand.unit)
+
+
+def _steps(target: str) -> Any:
+    """The module that scores and picks."""
+    if target == "triton":
+        from effattn.runtime.select import triton_steps
+
+        return triton_steps
+    from effattn.runtime.select import portable_steps
+
+    return portable_steps
+
+
+def _units(plan: Plan, query: Tensor, key: Tensor, given: tuple, places: Places, steps: Any) -> tuple[Tensor, Tensor]:
+    selector = plan.select
+    assert selector is not None
+    pick, unit = selector.pick, selector.expand.unit
+    scorer = steps.Scorer(plan, selector.score, selector.reduce, query, key, *given)
+    if isinstance(pick.budget, Coverage):
+        mass = steps.Scorer(plan, pick.budget.score, pick.budget.reduce, query, key, *given).of(0, 1)
+        count = steps.covering_counts(pick.budget, mass, pick, unit, places)
+        width = places.units  # heads differ in how much they take of one list
+    else:
+        budget = budget_units(pick, unit, key.shape[2])
+        count = counts(budget, pick, unit, places).expand(query.shape[0], scorer.lists, -1)
+        sinks, local = -(-pick.sinks // unit), -(-pick.local // unit)
+        forced = places.most_edges(selector.expand.block, unit) + sinks + local
+        width = min(places.units, max(budget, forced))
+    shape = (query.shape[0], scorer.lists, places.blocks, width)
+    order = torch.empty(shape, dtype=torch.int32, device=query.device)
+    for first, last in scorer.chunks(places.blocks):
+        steps.rank_into(order, slice(first, last), scorer.of(first, last), pick, unit, places)
+    return order, count
+
+
+def _tokens(plan: Plan, query: Tensor, key: Tensor, given: tuple, places: Places) -> tuple[Tensor, Tensor]:
+    """Chunks of keys are scored, tokens are taken."""
+    selector = plan.select
+    assert selector is not None
+    score = selector.score
+    assert isinstance(score.key, (Chunks, Mean))
+    _, tensors = bindings(plan, *given)
+    pooled: Any = pool_heads(key, 1)
+    found = chunked.cut(score.key, pooled, tensors)
+    means = chunked.chunk_means(score.key, pooled, found)
+    queries = take(pool_heads(query, 1), score.query).float()
+    step = max(PRODUCTS // max(means.shape[2] * query.shape[0], 1), 1)
+    orders, totals = [], []
+    for first in range(0, places.blocks, step):
+        rows = slice(first, first + step)
+        scores = queries[:, :, rows] @ means.transpose(-1, -2)
+        part = Places(places.first[rows], places.last[rows], scores.shape[2], places.units)
+        order, count = chunked.tokens_of(scores, found, selector.pick, part)
+        orders.append(order)
+        totals.append(count)
+    return torch.cat(orders, dim=2), torch.cat(totals, dim=2)

@@ -1,0 +1,122 @@
+"""Score and pick by generated kernels: what :mod:`scores` and :mod:`pick` do through ATen, with the same answers."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from effattn.ir.plan import Plan
+from effattn.ir.selector import Coverage, Every, Last, Pick, Reduce, Score
+from effattn.lowering.triton import pick as pick_source
+from effattn.lowering.triton import score as score_source
+from effattn.lowering.triton.score import ScoreSpec
+from effattn.lowering.triton.spec import canonical
+from effattn.runtime import kernels
+from effattn.runtime.select import portable_steps as portable
+from effattn.runtime.select.places import Places
+from effattn.runtime.select.vectors import take
+
+MAX_SPLITS = 32
+PROGRAMS = 512  # enough to fill any GPU a few times
+
+
+class Scorer(portable.Scorer):
+    """A scorer whose softmax scores come from kernels; products of means stay one matrix product."""
+
+    def __init__(self, plan: Plan, score: Score, reduce: Reduce, query, key, loads, scalars, numbers):
+        super().__init__(plan, score, reduce, query, key, loads, scalars, numbers)
+        self.given = (list(loads), list(scalars), [float(number) for number in numbers])
+
+    def chunks(self, blocks: int) -> list[tuple[int, int]]:
+        return [(0, blocks)] if self.score.softmax else super().chunks(blocks)
+
+    def of(self, first: int, last: int) -> Tensor:
+        if not self.score.softmax:
+            return super().of(first, last)
+        assert (first, last) == (0, self.blocks)
+        query, key = take(self.query, self.score.query), self.key
+        batch, lists, vectors, head_dim = query.shape
+        tail = isinstance(self.score.query, Last)
+        q_stride = self.score.query.stride if isinstance(self.score.query, Every) else 1
+        k_stride = self.score.key.stride if isinstance(self.score.key, Every) else 1
+        height = self.expand.block // q_stride
+        row_tiles = -(-vectors // 64) * batch * lists
+        spec = ScoreSpec(
+            canonical(self.plan),
+            str(query.dtype).removeprefix("torch."),
+            head_dim,
+            lists // key.shape[1],
+            q_stride,
+            k_stride,
+            height,
+            self.expand.unit // k_stride,
+            self.reduce.rows,
+            self.reduce.columns,
+            splits_for(row_tiles, key.shape[2]),
+            tf32=torch.backends.cuda.matmul.allow_tf32 and query.dtype == torch.float32,
+        )
+        units = -(-self.k_len // self.expand.unit)
+        out = torch.empty((batch, lists, self.blocks, units), dtype=torch.float32, device=query.device)
+        row_start = self.q_len - vectors if tail else 0
+        launch = _score_module(spec).launch
+        launch(query, key, out, row_start, float(vectors if tail else height), self.q_len, self.k_len, *self.given, {})
+        return out
+
+
+def splits_for(row_tiles: int, key_vectors: int) -> int:
+    """Parts of the keys, so that enough programs run at once; from sizes alone."""
+    splits = 1
+    while splits < MAX_SPLITS and row_tiles * splits < PROGRAMS and splits * 512 < key_vectors:
+        splits *= 2
+    return splits
+
+
+@lru_cache(maxsize=256)
+def _score_module(spec: ScoreSpec) -> Any:
+    source = score_source.generate(spec)
+    return kernels.load_source(f"{spec.plan.form}_score_{spec.dtype}_d{spec.head_dim}", source)
+
+
+@lru_cache(maxsize=64)
+def _pick_module(width: int) -> Any:
+    return kernels.load_source(f"pick_{width}", pick_source.generate(width, pick_source.warps_for(width)))
+
+
+def rank_into(order: Tensor, rows: slice, scores: Tensor, pick: Pick, unit: int, places: Places) -> None:
+    """Fill ``order[:, :, rows]`` as :func:`effattn.runtime.select.pick.ranked` says, from scores [B, L, rows, U]."""
+    units = scores.shape[-1]
+    if units > pick_source.WIDEST:
+        portable.rank_into(order, rows, scores, pick, unit, places)
+        return
+    width = pick_source.width_for(units)
+    module = _pick_module(width)
+    part = order[:, :, rows]
+    target = part if part.is_contiguous() else torch.empty_like(part, memory_format=torch.contiguous_format)
+    firsts, lasts = (tensor[rows].to(torch.int32) for tensor in (places.first, places.last))
+    sinks, local = -(-pick.sinks // unit), -(-pick.local // unit)
+    blocks = scores.shape[2]
+    grid = (scores.shape[0] * scores.shape[1] * blocks,)
+    module.rank[grid](
+        scores.contiguous(), target, firsts, lasts, blocks, units, order.shape[3], sinks, local, width, **module.OPTIONS
+    )
+    if target is not part:
+        part.copy_(target)
+
+
+def covering_counts(coverage: Coverage, mass: Tensor, pick: Pick, unit: int, places: Places) -> Tensor:
+    """Units that each head visits in every query block: int32 [B, Hq, M], from its mass [B, Hq, 1, U]."""
+    batch, heads, _, units = mass.shape
+    if units > pick_source.WIDEST:
+        return portable.covering_counts(coverage, mass, pick, unit, places)
+    width = pick_source.width_for(units)
+    module = _pick_module(width)
+    found = torch.empty((batch, heads, places.blocks), dtype=torch.int32, device=mass.device)
+    firsts, lasts = places.first.to(torch.int32), places.last.to(torch.int32)
+    sinks, local, least = (-(-tokens // unit) for tokens in (pick.sinks, pick.local, coverage.least))
+    module.cover[(batch * heads,)](
+        mass, found, firsts, lasts, places.blocks, units, coverage.gamma, least, sinks, local, width, **module.OPTIONS
+    )
+    return found

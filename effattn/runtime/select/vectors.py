@@ -1,0 +1,48 @@
+"""The vectors that are scored: tokens or means of tokens, of each head or of heads averaged in groups."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from effattn.ir.selector import Every, Last, Mean, Piece
+
+
+def pool_heads(tensor: Tensor, lists: int) -> Tensor:
+    """[B, H, N, D] as [B, L, N, D]: heads averaged in ``lists`` groups in float32; each by itself if 0.
+
+    Query heads of one key head are neighbours, and every key head has as many: the mean over a group's key heads weighs
+    every query head the same.
+    """
+    if lists in (0, tensor.shape[1]):
+        return tensor
+    return tensor.unflatten(1, (lists, -1)).mean(dim=2, dtype=torch.float32).to(tensor.dtype)
+
+
+def take(tensor: Tensor, piece: Piece) -> Tensor:
+    """[B, L, N, D] as [B, L, R, D]: the vectors that a piece of a score names."""
+    if isinstance(piece, Every):
+        return tensor[:, :, :: piece.stride]
+    if isinstance(piece, Last):
+        return tensor[:, :, max(tensor.shape[2] - piece.size, 0) :]
+    assert isinstance(piece, Mean)
+    return block_means(tensor, piece)
+
+
+def indices(length: int, piece: Piece, device: torch.device) -> Tensor:
+    """Which rows or keys the vectors of :func:`take` are: int64 [R]."""
+    start = max(length - piece.size, 0) if isinstance(piece, Last) else 0
+    return torch.arange(start, length, piece.stride if isinstance(piece, Every) else 1, device=device)
+
+
+def block_means(tensor: Tensor, piece: Mean) -> Tensor:
+    """Means of ``piece.size`` tokens each, the last of those that are left: [B, L, ceil(N / size), D] float32."""
+    length = tensor.shape[2]
+    whole = length // piece.size * piece.size
+    means = tensor[:, :, :whole].unflatten(2, (-1, piece.size)).mean(dim=3, dtype=torch.float32)
+    if piece.root_length:
+        means = means * piece.size**0.5
+    if whole < length:
+        rest = tensor[:, :, whole:].mean(dim=2, keepdim=True, dtype=torch.float32)
+        means = torch.cat([means, rest * (length - whole) ** 0.5 if piece.root_length else rest], dim=2)
+    return means

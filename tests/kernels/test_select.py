@@ -1,0 +1,131 @@
+"""Scores and picks by generated kernels on Triton's interpreter, against the same through ATen."""
+
+from __future__ import annotations
+
+import pytest
+import sympy
+import torch
+
+from effattn.ir.expr import Nk, Nq, b, k, load, q, s
+from effattn.ir.plan import LoadSpec, Plan
+from effattn.ir.selector import Coverage, Every, Expand, Last, Pick, Reduce, Score, Selector
+from effattn.runtime.select import portable_steps, triton_steps
+from effattn.runtime.select.places import places_of
+from effattn.runtime.select.run import select
+
+FROM_THE_END = k <= q + Nk - Nq
+
+
+def plan_of(block=16, stride=4, lists=1, gamma=0.7, least=32, predicate=FROM_THE_END, loads=(), unit=None) -> Plan:
+    every = Every(stride=stride)
+    budget = Coverage(
+        gamma=gamma,
+        least=least,
+        score=Score(query=Last(size=block), key=Every(), softmax=True),
+        reduce=Reduce(rows="mean", columns="sum"),
+    )
+    selector = Selector(
+        score=Score(query=every, key=every, lists=lists, softmax=True),
+        pick=Pick(budget=budget, sinks=block),
+        expand=Expand(block=block, unit=unit or block),
+    )
+    return Plan("proxy", 0.3 * s, predicate, loads=loads, select=selector)
+
+
+def made(q_len=70, k_len=90, heads=4, kv_heads=2, dim=16, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((heads, q_len, dim), (kv_heads, k_len, dim))
+    return [torch.randn(2, *shape, generator=generator).to(dtype) for shape in shapes]
+
+
+def both(plan, score, reduce, query, key, loads=()):
+    given = (plan, score, reduce, query, key, loads, (), ())
+    found = [steps.Scorer(*given) for steps in (triton_steps, portable_steps)]
+    return [scorer.of(0, scorer.blocks) for scorer in found]
+
+
+@pytest.mark.parametrize(("q_len", "k_len"), [(1, 1), (17, 17), (70, 90), (130, 200), (40, 20)])
+@pytest.mark.parametrize("which", ["ranking", "mass"])
+def test_scores(which, q_len, k_len):
+    plan = plan_of()
+    budget = plan.select.pick.budget
+    score, reduce = (plan.select.score, plan.select.reduce) if which == "ranking" else (budget.score, budget.reduce)
+    ours, wanted = both(plan, score, reduce, *made(q_len, k_len))
+    torch.testing.assert_close(ours, wanted, atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"block": 256, "stride": 1},  # wider than a tile on both sides
+        {"block": 128, "stride": 4},
+        {"block": 16, "stride": 16},
+        {"block": 64, "stride": 2, "unit": 16},
+        {"block": 16, "stride": 2, "unit": 256},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("lists", [0, 1, 2])
+def test_sizes(options, lists):
+    plan = plan_of(lists=lists, **options)
+    ours, wanted = both(plan, plan.select.score, plan.select.reduce, *made(150, 300, dim=24))
+    torch.testing.assert_close(ours, wanted, atol=2e-5, rtol=2e-5)
+
+
+def test_splits_add_up(monkeypatch):
+    monkeypatch.setattr(triton_steps, "splits_for", lambda row_tiles, keys: 4)
+    plan = plan_of()
+    budget = plan.select.pick.budget
+    ours, wanted = both(plan, budget.score, budget.reduce, *made(70, 300))
+    torch.testing.assert_close(ours, wanted, atol=2e-5, rtol=2e-5)
+
+
+def test_masks_on_data():
+    padding = torch.arange(90) >= torch.tensor([0, 75])[:, None]
+    seen = sympy.Ne(load("padding", [b, k], integer=True), 0)
+    plan = plan_of(predicate=sympy.And(FROM_THE_END, seen), loads=(LoadSpec("padding", "bool", 2),))
+    budget = plan.select.pick.budget
+    for score, reduce in ((plan.select.score, plan.select.reduce), (budget.score, budget.reduce)):
+        ours, wanted = both(plan, score, reduce, *made(), [padding])
+        torch.testing.assert_close(ours, wanted, atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize(("q_len", "k_len"), [(17, 17), (70, 90), (64, 300)])
+@pytest.mark.parametrize("lists", [1, 2])
+def test_lists_are_the_same(q_len, k_len, lists):
+    plan, inputs = plan_of(lists=lists, block=16, least=16, gamma=0.5), made(q_len, k_len)
+    ours, wanted = (select(plan, *inputs, target=target) for target in ("triton", "portable"))
+    assert torch.equal(ours.count, wanted.count)
+    assert torch.equal(ours.edges, wanted.edges)
+    for block in range(wanted.order.shape[2]):
+        most = int(wanted.count[:, :, block].max())
+        assert torch.equal(ours.order[:, :, block, :most], wanted.order[:, :, block, :most])
+
+
+def test_ties_forced_units_and_nan():
+    plan = plan_of(block=16)
+    places = places_of(plan, 64, 128, (), (), (), torch.device("cpu"))
+    pick = Pick(budget=plan.select.pick.budget, sinks=16, local=40)
+    scores = torch.zeros(1, 1, 4, 8)
+    scores[..., 2], scores[..., 1] = torch.nan, 5.0
+    orders = []
+    for steps in (triton_steps, portable_steps):
+        order = torch.empty(1, 1, 4, 8, dtype=torch.int32)
+        steps.rank_into(order, slice(0, 4), scores, pick, 16, places)
+        orders.append(order)
+    assert orders[0][0, 0, 3].tolist() == [7, 6, 5, 0, 1, 4, 3, 2]
+    for block in range(4):
+        seen = int(places.eligible[block])
+        assert torch.equal(orders[0][..., block, :seen], orders[1][..., block, :seen])
+
+
+@pytest.mark.parametrize("gamma", [0.1, 0.5, 0.9, 0.999])
+def test_counts_cover_the_mass(gamma):
+    plan = plan_of(block=16, gamma=gamma, least=0)
+    places = places_of(plan, 64, 200, (), (), (), torch.device("cpu"))
+    mass = torch.rand(2, 4, 1, 13, generator=torch.Generator().manual_seed(3)) ** 4
+    budget = plan.select.pick.budget
+    ours, wanted = (
+        steps.covering_counts(budget, mass, plan.select.pick, 16, places) for steps in (triton_steps, portable_steps)
+    )
+    assert torch.equal(ours, wanted)
