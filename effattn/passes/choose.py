@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import sympy
 import torch
@@ -16,10 +16,11 @@ from effattn.ir.site import Refusal, Site
 from effattn.lowering.forms import FORMS
 from effattn.lowering.forms.form import Params, Rule
 from effattn.passes.draft import Anchors, Match
+from effattn.passes.rewrite_features import no_weights
 from effattn.policy import Policy
 from effattn.runtime.attend import triton_is_importable
 
-Route = Literal["keep", "sdpa", "op"]
+Route = Literal["keep", "sdpa", "op", "linear"]
 SDPA_MAX_HEAD_DIM = 256  # beyond it SDPA has no kernel that avoids N x N scores
 
 
@@ -37,7 +38,7 @@ class Choice:
     """What will be done with a site.
 
     ``route``: "keep" leaves the node as it is, "sdpa" writes an SDPA call without a mask, "op" writes
-    ``effattn::attend`` with ``plan``.
+    ``effattn::attend`` with ``plan``, "linear" writes feature maps and ``effattn::linear``.
     """
 
     match: Match
@@ -47,6 +48,7 @@ class Choice:
     reason: str
     plan: Plan | None
     candidates: tuple[Candidate, ...]
+    target: str | None = None  # of a choice without a plan
 
     @property
     def exact(self) -> bool:
@@ -88,13 +90,19 @@ def _choose(match: Match, policy: Policy, strict: bool, target: str | None) -> C
         params = rule.params_of(name) if rule is not None else form.params()
         refusals = form.refusals(site, params) + (() if name == "exact" else _cannot_lower(site, name))
         candidates.append(Candidate(name, not refusals, tuple(map(str, refusals))))
+        min_length = rule.min_length if rule is not None else 0
+        if not form.softmax and not refusals:
+            refusals = no_weights(site, params, min_length)
+            candidates[-1] = Candidate(name, not refusals, tuple(map(str, refusals)))
         if refusals:
             if strict and name != "exact":
                 raise FormRefused(f"{site.name} ({site.location}): {name} refused: {'; '.join(map(str, refusals))}")
             continue
         if name == "exact":
             break
-        min_length = rule.min_length if rule is not None else 0
+        if not form.softmax:
+            reason = f"policy {policy.name!r} asks for it, {_accepted_by(params)}"
+            return Choice(match, name, params, "linear", reason, None, tuple(candidates), target)
         plan = plan_of(site, name, params, min_length, target)
         since = f" from {min_length:,} keys on" if min_length else ""
         reason = f"policy {policy.name!r} asks for it{since}"
@@ -102,6 +110,10 @@ def _choose(match: Match, policy: Policy, strict: bool, target: str | None) -> C
     refused = [candidate for candidate in candidates if not candidate.accepted and candidate.form != "exact"]
     why = "; ".join(f"{candidate.form} refused: {', '.join(candidate.reasons)}" for candidate in refused)
     return _exact(match, tuple(candidates), "; ".join([*([why] if why else []), *found.notes]), target)
+
+
+def _accepted_by(params: Any) -> str:
+    return f"with the weights in {params.weights}" if params.weights else f"accepting an error of {params.tolerance:g}"
 
 
 def _exact(match: Match, candidates: tuple[Candidate, ...], why: str, target: str | None) -> Choice:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import effattn.runtime.linear  # noqa: F401  (registers the op)
@@ -32,10 +33,27 @@ def feature_attention(
         of_query, of_key: its parameters for queries and for keys.
 
     Returns:
-        [B, Hq, N, Dv]; 0 where a query has no weight on any key.
+        [B, Hq, N, Dv]; 0 where a query has no weight on any key. Causal, the last query stands at the last key.
     """
     chosen = FEATURE_MAPS[feature_map]
     features = chosen(query, of_query), chosen(key, of_key)
+    earlier = key.shape[2] - query.shape[2]
+    if causal and earlier != 0:
+        return _with_other_lengths(features, value, earlier, eps, layout, target)
     return torch.ops.effattn.linear(
         *features, value, None, None, 1.0, causal, True, eps, layout, target
     )[0]  # fmt: skip
+
+
+def _with_other_lengths(
+    features: tuple[Tensor, Tensor], value: Tensor, earlier: int, eps: float, layout: str, target: str | None
+) -> Tensor:
+    """Causal attention of the last rows over ``earlier`` more keys; with fewer keys the first rows see none."""
+    query, key = features
+    if earlier > 0:
+        query = F.pad(query, (0, 0, earlier, 0))
+        out = torch.ops.effattn.linear(query, key, value, None, None, 1.0, True, True, eps, layout, target)[0]
+        return out[:, :, earlier:]
+    query = query[:, :, -earlier:]
+    out = torch.ops.effattn.linear(query, key, value, None, None, 1.0, True, True, eps, layout, target)[0]
+    return F.pad(out, (0, 0, -earlier, 0))
