@@ -10,10 +10,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+import sympy
 from torch import fx
 
 from effattn.ir.expr import k, q, s
-from effattn.passes.assemble import assemble, location, module_path
+from effattn.passes.assemble import MAX_TERMS, assemble, location, module_path
 from effattn.passes.contraction import Contraction, contraction
 from effattn.passes.draft import Draft, Match, Missed, Refused
 from effattn.passes.graph import GraphView
@@ -62,8 +63,8 @@ def find_linear(view: GraphView) -> tuple[list[LinearMatch], list[Missed]]:
     for product, side in _candidates(view):
         try:
             found.append(_match(view, product, side, readers, len(found)))
-        except NotLinear:
-            continue
+        except (NotLinear, TypeError, ValueError, ArithmeticError):
+            continue  # any two products come here, and sympy raises these where terms cannot be compared
         except (Refused, Unreadable) as error:
             refusal = error.refusal if isinstance(error, Refused) else Refused("reading", str(error)).refusal
             missed.append(Missed(module_path(product.node)[0] or product.node.name, location(product.node), refusal))
@@ -125,6 +126,8 @@ def _match(view: GraphView, product: Contraction, side: str, readers: dict, orde
     q_len, k_len = shape[q_dim], shape[dim]
     reader = reader_for(view, readers, True, batch, heads, q_len, k_len, DecayReader)
     term, inside = scores_at(view, reader, scores, tuple(index), time, inner)
+    if sympy.count_ops(term) > MAX_TERMS:
+        raise NotLinear("more than a person would write")
     meaning = interpret(term)
     if not meaning.causal and eps is None:
         raise NotLinear("two products in a row")

@@ -81,7 +81,7 @@ def linear(
     _check(query, key, value, log_decay, initial_state, normalised, causal)
     _check_names(layout, target)
     out = allocate(layout, query, (*query.shape[:3], value.shape[3]))
-    chosen = _target(target, query, value)
+    chosen = _target(target, query.dtype, query.device, query.shape[3], value.shape[3])
     meaning: dict[str, Any] = {"scale": scale, "causal": causal, "ones": normalised, "eps": eps}
     return out, chosen.run(query, key, value, log_decay, initial_state, out, **meaning)
 
@@ -125,8 +125,9 @@ def linear_backward(
         allocate(layout, key, key.shape),
         allocate(layout, value, value.shape),
     )
+    widest = max(query.shape[3], value.shape[3] + normalised)  # each of the three calls has other features
     of_state = run_backward(
-        _target(target, query, value),
+        _target(target, query.dtype, query.device, widest, widest),
         grad_out,
         grad_state,
         query,
@@ -183,7 +184,7 @@ def linear_step(
     """
     _check(query, key, value, log_decay, state, normalised, True)
     _check_names("bhnd", target)
-    chosen = _target(target, query, value)
+    chosen = _target(target, query.dtype, query.device, query.shape[3], value.shape[3])
     step = getattr(chosen, "run_step", chosen.run)
     out = query.new_empty((*query.shape[:3], value.shape[3]))
     return out, step(query, key, value, log_decay, state, out, scale=scale, causal=True, ones=normalised, eps=eps)
@@ -242,9 +243,9 @@ def _check_names(layout: str, target: str | None) -> None:
         raise ValueError(f"layout must be one of {LAYOUTS} and target one of {TARGETS}, got {layout!r}, {target!r}")
 
 
-def _target(wanted: str | None, query: Tensor, value: Tensor) -> Any:
-    """The module that runs on these tensors."""
-    wanted = wanted or ("triton" if query.device.type == "cuda" else "portable")
+def _target(wanted: str | None, dtype: torch.dtype, device: torch.device, features: int, value_dim: int) -> Any:
+    """The module that runs on such tensors."""
+    wanted = wanted or ("triton" if device.type == "cuda" else "portable")
     if wanted == "portable":
         return linear_portable
     if not triton_is_importable():
@@ -252,7 +253,7 @@ def _target(wanted: str | None, query: Tensor, value: Tensor) -> Any:
         return linear_portable
     from effattn.runtime import linear_triton
 
-    if (why := linear_triton.unsupported(query.dtype, query.shape[3], value.shape[3])) is not None:
+    if (why := linear_triton.unsupported(dtype, features, value_dim)) is not None:
         warn_once(f"{why}: using the portable target there, which is slower on a GPU")
         return linear_portable
     return linear_triton

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 CHUNK = 128  # tokens; the exponents of decay stay below it
-ELEMENTS = 2**22  # of all intermediate values of one piece
+ELEMENTS = 2**24  # of all intermediate values of one piece
 
 
 def run(
