@@ -16,14 +16,15 @@ ifeq ($(shell nvidia-smi -L 2>/dev/null | grep -c GPU),0)
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 endif
 
-.PHONY: help demo test test-gpu lint bench clean
+.PHONY: help demo test test-gpu lint bench report clean
 
 help:
 	@echo "make demo       the main job on a real model, with a report"
 	@echo "make test       the tests; they need no GPU"
 	@echo "make test-gpu   the same checks on an NVIDIA GPU"
 	@echo "make lint       ruff and mypy"
-	@echo "make bench      every benchmark (tiny sizes without a GPU), results in benchmarks/results"
+	@echo "make bench      every benchmark into benchmarks/results (without a GPU: tiny sizes, elsewhere)"
+	@echo "make report     docs/performance.md and README.md's table from benchmarks/results"
 	@echo "make clean      removes .venv and everything that was built"
 
 demo: $(VENV)/.models
@@ -44,7 +45,10 @@ lint: $(VENV)/.dev
 	$(BIN)/mypy
 
 bench: $(VENV)/.models
-	$(BIN)/python -m benchmarks.gpu_all --out benchmarks/results $(BENCH)
+	$(BIN)/python -m benchmarks.gpu_all $(BENCH)
+
+report: $(VENV)/.models
+	$(BIN)/python -m benchmarks.report --readme README.md
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \

@@ -4,12 +4,12 @@
     python -m benchmarks.gpu_all --out benchmarks/results --only prefill_llama,power_vs_flex
 
 Each runs in a process of its own and writes after every variant, so what has been measured is kept when the time is up.
+Cases that an earlier run measured and this one has no time for stay in the files (``--fresh`` drops them).
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import pathlib
 import signal
@@ -22,7 +22,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import tables
+from benchmarks import keeping, tables
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 # name -> share of the time; in this order, and what one does not use, the next ones get
@@ -43,6 +43,7 @@ def run_one(name: str, options: argparse.Namespace, seconds: float) -> str:
     command = [sys.executable, "-m", f"benchmarks.{name}", "--out", str(options.out.resolve() / f"{name}.json")]
     command += ["--device", options.device, "--seconds", f"{seconds:.0f}"]
     command += ["--tiny", "--repeats", "3"] if options.tiny else []
+    command += ["--fresh"] if options.fresh else []
     start = time.perf_counter()
     process = subprocess.Popen(command, cwd=ROOT, start_new_session=True)
     try:
@@ -64,7 +65,7 @@ def shares(names: list[str], left: float) -> float:
 
 def load(folder: pathlib.Path, names: list[str]) -> list[dict[str, Any]]:
     paths = [folder / f"{name}.json" for name in names]
-    return [json.loads(path.read_text(encoding="utf-8")) for path in paths if path.exists()]
+    return [result for path in paths if (result := keeping.read(path)) is not None]
 
 
 def summary(results: list[dict[str, Any]], ends: dict[str, str]) -> Table:
@@ -85,13 +86,17 @@ def summary(results: list[dict[str, Any]], ends: dict[str, str]) -> Table:
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--out", type=pathlib.Path, default=ROOT / "benchmarks" / "results", help="folder of results")
+    parser.add_argument(
+        "--out", type=pathlib.Path, help="folder of results (default benchmarks/results; tiny ones: build)"
+    )
     parser.add_argument("--minutes", type=float, default=8, help="for all of them together (default 8)")
     parser.add_argument("--only", help=f"some of: {','.join(BENCHMARKS)}")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--fresh", action="store_true", help="keep no case of an earlier run")
     parser.add_argument("--tiny", action="store_true", help="see that all of them run (always so without a GPU)")
     options = parser.parse_args(argv)
     options.tiny = options.tiny or options.device == "cpu"
+    options.out = options.out or ROOT / ("build/tiny-benchmarks" if options.tiny else "benchmarks/results")
     options.names = options.only.split(",") if options.only else list(BENCHMARKS)
     if strange := [name for name in options.names if name not in BENCHMARKS]:
         parser.error(f"no benchmark {', '.join(strange)}; there are {', '.join(BENCHMARKS)}")
@@ -103,7 +108,6 @@ def main(argv: list[str] | None = None) -> int:
     options.out.mkdir(parents=True, exist_ok=True)
     deadline, ends = time.perf_counter() + 60 * options.minutes, {}
     for i, name in enumerate(options.names):
-        (options.out / f"{name}.json").unlink(missing_ok=True)  # an old result must not pass for a new one
         left = deadline - time.perf_counter()
         if left < 0 and not options.tiny:
             ends[name] = "not started: time is up"

@@ -2,7 +2,8 @@
 
 A *case* is one problem (a length, a mask), a *variant* one way to compute it, a *bar* the ratio between two variants of
 a case that has to be reached. Ratios are between variants of one case in one run, never between runs. A variant that
-fails (out of memory, say) is recorded with its error, and the others go on.
+fails (out of memory, say) is recorded with its error, and the others go on. Cases that the file holds from an earlier
+run, and that this one does not measure as completely, are kept (:mod:`benchmarks.keeping`).
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import datetime
-import json
 import logging
 import pathlib
 import sys
@@ -24,8 +24,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import measuring, tables
-from benchmarks.measuring import device_name, versions
+from benchmarks import keeping, measuring, ratios, tables
+from benchmarks.measuring import commit, device_name, versions
 from benchmarks.tables import number
 
 EAGER, INDUCTOR, EFFATTN = "eager", "inductor", "effattn"
@@ -67,7 +67,8 @@ def parser(description: str) -> argparse.ArgumentParser:
     made.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     made.add_argument("--repeats", type=int, default=7, help="most timed runs of a variant (default 7)")
     made.add_argument("--seconds", type=float, help="start no further variant after this long")
-    made.add_argument("--out", type=pathlib.Path, help="write the results there, as JSON")
+    made.add_argument("--out", type=pathlib.Path, help="write the results there, as JSON; cases of earlier runs stay")
+    made.add_argument("--fresh", action="store_true", help="keep nothing of what the file holds from earlier runs")
     return made
 
 
@@ -86,6 +87,10 @@ class Suite:
         self.bars: list[Bar] = []
         self.notes: list[str] = []
         self._reference: tuple[str, Tensor] | None = None
+        path: pathlib.Path | None = options.out
+        self._earlier = None if path is None or options.fresh else keeping.read(path)
+        if self._earlier is not None and options.tiny and not self._earlier["tiny"]:
+            raise ValueError(f"{path} holds results of full sizes, which tiny ones must not replace; write elsewhere")
         self._start = time.perf_counter()
         print(f"{name} on {device_name(self.device)}", flush=True)
 
@@ -109,7 +114,7 @@ class Suite:
             more: filled by ``build`` or the function as they like, and kept.
         """
         if self.out_of_time():
-            self.note(f"no time left for {case}, {variant}")
+            self.note(f"{keeping.LATE}{case}, {variant}")
             return None
         row = Row(case, variant, more=more if more is not None else {})
         self.rows.append(row)
@@ -178,72 +183,45 @@ class Suite:
 
     # --- ratios and bars ---
 
-    def cost(self, case: str, variant: str, what: str = "ms") -> float | None:
-        """What one variant costs; None where it failed or was not measured."""
-        for row in self.rows:
-            if (row.case, row.variant) == (case, variant):
-                return getattr(row, what) if hasattr(row, what) else row.more.get(what)
-        return None
-
-    def ratio(self, case: str, variant: str, against: Sequence[str], what: str = "ms") -> float | None:
-        """``variant`` over the cheapest of ``against``; None where one side was not measured."""
-        over = self.cost(case, variant, what)
-        under = [cost for name in against if (cost := self.cost(case, name, what))]
-        return over / min(under) if over is not None and under else None
-
     def bar(self, case: str, variant: str, against: str | Sequence[str], at_most: float, what: str = "ms") -> None:
         """Ask for ``variant`` <= ``at_most`` * the better of ``against``; only the full sizes are held against it."""
         names = (against,) if isinstance(against, str) else tuple(against)
         if not self.options.tiny:
             self.bars.append(Bar(case, variant, names, at_most, what))
 
-    def ratios(self) -> list[dict[str, Any]]:
-        """Time and memory of every variant over each of ``against``."""
-        return [
-            {
-                "case": row.case,
-                "variant": row.variant,
-                "against": name,
-                "time": self.ratio(row.case, row.variant, (name,)),
-                "memory": self.ratio(row.case, row.variant, (name,), "peak_gib"),
-            }
-            for row in self.rows
-            for name in self.against
-            if name != row.variant and self.ratio(row.case, row.variant, (name,)) is not None
-        ]
-
     def reached(self) -> list[dict[str, Any]]:
-        """Every bar with the ratio that was reached (None: not measured)."""
-        return [
-            {**asdict(bar), "reached": self.ratio(bar.case, bar.variant, bar.against, bar.what)} for bar in self.bars
-        ]
+        """Every bar with the ratio that this run reached (None: not measured)."""
+        return ratios.reached([asdict(row) for row in self.rows], [asdict(bar) for bar in self.bars])
 
     # --- results ---
 
     def to_dict(self) -> dict[str, Any]:
-        return {
-            "name": self.name,
-            "tiny": self.options.tiny,
-            "date": datetime.date.today().isoformat(),
+        """This run alone."""
+        run = {
+            "date": datetime.datetime.now().isoformat(sep=" ", timespec="minutes"),
+            "commit": commit(),
             "device": device_name(self.device),
             "versions": versions(),
             "seconds": time.perf_counter() - self._start,
             "setting": self.setting,
-            "against": self.against,
-            "rows": [asdict(row) for row in self.rows],
-            "ratios": self.ratios(),
-            "bars": self.reached(),
             "notes": self.notes,
+        }
+        rows = [{**asdict(row), "run": 0} for row in self.rows]
+        return {
+            "name": self.name,
+            "tiny": self.options.tiny,
+            "against": list(self.against),
+            "runs": [run],
+            "rows": rows,
+            "ratios": ratios.ratios(rows, self.against),
+            "bars": self.reached(),
         }
 
     def save(self) -> None:
         """Write what has been measured so far: a run that is cut off leaves its results."""
         path: pathlib.Path | None = self.options.out
         if path is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            part = path.with_suffix(".part")
-            part.write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
-            part.replace(path)
+            keeping.write(path, keeping.merge(self._earlier, self.to_dict()))
 
     def finish(self) -> int:
         """Write the file, show the tables. 1 if a variant failed for another reason than memory."""
@@ -312,3 +290,6 @@ def main(run: Callable[[list[str] | None], int]) -> None:
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)
         sys.exit(130)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)

@@ -1,8 +1,8 @@
-"""Results as a page of the documentation.
+"""Results as a page of the documentation, and as the table in README.md.
 
-    python -m benchmarks.report [FOLDER] [--out docs/performance.md]
+    python -m benchmarks.report [FOLDER] [--out docs/performance.md] [--readme README.md]
 
-The page is made from the files of a run alone, so figures in it are never typed by hand.
+Both are made from the files of results alone, so figures in them are never typed by hand.
 """
 
 from __future__ import annotations
@@ -10,10 +10,12 @@ from __future__ import annotations
 import argparse
 import json
 import pathlib
+import re
 import sys
 from typing import Any
 
-from benchmarks import tables
+from benchmarks import keeping, ratios, tables
+from benchmarks.harness import EAGER, EFFATTN, INDUCTOR
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 ORDER = ("prefill_llama", "power_vs_flex", "linear_lightning", "decode_static", "train_step", "compile_time")
@@ -50,62 +52,135 @@ ABOUT = {
         "caches that the first process left.",
     ),
 }
+CPU = "smollm2_cpu.json"
+README_CASE = "no mask, N 65,536"
+README_VARIANTS = {
+    EAGER: "eager",
+    INDUCTOR: "`torch.compile` (Inductor)",
+    EFFATTN: '`torch.compile(backend="effattn")`',
+}
+BEGIN, END = "<!-- made by python -m benchmarks.report --readme README.md -->", "<!-- end of what was made -->"
+MARKED = re.compile(f"{re.escape(BEGIN)}.*{re.escape(END)}", re.DOTALL)
 HEAD = """# Performance
 
 Made by `python -m benchmarks.report` from the results of `python -m benchmarks.gpu_all`; do not edit.
 
-Every ratio is between two variants of one case in one run on one machine. Times are medians after warm-up, by CUDA
-events on a GPU. Peak memory is the largest that PyTorch's allocator held, weights included; "above weights" is
-what the call itself added. A bar is the ratio that the project asks of itself.
+Every ratio is between two variants of one case in one run on one machine. Where a table holds several runs, its last
+column says which one a case comes from; each run has its own date, commit and versions. Times are medians after
+warm-up, by CUDA events on a GPU. Peak memory is the largest that PyTorch's allocator held, weights included; "above
+weights" is what the call itself added. A bar is the ratio that the project asks of itself.
 """
 
 
 def load(folder: pathlib.Path) -> list[dict[str, Any]]:
     """The results of a folder in the order of the page. Raises FileNotFoundError if there are none."""
-    found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
-    known = {result["name"]: result for result in found if result.get("name") in ORDER}
+    found = [keeping.read(folder / f"{name}.json") for name in ORDER]
+    known = {result["name"]: result for result in found if result is not None}
     if not known:
         raise FileNotFoundError(f"{folder} holds no results; make some: python -m benchmarks.gpu_all --out {folder}")
     return [known[name] for name in ORDER if name in known]
 
 
-def page(results: list[dict[str, Any]]) -> str:
-    """The whole page in Markdown."""
-    parts = [HEAD, bars_section(results), *[section(result) for result in results]]
+def page(results: list[dict[str, Any]], *more: str) -> str:
+    """The whole page in Markdown; ``more`` are further sections."""
+    parts = [HEAD, bars_section(results), *[section(result) for result in results], *more]
     return "\n".join(part for part in parts if part)
 
 
 def bars_section(results: list[dict[str, Any]]) -> str:
-    headings, lines = tables.bars(results)
+    headings = ["benchmark", *tables.bars([])[0]]
+    lines = [[result["name"], *line] for result in results for line in tables.bars([result])[1]]
     return f"## Asked and reached\n\n{tables.markdown(headings, lines)}\n" if lines else ""
 
 
 def section(result: dict[str, Any]) -> str:
     """One benchmark: what, on what, when; its table; its notes."""
     title, text = ABOUT[result["name"]]
-    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
-    setting = ", ".join(f"{name} {value}" for name, value in result["setting"].items())
+    runs = result["runs"]
+    setting = ", ".join(f"{name} {value}" for name, value in runs[-1]["setting"].items())
     tiny = "\n\n**Tiny sizes: these figures say only that the benchmark runs.**" if result["tiny"] else ""
-    notes = "".join(f"\n- {note}" for note in result["notes"])
+    notes = "".join(f"\n- {note}" for run in runs for note in run["notes"])
     return (
-        f"## {title}\n\n{text}{tiny}\n\n{result['device']}, {result['date']}; {versions}.  \n{setting}.\n\n"
+        f"## {title}\n\n{text}{tiny}\n\n{said_of(runs)}  \n{setting}.\n\n"
         f"{tables.markdown(*tables.rows(result))}\n" + (f"{notes}\n" if notes else "")
     )
+
+
+def said_of(runs: list[dict[str, Any]]) -> str:
+    """On what and when each run was measured; numbered as in the tables if there are several."""
+    lines = []
+    for number, run in enumerate(runs, start=1):
+        versions = ", ".join(f"{name} {version}" for name, version in run["versions"].items())
+        commit = f" at commit {run['commit']}" if run.get("commit") else ""
+        start = f"Run {number}: " if len(runs) > 1 else ""
+        lines.append(f"{start}{run['device']}, {run['date']}{commit}; {versions}.")
+    return "  \n".join(lines)
+
+
+def cpu_section(folder: pathlib.Path) -> str:
+    """What ``benchmarks/smollm2_cpu.py`` found: the same text as Inductor's. Empty if it was not run."""
+    path = folder / CPU
+    if not path.exists():
+        return ""
+    found = json.loads(path.read_text(encoding="utf-8"))
+    same = "the same" if found["same_text"] else "**another**"
+    return (
+        f"## The same text\n\nSmolLM2-135M-Instruct in float32 on a CPU, torch {found['torch']}: greedy decoding of "
+        f"{found['tokens']} tokens gives {same} text by effattn and by Inductor. The largest difference between their "
+        f"logits of a long prompt is {found['largest_logit_difference']:.2g}, where the largest logit is "
+        f"{found['largest_logit']:.3g}.\n"
+    )
+
+
+# --- the table in README.md ---
+
+
+def readme_table(results: list[dict[str, Any]]) -> str:
+    """The case that README.md begins with, as it stands between the marks there."""
+    result = next(result for result in results if result["name"] == "prefill_llama")
+    row = next(row for row in result["rows"] if row["case"] == README_CASE)
+    run = result["runs"][row["run"]]
+    lines = []
+    for variant, called in README_VARIANTS.items():
+        ms = ratios.cost(result["rows"], README_CASE, variant)
+        gib = ratios.cost(result["rows"], README_CASE, variant, "above_gib")
+        if ms is None or gib is None:
+            raise ValueError(f"{variant} of {README_CASE!r} was not measured")
+        bold = "**" if variant == EFFATTN else ""
+        lines.append(f"| {called} | {bold}{ms:,.0f} ms{bold} | {bold}{gib:.1f} GiB{bold} |")
+    table = "\n".join(lines)
+    return (
+        f"Llama, 8B shape, 4 layers, bf16, 65,536 tokens, no cache, one {run['device']}, all three in one run on "
+        f"{run['date'][:10]}\n([docs/performance.md](docs/performance.md) has every number, device and date):\n\n"
+        f"| | time | memory beside the weights |\n|---|---|---|\n{table}"
+    )
+
+
+def with_table(readme: str, table: str) -> str:
+    """``readme`` with ``table`` between its marks. Raises ValueError if it has no marks."""
+    if not MARKED.search(readme):
+        raise ValueError(f"the file lacks the lines {BEGIN} and {END}")
+    return MARKED.sub(lambda _: f"{BEGIN}\n{table}\n{END}", readme)
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("folder", type=pathlib.Path, nargs="?", default=ROOT / "benchmarks" / "results")
     parser.add_argument("--out", type=pathlib.Path, default=ROOT / "docs" / "performance.md")
+    parser.add_argument("--readme", type=pathlib.Path, help="renew the table of this file too")
     options = parser.parse_args(argv)
     try:
-        text = page(load(options.folder))
-    except FileNotFoundError as error:
+        results = load(options.folder)
+        written = {options.out: page(results, cpu_section(options.folder))}
+        if options.readme is not None:
+            written[options.readme] = with_table(options.readme.read_text(encoding="utf-8"), readme_table(results))
+    except (FileNotFoundError, ValueError, StopIteration) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(text, encoding="utf-8")
-    print(f"wrote {options.out}")
+    for path, text in written.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+        print(f"wrote {path}")
     return 0
 
 

@@ -13,7 +13,7 @@ def show(result: dict[str, Any]) -> None:
 
     console = Console(width=170)
     headings, lines = rows(result)
-    console.print(_rich(f"{result['name']}, {result['device']}", headings, lines, left=2))
+    console.print(_rich(f"{result['name']}, {result['runs'][-1]['device']}", headings, lines, left=2))
     if result["bars"]:
         console.print(_rich("needed", *bars([result]), left=2))
 
@@ -24,6 +24,7 @@ def rows(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     headings = ["case", "variant", "ms", *[f"/ {name}" for name in result["against"]]]
     headings += ["peak GiB", "above weights"] if memory else []
     headings += ["first call s", "difference", "more"]
+    headings += ["run"] if len(result["runs"]) > 1 else []
     return headings, [_cells(row, result, memory) for row in result["rows"]]
 
 
@@ -34,7 +35,8 @@ def _cells(row: dict[str, Any], result: dict[str, Any], memory: bool) -> list[st
     cells += [number(row["peak_gib"]), number(row["above_gib"])] if memory else []
     apart = "" if row["difference"] is None else f"{row['difference']:.2g} of {row['size']:.2g}"
     more = ", ".join(f"{key} {number(value)}" for key, value in row["more"].items())
-    return [*cells, number(row["first_s"]), apart, more]
+    cells += [number(row["first_s"]), apart, more]
+    return [*cells, str(row["run"] + 1)] if len(result["runs"]) > 1 else cells
 
 
 def bars(results: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from effattn.compiler.explain import explain
     from effattn.errors import (
         EffattnError,
+        EvaluationError,
         FormRefused,
         OptionError,
         PlanError,
@@ -32,6 +33,7 @@ _HOMES = {
     "explain": "effattn.compiler.explain",
     "Policy": "effattn.policy",
     "EffattnError": "effattn.errors",
+    "EvaluationError": "effattn.errors",
     "FormRefused": "effattn.errors",
     "OptionError": "effattn.errors",
     "PlanError": "effattn.errors",
@@ -42,6 +44,7 @@ _HOMES = {
 
 __all__ = [
     "EffattnError",
+    "EvaluationError",
     "FormRefused",
     "OptionError",
     "PlanError",

@@ -27,6 +27,10 @@ class VerificationError(EffattnError):
     """``options={"verify": True}`` found that a rewritten graph and the original one disagree."""
 
 
+class EvaluationError(EffattnError):
+    """``evaluate`` was asked for what cannot be measured, or its folder holds what is not its own."""
+
+
 class RewriteError(EffattnError):
     """A pass left the graph in a state that the checks between passes refuse."""
 

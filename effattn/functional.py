@@ -11,7 +11,8 @@ from torch import Tensor
 
 from effattn.errors import FormRefused, OptionError
 from effattn.ir import expr
-from effattn.ir.plan import Plan
+from effattn.ir.plan import LoadSpec, Plan
+from effattn.ir.selector import BOUNDARIES
 from effattn.lowering.forms import FORMS, Form
 from effattn.lowering.forms.feature_maps import FEATURE_MAPS
 from effattn.lowering.forms.form import CAUSAL
@@ -35,9 +36,10 @@ def attention(
     form: str = "power",
     causal: bool = True,
     scale: float | None = None,
+    boundaries: Tensor | None = None,
     **params: Any,
 ) -> Tensor:
-    """Attention in one of the forms, on any device; can be compiled, and differentiated.
+    """Attention in one of the forms, on any device; can be compiled, and differentiated if the form has a gradient.
 
     Args:
         q: [B, Hq, Nq, D], floating point, any strides.
@@ -47,6 +49,7 @@ def attention(
         causal: row i attends to keys up to i + Nk - Nq: the last row sees all. With Nq > Nk the first rows see none,
             and are zero.
         scale: factor on q . k; 1 / sqrt(D) if None, 1 for a form without a softmax.
+        boundaries: bool [B, Nk], where chunks of keys begin, for ``form="dhsa", unit=1, chunks="given"``.
         params: parameters of the form, as in a policy (``block=128, window=2048, sinks=128``).
 
     Returns:
@@ -60,16 +63,17 @@ def attention(
     _check(q, k, v)
     if form in FORMS and not FORMS[form].softmax:
         return _without_softmax(q, k, v, form, causal, scale, params)
-    plan = _plan(form, bool(causal), tuple(sorted(params.items())))
+    plan = _plan(form, bool(causal), tuple(params.items()), boundaries is not None)
     factor = 1.0 / math.sqrt(q.shape[3]) if scale is None else scale
-    return torch.ops.effattn.attend(q, k, v, [], [], [factor], plan)[0]
+    loads = [] if boundaries is None else [_checked_boundaries(boundaries, k)]
+    return torch.ops.effattn.attend(q, k, v, loads, [], [factor], plan)[0]
 
 
 def _without_softmax(
     q: Tensor, k: Tensor, v: Tensor, form: str, causal: bool, scale: float | None, params: dict[str, Any]
 ) -> Tensor:
     """Attention through a feature map that needs no weights; ``scale`` multiplies q before its map."""
-    feature_map, eps = _map_of(form, tuple(sorted(params.items())))
+    feature_map, eps = _map_of(form, tuple(params.items()))
     return feature_attention(q if scale is None else q * scale, k, v, feature_map, causal=bool(causal), eps=eps)
 
 
@@ -94,11 +98,16 @@ def _checked(form: str, params: tuple[tuple[str, Any], ...]) -> Any:
 
 
 @torch.compiler.assume_constant_result
-def _plan(form: str, causal: bool, params: tuple[tuple[str, Any], ...]) -> str:
-    """The encoded plan of a form with these parameters."""
+def _plan(form: str, causal: bool, params: tuple[tuple[str, Any], ...], cut: bool) -> str:
+    """The encoded plan of a form with these parameters; ``cut``: boundaries are given."""
     if form not in FORMS:
         raise OptionError(f"attention: {unknown('form', str(form), FORMS)}")
     checked = _checked(form, params)
+    selector = FORMS[form].selector(checked)
+    wanted = selector is not None and selector.needs_boundaries
+    if wanted != cut:
+        needs = "needs boundaries, bool [B, Nk]" if wanted else 'takes no boundaries: they belong to chunks="given"'
+        raise OptionError(f"attention(form={form!r}) {needs}")
     if not causal and CAUSAL in FORMS[form].rules:
         raise FormRefused(f"attention(form={form!r}, causal=False): {CAUSAL.otherwise}. {CAUSAL.hint}")
     position = expr.q + expr.Nk - expr.Nq
@@ -107,11 +116,21 @@ def _plan(form: str, causal: bool, params: tuple[tuple[str, Any], ...]) -> str:
         score=SCALE * expr.s,
         predicate=expr.k <= position if causal else sympy.true,
         keep=FORMS[form].keep(checked, position),
-        select=FORMS[form].selector(checked),
+        select=selector,
+        loads=(LoadSpec(BOUNDARIES, "bool", 2),) if cut else (),
         numbers=(SCALE.name,),
         empty_rows="zero",
     )
     return plan.encode()
+
+
+def _checked_boundaries(boundaries: Tensor, k: Tensor) -> Tensor:
+    if boundaries.dtype != torch.bool or boundaries.shape != (k.shape[0], k.shape[2]) or boundaries.device != k.device:
+        raise ValueError(
+            f"attention: boundaries must be bool [{k.shape[0]}, {k.shape[2]}] on {k.device}, got {boundaries.dtype} "
+            f"{tuple(boundaries.shape)} on {boundaries.device}"
+        )
+    return boundaries
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor) -> None:

@@ -7,7 +7,7 @@ from importlib import metadata
 import typer
 from typer.core import TyperGroup
 
-from effattn.cli import cache_commands, explain_command, form_commands, paragraphs, policy_commands
+from effattn.cli import cache_commands, evaluate_command, explain_command, form_commands, paragraphs, policy_commands
 
 
 class _Group(TyperGroup):
@@ -56,6 +56,7 @@ def main(
 
 
 app.command("explain")(explain_command.explain)
+app.command("evaluate")(evaluate_command.evaluate)
 app.command("forms")(form_commands.forms)
 app.add_typer(policy_commands.app, name="policy")
 app.add_typer(cache_commands.app, name="cache")

@@ -52,6 +52,33 @@ def load(name: str, *, length: int, batch: int, attention: str | None, mask: boo
     return Example(model.eval(), kwargs=_tokens(model, length, batch, mask), notes=tuple(notes))
 
 
+def language_model(name: str, *, device: str, dtype: str) -> tuple[Any, Any, tuple[str, ...]]:
+    """(model, tokenizer or None, notes): a causal language model by name, on a device, in evaluation mode.
+
+    Raises:
+        ModelError: there is no such model, or it has no language model head.
+    """
+    import torch
+
+    kind = getattr(torch, dtype)
+    if name in NAMES:
+        from effattn.models import load_smollm2
+
+        model, tokenizer = load_smollm2(kind, device)
+        return model, tokenizer, ()
+    model, notes = _from_transformers(name, None)
+    if model.get_output_embeddings() is None:
+        raise ModelError(f"{name} is {type(model).__name__}, which has no language model head")
+    import transformers
+
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+    except Exception as error:  # what a missing or broken tokenizer raises depends on its kind
+        tokenizer = None
+        notes.append(f"{name} has no tokenizer that transformers can load ({type(error).__name__})")
+    return model.to(device, kind).eval(), tokenizer, tuple(notes)
+
+
 def _smollm2(attention: str | None):
     from effattn.models import load_smollm2
 

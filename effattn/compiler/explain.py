@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from effattn import settings as environment
 from effattn.compiler import collect
 from effattn.compiler.backend import effattn as backend
 from effattn.compiler.options import Options
@@ -35,6 +36,7 @@ def explain(
     if policy is not None:
         given["policy"] = policy
     settings = Options.read(given)
+    environment.current()  # a mistake in a variable is told as itself, not as a failure of torch.compile
 
     def explained(gm, example_inputs):
         return backend(gm, example_inputs, options=given)

@@ -13,7 +13,7 @@ from effattn.passes.check import check
 from effattn.passes.choose import Choice, choose
 from effattn.passes.draft import Match, Missed
 from effattn.passes.graph import GraphView
-from effattn.passes.match import find
+from effattn.passes.match import find, mentions_attention
 from effattn.passes.match_linear import LinearMatch, find_linear, may_hold_linear
 from effattn.passes.normalize import normalize
 from effattn.passes.rewrite import rewrite
@@ -74,16 +74,6 @@ def run_passes(gm: fx.GraphModule, options: Options) -> Outcome:
         raise
     outcome.original = original
     return outcome
-
-
-def mentions_attention(graph: fx.Graph) -> bool:
-    """A quick look for anything that could be attention, so that other graphs cost nothing."""
-    names = ("softmax", "attention", "transformer_encoder_layer")
-    return any(
-        any(name in str(getattr(node.target, "__name__", node.target)) for name in names)
-        for node in graph.nodes
-        if node.op.startswith("call_")
-    )
 
 
 class _Clock:

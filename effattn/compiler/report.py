@@ -15,6 +15,7 @@ from effattn.compiler.options import Options
 from effattn.compiler.pipeline import Outcome
 from effattn.ir.text import text
 from effattn.passes.choose import Choice
+from effattn.passes.draft import NOT_ATTENTION
 from effattn.passes.match_linear import LinearMatch
 from effattn.policy import write
 
@@ -49,6 +50,7 @@ class MissedReport:
     location: str
     reason: str
     hint: str = ""
+    attention: bool = True  # False: a softmax over something else, as in a router
 
 
 @dataclass
@@ -140,7 +142,13 @@ def graph_report(after: str, outcome: Outcome, failure: Exception | None, before
     return GraphReport(
         sites=tuple([_site(choice) for choice in outcome.choices] + [_linear_site(one) for one in outcome.linear]),
         missed=tuple(
-            MissedReport(missed.name, missed.location, missed.refusal.reason, missed.refusal.hint)
+            MissedReport(
+                missed.name,
+                missed.location,
+                missed.refusal.reason,
+                missed.refusal.hint,
+                missed.refusal.rule != NOT_ATTENTION,
+            )
             for missed in outcome.missed
         ),
         before=before,

@@ -10,10 +10,14 @@ if TYPE_CHECKING:
 
 def render(report: Report) -> str:
     """The whole report as text."""
-    found, missed = len(report.sites), len(report.missed)
-    total = found + missed
+    found = len(report.sites)
+    total = found + sum(miss.attention for miss in report.missed)
     lines = [f"effattn: {found} of {total} attention sites found, policy {report.policy!r}"]
-    if not total:
+    if not report.graphs:
+        lines = ["effattn: torch.compile made no graph of this call (TORCH_LOGS=graph_breaks tells why)"]
+    elif not total and any(graph.failure for graph in report.graphs):
+        lines = ["effattn: no attention was replaced, because of an error"]
+    elif not total:
         lines = ["effattn: no attention found in this model"]
     for members in _alike(report):
         first = members[0]

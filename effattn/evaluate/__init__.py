@@ -1,11 +1,24 @@
-"""What an approximation costs and what it saves: perplexity on real text, kept pairs, time.
+"""What an approximation costs and what it saves, measured on a model.
 
+``evaluate`` does all of it: errors by layer, perplexity, passkey retrieval, time. Its parts can be used alone:
 ``density`` counts the (query, key) pairs that a form keeps, without an N x N mask; ``perplexity`` measures a language
-model on long text without an N x vocabulary tensor in float32; ``clock`` times calls on any device.
+model on long text without an N x vocabulary tensor in float32; ``timed`` times calls on any device.
 """
 
 from effattn.evaluate.clock import Timing, timed
 from effattn.evaluate.density import density, density_of, kept_pairs
+from effattn.evaluate.evaluation import Evaluation
 from effattn.evaluate.perplexity import Perplexity, perplexity
+from effattn.evaluate.run import evaluate
 
-__all__ = ["Perplexity", "Timing", "density", "density_of", "kept_pairs", "perplexity", "timed"]
+__all__ = [
+    "Evaluation",
+    "Perplexity",
+    "Timing",
+    "density",
+    "density_of",
+    "evaluate",
+    "kept_pairs",
+    "perplexity",
+    "timed",
+]

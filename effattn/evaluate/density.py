@@ -23,8 +23,13 @@ def density_of(form: str, length: int, params: dict[str, Any] | None = None, min
     Args:
         params: parameters of the form where they are not its defaults.
         min_length: below this length the form keeps everything, as a policy may say.
+
+    Raises:
+        FormRefused: the form decides by data what it keeps.
     """
     chosen = FORMS[form]
+    if chosen.select is not None:
+        raise FormRefused(f"what {form!r} keeps depends on query and key: measure it on a model's own")
     causal = sympy.Le(expr.k, expr.q)
     if length < min_length:
         return 1.0

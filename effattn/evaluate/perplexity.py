@@ -47,10 +47,8 @@ def perplexity(model: Any, ids: Tensor, body: Callable[..., Any] | None = None, 
     """
     if ids.dim() != 2 or ids.shape[0] != 1 or ids.shape[1] < 2:
         raise ValueError(f"ids must be [1, N] with N >= 2, got {list(ids.shape)}")
-    head = model.get_output_embeddings()
-    if head is None:
+    if model.get_output_embeddings() is None:
         raise ValueError(f"{type(model).__name__} has no language model head")
-    cap = getattr(model.config, "final_logit_softcapping", None)
     layers = model.base_model if body is None else body
     wait()
     start = time.perf_counter()
@@ -59,8 +57,12 @@ def perplexity(model: Any, ids: Tensor, body: Callable[..., Any] | None = None, 
     seconds = time.perf_counter() - start
     total = 0.0
     for states, targets in zip(hidden.split(chunk), ids[0, 1:].split(chunk), strict=True):
-        logits = head(states).float()
-        if cap is not None:
-            logits = cap * torch.tanh(logits / cap)
-        total += functional.cross_entropy(logits, targets, reduction="sum").item()
+        total += functional.cross_entropy(logits_of(model, states), targets, reduction="sum").item()
     return Perplexity(total / (ids.shape[1] - 1), ids.shape[1] - 1, seconds)
+
+
+def logits_of(model: Any, states: Tensor) -> Tensor:
+    """Logits of last hidden states [..., D], in float32: the head, and the soft-cap that the configuration names."""
+    logits = model.get_output_embeddings()(states).float()
+    cap = getattr(model.config, "final_logit_softcapping", None)
+    return logits if cap is None else cap * torch.tanh(logits / cap)

@@ -101,6 +101,22 @@ class Where(sympy.Function):
         return None
 
 
+class Group(sympy.Function):
+    """A sum that is computed before what is around it: ``0.1*(t[q] - t[k])``.
+
+    sympy takes sums apart: ``s + 0.1*t[q] - 0.1*t[k]`` loses the digits of s where t is large.
+    """
+
+    is_real = True
+
+    @classmethod
+    def eval(cls, x):
+        return None if isinstance(x, sympy.Add) else x
+
+    def _eval_is_integer(self):
+        return self.args[0].is_integer
+
+
 class IsPowerOfTwo(BooleanFunction):
     """True where the argument is one of 1, 2, 4, 8, ..."""
 

@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Protocol
 import sympy
 
 from effattn.errors import EffattnError
-from effattn.ir.expr import FloorDiv, IsPowerOfTwo, Load, Modulo, Where
+from effattn.ir.expr import FloorDiv, Group, IsPowerOfTwo, Load, Modulo, Where
 
 
 class Algebra(Protocol):
@@ -40,6 +40,7 @@ OPERATIONS: dict[type, str] = {
     sympy.exp: "exp",
     sympy.log: "log",
     sympy.sign: "sign",
+    Group: "group",
     FloorDiv: "floordiv",
     Modulo: "mod",
     Where: "where",
@@ -112,6 +113,7 @@ class Integers:
         "min": min,
         "max": max,
         "abs": abs,
+        "group": lambda x: x,
         "floordiv": operator.floordiv,
         "mod": operator.mod,
         "le": operator.le,

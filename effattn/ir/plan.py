@@ -54,6 +54,7 @@ class Plan:
     layout: str = "bhnd"  # memory order of the output; its shape is always [B, H, Nq, Dv]
     target: str | None = None  # "triton", "portable", or None: by device
     select: Selector | None = None  # what of the rule is visited, decided by data at run time; None: all of it
+    below: Plan | None = None  # what is computed below ``min_length``; None: everything that the mask allows
 
     @cached_property
     def rule(self) -> Any:
@@ -62,12 +63,19 @@ class Plan:
 
     def dense(self) -> Plan:
         """The same site without the form: keeps all that the mask allows."""
-        return replace(self, form="exact", keep=sympy.true, min_length=0, select=None)
+        return replace(self, form="exact", keep=sympy.true, min_length=0, select=None, below=None)
 
     def at(self, k_len: int) -> Plan:
-        """What is computed for this many keys: the dense plan below ``min_length``, and where a selector keeps all."""
-        dense = k_len < self.min_length or (self.select is not None and self.select.keeps_all(k_len))
-        return self._dense if dense else self
+        """What is computed for this many keys: ``below``, or the dense plan, where there are fewer than ``min_length``;
+        the dense plan where a selector keeps all."""
+        if k_len < self.min_length:
+            return self._dense if self.below is None else self.below.at(k_len)
+        return self._dense if self.select is not None and self.select.keeps_all(k_len) else self
+
+    @property
+    def selects(self) -> bool:
+        """Whether at some length data decides what is visited."""
+        return self.select is not None or (self.below is not None and self.below.selects)
 
     @cached_property
     def _dense(self) -> Plan:
@@ -89,6 +97,7 @@ class Plan:
             "layout": self.layout,
             "target": self.target,
             "select": None if self.select is None else self.select.model_dump(mode="json"),
+            "below": None if self.below is None else self.below.encode(),
         }
         return json.dumps(body, separators=(",", ":"))
 
@@ -135,6 +144,7 @@ def _checked(body: dict) -> Plan:
         layout=body["layout"],
         target=body["target"],
         select=None if body["select"] is None else Selector.decode(body["select"]),
+        below=None if body["below"] is None else Plan.decode(body["below"]),
     )
     known = {spec.name for spec in loads}
     used = {term.name for term in expr.loads_of(plan.score, plan.predicate, plan.keep)}

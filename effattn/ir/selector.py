@@ -14,6 +14,8 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 
 from effattn.errors import PlanError
 
+BOUNDARIES = "boundaries"  # name of the load that says where chunks begin
+
 
 class Piece(BaseModel):
     """Frozen, hashable, and nothing but what its fields say."""
@@ -133,6 +135,10 @@ class Selector(Piece):
     reduce: Reduce = Reduce()
     pick: Pick
     expand: Expand
+
+    @property
+    def needs_boundaries(self) -> bool:
+        return isinstance(self.score.key, Chunks) and self.score.key.find == "given"
 
     def keeps_all(self, k_len: int) -> bool:
         """Whether the budget covers every key of this many, whatever the data: then dense attention is the same."""

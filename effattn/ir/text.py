@@ -24,6 +24,9 @@ class _Printer(StrPrinter):
     def _print_Modulo(self, term):
         return f"{self._operand(term.args[0])}%{self._operand(term.args[1])}"
 
+    def _print_Group(self, term):
+        return f"({self._print(term.args[0])})"
+
     def _operand(self, term):
         return self._print(term) if term.is_Symbol or term.is_Number else f"({self._print(term)})"
 

@@ -10,6 +10,7 @@ from typing import Any
 import sympy
 import torch
 from torch import fx
+from torch.utils import _pytree as pytree
 
 from effattn.errors import PlanError
 from effattn.ir import expr, wire
@@ -17,7 +18,7 @@ from effattn.ir.expr import Nk, Nq, b, h, k, q
 from effattn.ir.plan import LoadSpec
 from effattn.ir.site import Layout, Site, Stage
 from effattn.passes import masks
-from effattn.passes.draft import Anchors, Draft, Match, Refused, SizeSource
+from effattn.passes.draft import Anchors, Draft, Match, Refused, SizeSource, require_fixed
 from effattn.passes.graph import GraphView, as_sympy, hint
 from effattn.passes.operands import Operand
 from effattn.passes.placement import placement
@@ -34,6 +35,8 @@ def assemble(view: GraphView, draft: Draft, order: int) -> Match:
     Raises:
         Refused: the draft cannot be computed by an op; the reason says why.
     """
+    _check_recorded(view, draft)
+    require_fixed(draft.heads, draft.head_dim, draft.value_dim)
     layout = Layout(
         draft.batch, draft.heads, _kv_heads(view, draft), draft.q_len, draft.k_len, draft.head_dim, draft.value_dim
     )
@@ -207,6 +210,16 @@ def _check_gradients(view: GraphView, draft: Draft) -> None:
         raise Refused("gradient", "the gradient is stopped between query and key and the output (detach or no_grad)")
 
 
+def _check_recorded(view: GraphView, draft: Draft) -> None:
+    """Under vmap, grad and jvp Dynamo records tensors of torch.func, of which an op would see the inside."""
+    nodes = (draft.replaced, draft.query.node, draft.key.node, draft.value.node)
+    leaves = [leaf for node in nodes for leaf in pytree.tree_leaves(view.value(node))]
+    if any(isinstance(leaf, torch.Tensor) and getattr(leaf, "fake_mode", None) is None for leaf in leaves):
+        raise Refused(
+            "torch.func", "it runs inside a transformation of torch.func (vmap, grad, jvp)", "not supported yet"
+        )
+
+
 # -- operands ---------------------------------------------------------------------------------------------------
 
 
@@ -238,6 +251,9 @@ def _check_operands(view: GraphView, draft: Draft, layout: Layout) -> None:
     target = view.held(draft.replaced).dtype
     if target not in SUPPORTED_DTYPES:
         raise Refused("dtype", f"attention in {target} is not supported")
+    scores = (view.tensor(node) for node in (draft.anchor, *draft.anchor.all_input_nodes[:1]))
+    if any(tensor is not None and tensor.dtype == torch.float64 for tensor in scores):
+        raise Refused("dtype", "the scores are computed in torch.float64, which is not supported")
     if dtypes != {target} and not _autocast(view, draft, target):
         raise Refused("dtype", f"query, key and value mix {', '.join(sorted(map(str, dtypes)))} for a {target} result")
     if not (layout.head_dim.is_Integer and layout.value_dim.is_Integer):

@@ -15,9 +15,11 @@ from effattn.ir.plan import Plan
 from effattn.ir.site import Refusal, Site
 from effattn.lowering.forms import FORMS
 from effattn.lowering.forms.form import Params, Rule
+from effattn.passes.cheapest import cheapest
 from effattn.passes.draft import Anchors, Match
 from effattn.passes.rewrite_features import no_weights
 from effattn.policy import Policy
+from effattn.policy import Rule as PolicyRule
 from effattn.runtime.attend import triton_is_importable
 
 Route = Literal["keep", "sdpa", "op", "linear"]
@@ -84,19 +86,15 @@ def _choose(match: Match, policy: Policy, strict: bool, target: str | None) -> C
     site = match.site
     found = policy.match(site)
     rule = found.rule
+    if rule is not None and rule.automatic:
+        return _cheapest(match, policy, rule, strict, target)
     candidates: list[Candidate] = []
     for name in rule.preference if rule is not None else ("exact",):
         form = FORMS[name]
         params = rule.params_of(name) if rule is not None else form.params()
-        refusals = form.refusals(site, params) + (() if name == "exact" else _cannot_lower(site, name))
-        candidates.append(Candidate(name, not refusals, tuple(map(str, refusals))))
         min_length = rule.min_length if rule is not None else 0
-        if not form.softmax and not refusals:
-            refusals = no_weights(site, params, min_length)
-            candidates[-1] = Candidate(name, not refusals, tuple(map(str, refusals)))
-        if refusals:
-            if strict and name != "exact":
-                raise FormRefused(f"{site.name} ({site.location}): {name} refused: {'; '.join(map(str, refusals))}")
+        candidates.append(_considered(site, name, params, strict, min_length))
+        if not candidates[-1].accepted:
             continue
         if name == "exact":
             break
@@ -107,9 +105,51 @@ def _choose(match: Match, policy: Policy, strict: bool, target: str | None) -> C
         since = f" from {min_length:,} keys on" if min_length else ""
         reason = f"policy {policy.name!r} asks for it{since}"
         return Choice(match, name, params, "op", reason, plan, tuple(candidates))
+    return _exact(match, tuple(candidates), "; ".join([*_refused(candidates), *found.notes]), target)
+
+
+def _considered(site: Site, name: str, params: Params, strict: bool, min_length: int = 0) -> Candidate:
+    """Whether a form applies at a site.
+
+    Raises:
+        FormRefused: it does not, and with ``strict`` that is an error.
+    """
+    refusals = FORMS[name].refusals(site, params) + (() if name == "exact" else _cannot_lower(site, name))
+    if not FORMS[name].softmax and not refusals:
+        refusals = no_weights(site, params, min_length)
+    if refusals and strict and name != "exact":
+        raise FormRefused(f"{site.name} ({site.location}): {name} refused: {'; '.join(map(str, refusals))}")
+    return Candidate(name, not refusals, tuple(map(str, refusals)))
+
+
+def _refused(candidates: list[Candidate]) -> list[str]:
     refused = [candidate for candidate in candidates if not candidate.accepted and candidate.form != "exact"]
-    why = "; ".join(f"{candidate.form} refused: {', '.join(candidate.reasons)}" for candidate in refused)
-    return _exact(match, tuple(candidates), "; ".join([*([why] if why else []), *found.notes]), target)
+    return [f"{candidate.form} refused: {', '.join(candidate.reasons)}" for candidate in refused]
+
+
+def _cheapest(match: Match, policy: Policy, rule: PolicyRule, strict: bool, target: str | None) -> Choice:
+    """The cheapest form at every length, as one plan that decides when the op runs."""
+    site = match.site
+    length = max(rule.min_length, 1)  # which form it is, is decided when the op runs
+    candidates = [_considered(site, name, rule.params_of(name), strict, length) for name in rule.preference]
+    accepted = [candidate.form for candidate in candidates if candidate.accepted]
+    found = cheapest(
+        site, {name: rule.params_of(name) for name in accepted}, exact_route(site, match.anchors)[0] != "op"
+    )
+    steps = found.steps_from(rule.min_length)
+    if all(name == "exact" for _, name in steps):
+        why = [
+            f"of {', '.join(accepted)} exact is the cheapest at every length ({found.device})",
+            *_refused(candidates),
+        ]
+        return _exact(match, tuple(candidates), "; ".join(why), target)
+    plan: Plan | None = None
+    for first, name in steps:
+        params = rule.params_of(name)
+        plan = replace(plan_of(site, name, params, first if plan is not None else 0, target), below=plan)
+    form = steps[-1][1]
+    reason = "; ".join([f"policy {policy.name!r} asks for the cheapest: {found.text(steps)}", *_refused(candidates)])
+    return Choice(match, form, rule.params_of(form), "op", reason, plan, tuple(candidates))
 
 
 def _accepted_by(params: Any) -> str:

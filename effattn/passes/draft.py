@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+import sympy
 from torch import fx
 
 from effattn.ir.site import Refusal, Site
@@ -14,6 +15,8 @@ from effattn.passes.placement import Placement
 from effattn.passes.reading import LoadSource, Reader
 
 FOUND_AS = "effattn_found_as"  # in a node's meta: what the author called, where a pass wrote the node
+
+NOT_ATTENTION = "not attention"  # the rule that a softmax over something else fails: a router, a classifier
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,20 @@ class Refused(Exception):
     def __init__(self, rule: str, reason: str, hint: str = ""):
         super().__init__(reason)
         self.refusal = Refusal(rule, reason, hint)
+
+
+def require_fixed(heads: Any, *widths: Any) -> None:
+    """Heads and their widths are compiled into kernels.
+
+    Raises:
+        Refused: one of them is symbolic.
+    """
+    if not all(sympy.sympify(size).is_Integer for size in (heads, *widths)):
+        raise Refused(
+            "sizes",
+            "the number of heads or head_dim is a symbolic size",
+            "let only batch and length be dynamic: torch._dynamo.mark_dynamic(tensor, dim) instead of dynamic=True",
+        )
 
 
 @dataclass

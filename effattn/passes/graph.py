@@ -276,11 +276,16 @@ def _body_writes(node: fx.Node) -> bool:
     """Whether a higher-order operator may write its arguments: a Triton kernel, or a body that works in place."""
     if "mutation" in str(node.target):
         return True
+    return any(_written_args(inner) for body in bodies_of(node) for inner in body.nodes)
+
+
+def bodies_of(node: fx.Node) -> list[fx.Graph]:
+    """The graphs that a higher-order operator runs, as the checkpointed part of a model; [] for any other node."""
+    if not isinstance(node.target, torch._ops.HigherOrderOperator):
+        return []
     module = node.graph.owning_module
-    bodies = [getattr(module, str(arg.target), None) for arg in node.all_input_nodes if arg.op == "get_attr"]
-    return any(
-        _written_args(inner) for body in bodies if isinstance(body, fx.GraphModule) for inner in body.graph.nodes
-    )
+    found = [getattr(module, str(arg.target), None) for arg in node.all_input_nodes if arg.op == "get_attr"]
+    return [body.graph for body in found if isinstance(body, fx.GraphModule)]
 
 
 def _schemas(target: Any) -> list[Any] | None:

@@ -35,7 +35,7 @@ def interpret(weights: Any) -> LinearTerm:
         Refused: it is attention with a causal mask or decay, but not one that the op computes; the reason says why.
         NotLinear: it is anything else.
     """
-    weights = sympy.sympify(weights)
+    weights = sympy.sympify(weights).replace(expr.Group, lambda inside: inside)  # only places are subtracted below
     if not weights.has(q, k):
         return LinearTerm(_constant(_per_score(weights, NotLinear("a product that nothing masks"))), None, False)
     past, future = (_at(weights, where) for where in (q - _AGE, q + 1 + _AGE))

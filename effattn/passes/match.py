@@ -12,15 +12,16 @@ from collections.abc import Iterator
 from typing import Any
 
 import sympy
+import torch
 from torch import fx
 
 from effattn.ir import expr
 from effattn.ir.expr import Where, h, k, q, s
 from effattn.passes.assemble import assemble, location, module_path
 from effattn.passes.contraction import contraction
-from effattn.passes.draft import FOUND_AS, Draft, Match, Missed, Refused
+from effattn.passes.draft import FOUND_AS, Draft, Match, Missed, Refused, require_fixed
 from effattn.passes.flex import from_flex
-from effattn.passes.graph import GraphView
+from effattn.passes.graph import GraphView, bodies_of
 from effattn.passes.operands import Operand, depth, row
 from effattn.passes.products import (
     adds_nothing,
@@ -56,7 +57,30 @@ def find(view: GraphView) -> tuple[list[Match], list[Missed]]:
         except Unreadable as unreadable:
             name = module_path(call.node)[0] or call.node.name
             missed.append(Missed(name, location(call.node), Refused("reading", str(unreadable)).refusal))
-    return matches, missed
+    return matches, missed + [_inside(node) for node in view.graph.nodes if _hides_attention(node)]
+
+
+def _hides_attention(node: fx.Node) -> bool:
+    """Whether a higher-order operator has attention in the graphs that it runs."""
+    if node.target is torch.ops.higher_order.flex_attention:
+        return False
+    return any(mentions_attention(body) for body in bodies_of(node))
+
+
+def _inside(node: fx.Node) -> Missed:
+    hint = "disable gradient checkpointing to have it replaced" if "checkpoint" in spelled(node) else ""
+    reason = f"it is inside {spelled(node)}, and graphs within the graph are not looked into"
+    return Missed(node.name, location(node), Refused("higher order", reason, hint).refusal)
+
+
+def mentions_attention(graph: fx.Graph) -> bool:
+    """A quick look for anything that could be attention, so that other graphs cost nothing."""
+    names = ("softmax", "attention", "transformer_encoder_layer")
+    return any(
+        any(name in str(getattr(node.target, "__name__", node.target)) for name in names) or _hides_attention(node)
+        for node in graph.nodes
+        if node.op.startswith("call_")
+    )
 
 
 def _anchors(view: GraphView) -> Iterator[Call]:
@@ -80,6 +104,7 @@ def _from_sdpa(view: GraphView, call: Call, readers: dict[tuple, Reader]) -> Dra
     q_shape, k_shape, v_shape = (view.shape(node) for node in (query, key, value))
     index, batch, heads = batch_index(q_shape[:-2])
     q_len, k_len, head_dim, value_dim = q_shape[-2], k_shape[-2], q_shape[-1], v_shape[-1]
+    require_fixed(heads, head_dim)
     reader = reader_for(view, readers, False, batch, heads, q_len, k_len)
     time = view.time[call.node]
 
@@ -98,6 +123,8 @@ def _from_sdpa(view: GraphView, call: Call, readers: dict[tuple, Reader]) -> Dra
                 raise Refused("shapes", f"{name} of shape {shape} does not fit query of shape {q_shape}")
         return traced(view, node, (*inside, row, depth), time, name, (batch, heads, length, shape[-1]))
 
+    if not head_dim.is_Integer:
+        raise Refused("head_dim", "head_dim is not a constant")
     scale = call.get("scale")
     factor = sympy.Float(1 / math.sqrt(int(head_dim))) if scale is None else reader.read(scale, time).at(())
     operands = [operand(query, q_shape, "query", q_len), operand(key, k_shape, "key", k_len)]
@@ -110,7 +137,7 @@ def _from_sdpa(view: GraphView, call: Call, readers: dict[tuple, Reader]) -> Dra
         if len(reading.shape) > len(q_shape):
             raise Refused("shapes", f"the mask has {len(reading.shape)} dimensions where query has {len(q_shape)}")
         at = reading.at(aligned(reading, (*index, q, k), (*q_shape[:-1], k_len)))
-        term = Where(at, term, -sympy.oo) if reading.kind == "bool" else term + at
+        term = Where(at, term, -sympy.oo) if reading.kind == "bool" else term + reader.grouped(at)
     if call.get("is_causal") is True:
         term = Where(k <= q, term, -sympy.oo)
     elif call.get("is_causal", False) is not False:

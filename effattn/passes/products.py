@@ -5,16 +5,20 @@ from __future__ import annotations
 from typing import Any
 
 import sympy
+import torch
+import torch.nn.functional as F
 from torch import fx
 
 from effattn.ir import expr
 from effattn.ir.expr import b, h, k, q, s
 from effattn.passes.contraction import Contraction, contraction
-from effattn.passes.draft import Refused
+from effattn.passes.draft import NOT_ATTENTION, Refused
 from effattn.passes.graph import GraphView
 from effattn.passes.operands import Operand, depth, row, trace
 from effattn.passes.reading import Reader
 from effattn.passes.vocabulary import Call
+
+NO_PRODUCT = "the scores do not come from a product of two tensors: not attention"
 
 
 def reader_for(
@@ -105,7 +109,8 @@ def query_key_product(
     if not candidates:
         if wrong_axis:
             raise Refused("softmax axis", "the softmax does not run over the keys of a product of queries and keys")
-        raise Refused("no product", _why_no_product(view, reader, term))
+        reason = _why_no_product(view, reader, term)
+        raise Refused(NOT_ATTENTION if reason == NO_PRODUCT else "no product", reason)
     if len({id(product.node) for product, _ in candidates}) > 1:
         raise Refused("several products", "the scores add several products of queries and keys", "not supported yet")
     return candidates[0]
@@ -125,14 +130,20 @@ def _why_no_product(view: GraphView, reader: Reader, term) -> str:
         return f"{spelled(node)} stands between the product of query and key and softmax and has no symbolic meaning"
     if term.is_number:
         return "the mask allows nothing at all"
-    return "the scores do not come from a product of two tensors: not attention"
+    return NO_PRODUCT
+
+
+# products with weights: what comes out of one is no product of queries and keys, whatever lies above it
+_LAYERS = (F.linear, F.embedding, F.conv1d, F.conv2d, F.conv3d, F.bilinear, torch.addmm)
 
 
 def _product_above(view: GraphView, node: fx.Node) -> bool:
-    """Whether a product of two computed tensors, of the rank of scores, lies above ``node``."""
+    """Whether a product of two computed tensors lies above ``node``, with no layer in between."""
     waiting, seen = [node], {node}
     while waiting:
         node = waiting.pop()
+        if node.target in _LAYERS:
+            continue
         if contraction(view, node) is not None:
             return True
         new = [source for source in node.all_input_nodes if source not in seen]

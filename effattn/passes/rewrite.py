@@ -16,7 +16,7 @@ from effattn.errors import RewriteError
 from effattn.lowering.forms.linear import LinearParams
 from effattn.passes.block_mask import erase_empty_brackets, unused_batch_dims
 from effattn.passes.choose import Choice, plain_scale
-from effattn.passes.draft import SizeSource
+from effattn.passes.draft import Anchors, SizeSource
 from effattn.passes.erase import erase_orphans
 from effattn.passes.graph import GraphView
 from effattn.passes.insert import Inserter, difference, fake_mode
@@ -71,8 +71,7 @@ class Writer(Inserter):
         return node if node.meta["example_value"].dtype == dtype else self.method("to", node, dtype)
 
 
-def _operands(writer: Writer, choice: Choice) -> list[fx.Node]:
-    anchors = choice.match.anchors
+def _operands(writer: Writer, anchors: Anchors) -> list[fx.Node]:
     dtype = anchors.replaced.meta["example_value"].dtype
     return [writer.operand(operand, dtype) for operand in (anchors.query, anchors.key, anchors.value)]
 
@@ -82,7 +81,8 @@ def _result(writer: Writer, choice: Choice, saved: SavedLoads) -> fx.Node:
         return _sdpa(writer, choice)
     if choice.route == "linear":
         assert isinstance(choice.params, LinearParams)
-        return features_op(writer, choice.match.site, choice.params, _operands(writer, choice), choice.target)
+        operands = _operands(writer, choice.match.anchors)
+        return features_op(writer, choice.match.site, choice.params, operands, choice.target)
     return _op(writer, choice, saved)
 
 
@@ -96,18 +96,22 @@ def _sdpa(writer: Writer, choice: Choice) -> fx.Node:
     }
     if site.layout.groups > 1:
         kwargs["enable_gqa"] = True
-    return writer.call(F.scaled_dot_product_attention, *_operands(writer, choice), **kwargs)
+    return writer.call(F.scaled_dot_product_attention, *_operands(writer, anchors), **kwargs)
 
 
 def _op(writer: Writer, choice: Choice, saved: SavedLoads) -> fx.Node:
-    anchors, plan = choice.match.anchors, choice.plan
-    assert plan is not None
-    operands = _operands(writer, choice)
-    loads = [saved.at(source, writer.view.time[anchors.before or anchors.replaced]) for source in anchors.loads]
-    scalars = [_length(writer, source) for source in anchors.scalars]
-    args = (*operands, loads, scalars, list(anchors.numbers), plan.encode())
+    assert choice.plan is not None
+    args = (*op_arguments(writer, choice.match.anchors, saved), choice.plan.encode())
     both = writer.call(torch.ops.effattn.attend.default, *args)
     return writer.call(operator.getitem, both, 0)
+
+
+def op_arguments(writer: Writer, anchors: Anchors, saved: SavedLoads) -> tuple[Any, ...]:
+    """What ``effattn::attend`` takes at a site, all but the plan: query, key, value, loads, scalars, numbers."""
+    operands = _operands(writer, anchors)
+    loads = [saved.at(source, writer.view.time[anchors.before or anchors.replaced]) for source in anchors.loads]
+    scalars = [_length(writer, source) for source in anchors.scalars]
+    return (*operands, loads, scalars, list(anchors.numbers))
 
 
 def _lse(writer: Writer, result: fx.Node) -> fx.Node:

@@ -35,7 +35,12 @@ def weights_of(site: Site, params: LinearParams) -> LayerWeights:
 def no_weights(site: Site, params: Any, min_length: int) -> tuple[Refusal, ...]:
     """Why a site cannot be given to the form although its rules hold."""
     if min_length:
-        return (Refusal("min_length", "min_length is decided when an op runs, and this form is no variant of one"),)
+        return (
+            Refusal(
+                "min_length",
+                "which form it is at which length (min_length, auto) is decided in one op, and this form is another op",
+            ),
+        )
     try:
         weights_of(site, params)
     except WeightsError as error:

@@ -59,7 +59,7 @@ ROWS: tuple[tuple[str, tuple[Spelling, ...]], ...] = (
         (operator.sub, torch.sub, torch.subtract, operator.isub),
         "sub sub_ subtract __sub__ __isub__",
     ),
-    _row("rsub", "input other", (torch.rsub,), "rsub __rsub__"),
+    _row("rsub", "input other alpha", (torch.rsub,), "rsub __rsub__"),
     _row(
         "mul",
         "input other",

@@ -1,4 +1,4 @@
-"""Layer ranges as people write them: ``"0-3, 8, 20-"`` or ``[0, 1, 2, 3, 8]``."""
+"""Layer ranges as people write them: ``"0-3, 8, 20-"``, ``[0, 1, 2, 3, 8]``, or ``"0-1 of every 7"``."""
 
 from __future__ import annotations
 
@@ -8,21 +8,27 @@ from functools import lru_cache
 
 LARGEST = 100_000  # no model has more layers; keeps a slip of the keyboard from passing
 _PART = re.compile(r"(\d{1,9})\s*(?:(-)\s*(\d{1,9})?)?", re.ASCII)
-ALLOWED = 'a string such as "0", "0-3, 8, 20-", or a list of layer numbers'
+_PERIOD = re.compile(r"(.*?)\s+of\s+every\s+(\d{1,6})", re.ASCII)
+ALLOWED = 'a string such as "0", "0-3, 8, 20-", "0-1 of every 7", or a list of layer numbers'
 
 
 @dataclass(frozen=True)
 class Layers:
-    """Sorted, disjoint ranges ``(first, last)``; the last one may be open (``last`` None)."""
+    """Sorted, disjoint ranges ``(first, last)``; the last one may be open (``last`` None).
+
+    With a ``period`` they are ranges within every so many layers, and stand for as many layers as a model has.
+    """
 
     ranges: tuple[tuple[int, int | None], ...]
+    period: int | None = None
 
     def __contains__(self, layer: int) -> bool:
+        layer = layer if self.period is None else layer % self.period
         return any(first <= layer and (last is None or layer <= last) for first, last in self.ranges)
 
     def beyond(self, count: int) -> int | None:
         """The first layer that is named and that a model of ``count`` layers does not have."""
-        for first, last in self.ranges:
+        for first, last in self.ranges if self.period is None else ():
             if first >= count:
                 return first
             if last is not None and last >= count:
@@ -30,10 +36,11 @@ class Layers:
         return None
 
     def __str__(self) -> str:
-        return ", ".join(
+        text = ", ".join(
             f"{first}-" if last is None else f"{first}" if first == last else f"{first}-{last}"
             for first, last in self.ranges
         )
+        return text if self.period is None else f"{text} of every {self.period}"
 
 
 @lru_cache(maxsize=1024)
@@ -43,6 +50,12 @@ def parse(text: str) -> Layers:
     Raises:
         ValueError: not a range; the message says which part and why.
     """
+    if periodic := _PERIOD.fullmatch(text.strip()):
+        within, period = parse(periodic[1]), int(periodic[2])
+        last = within.ranges[-1][1]
+        if within.period is not None or last is None or last >= period:
+            raise ValueError(f"{text!r}: layers of every {period} are counted from 0 to {period - 1}")
+        return Layers(within.ranges, period)
     ranges: list[tuple[int, int | None]] = []
     for part in text.split(","):
         found = _PART.fullmatch(part.strip())

@@ -37,6 +37,7 @@ from effattn.policy.problems import Origin, given, problems_of, unknown
 SCHEMA = 1
 LARGEST_FILE = 1 << 20  # bytes
 DEFAULT = "exact"
+AUTO = "auto"  # stands before forms of which the cheapest is to be taken
 _TOML_LINE = re.compile(r"\s*\(at (?:line (\d+), column (\d+)|end of document)\)$")
 
 
@@ -48,7 +49,9 @@ class Rule(BaseModel):
     model: Annotated[tuple[StrictStr, ...], BeforeValidator(fields.strings)] = Field(
         default=(), description="class names or globs; one enclosing module must match. Left out: any model"
     )
-    layers: str | None = Field(default=None, description='such as "2-29" or "0-3, 8, 20-". Left out: all layers')
+    layers: str | None = Field(
+        default=None, description='such as "2-29", "0-3, 8, 20-" or "0-1 of every 7". Left out: all layers'
+    )
     stage: Annotated[tuple[StrictStr, ...], BeforeValidator(fields.strings)] = Field(
         default=(), description=f"one or more of {', '.join(STAGES)}. Left out: any stage"
     )
@@ -56,7 +59,8 @@ class Rule(BaseModel):
         default=0, ge=0, description="keys; with fewer the site computes exact attention. Decided when the op runs"
     )
     forms: Annotated[tuple[StrictStr, ...], BeforeValidator(fields.strings)] = Field(
-        description="allowed forms, the preferred one first; exact is always the last resort"
+        description="allowed forms, the preferred one first; exact is always the last resort. With auto before them, "
+        "the cheapest at the length of a call"
     )
     params: dict[str, Any] = Field(default_factory=dict, description="parameters by form")
 
@@ -73,7 +77,11 @@ class Rule(BaseModel):
     @field_validator("forms")
     @classmethod
     def _known_forms(cls, names: tuple[str, ...]) -> tuple[str, ...]:
-        fields.among("form", names, FORMS)
+        fields.among("form", names, [*FORMS, AUTO])
+        if AUTO in names[1:]:
+            raise fields.refuse([((names.index(AUTO),), f"{AUTO!r} comes first: the forms after it are chosen from")])
+        if names[0] == AUTO and not set(names) - {AUTO, "exact"}:
+            raise fields.refuse([((0,), f"{AUTO!r} needs forms to choose from; name them after it")])
         if "exact" in names[:-1]:
             raise fields.refuse(
                 [((names.index("exact") + 1,), "forms after 'exact' are never reached: exact always applies")]
@@ -103,9 +111,15 @@ class Rule(BaseModel):
         return checked
 
     @property
+    def automatic(self) -> bool:
+        """Whether the cheapest of the forms is taken, by the length of a call, and not the first that applies."""
+        return self.forms[0] == AUTO
+
+    @property
     def preference(self) -> tuple[str, ...]:
         """The allowed forms in order, ending with ``"exact"``."""
-        return self.forms if self.forms[-1] == "exact" else (*self.forms, "exact")
+        named = tuple(name for name in self.forms if name not in (AUTO, "exact"))
+        return (*named, "exact")
 
     def params_of(self, form: str) -> Params:
         """The parameters of ``form`` under this rule: what the rule sets, defaults for the rest."""

@@ -87,6 +87,7 @@ ARITHMETIC: dict[str, Callable] = {
     "min": _extreme(torch.minimum, "max", min),
     "max": _extreme(torch.maximum, "min", max),
     "abs": abs,
+    "group": lambda x: x,
     "floordiv": _floordiv,
     "mod": _mod,
     "le": operator.le,
@@ -182,7 +183,9 @@ class TorchAlgebra:
         if read is None:
             clamped = [self._clamp(plain(index), size) for index, size in zip(indices, tensor.shape, strict=True)]
             read = tensor[tuple(clamped)] if clamped else tensor
-        return read.to(self.dtype) if read.is_floating_point() else read
+        if read.dtype == torch.bool:
+            return read
+        return read.to(self.dtype if read.is_floating_point() else torch.int64)  # no arithmetic in 8 or 16 bits
 
     def _clamp(self, index, size: int):
         if isinstance(index, Tensor):
@@ -195,7 +198,14 @@ class TorchAlgebra:
             return self._where(*args)
         if (logical := LOGICAL.get(operation)) is not None:
             return logical(*args)
-        return ARITHMETIC[operation](*(_integer(arg) for arg in args))
+        args = tuple(_integer(arg) for arg in args)
+        if operation == "div" or any(isinstance(arg, float) for arg in args):
+            # torch would make numbers of the default dtype out of integers
+            args = tuple(self._float(arg) for arg in args)
+        return ARITHMETIC[operation](*args)
+
+    def _float(self, value):
+        return value.to(self.dtype) if isinstance(value, Tensor) and not value.is_floating_point() else value
 
     def _where(self, condition, x, y):
         if not isinstance(condition, Tensor):

@@ -141,8 +141,14 @@ def _target(plan: Plan, query: Tensor, value: Tensor) -> Any:
 
 def _setup_context(ctx, inputs, output) -> None:
     query, key, value, loads, scalars, numbers, plan = inputs
+    decoded = Plan.decode(plan)
+    if decoded.selects:
+        raise NoGradient(
+            f"effattn::attend has no gradient where keys are chosen at run time (form {decoded.form!r}); run it under "
+            "torch.no_grad(), or use another form for training"
+        )
     if any(load.requires_grad for load in loads):
-        names = [spec.name for spec, load in zip(Plan.decode(plan).loads, loads, strict=True) if load.requires_grad]
+        names = [spec.name for spec, load in zip(decoded.loads, loads, strict=True) if load.requires_grad]
         raise NoGradient(
             f"effattn::attend has no gradient for the data that a mask or score reads, and {', '.join(names)} requires "
             "one (a learned bias?); detach it, or keep this attention as its author wrote it"

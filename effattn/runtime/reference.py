@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from effattn.errors import PlanError
 from effattn.ir.plan import Plan
 from effattn.runtime.algebra import bindings, evaluate
 
@@ -22,7 +23,13 @@ def dense_mask(
     numbers: Sequence[float] = (),
     device: torch.device | str = "cpu",
 ) -> Tensor:
-    """Which keys each row keeps: bool of ``shape`` (B, Hq, Nq, Nk)."""
+    """Which keys each row keeps: bool of ``shape`` (B, Hq, Nq, Nk).
+
+    Raises:
+        PlanError: that depends on query and key.
+    """
+    if plan.select is not None:
+        raise PlanError("what a selector keeps depends on query and key: the form's own reference defines it")
     symbols, tensors = bindings(plan, loads, scalars, numbers)
     symbols |= _indices(shape, device)
     mask = evaluate(plan.rule, symbols, tensors, torch.float64, device)

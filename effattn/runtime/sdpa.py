@@ -32,7 +32,7 @@ def sdpa_path(
 
     They take a score ``c * s`` and a rule that, at these lengths, keeps everything, or is ``k <= q`` with Nq == Nk.
     """
-    if 0 in query.shape or 0 in key.shape or query.shape[3] != value.shape[3]:
+    if plan.select is not None or 0 in query.shape or 0 in key.shape or query.shape[3] != value.shape[3]:
         return None
     if query.device.type == "cpu" and query.shape[2] < MANY_ROWS:
         return None

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 import sympy
 import torch
 
-from effattn.ir.expr import FloorDiv, IsPowerOfTwo, Modulo, Nk, Nq, Where, b, h, k, load, number, q, s, scalar
+from effattn.ir.expr import FloorDiv, Group, IsPowerOfTwo, Modulo, Nk, Nq, Where, b, h, k, load, number, q, s, scalar
 from effattn.ir.plan import LoadSpec, Plan
 
 CAUSAL = sympy.Le(k, q)
@@ -218,6 +218,14 @@ def opaque_mask(sizes, device):
 @case
 def soft_cap(sizes, device):
     return Call(Plan("exact", 5.0 * sympy.tanh(sizes.scale * s / 5.0), CAUSAL))
+
+
+@case
+def decay_of_times(sizes, device):
+    """Times so large that the score has no digits left beside one of them, and their difference is small."""
+    times = load("times", [q], integer=False) - load("times", [k], integer=False)
+    plan = Plan("exact", sizes.scale * s - 0.1 * Group(times), CAUSAL, loads=(LoadSpec("times", "float32", 1),))
+    return Call(plan, [1e7 + torch.arange(max(sizes.q_len, sizes.k_len), device=device).float()])
 
 
 @case

@@ -59,3 +59,18 @@ def test_padding_and_the_default_policy(smollm2):
         fast = torch.compile(model, backend="effattn", options={"rest": "eager", "strict": True, "verify": True})
         difference = fast(**batch, use_cache=False).logits - model(**batch, use_cache=False).logits
     assert difference.abs().max() < 1e-3
+
+
+def test_evaluate(smollm2):
+    from effattn.evaluate import evaluate
+
+    rule = {"forms": ["power"], "params": {"power": {"block": 16, "window": 32, "sinks": 16}}}
+    small = {"schema": 1, "name": "small", "rule": [{**rule, "layers": "1-"}]}
+    done = evaluate(*smollm2, ["exact", small], lengths=[192], tasks=["errors"])
+    assert [site.layer for site in done.sites] == list(range(30))
+    for site in done.sites:
+        exact, power = site.forms
+        assert exact.error < 1e-5
+        assert (power.density < 1) == (site.layer > 0)
+        assert power.mass <= power.oracle_mass + 1e-6
+    assert min(site.forms[1].mass for site in done.sites) < 0.99

@@ -423,7 +423,7 @@ CASES = [
     ),
     Case(alibi, "k <= q", (SLOPES,), score="0.25*s - (q - k)*slopes[h]"),
     Case(alibi_of_keys, "k <= q", (SLOPES,), score="0.25*s + k*slopes[h]"),
-    Case(alibi_from_heads, "true", score="0.25*s - (0.125 + 0.125*h)*Abs(k - q)"),
+    Case(alibi_from_heads, "true", score="0.25*s - 0.125*Abs(k - q)*(1 + h)"),
     Case(soft_cap, "k <= q", score="2*tanh(0.125*s)"),
     Case(heads_of_two_kinds, "k <= q & (q - k < 4 | ~heads[h])", (torch.tensor([True, False, True]),), score=SDPA),
 ]

@@ -749,7 +749,30 @@ def test_checkpointing_is_found_or_left_alone_and_right():
     def function(q, k, v):
         return checkpoint(attention, q, k, v, use_reentrant=False)
 
-    compiled(function, *[x.requires_grad_() for x in qkv()], verify=False)
+    report, _ = compiled(function, *[x.requires_grad_() for x in qkv()], verify=False)
+    (missed,) = report.missed
+    assert missed.reason.startswith("it is inside tag_activation_checkpoint")
+    assert "checkpointing" in missed.hint
+
+
+@pytest.mark.parametrize("spelling", ["softmax", "sdpa"])
+@pytest.mark.parametrize("transform", ["vmap", "grad", "vjp"])
+def test_attention_under_torch_func_does_not_keep_other_attention_from_being_found(spelling, transform):
+    def attention(x):
+        if spelling == "sdpa":
+            return torch.nn.functional.scaled_dot_product_attention(x, x, x, is_causal=True)
+        return (x @ x.mT).softmax(-1) @ x
+
+    transformed = {
+        "vmap": torch.vmap(attention),
+        "grad": torch.func.grad(lambda x: attention(x).sum()),
+        "vjp": lambda x: torch.func.vjp(attention, x)[0],
+    }[transform]
+    report, _ = compiled(lambda x: transformed(x) + attention(x.sin()), qkv()[0], verify=False)
+    assert len(report.sites) == 1
+    assert [missed.reason for missed in report.missed] == [
+        "it runs inside a transformation of torch.func (vmap, grad, jvp)"
+    ]
 
 
 @pytest.mark.parametrize("spelling", ["softmax", "sdpa"])
@@ -868,3 +891,11 @@ def test_gradients(function, reason):
         assert (actual is None) == (expected is None)
         if actual is not None:
             torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_symbolic_heads_are_left_alone():
+    """``dynamic=True`` makes heads and head_dim of a function's arguments symbolic too."""
+    report, _ = compiled(lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True), *qkv(), dynamic=True)
+    assert [missed.reason for missed in report.missed] == ["the number of heads or head_dim is a symbolic size"]
+    report, _ = compiled(lambda q, k, v: (q @ k.mT).softmax(-1) @ v, *qkv(), dynamic=True)
+    assert [missed.reason for missed in report.missed] == ["the number of heads or head_dim is a symbolic size"]

@@ -120,6 +120,7 @@ def test_check_layers_leaves_rules_for_other_models_alone():
     [
         ("0", "0"),
         ("0-3, 8, 20-", "0-3, 8, 20-"),
+        ("0-1,5  of every  7", "0-1, 5 of every 7"),
         (" 8 ,0 - 3,2-5 ", "0-5, 8"),
         ("3-, 5", "3-"),
         ("1,2,3", "1-3"),

@@ -65,7 +65,7 @@ def test_rows_before_the_first_key_are_zero():
     torch.testing.assert_close(out[:, :, 20:], effattn.attention(q[:, :, 20:], k, v, form="exact"))
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", [name for name, form in FORMS.items() if form.select is None])
 def test_gradients(form):
     q, k, v = (tensor.double().requires_grad_() for tensor in made(19, 23, 4, 2, 3, 2))
     assert torch.autograd.gradcheck(lambda *args: effattn.attention(*args, form=form), (q, k, v), fast_mode=True)

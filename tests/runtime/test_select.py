@@ -8,6 +8,7 @@ import pytest
 import sympy
 import torch
 
+import effattn
 from effattn.ir.expr import IntLoad, Nk, Nq, k, load, q, s
 from effattn.ir.plan import LoadSpec, Plan
 from effattn.lowering.forms import FORMS
@@ -195,3 +196,14 @@ def test_chunks_given_by_the_caller():
     wanted = form.reference(form.params(**params), query, key, allowed, SCALE, bounds)
     got = select(plan, query, key, [begins]).rows(0, length, 2, length)
     assert torch.equal(got & allowed, wanted & allowed)
+    out = effattn.attention(query, key, key, form="dhsa", scale=SCALE, boundaries=begins, **params)
+    torch.testing.assert_close(out, portable.run(plan, query, key, key, [begins])[0])
+    for wrong, error in (({"boundaries": begins[0]}, ValueError), ({}, effattn.EffattnError)):
+        with pytest.raises(error, match="boundaries"):
+            effattn.attention(query, key, key, form="dhsa", **params, **wrong)
+
+
+def test_gradients_are_refused():
+    query, key, value = (tensor.requires_grad_() for tensor in made())
+    with pytest.raises(effattn.EffattnError, match="no gradient where keys are chosen"):
+        effattn.attention(query, key, value, form="proxy", block=16, least=16)

@@ -18,8 +18,10 @@ import sympy
 import torch
 from pydantic import Field, model_validator
 
-from effattn.ir.expr import Nk
+from effattn.ir.expr import Nk, Nq
 from effattn.ir.selector import Chunks, Expand, Mean, Pick, Reduce, Score, Selector, Share, Tokens
+from effattn.ir.site import Layout
+from effattn.lowering.cost import Work
 from effattn.lowering.forms.form import (
     CAUSAL,
     FROM_THE_START,
@@ -29,6 +31,7 @@ from effattn.lowering.forms.form import (
     PREFILL,
     Form,
     Params,
+    Rule,
 )
 
 
@@ -132,14 +135,31 @@ def kept_keys(params: DhsaParams):
     return sympy.Min(Nk, sympy.Max(params.share * Nk, params.sinks + params.local + params.block))
 
 
+def selector_work(params: DhsaParams, sizes: Layout, element: int) -> Work:
+    """Means of blocks, one product of them, a sort of each row."""
+    heads, kv_heads = sizes.batch * sizes.heads, sizes.batch * sizes.kv_heads
+    lists = heads if params.unit > 1 else sizes.batch
+    cells = lists * (Nq / params.block) * (Nk / (params.unit if params.unit > 1 else params.chunk))
+    vectors = heads * Nq + kv_heads * Nk
+    return Work(2 * sizes.head_dim * cells, element * sizes.head_dim * vectors + 12 * cells, launches=24)
+
+
+BOUNDARIES = Rule(
+    "boundaries",
+    lambda site, params: params.unit > 1 or params.chunks != "given",
+    "a model's graph holds no boundaries of chunks",
+    "give them to effattn.attention(..., boundaries=...), or let chunks be found",
+)
+
 DHSA = Form(
     name="dhsa",
     kind="approximate",
     summary="chunks of keys ranked by their means; the best within a budget, recent ones and sinks",
     source="Xiong et al., Dynamic Hierarchical Sparse Attention, arXiv 2510.24606",
     params=DhsaParams,
-    rules=(CAUSAL, ONLY_CAUSAL, PREFILL, FROM_THE_START, NO_BACKWARD, PLAIN_SCORE),
+    rules=(CAUSAL, ONLY_CAUSAL, PREFILL, PLAIN_SCORE, FROM_THE_START, BOUNDARIES, NO_BACKWARD),
     kept_keys=kept_keys,
     select=select,
+    selector_work=selector_work,
     reference=reference,
 )

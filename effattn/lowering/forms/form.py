@@ -11,7 +11,8 @@ from pydantic import BaseModel, ConfigDict
 
 from effattn.ir import expr
 from effattn.ir.selector import Selector
-from effattn.ir.site import Refusal, Site
+from effattn.ir.site import Layout, Refusal, Site
+from effattn.lowering.cost import Cost, Work, pairs
 from effattn.lowering.tiles import walk
 
 Kind = Literal["exact", "approximate", "trained"]
@@ -37,20 +38,6 @@ class Rule:
 
 
 @dataclass(frozen=True)
-class Cost:
-    """Work of one call as sympy terms in Nq and Nk (other sizes already numbers): FLOPs, bytes moved, launches."""
-
-    flops: Any
-    bytes: Any
-    launches: int = 1
-
-    def at(self, q_len: int, k_len: int) -> tuple[float, float]:
-        """(FLOPs, bytes) at these lengths."""
-        sizes = {expr.Nq: q_len, expr.Nk: k_len}
-        return float(sympy.sympify(self.flops).subs(sizes)), float(sympy.sympify(self.bytes).subs(sizes))
-
-
-@dataclass(frozen=True)
 class Form:
     """A way to compute a site: softmax attention over fewer keys, known in advance (``keep``) or found (``select``).
 
@@ -70,6 +57,7 @@ class Form:
     reference: Callable[..., Any]
     keep: Callable[[Any, Any], Any] = lambda params, position: sympy.true  # predicate over (position, k)
     select: Callable[[Any], Selector] | None = None  # params -> what is decided by data
+    selector_work: Callable[[Any, Layout, int], Work] | None = None  # (params, sizes, bytes of an element) -> its cost
     softmax: bool = True  # False: another function, by an op of its own; what is kept says nothing about it
 
     def selector(self, params: Params) -> Selector | None:
@@ -82,17 +70,16 @@ class Form:
         return tuple(refusal for refusal in found if refusal is not None)
 
     def cost(self, site: Site, params: Params) -> Cost:
-        """FLOPs and bytes of one call; causal sites pay for half of the dense square."""
+        """What one call costs: attention over the kept keys, and the selector apart from it."""
         sizes = site.hints
-        heads = sizes.batch * sizes.heads
-        pairs = expr.Nq * self.kept_keys(params)
-        if site.position is not None and self.kind == "exact":
-            pairs = pairs - expr.Nq * (expr.Nq - 1) / 2
-        flops = 2 * heads * (sizes.head_dim + sizes.value_dim) * pairs
-        element = 4 if site.dtype == "float32" else 2
-        kv = sizes.batch * sizes.kv_heads * (sizes.head_dim + sizes.value_dim) * expr.Nk
-        moved = element * (heads * (sizes.head_dim + sizes.value_dim) * expr.Nq + kv)
-        return Cost(flops, moved)
+        heads, kv_heads = sizes.batch * sizes.heads, sizes.batch * sizes.kv_heads
+        widths, element = sizes.head_dim + sizes.value_dim, 4 if site.dtype == "float32" else 2
+        kept = self.kept_keys(params)
+        visited = pairs(kept) if site.position is not None else expr.Nq * kept
+        read = expr.Nk if self.kind == "exact" else sympy.Min(expr.Nk, expr.Nq + kept)
+        attention = Work(2 * heads * widths * visited, element * widths * (heads * expr.Nq + kv_heads * read), 1)
+        selector = self.selector_work(params, sizes, element) if self.selector_work else Work()
+        return Cost(attention, selector, dense=self.kind == "exact")
 
 
 def is_causal(site: Site, _params: Params) -> bool:

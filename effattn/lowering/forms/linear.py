@@ -13,8 +13,9 @@ from pydantic import Field, field_validator
 from effattn.ir import expr
 from effattn.ir.expr import Nk, Nq
 from effattn.ir.site import Site
+from effattn.lowering.cost import Cost, Work
 from effattn.lowering.forms.feature_maps import FEATURE_MAPS
-from effattn.lowering.forms.form import FROM_THE_START, PLAIN_SCORE, PREFILL, Cost, Form, Params, Rule
+from effattn.lowering.forms.form import FROM_THE_START, PLAIN_SCORE, PREFILL, Form, Params, Rule
 
 CHUNK = 64  # tokens whose pairs are computed one by one, in costs
 
@@ -53,7 +54,7 @@ class LinearForm(Form):
         element = 4 if site.dtype == "float32" else 2
         kv = sizes.batch * sizes.kv_heads * (features + sizes.value_dim) * Nk
         moved = element * (heads * (features + sizes.value_dim) * Nq + 2 * kv)
-        return Cost(flops, moved, 3)
+        return Cost(Work(flops, moved, 3))
 
 
 def reference(_params, q_index, k_index):

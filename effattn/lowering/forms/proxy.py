@@ -6,8 +6,10 @@ import sympy
 import torch
 from pydantic import Field, model_validator
 
-from effattn.ir.expr import Nk
+from effattn.ir.expr import Nk, Nq
 from effattn.ir.selector import Coverage, Every, Expand, Last, Pick, Reduce, Score, Selector
+from effattn.ir.site import Layout
+from effattn.lowering.cost import Work
 from effattn.lowering.forms.form import (
     CAUSAL,
     NO_BACKWARD,
@@ -111,6 +113,19 @@ GROUPS = Rule(
     "choose a divisor of the number of key heads, or 1",
 )
 
+ASSUMED_SHARE = 0.25  # of the keys: what gamma 0.95 keeps depends on the data
+
+
+def selector_work(params: ProxyParams, sizes: Layout, element: int) -> Work:
+    """Both passes over strided pooled heads and over the last rows compute their products twice."""
+    heads, kv_heads = sizes.batch * sizes.heads, sizes.batch * sizes.kv_heads
+    ranking = 2 * sizes.batch * params.groups * sizes.head_dim * Nq * Nk / params.stride**2
+    mass = 4 * heads * params.block * sizes.head_dim * Nk
+    vectors = (heads * Nq + kv_heads * Nk) / params.stride + 2 * kv_heads * Nk
+    cells = sizes.batch * params.groups * Nq * Nk / params.block**2
+    return Work(ranking + mass, element * sizes.head_dim * vectors + 12 * cells, launches=24)
+
+
 PROXY = Form(
     name="proxy",
     kind="approximate",
@@ -118,7 +133,8 @@ PROXY = Form(
     source="Wang et al., ProxyAttn, arXiv 2509.24745",
     params=ProxyParams,
     rules=(CAUSAL, ONLY_CAUSAL, PREFILL, PLAIN_SCORE, SAME_MASK, GROUPS, NO_BACKWARD),
-    kept_keys=lambda params: sympy.Min(Nk, sympy.Max(params.least, Nk / 4)),  # the share depends on the data
+    kept_keys=lambda params: sympy.Min(Nk, sympy.Max(params.least, ASSUMED_SHARE * Nk)),
     select=select,
+    selector_work=selector_work,
     reference=reference,
 )

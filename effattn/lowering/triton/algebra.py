@@ -137,6 +137,8 @@ class Source:
             sign, level = BOOLEANS[operation]
             left, right = (arg.spread(axes, level) for arg in args)
             return Value(f"{left} {sign} {right}", axes, "bool", level)
+        if operation == "group":
+            return args[0]
         if operation == "not":
             return Value(f"~{args[0].at(UNARY)}", axes, "bool", UNARY)
         if operation in FUNCTIONS:

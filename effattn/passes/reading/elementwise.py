@@ -16,6 +16,9 @@ from effattn.passes.vocabulary import Call
 _HALF = (torch.float16, torch.bfloat16)
 _LARGE = 1000.0  # a score of a few units keeps its digits beside numbers up to here
 _NARROW = (torch.uint8, torch.int8, torch.int16)  # arithmetic in them wraps around where a symbolic reading would not
+# the largest factor and summand of whole numbers in a wider type that cannot wrap around at 2**20 positions
+_ROOM = {torch.int32: (2**11, 2**30), torch.int64: (2**42, 2**62)}
+_COUNTED = 2**24  # float32 holds every whole number up to here
 
 
 def aligned(reading: Reading, index: Index, shape: Index) -> Index:
@@ -73,12 +76,11 @@ def _pointwise(reader: Reader, call: Call, shape, names: tuple[str, ...], functi
         return None
 
     def at(index: Index):
-        value = exact(
-            reader,
-            distribute(function, *[operand.number_at(aligned(operand, index, shape)) for operand in operands]),
-            tensor.dtype,
-        )
-        return stored_as(value, tensor.dtype)
+        values = [operand.number_at(aligned(operand, index, shape)) for operand in operands]
+        value = distribute(function, *values)
+        if tensor.dtype.is_floating_point and not value.is_integer:
+            value = distribute(function, *[reader.grouped(value) for value in values])
+        return stored_as(exact(reader, value, tensor.dtype), tensor.dtype)
 
     return Reading(shape, kind_of(tensor.dtype), at)
 
@@ -97,17 +99,28 @@ def exact(reader: Reader, value, dtype: torch.dtype):
         raise Unreadable("rounded in half precision")
     if dtype.is_floating_point and _swallows(value):
         raise Unreadable("a large number is added to data")
+    if dtype in _ROOM and _may_wrap(value, *_ROOM[dtype]):
+        raise Unreadable(f"whole numbers may be too large for {dtype}")
     return value
+
+
+def _may_wrap(value, factor: int, summand: int) -> bool:
+    for term in sympy.preorder_traversal(value):
+        limit = factor if isinstance(term, sympy.Mul) else summand if isinstance(term, sympy.Add) else None
+        if limit is not None and any(abs(part) > limit for part in term.args if part.is_Number):
+            return True
+    return False
 
 
 def _swallows(value) -> bool:
     if isinstance(value, expr.Where):
         return any(_swallows(branch) for branch in value.args[1:])
-    if value.is_number or not expr.loads_of(value):
+    if value.is_number or (value.is_integer and not expr.loads_of(value)):
         return False
     plain = value.xreplace({choice: sympy.Integer(0) for choice in value.atoms(expr.Where)})
     terms = (term for term in sympy.preorder_traversal(plain) if isinstance(term, (sympy.Add, sympy.Mul)))
-    numbers = (n for term in terms if expr.loads_of(term) for n in term.args if n.is_Number and n.is_finite)
+    terms = (term for term in terms if not term.is_integer or expr.loads_of(term))
+    numbers = (n for term in terms for n in term.args if n.is_Number and n.is_finite)
     return any(abs(number) > _LARGE for number in numbers)
 
 
@@ -134,6 +147,8 @@ def arithmetic(reader: Reader, call: Call, shape):
     names = ("input", "other") if "other" in call.args else ("input",)
     if reader.view.tensor(call.node) is None or reader.view.held(call.node).dtype == torch.bool:
         return None
+    if call.get("alpha", 1) != 1:
+        return None
     return _pointwise(reader, call, shape, names, _ARITHMETIC[call.name])
 
 
@@ -157,6 +172,8 @@ def add(reader: Reader, call: Call, shape):
 def extremum(reader: Reader, call: Call, shape):
     """Of two tensors; ``max`` along a dimension stays data."""
     if reader.view.tensor(call.get("other")) is None or "input" not in call.args:
+        return None
+    if reader.view.tensor(call.node) is None or reader.view.held(call.node).dtype == torch.bool:
         return None
     return _pointwise(reader, call, shape, ("input", "other"), sympy.Max if call.name == "max" else sympy.Min)
 
@@ -207,6 +224,7 @@ def comparison(reader: Reader, call: Call, shape):
     def at(index: Index):
         x, y = left.number_at(aligned(left, index, shape)), right.number_at(aligned(right, index, shape))
         _check_comparable(x, y)
+        _check_rounding(reader, call, x, y)
         if all(isinstance(term, expr.Where) or term.is_number for term in (x, y)):
             return _decided(relation, x, y)
         return relation(x, y)
@@ -234,6 +252,25 @@ def _check_comparable(x, y) -> None:
     values = [leaf for term in (x, y) for leaf in _leaves(term)]
     if any(value.is_infinite for value in values) and not all(value.is_number for value in values):
         raise Unreadable("data is compared with infinity")
+
+
+def _check_rounding(reader: Reader, call: Call, x, y) -> None:
+    """A kernel compares floats in float32; PyTorch may compare in float64, or round whole numbers first."""
+    held = [reader.view.tensor(call.get(name)) for name in ("input", "other")]
+    dtypes = [tensor.dtype for tensor in held if tensor is not None]
+    data = [term for term in (x, y) if expr.loads_of(term)]
+    if torch.float64 in dtypes and data:
+        raise Unreadable("data is compared in float64")
+    if any(dtype.is_floating_point for dtype in dtypes) and any(counts(reader, term) for term in data):
+        other = [leaf for term in (x, y) if not expr.loads_of(term) for leaf in _leaves(term)]
+        if len(data) == 2 or not all(leaf.is_number and abs(leaf) <= _COUNTED for leaf in other):
+            raise Unreadable("whole numbers are compared as floats, which may round them")
+
+
+def counts(reader: Reader, term) -> bool:
+    """Whether a term reads whole numbers that may be larger than a float32 can count."""
+    sources = (reader.loads.get(load.name) for load in expr.loads_of(term) if isinstance(load, expr.IntLoad))
+    return any(source is not None and reader.view.held(source.node).dtype.itemsize > 2 for source in sources)
 
 
 def _leaves(term) -> list:
@@ -316,6 +353,10 @@ def cast(reader: Reader, call: Call, shape):
 
     def at(index: Index):
         value = reading.number_at(index)
+        if source.dtype == torch.float64 != target.dtype and expr.loads_of(value):
+            raise Unreadable("data is rounded from float64")
+        if source.dtype != target.dtype and kind_of(source.dtype) == "int" and counts(reader, value):
+            raise Unreadable("whole numbers may be rounded or wrap around in another type")
         return stored_as(value if widens else exact(reader, value, target.dtype), target.dtype)
 
     return Reading(shape, kind, at)

@@ -170,7 +170,7 @@ class Reader:
                 sympy.Integer(0) if n == 1 and full != 1 else i
                 for n, i, full in zip(added.shape, index, shape, strict=True)
             )
-            return alpha * raw(index) + (beta * added.at(tuple(inside)) if beta != 0 else 0)
+            return alpha * raw(index) + (beta * self.grouped(added.at(tuple(inside))) if beta != 0 else 0)
 
         return Reading(shape, "float", at)
 
@@ -209,6 +209,15 @@ class Reader:
             return sympy.Ne(element, 0) if kind == "bool" else element
 
         return Reading(shape, kind, at)
+
+    def grouped(self, value):
+        """A sum that takes part in floating point arithmetic, kept together: see :class:`effattn.ir.expr.Group`.
+
+        Not a sum that holds a mask or the product of query and key.
+        """
+        if not isinstance(value, sympy.Add) or value.has(expr.Where, expr.s):
+            return value
+        return value if any(load.name in self.raw for load in expr.loads_of(value)) else expr.Group(value)
 
     # -- integer arithmetic under the known bounds ----------------------------------------------------------
 

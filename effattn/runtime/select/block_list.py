@@ -23,19 +23,19 @@ class BlockList:
     block: int
     unit: int
 
-    def keys(self, k_len: int) -> Tensor:
-        """Which keys each row of blocks may visit, causality aside: bool [B, C, M, Nk]. For small inputs."""
-        batch, lists, blocks, width = self.order.shape
-        heads = self.count.shape[1]
-        order = self.order.repeat_interleave(heads // lists, dim=1).long()
-        taken = torch.arange(width, device=order.device) < self.count[..., None]
+    def rows(self, start: int, stop: int, heads: int, k_len: int) -> Tensor:
+        """Which keys the query rows ``start <= q < stop`` may visit, causality aside: bool [B, Hq, rows, Nk].
+
+        Makes masks of the blocks of these rows alone: ask for few at once.
+        """
+        blocks = slice(start // self.block, (stop - 1) // self.block + 1)
+        order, count = self.order[:, :, blocks], self.count[:, :, blocks]
+        order = order.repeat_interleave(count.shape[1] // order.shape[1], dim=1).long()
+        taken = torch.arange(order.shape[3], device=order.device) < count[..., None]
         units = -(-k_len // self.unit)
-        kept = torch.zeros(batch, heads, blocks, units, dtype=torch.uint8, device=order.device)
+        kept = torch.zeros(*count.shape, units, dtype=torch.uint8, device=order.device)
         # past the count stands any number: it must not undo what another place says
         kept.scatter_reduce_(3, order.clamp(0, units - 1), taken.to(torch.uint8), "amax")
-        return kept.bool().repeat_interleave(self.unit, dim=3)[..., :k_len]
-
-    def rows(self, start: int, stop: int, heads: int, k_len: int) -> Tensor:
-        """The same for query rows ``start <= q < stop`` of all heads: bool [B, Hq, rows, Nk]."""
-        kept = self.keys(k_len).repeat_interleave(heads // self.count.shape[1], dim=1)
-        return kept[:, :, torch.arange(start, stop, device=kept.device) // self.block]
+        kept = kept.bool().repeat_interleave(self.unit, dim=3)[..., :k_len]
+        kept = kept.repeat_interleave(heads // count.shape[1], dim=1)
+        return kept[:, :, torch.arange(start, stop, device=kept.device) // self.block - blocks.start]

@@ -8,10 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from effattn.ir.selector import Chunks, Mean, Pick, Tokens
+from effattn.ir.selector import BOUNDARIES, Chunks, Mean, Pick, Tokens
 from effattn.runtime.select.places import Places
-
-BOUNDARIES = "boundaries"  # name of the load that says where chunks begin
 
 
 @dataclass(frozen=True)

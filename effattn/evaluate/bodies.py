@@ -1,0 +1,57 @@
+"""The layers of a language model, as its author wrote them or compiled under a policy; one at a time."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from effattn.compiler.backend import effattn as backend
+from effattn.policy import Policy
+
+
+@contextmanager
+def body_of(model: Any, policy: Policy | None, rest: str) -> Iterator[Callable[..., Any]]:
+    """``model.base_model`` compiled under ``policy`` for every length, or as it is for None.
+
+    Called with ids int64 [1, N]; what it was compiled to is forgotten afterwards.
+    """
+    if policy is None:
+        yield model.base_model
+        return
+    options: Any = {"policy": policy, "rest": rest}
+    compiled = torch.compile(model.base_model, backend=backend, dynamic=True, options=options)
+    with torch._dynamo.config.patch(recompile_limit=64):
+        yield compiled
+    del compiled
+    forget()
+
+
+def forget() -> None:
+    """Free compiled code and what it held."""
+    torch._dynamo.reset()
+    gc.collect()
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without the advice of compilers and libraries, which is not about the evaluation."""
+    named = [logging.getLogger("torch._inductor"), logging.getLogger("transformers")]
+    levels = [logger.level for logger in named]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="no GPU here")
+        warnings.filterwarnings("ignore", module=r"torch\._(inductor|dynamo).*")
+        for logger in named:
+            logger.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            for logger, level in zip(named, levels, strict=True):
+                logger.setLevel(level)

@@ -1,0 +1,98 @@
+"""All figures of one evaluation, as data; tables and the picture are views of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from pydantic import Field, ValidationError
+
+from effattn.errors import EvaluationError
+from effattn.evaluate.records import (
+    Density,
+    ErrorsDone,
+    Looked,
+    PasskeyAnswer,
+    PrefillTime,
+    Record,
+    SiteErrors,
+    TextLoss,
+)
+from effattn.evaluate.store import FORMAT, read_json
+
+
+class Evaluation(Record):
+    """What was measured, and on what.
+
+    ``about`` holds model, text, device, versions, date and the whole setting, policies included.
+    """
+
+    format: str = FORMAT
+    about: dict[str, Any]
+    notes: list[str] = Field(default_factory=list)
+    densities: list[Density] = Field(default_factory=list)
+    sites: list[SiteErrors] = Field(default_factory=list)
+    losses: list[TextLoss] = Field(default_factory=list)
+    passkeys: list[PasskeyAnswer] = Field(default_factory=list)
+    times: list[PrefillTime] = Field(default_factory=list)
+
+    @staticmethod
+    def of(about: Mapping[str, Any], looked: Looked, records: Iterable[Record]) -> Evaluation:
+        """Sort results by kind."""
+        kinds: dict[type[Record], list[Any]] = {SiteErrors: [], TextLoss: [], PasskeyAnswer: [], PrefillTime: []}
+        for record in records:
+            if not isinstance(record, ErrorsDone):
+                kinds[type(record)].append(record)
+        return Evaluation(
+            about=dict(about),
+            notes=looked.notes,
+            densities=looked.densities,
+            sites=kinds[SiteErrors],
+            losses=kinds[TextLoss],
+            passkeys=kinds[PasskeyAnswer],
+            times=kinds[PrefillTime],
+        )
+
+    @staticmethod
+    def load(path: str | os.PathLike) -> Evaluation:
+        """What :meth:`save` or an evaluation's folder holds.
+
+        Raises:
+            EvaluationError: no such file, or not one of this version.
+        """
+        try:
+            return Evaluation.model_validate(read_json(pathlib.Path(path)))
+        except (OSError, ValueError) as error:
+            first = error.errors()[0] if isinstance(error, ValidationError) else None
+            reason = f"{first['loc']}: {first['msg']}" if first else str(error)
+            raise EvaluationError(f"{os.fspath(path)} holds no results of an evaluation ({reason})") from error
+
+    @property
+    def lengths(self) -> list[int]:
+        return list(self.about["lengths"])
+
+    @property
+    def policies(self) -> list[str]:
+        return [str(policy["name"]) for policy in self.about["policies"]]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Values that JSON can hold."""
+        return self.model_dump()
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write everything as JSON."""
+        pathlib.Path(path).write_text(json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+
+    def picture(self, path: str | os.PathLike) -> str | None:
+        """Draw the heat maps as a PNG; what is missing to do so, in words, if it could not be done."""
+        from effattn.evaluate.picture import draw
+
+        return draw(self, pathlib.Path(path))
+
+    def __str__(self) -> str:
+        from effattn.evaluate.tables import plain
+
+        return plain(self)

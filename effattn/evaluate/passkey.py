@@ -1,0 +1,101 @@
+"""Passkey retrieval: a five-digit key hidden in repeated filler, asked for at the end (arXiv 2305.16300)."""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from effattn.errors import EvaluationError
+
+TASK = (
+    "There is an important info hidden inside a lot of irrelevant text. Find it and memorize it. "
+    "I will quiz you about the important information there.\n\n"
+)
+FILLER = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. "
+NEEDLE = "The pass key is {key}. Remember it. {key} is the pass key. "
+QUESTION = "\n\nWhat is the pass key?"
+ANSWER = "The pass key is"  # begins the answer, so that what follows is the key
+ANSWER_TOKENS = 12  # most that are generated
+
+
+@dataclass(frozen=True)
+class Passkey:
+    """One prompt."""
+
+    ids: Tensor  # int64 [1, N]
+    key: str
+
+
+def passkey(tokenizer: Any, length: int, depth: float, trial: int, seed: int = 0) -> Passkey:
+    """A prompt that, with its answer, takes at most ``length`` tokens and nearly that; the same every time.
+
+    Args:
+        depth: where the key stands in the filler: 0 is the start, 1 the end.
+
+    Raises:
+        EvaluationError: ``length`` is too short for the task without any filler.
+    """
+    key = str(random.Random(f"{seed} {length} {depth} {trial}").randint(10_000, 99_999))
+    room = length - ANSWER_TOKENS
+    empty = _ids(tokenizer, key, 0, depth)
+    if len(empty) > room:
+        raise EvaluationError(
+            f"a passkey prompt takes {len(empty) + ANSWER_TOKENS} tokens without any filler, more than the length "
+            f"{length}; ask for longer texts"
+        )
+    filler = max(1, (len(_ids(tokenizer, key, 8, depth)) - len(empty)) // 8)
+    count = (room - len(empty)) // filler
+    ids = _ids(tokenizer, key, count, depth)
+    while len(ids) > room:
+        count -= 1
+        ids = _ids(tokenizer, key, count, depth)
+    return Passkey(torch.tensor([ids]), key)
+
+
+def _ids(tokenizer: Any, key: str, count: int, depth: float) -> list[int]:
+    before = round(depth * count)
+    text = TASK + FILLER * before + NEEDLE.format(key=key) + FILLER * (count - before) + QUESTION
+    if getattr(tokenizer, "chat_template", None):
+        chat = [{"role": "user", "content": text}]
+        text = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False) + ANSWER
+        return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    return list(tokenizer(f"{text} {ANSWER}", verbose=False)["input_ids"])
+
+
+@torch.no_grad()
+def answer(
+    body: Callable[..., Any],
+    head: Callable[[Tensor], Tensor],
+    tokenizer: Any,
+    prompt: Tensor,
+    cache: str = "past_key_values",
+) -> str:
+    """The most likely continuation of ``prompt``, token by token over a cache.
+
+    Args:
+        body: layers that return ``last_hidden_state`` and a cache; the same for prompt and decode steps.
+        head: logits [1, 1, vocabulary] of a hidden state; only which is largest matters.
+        prompt: int64 [1, N].
+        cache: what ``body`` and its output call the cache.
+    """
+    end = tokenizer.eos_token_id
+    out = body(prompt, use_cache=True)
+    made: list[int] = []
+    while True:
+        token = head(out.last_hidden_state[:, -1:]).argmax(-1)
+        made.append(int(token))
+        if made[-1] == end or len(made) == ANSWER_TOKENS:
+            return tokenizer.decode(made, skip_special_tokens=True)
+        out = body(token, use_cache=True, **{cache: getattr(out, cache)})
+
+
+def retrieved(key: str, text: str) -> bool:
+    """Whether the first number in an answer is the key."""
+    found = re.search(r"\d+", text)
+    return found is not None and found[0] == key

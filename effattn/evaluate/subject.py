@@ -1,0 +1,128 @@
+"""What is evaluated: a causal language model, its tokenizer, and facts by which its results are known again."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import platform
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from effattn.compiler.report import versions
+from effattn.errors import EvaluationError
+from effattn.evaluate.perplexity import logits_of
+from effattn.evaluate.rope import context_of
+from effattn.evaluate.setting import Setting
+
+SAMPLE = 256  # values of every weight that go into the model's fingerprint
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model in evaluation mode, with its tokenizer if it has one."""
+
+    model: Any
+    tokenizer: Any
+    name: str
+
+    @staticmethod
+    def of(model: Any, tokenizer: Any, name: str | None) -> Subject:
+        """Raises EvaluationError: not a causal language model of transformers."""
+        if not hasattr(model, "base_model") or not hasattr(model, "config"):
+            raise EvaluationError(f"{type(model).__name__} is no causal language model of transformers")
+        if model.get_output_embeddings() is None or getattr(model.config, "is_encoder_decoder", False):
+            raise EvaluationError(
+                f"{type(model).__name__} is no causal language model (it has no head over its vocabulary, or an "
+                "encoder); take the class of this architecture that ends with ForCausalLM"
+            )
+        return Subject(model, tokenizer, name or getattr(model.config, "name_or_path", "") or type(model).__name__)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    @property
+    def vocabulary(self) -> int:
+        return int(self.model.get_input_embeddings().num_embeddings)
+
+    def head(self, hidden: Tensor) -> Tensor:
+        return self.model.get_output_embeddings()(hidden)
+
+    @property
+    def cache(self) -> str:
+        """What the layers call the key/value cache: transformers has renamed it."""
+        return "cache" if "cache" in inspect.signature(self.model.base_model.forward).parameters else "past_key_values"
+
+    def check(self, setting: Setting) -> None:
+        """What cannot work with this model is told before anything runs.
+
+        Raises:
+            EvaluationError: a length beyond the context, a task without its tokenizer, a rule for a class that is
+                not compiled.
+            PolicyError: a rule names a layer that the model does not have.
+        """
+        limit = context_of(self.model, setting.rope)
+        longest = max(setting.lengths)
+        if limit is not None and longest > limit:
+            plain = context_of(self.model) or limit
+            factor = -(-longest // plain)
+            raise EvaluationError(
+                f"{longest:,} tokens are more than the {limit:,} that {self.name} was made for; ask for shorter texts, "
+                f"or scale its positions: rope_scaling='yarn:{factor}' (--rope-scaling yarn:{factor})"
+            )
+        if "passkey" in setting.tasks and self.tokenizer is None:
+            raise EvaluationError("the task passkey needs a tokenizer, and this model comes without one")
+        layers = getattr(self.model.config.get_text_config(), "num_hidden_layers", None)
+        inside = {type(module).__name__ for module in self.model.base_model.modules()}
+        for policy in setting.policies:
+            if layers is not None:
+                policy.check_layers(layers, inside)
+            for index, rule in enumerate(policy.rules):
+                if rule.matches_model([type(self.model).__name__]) and not rule.matches_model(inside):
+                    raise EvaluationError(
+                        f"policy {policy.name!r}, rule[{index}]: model = {list(rule.model)} names the class with the "
+                        f"head; evaluate runs the layers without it, so name {type(self.model.base_model).__name__}"
+                    )
+
+    def check_head(self, ids: Tensor) -> None:
+        """Perplexity is computed from hidden states and the head alone: compare with the model's own logits.
+
+        Raises:
+            EvaluationError: the model does something else to its logits.
+        """
+        own = self.model(ids, use_cache=False).logits.float()
+        states = self.model.base_model(ids, use_cache=False).last_hidden_state
+        if torch.linalg.vector_norm(logits_of(self.model, states) - own) > 0.02 * torch.linalg.vector_norm(own):
+            raise EvaluationError(
+                f"{type(self.model).__name__} changes its logits after its head (scales them?), so that a perplexity "
+                "from its hidden states would be wrong; leave the task perplexity out"
+            )
+
+    @cached_property
+    def facts(self) -> dict[str, Any]:
+        """Name, class, size, dtype and a fingerprint of the weights."""
+        digest = hashlib.sha256()
+        for name, weight in self.model.named_parameters():
+            sample = weight.detach().flatten()[:SAMPLE].double().cpu().numpy()
+            digest.update(f"{name} {list(weight.shape)}".encode() + sample.tobytes())
+        return {
+            "name": self.name,
+            "class": type(self.model).__name__,
+            "parameters": sum(weight.numel() for weight in self.model.parameters()),
+            "dtype": str(next(self.model.parameters()).dtype).removeprefix("torch."),
+            "attention": getattr(self.model.config, "_attn_implementation", None),
+            "context": context_of(self.model),
+            "weights": digest.hexdigest()[:16],
+        }
+
+    def machine(self) -> dict[str, Any]:
+        """Device and versions."""
+        if self.device.type == "cuda":
+            device = torch.cuda.get_device_name(self.device)
+        else:
+            device = f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+        return {"device": device, "versions": versions()}

@@ -1,0 +1,51 @@
+"""What devices can do: the figures that costs are divided by. Data; a new device is a row.
+
+``measured`` rows come from this project's own runs; ``datasheet`` rows take peak figures from the maker and the shares
+of them that were measured on an H100, so that they order forms rather than predict times.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Source = Literal["measured", "datasheet", "assumed"]
+
+
+@dataclass(frozen=True)
+class Device:
+    """Rates of one kind of device."""
+
+    name: str  # how torch's name of the device begins
+    half: float  # FLOP/s of matrix products in bfloat16 or float16
+    single: float  # the same in float32
+    bandwidth: float  # bytes/s of device memory
+    launch: float  # seconds that one more kernel costs
+    source: Source
+    dense: float = 0.75  # share of the matrix rate that SDPA's own kernels reach on causal prefill
+    generated: float = 0.53  # the same for generated kernels, on the tiles that they visit
+    scored: float = 0.35  # the same for score passes
+
+    def flops(self, dtype: str) -> float:
+        return self.single if dtype in ("float32", "float64") else self.half
+
+
+# H100: 772 TFLOP/s for 8192-cubed products, 577 for cuDNN's causal attention, 410 for generated kernels on block lists
+DEVICES: tuple[Device, ...] = (
+    Device("NVIDIA H100", 772e12, 51e12, 3.0e12, 4e-6, "measured"),
+    Device("NVIDIA H200", 772e12, 51e12, 4.3e12, 4e-6, "measured"),
+    Device("NVIDIA B200", 1800e12, 60e12, 7.0e12, 4e-6, "datasheet", 0.6, 0.35, 0.25),
+    Device("NVIDIA A100", 280e12, 19e12, 1.8e12, 5e-6, "datasheet"),
+    Device("NVIDIA L40S", 300e12, 80e12, 0.78e12, 4e-6, "datasheet"),
+    Device("NVIDIA GeForce RTX 4090", 150e12, 75e12, 0.9e12, 4e-6, "datasheet"),
+    Device("AMD Instinct MI300X", 900e12, 120e12, 4.3e12, 8e-6, "datasheet", 0.5, 0.3, 0.2),
+)
+OTHER_GPU = Device("another GPU", 200e12, 30e12, 1.0e12, 5e-6, "assumed")
+CPU = Device("CPU", 0.15e12, 0.15e12, 0.02e12, 1e-5, "assumed", 0.6, 0.5, 0.5)
+
+
+def device_named(name: str) -> Device:
+    """The row for torch's name of a device (``torch.cuda.get_device_name()``), or ``"cpu"``."""
+    if name == "cpu":
+        return CPU
+    return next((device for device in DEVICES if name.startswith(device.name)), OTHER_GPU)

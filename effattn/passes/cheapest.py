@@ -1,0 +1,64 @@
+"""Which form is the cheapest at which length, by the forms' costs and the figures of the device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+
+from effattn.ir.site import Site
+from effattn.lowering.cost import Cost, ladder
+from effattn.lowering.device import Device, device_named
+from effattn.lowering.forms import FORMS, Params
+
+Steps = tuple[tuple[int, str], ...]  # (first number of keys, form), ascending
+
+
+@dataclass(frozen=True)
+class Cheapest:
+    """The forms of one site by length, and what they are predicted to take."""
+
+    steps: Steps
+    costs: Mapping[str, Cost]
+    rates: Device
+    site: Site
+
+    @property
+    def device(self) -> str:
+        return f"{self.rates.name}, {self.rates.source} figures"
+
+    def steps_from(self, length: int) -> Steps:
+        """The steps with everything exact below ``length``."""
+        if length <= 1:
+            return self.steps
+        at = [name for first, name in self.steps if first <= length][-1]
+        found = [(1, "exact"), (length, at), *(step for step in self.steps if step[0] > length)]
+        return tuple(step for i, step in enumerate(found) if i == 0 or step[1] != found[i - 1][1])
+
+    def milliseconds(self, form: str) -> float:
+        """Predicted at the lengths with which the site was compiled."""
+        sizes = self.site.hints
+        return 1e3 * self.costs[form].seconds(self.rates, self.site.dtype, sizes.q_len, sizes.k_len)
+
+    def text(self, steps: Steps) -> str:
+        """For the report: where which form begins, and what is predicted here."""
+        parts = [f"{name} from {first:,} keys on" if first > 1 else name for first, name in steps]
+        here = ", ".join(f"{name} {self.milliseconds(name):.3g} ms" for name in self.costs)
+        return f"{', '.join(parts)} (predicted at {self.site.hints.k_len:,} keys: {here}; {self.device})"
+
+
+def cheapest(site: Site, forms: Mapping[str, Params], dense: bool) -> Cheapest:
+    """The cheapest of ``forms`` at every length; ``dense``: exact attention at this site runs SDPA's own kernels."""
+    rates = device_named(torch.cuda.get_device_name() if site.device == "cuda" else "cpu")
+    costs = {name: FORMS[name].cost(site, params) for name, params in forms.items()}
+    if "exact" in costs and not dense:
+        costs["exact"] = replace(costs["exact"], dense=False)
+
+    def seconds(cost: Cost) -> Callable[[int], float]:
+        one_step = site.stage == "decode"
+        return lambda k_len: cost.seconds(rates, site.dtype, site.hints.q_len if one_step else k_len, k_len)
+
+    # exact first: of equals it is taken
+    order = sorted(costs, key=lambda name: name != "exact")
+    return Cheapest(ladder({name: seconds(costs[name]) for name in order}), costs, rates, site)

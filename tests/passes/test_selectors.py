@@ -1,0 +1,174 @@
+"""Forms that choose at run time, on the whole road: policy, rules, op in the graph, output; and what they refuse."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from compiled import compiled
+
+import effattn
+from effattn.lowering.forms import FORMS
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "models"))
+from architectures import VOCABULARY, build, inputs, llama, tokens
+
+PROXY = {"block": 16, "stride": 4, "least": 16, "gamma": 0.6}
+DHSA = {"block": 16, "unit": 16, "share": 0.3, "local": 16, "sinks": 16}
+TOKENS = {"block": 16, "unit": 1, "budget": 40, "chunk": 8, "local": 16, "sinks": 4}
+CASES = {"proxy": ("proxy", PROXY), "dhsa": ("dhsa", DHSA), "tokens": ("dhsa", TOKENS)}
+
+
+def policy(form: str, params: dict, **rule) -> dict:
+    return {"rule": [{"forms": [form], "params": {form: params}, **rule}]}
+
+
+def qkv(length: int = 90, heads: int = 4, kv_heads: int = 2, batch: int = 2):
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(batch, h, length, 16, generator=generator) for h in (heads, kv_heads, kv_heads)]
+
+
+def attention(q, k, v):
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+
+
+def expected(form: str, params: dict, q, k, v):
+    allowed = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).tril()
+    kept = FORMS[form].reference(FORMS[form].params(**params), q, k, allowed, q.shape[3] ** -0.5) & allowed
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=kept, enable_gqa=True)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_what_the_policy_asks_for_is_computed(name):
+    form, params = CASES[name]
+    with torch.no_grad():
+        report, out = compiled(attention, *qkv(), policy=policy(form, params))
+    assert [site.form for site in report.sites] == [form]
+    assert not report.sites[0].exact
+    torch.testing.assert_close(out, expected(form, params, *qkv()), rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_one_graph_for_all_lengths(name):
+    """Compiled once with a symbolic length: exact below ``min_length``, the form from there on."""
+    form, params = CASES[name]
+    torch._dynamo.reset()
+    options = {"rest": "eager", "strict": True, "policy": policy(form, params, min_length=64)}
+    fast = torch.compile(attention, backend="effattn", options=options, fullgraph=True)
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    with torch.no_grad():
+        for length in (40, 64, 90, 300):
+            args = qkv(length)
+            for tensor in args:
+                torch._dynamo.mark_dynamic(tensor, 2)
+            wanted = expected(form, params, *args) if length >= 64 else attention(*args)
+            torch.testing.assert_close(fast(*args), wanted, rtol=2e-5, atol=2e-5)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs + 1
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_with_inductor(name):
+    form, params = CASES[name]
+    torch._dynamo.reset()
+    options = {"strict": True, "policy": policy(form, params)}
+    fast = torch.compile(lambda q, k, v: attention(q * 2, k, v) + 1, backend="effattn", options=options, fullgraph=True)
+    q, k, v = qkv()
+    with torch.no_grad():
+        out = fast(q, k, v)
+    torch.testing.assert_close(out, expected(form, params, q * 2, k, v) + 1, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_as_a_function(name):
+    form, params = CASES[name]
+    out = effattn.attention(*qkv(), form=form, **params)
+    torch.testing.assert_close(out, expected(form, params, *qkv()), rtol=2e-5, atol=2e-5)
+    torch._dynamo.reset()
+    whole = torch.compile(effattn.attention, backend="aot_eager", fullgraph=True)(*qkv(), form=form, **params)
+    torch.testing.assert_close(whole, out)
+
+
+def test_a_model_and_its_decode_steps():
+    """Prefill by the form, decode exact, as its authors do; at full budget the answer is the model's own."""
+    model, ids = llama(), tokens(batch=1, length=80)
+    asked = {"proxy": {**PROXY, "gamma": 1.0}, "dhsa": {**DHSA, "share": 1.0}}
+    with torch.no_grad():
+        wanted = model.generate(ids, max_new_tokens=6, do_sample=False)
+        for form, params in asked.items():
+            torch._dynamo.reset()
+            options = {"rest": "eager", "strict": True, "policy": policy(form, params, stage="prefill")}
+            model.forward = torch.compile(type(model).forward.__get__(model), backend="effattn", options=options)
+            got = model.generate(ids, max_new_tokens=6, do_sample=False)
+            del model.forward
+            assert torch.equal(got, wanted)
+
+
+def test_padding_on_the_left():
+    """Padded rows get nothing from, and give nothing to, the choice of the others."""
+    model, ids = llama(), tokens(batch=2, length=96)
+    mask = torch.ones_like(ids)
+    mask[0, :32] = 0
+    options = {"rest": "eager", "strict": True, "policy": policy("proxy", {**PROXY, "gamma": 1.0})}
+    with torch.no_grad():
+        wanted = model(ids, attention_mask=mask, use_cache=False).logits
+        torch._dynamo.reset()
+        got = torch.compile(model, backend="effattn", options=options)(ids, attention_mask=mask, use_cache=False).logits
+    torch.testing.assert_close(got[1], wanted[1], rtol=2e-5, atol=2e-5)
+    torch.testing.assert_close(got[0, 32:], wanted[0, 32:], rtol=2e-5, atol=2e-5)
+
+
+def refused(model, given, form, params):
+    torch._dynamo.reset()
+    with torch.no_grad():
+        report = effattn.explain(model, policy=policy(form, params), **given)
+    assert report.sites
+    assert all(site.form == "exact" for site in report.sites)
+    return " ".join(reason for site in report.sites for one in site.candidates for reason in one["reasons"])
+
+
+def test_refusals_say_why():
+    assert "sliding window" in refused(build("mistral", "sdpa"), inputs("mistral", False), "proxy", PROXY)
+    assert "depends on positions" in refused(build("bloom", "eager"), inputs("bloom", False), "proxy", PROXY)
+    assert "not causal" in refused(build("bert", "sdpa"), inputs("bert", False), "dhsa", DHSA)
+    assert "depends on data" in refused(llama(), {**inputs("llama", True)}, "dhsa", DHSA)
+    assert "key heads" in refused(llama(), inputs("llama", False), "proxy", {**PROXY, "groups": 3})
+    given = {"chunks": "given", **TOKENS}
+    assert "effattn.attention" in refused(llama(), inputs("llama", False), "dhsa", given)
+
+
+def test_training_is_refused():
+    model = llama().train()
+    report = effattn.explain(model, tokens(), policy=policy("proxy", PROXY), use_cache=False)
+    assert all(site.form == "exact" for site in report.sites)
+    assert "backward" in str(report)
+
+
+@pytest.mark.parametrize(
+    ("form", "params", "says"),
+    [
+        ("proxy", {"gamma": 0.0}, "gamma"),
+        ("proxy", {"block": 100}, "power of two"),
+        ("proxy", {"stride": 256}, "stride must be at most block"),
+        ("dhsa", {"unit": 8}, "unit must be 1 or at least 16"),
+        ("dhsa", {"unit": 1, "local": 16}, "local must be at least block"),
+        ("dhsa", {"unit": 1, "budget": 100}, "budget must hold local and sinks"),
+        ("dhsa", {"chunks": "words"}, "chunks"),
+    ],
+)
+def test_wrong_parameters(form, params, says):
+    with pytest.raises(effattn.PolicyError, match=says):
+        effattn.Policy.of(policy(form, params))
+
+
+@pytest.mark.parametrize("name", ["proxy", "dhsa", "power-hybrid"])
+def test_shipped_policies(name):
+    model = llama(num_hidden_layers=9)
+    with torch.no_grad():
+        report = effattn.explain(model, torch.randint(3, VOCABULARY, (1, 64)), policy=name, use_cache=False)
+    forms = [site.form for site in sorted(report.sites, key=lambda site: site.layer)]
+    other = "power" if name == "power-hybrid" else name
+    exact = [0, 1, 7, 8] if name == "power-hybrid" else []
+    assert forms == ["exact" if layer in exact else other for layer in range(9)]
