@@ -18,7 +18,15 @@ from benchmarks import keeping, ratios, tables
 from benchmarks.harness import EAGER, EFFATTN, INDUCTOR
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-ORDER = ("prefill_llama", "power_vs_flex", "selectors", "decode_static", "train_step", "compile_time")
+ORDER = (
+    "prefill_llama",
+    "power_vs_flex",
+    "selectors",
+    "linear_lightning",
+    "decode_static",
+    "train_step",
+    "compile_time",
+)
 ABOUT = {
     "prefill_llama": (
         "Prefill of a Hugging Face model",
@@ -36,6 +44,11 @@ ABOUT = {
         "Dense attention, whole forms, and their selections alone, on queries and keys captured from SmolLM2; then a "
         "prefill of a model at a density of a tenth against the same model lossless. `ms / density` is the time over "
         "the share of causal pairs that were visited.",
+    ),
+    "linear_lightning": (
+        "Lightning attention",
+        "Causal linear attention with one decay per head, [1, N, 32, 128] in bfloat16, against fla-core's kernel with "
+        "the same slopes; then forward and backward, in nanoseconds per token, which should not depend on the length.",
     ),
     "decode_static": (
         "A decode step over a static cache",

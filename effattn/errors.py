@@ -33,3 +33,7 @@ class EvaluationError(EffattnError):
 
 class RewriteError(EffattnError):
     """A pass left the graph in a state that the checks between passes refuse."""
+
+
+class WeightsError(EffattnError):
+    """A file of weights lacks a tensor, or holds one of another shape, dtype or with values that are not finite."""

@@ -14,10 +14,12 @@ from effattn.ir import expr
 from effattn.ir.plan import LoadSpec, Plan
 from effattn.ir.selector import BOUNDARIES
 from effattn.lowering.forms import FORMS, Form
+from effattn.lowering.forms.feature_maps import FEATURE_MAPS
 from effattn.lowering.forms.form import CAUSAL
 from effattn.policy.fields import params_of
 from effattn.policy.problems import spelled, unknown
 from effattn.runtime import attend as _registers_the_op  # noqa: F401
+from effattn.runtime.feature_attention import feature_attention
 
 SCALE = expr.number("scale")
 
@@ -46,7 +48,7 @@ def attention(
         form: a name of :func:`forms`.
         causal: row i attends to keys up to i + Nk - Nq: the last row sees all. With Nq > Nk the first rows see none,
             and are zero.
-        scale: factor on q . k; 1 / sqrt(D) if None.
+        scale: factor on q . k; 1 / sqrt(D) if None, 1 for a form without a softmax.
         boundaries: bool [B, Nk], where chunks of keys begin, for ``form="dhsa", unit=1, chunks="given"``.
         params: parameters of the form, as in a policy (``block=128, window=2048, sinks=128``).
 
@@ -59,10 +61,40 @@ def attention(
         ValueError: shapes, dtypes or devices do not fit.
     """
     _check(q, k, v)
+    if form in FORMS and not FORMS[form].softmax:
+        return _without_softmax(q, k, v, form, causal, scale, params)
     plan = _plan(form, bool(causal), tuple(params.items()), boundaries is not None)
     factor = 1.0 / math.sqrt(q.shape[3]) if scale is None else scale
     loads = [] if boundaries is None else [_checked_boundaries(boundaries, k)]
     return torch.ops.effattn.attend(q, k, v, loads, [], [factor], plan)[0]
+
+
+def _without_softmax(
+    q: Tensor, k: Tensor, v: Tensor, form: str, causal: bool, scale: float | None, params: dict[str, Any]
+) -> Tensor:
+    """Attention through a feature map that needs no weights; ``scale`` multiplies q before its map."""
+    feature_map, eps = _map_of(form, tuple(params.items()))
+    return feature_attention(q if scale is None else q * scale, k, v, feature_map, causal=bool(causal), eps=eps)
+
+
+@torch.compiler.assume_constant_result
+def _map_of(form: str, params: tuple[tuple[str, Any], ...]) -> tuple[str, float]:
+    checked = _checked(form, params)
+    if FEATURE_MAPS[checked.feature_map].trained:
+        raise FormRefused(
+            f"attention(form={form!r}): the map {checked.feature_map!r} needs weights; "
+            "call effattn.runtime.feature_attention.feature_attention with them, or use a policy"
+        )
+    return checked.feature_map, checked.eps
+
+
+def _checked(form: str, params: tuple[tuple[str, Any], ...]) -> Any:
+    """The parameters of a form. Raises: OptionError: one is unknown or has a value that it does not take."""
+    checked, problems = params_of(form, dict(params))
+    if problems or checked is None:
+        text = "; ".join(f"{spelled(path[1:])}: {problem}" if path[1:] else problem for path, problem in problems)
+        raise OptionError(f"attention(form={form!r}): {text}")
+    return checked
 
 
 @torch.compiler.assume_constant_result
@@ -70,10 +102,7 @@ def _plan(form: str, causal: bool, params: tuple[tuple[str, Any], ...], cut: boo
     """The encoded plan of a form with these parameters; ``cut``: boundaries are given."""
     if form not in FORMS:
         raise OptionError(f"attention: {unknown('form', str(form), FORMS)}")
-    checked, problems = params_of(form, dict(params))
-    if problems or checked is None:
-        text = "; ".join(f"{spelled(path[1:])}: {problem}" if path[1:] else problem for path, problem in problems)
-        raise OptionError(f"attention(form={form!r}): {text}")
+    checked = _checked(form, params)
     selector = FORMS[form].selector(checked)
     wanted = selector is not None and selector.needs_boundaries
     if wanted != cut:

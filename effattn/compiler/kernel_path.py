@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from effattn.passes.choose import Choice
+from effattn.passes.match_linear import LinearMatch
 from effattn.runtime.attend import triton_is_importable
 
 
@@ -26,3 +27,22 @@ def kernel_path(choice: Choice) -> str:
         torch.device(site.device),
     )
     return str(kernels.load(spec).path)
+
+
+def linear_kernel_path(one: LinearMatch) -> str:
+    """The same for linear attention."""
+    site = one.match.site
+    if site.device != "cuda" or not triton_is_importable():
+        return "portable (ATen, in chunks)"
+    from effattn.runtime import linear_triton
+
+    dtype, sizes = getattr(torch, site.dtype), site.layout
+    widths = int(sizes.head_dim), int(sizes.value_dim)
+    if linear_triton.unsupported(dtype, *widths) is not None:
+        return "portable (ATen, in chunks)"
+    kind: linear_triton.LinearKind = "chunks" if one.term.causal else "whole"
+    decay = one.term.rate is not None
+    spec = linear_triton.specialise(
+        kind, dtype, *widths, 1, sizes.groups, decay, False, one.normalised, False, torch.device(site.device)
+    )
+    return str(linear_triton.load(spec).path)

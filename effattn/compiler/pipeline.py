@@ -14,8 +14,10 @@ from effattn.passes.choose import Choice, choose
 from effattn.passes.draft import Match, Missed
 from effattn.passes.graph import GraphView
 from effattn.passes.match import find, mentions_attention
+from effattn.passes.match_linear import LinearMatch, find_linear, may_hold_linear
 from effattn.passes.normalize import normalize
 from effattn.passes.rewrite import rewrite
+from effattn.passes.rewrite_linear import rewrite_linear
 
 
 @dataclass
@@ -25,6 +27,7 @@ class Outcome:
     matches: list[Match] = field(default_factory=list)
     missed: list[Missed] = field(default_factory=list)
     choices: list[Choice] = field(default_factory=list)
+    linear: list[LinearMatch] = field(default_factory=list)  # attention without a softmax, all of it replaced
     original: fx.Graph | None = None  # the graph as Dynamo made it; None if nothing was replaced
     normalized: fx.Graph | None = None  # with compound calls written out; only to verify, and only if there were any
     erased: int = 0
@@ -32,14 +35,14 @@ class Outcome:
 
     @property
     def changed(self) -> bool:
-        return any(choice.route != "keep" for choice in self.choices)
+        return bool(self.linear) or any(choice.route != "keep" for choice in self.choices)
 
 
 def run_passes(gm: fx.GraphModule, options: Options) -> Outcome:
     """Find attention in ``gm`` and rewrite it in place. On an exception the graph is as it was before."""
     outcome = Outcome()
     clock = _Clock(outcome.seconds)
-    if not mentions_attention(gm.graph):
+    if not mentions_attention(gm.graph) and not may_hold_linear(gm.graph):
         return outcome
     original = copy.deepcopy(gm.graph)
     try:
@@ -55,6 +58,14 @@ def run_passes(gm: fx.GraphModule, options: Options) -> Outcome:
             outcome.choices = choose(outcome.matches, options.policy, strict=options.strict, target=options.target)
         with clock("rewrite"):
             outcome.erased = rewrite(view, outcome.choices)
+        if may_hold_linear(gm.graph):
+            view = GraphView(gm.graph)
+            with clock("match linear"):
+                linear, missed = find_linear(view)
+            with clock("rewrite"):
+                outcome.linear, left, erased = rewrite_linear(view, linear, options.target)
+            outcome.missed += missed + left
+            outcome.erased += erased
         with clock("check"):
             check(gm.graph, original)
         gm.recompile()

@@ -10,12 +10,13 @@ from typing import Any
 
 import torch
 
-from effattn.compiler.kernel_path import kernel_path
+from effattn.compiler.kernel_path import kernel_path, linear_kernel_path
 from effattn.compiler.options import Options
 from effattn.compiler.pipeline import Outcome
 from effattn.ir.text import text
 from effattn.passes.choose import Choice
 from effattn.passes.draft import NOT_ATTENTION
+from effattn.passes.match_linear import LinearMatch
 from effattn.policy import write
 
 
@@ -139,7 +140,7 @@ def versions() -> dict[str, str]:
 def graph_report(after: str, outcome: Outcome, failure: Exception | None, before: str) -> GraphReport:
     """The report of one compiled graph."""
     return GraphReport(
-        sites=tuple(_site(choice) for choice in outcome.choices),
+        sites=tuple([_site(choice) for choice in outcome.choices] + [_linear_site(one) for one in outcome.linear]),
         missed=tuple(
             MissedReport(
                 missed.name,
@@ -180,8 +181,33 @@ def _site(choice: Choice) -> SiteReport:
     )
 
 
+def _linear_site(one: LinearMatch) -> SiteReport:
+    """Attention without a softmax: there is one form of it, and it is the author's own function."""
+    site = one.match.site
+    sums = f", each row divided by its sum{f' + {one.eps:g}' if one.eps else ''}" if one.normalised else ""
+    return SiteReport(
+        name=site.module or site.name,
+        layer=site.layer,
+        stage=site.stage,
+        found_as=site.found_as,
+        form="linear",
+        exact=True,
+        predicate=text(site.predicate),
+        score=f"{text(site.score)}, no softmax{sums}",
+        reason="the graph spells linear attention: the same function, in chunks with a state between them",
+        candidates=(),
+        kernel=linear_kernel_path(one),
+        location=site.location,
+        layout=str(site.layout),
+        empty_rows=site.empty_rows,
+        notes=site.notes,
+    )
+
+
 def _kernel(choice: Choice) -> str | None:
     """What runs: the author's own call, SDPA, or the op with the file of its generated kernel."""
+    if choice.route == "linear":
+        return "effattn::linear, after the feature maps"
     if choice.plan is None:
         is_sdpa = choice.route == "sdpa" or choice.match.anchors.is_sdpa
         return "torch.nn.functional.scaled_dot_product_attention" if is_sdpa else None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import sympy
 import torch
@@ -17,11 +17,12 @@ from effattn.lowering.forms import FORMS
 from effattn.lowering.forms.form import Params, Rule
 from effattn.passes.cheapest import cheapest
 from effattn.passes.draft import Anchors, Match
+from effattn.passes.rewrite_features import no_weights
 from effattn.policy import Policy
 from effattn.policy import Rule as PolicyRule
 from effattn.runtime.attend import triton_is_importable
 
-Route = Literal["keep", "sdpa", "op"]
+Route = Literal["keep", "sdpa", "op", "linear"]
 SDPA_MAX_HEAD_DIM = 256  # beyond it SDPA has no kernel that avoids N x N scores
 
 
@@ -39,7 +40,7 @@ class Choice:
     """What will be done with a site.
 
     ``route``: "keep" leaves the node as it is, "sdpa" writes an SDPA call without a mask, "op" writes
-    ``effattn::attend`` with ``plan``.
+    ``effattn::attend`` with ``plan``, "linear" writes feature maps and ``effattn::linear``.
     """
 
     match: Match
@@ -49,6 +50,7 @@ class Choice:
     reason: str
     plan: Plan | None
     candidates: tuple[Candidate, ...]
+    target: str | None = None  # of a choice without a plan
 
     @property
     def exact(self) -> bool:
@@ -90,12 +92,15 @@ def _choose(match: Match, policy: Policy, strict: bool, target: str | None) -> C
     for name in rule.preference if rule is not None else ("exact",):
         form = FORMS[name]
         params = rule.params_of(name) if rule is not None else form.params()
-        candidates.append(_considered(site, name, params, strict))
+        min_length = rule.min_length if rule is not None else 0
+        candidates.append(_considered(site, name, params, strict, min_length))
         if not candidates[-1].accepted:
             continue
         if name == "exact":
             break
-        min_length = rule.min_length if rule is not None else 0
+        if not form.softmax:
+            reason = f"policy {policy.name!r} asks for it, {_accepted_by(params)}"
+            return Choice(match, name, params, "linear", reason, None, tuple(candidates), target)
         plan = plan_of(site, name, params, min_length, target)
         since = f" from {min_length:,} keys on" if min_length else ""
         reason = f"policy {policy.name!r} asks for it{since}"
@@ -103,13 +108,15 @@ def _choose(match: Match, policy: Policy, strict: bool, target: str | None) -> C
     return _exact(match, tuple(candidates), "; ".join([*_refused(candidates), *found.notes]), target)
 
 
-def _considered(site: Site, name: str, params: Params, strict: bool) -> Candidate:
+def _considered(site: Site, name: str, params: Params, strict: bool, min_length: int = 0) -> Candidate:
     """Whether a form applies at a site.
 
     Raises:
         FormRefused: it does not, and with ``strict`` that is an error.
     """
     refusals = FORMS[name].refusals(site, params) + (() if name == "exact" else _cannot_lower(site, name))
+    if not FORMS[name].softmax and not refusals:
+        refusals = no_weights(site, params, min_length)
     if refusals and strict and name != "exact":
         raise FormRefused(f"{site.name} ({site.location}): {name} refused: {'; '.join(map(str, refusals))}")
     return Candidate(name, not refusals, tuple(map(str, refusals)))
@@ -123,7 +130,8 @@ def _refused(candidates: list[Candidate]) -> list[str]:
 def _cheapest(match: Match, policy: Policy, rule: PolicyRule, strict: bool, target: str | None) -> Choice:
     """The cheapest form at every length, as one plan that decides when the op runs."""
     site = match.site
-    candidates = [_considered(site, name, rule.params_of(name), strict) for name in rule.preference]
+    length = max(rule.min_length, 1)  # which form it is, is decided when the op runs
+    candidates = [_considered(site, name, rule.params_of(name), strict, length) for name in rule.preference]
     accepted = [candidate.form for candidate in candidates if candidate.accepted]
     found = cheapest(
         site, {name: rule.params_of(name) for name in accepted}, exact_route(site, match.anchors)[0] != "op"
@@ -142,6 +150,10 @@ def _cheapest(match: Match, policy: Policy, rule: PolicyRule, strict: bool, targ
     form = steps[-1][1]
     reason = "; ".join([f"policy {policy.name!r} asks for the cheapest: {found.text(steps)}", *_refused(candidates)])
     return Choice(match, form, rule.params_of(form), "op", reason, plan, tuple(candidates))
+
+
+def _accepted_by(params: Any) -> str:
+    return f"with the weights in {params.weights}" if params.weights else f"accepting an error of {params.tolerance:g}"
 
 
 def _exact(match: Match, candidates: tuple[Candidate, ...], why: str, target: str | None) -> Choice:

@@ -13,6 +13,7 @@ from torch import fx
 
 import effattn.runtime.attend  # noqa: F401  (registers torch.ops.effattn)
 from effattn.errors import RewriteError
+from effattn.lowering.forms.linear import LinearParams
 from effattn.passes.block_mask import erase_empty_brackets, unused_batch_dims
 from effattn.passes.choose import Choice, plain_scale
 from effattn.passes.draft import Anchors, SizeSource
@@ -21,6 +22,7 @@ from effattn.passes.graph import GraphView
 from effattn.passes.insert import Inserter, difference, fake_mode
 from effattn.passes.operands import Operand, emit
 from effattn.passes.reading import LoadSource
+from effattn.passes.rewrite_features import features_op
 from effattn.passes.strides import in_order_of
 
 
@@ -41,7 +43,7 @@ def rewrite(view: GraphView, choices: list[Choice]) -> int:
         node = anchors.replaced
         with view.graph.inserting_before(anchors.before or node):
             writer = Writer(view, node)
-            result = _sdpa(writer, choice) if choice.route == "sdpa" else _op(writer, choice, saved)
+            result = _result(writer, choice, saved)
             pairs = [(node, anchors.placement.emit(view.graph, result, writer.remember))]
             if anchors.lse is not None:
                 pairs.append((anchors.lse, _lse(writer, result)))
@@ -72,6 +74,16 @@ class Writer(Inserter):
 def _operands(writer: Writer, anchors: Anchors) -> list[fx.Node]:
     dtype = anchors.replaced.meta["example_value"].dtype
     return [writer.operand(operand, dtype) for operand in (anchors.query, anchors.key, anchors.value)]
+
+
+def _result(writer: Writer, choice: Choice, saved: SavedLoads) -> fx.Node:
+    if choice.route == "sdpa":
+        return _sdpa(writer, choice)
+    if choice.route == "linear":
+        assert isinstance(choice.params, LinearParams)
+        operands = _operands(writer, choice.match.anchors)
+        return features_op(writer, choice.match.site, choice.params, operands, choice.target)
+    return _op(writer, choice, saved)
 
 
 def _sdpa(writer: Writer, choice: Choice) -> fx.Node:

@@ -73,6 +73,13 @@ ROWS: tuple[tuple[str, tuple[Spelling, ...]], ...] = (
         "div div_ true_divide divide __truediv__ __itruediv__",
         (("__rtruediv__", "other input"),),
     ),
+    _row(
+        "pow",
+        "input exponent",
+        (operator.pow, torch.pow),
+        "pow __pow__",
+        (("__rpow__", "exponent input"),),
+    ),
     _row("floordiv", "input other", (operator.floordiv, torch.floor_divide), "floor_divide __floordiv__"),
     _row("mod", "input other", (operator.mod, torch.remainder), "remainder __mod__"),
     _row("neg", "input", (operator.neg, torch.neg, torch.negative), "neg negative __neg__"),
@@ -162,6 +169,7 @@ ROWS: tuple[tuple[str, tuple[Spelling, ...]], ...] = (
     _row("tril", "input diagonal", (torch.tril,), "tril tril_"),
     _row("triu", "input diagonal", (torch.triu,), "triu triu_"),
     _row("cumsum", "input dim", (torch.cumsum,), "cumsum"),
+    _row("sum", "input dim keepdim dtype", (torch.sum,), "sum"),
     _row("diff", "input n dim prepend append", (torch.diff,), "diff"),
     # contractions and what they feed
     _row("matmul", "input other", (operator.matmul, torch.matmul, torch.bmm, torch.mm), "matmul bmm mm __matmul__"),

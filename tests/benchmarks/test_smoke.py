@@ -22,6 +22,7 @@ BENCHMARKS = {
     "selectors": ([], 1e-5),
     "decode_static": ([], 1e-5),
     "train_step": (["--kinds", "left padding"], 1e-6),
+    "linear_lightning": ([], 1e-5),
 }
 
 

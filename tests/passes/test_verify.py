@@ -133,7 +133,7 @@ def test_it_notices(name, swap):
 
 
 def test_heads_and_batch_mixed_up(swap):
-    original = match._operand
+    original = match.traced
 
     def mixed_up(view, node, index, time, name, sizes, dtype=None):
         found = original(view, node, index, time, name, sizes, dtype)
@@ -145,7 +145,7 @@ def test_heads_and_batch_mixed_up(swap):
 
     given = [x[:, :B] for x in qkv()]  # as many heads as sequences
     compiled(function, *given)
-    swap(match, "_operand", mixed_up)
+    swap(match, "traced", mixed_up)
     with pytest.raises(VerificationError, match="output 0"):
         compiled(function, *given)
 

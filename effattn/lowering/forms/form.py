@@ -58,6 +58,7 @@ class Form:
     keep: Callable[[Any, Any], Any] = lambda params, position: sympy.true  # predicate over (position, k)
     select: Callable[[Any], Selector] | None = None  # params -> what is decided by data
     selector_work: Callable[[Any, Layout, int], Work] | None = None  # (params, sizes, bytes of an element) -> its cost
+    softmax: bool = True  # False: another function, by an op of its own; what is kept says nothing about it
 
     def selector(self, params: Params) -> Selector | None:
         """What is decided by data when the op runs; None: nothing."""

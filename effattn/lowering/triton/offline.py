@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from effattn.lowering.triton import pick, score
+from effattn.lowering.triton import linear_source, pick, score
+from effattn.lowering.triton.linear_spec import LinearSpec
 from effattn.lowering.triton.module import module_from
 from effattn.lowering.triton.score import ScoreSpec
 from effattn.lowering.triton.source import Param, file_name, generate, kernel_constants, parameters
@@ -40,10 +41,11 @@ class Resources:
         return f"{self.registers} registers, {self.spilled} bytes spilled, {self.shared} bytes of shared memory"
 
 
-def compile_for(spec: KernelSpec | ScoreSpec | int, arch: str, kernel: str = "forward") -> Resources:
+def compile_for(spec: KernelSpec | ScoreSpec | LinearSpec | int, arch: str, kernel: str = "forward") -> Resources:
     """Compile a kernel of ``spec`` for ``arch`` (a key of ``TARGETS``), with contiguous last dimensions.
 
-    ``spec`` is that of an attention kernel, of a selector's scores, or the width of a selector's pick.
+    ``spec`` is that of an attention kernel, of a selector's scores, of linear attention, or the width of a selector's
+    pick.
     """
     compiled = compiled_for(spec, arch, kernel)
     if TARGETS[arch][0] == "hip":
@@ -53,8 +55,16 @@ def compile_for(spec: KernelSpec | ScoreSpec | int, arch: str, kernel: str = "fo
     return Resources(registers, spilled, compiled.metadata.shared)
 
 
-def compiled_for(spec: KernelSpec | ScoreSpec | int, arch: str, kernel: str = "forward") -> Any:
+def compiled_for(spec: KernelSpec | ScoreSpec | LinearSpec | int, arch: str, kernel: str = "forward") -> Any:
     """What ``triton.compile`` returns: ``.asm`` holds every stage from ``ttir`` down to machine code."""
+    if isinstance(spec, LinearSpec):
+        params, every = (
+            linear_source.parameters(spec, kernel),
+            {**linear_source.kernel_constants(spec), "HAS_STATE": True},
+        )
+        used = {param.name: every[param.name] for param in params if param.name in every}
+        schedule = (spec.tiles.warps, spec.tiles.stages)
+        return _compiled(linear_source.generate(spec), "linear.py", arch, kernel, params, used, schedule, ())
     if isinstance(spec, int):
         warps = pick.warps_for(spec)
         params, constants = pick.parameters(kernel), {"WIDTH": spec}

@@ -1,0 +1,119 @@
+"""Linear: no softmax at all. phi(q) . phi(k) stands for exp(q . k), so that a state of fixed size holds the past.
+
+It is never equal to softmax, whatever its parameters: another function than the model was trained with. So a site is
+only given to it with trained weights, or where the policy says what error it accepts.
+"""
+
+from __future__ import annotations
+
+import sympy
+import torch
+from pydantic import Field, field_validator
+
+from effattn.ir import expr
+from effattn.ir.expr import Nk, Nq
+from effattn.ir.site import Site
+from effattn.lowering.cost import Cost, Work
+from effattn.lowering.forms.feature_maps import FEATURE_MAPS
+from effattn.lowering.forms.form import FROM_THE_START, PLAIN_SCORE, PREFILL, Form, Params, Rule
+
+CHUNK = 64  # tokens whose pairs are computed one by one, in costs
+
+
+class LinearParams(Params):
+    """The map, where its weights are, and what is accepted without any."""
+
+    feature_map: str = Field(default="elu_plus_one", description=f"one of {', '.join(FEATURE_MAPS)}")
+    weights: str = Field(default="", description="safetensors file with the map's trained parameters, by layer")
+    tolerance: float = Field(
+        default=0.0,
+        ge=0,
+        description="without weights: the relative error of the output that you accept. It is a declaration and is not "
+        "checked when compiling; expect about 1",
+    )
+    eps: float = Field(default=1e-6, ge=0, description="added to the sum of a row's weights")
+
+    @field_validator("feature_map")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        if name not in FEATURE_MAPS:
+            raise ValueError(f"unknown feature map {name!r}; there are {', '.join(FEATURE_MAPS)}")
+        return name
+
+
+class LinearForm(Form):
+    """The form with costs of its own: linear in the length."""
+
+    def cost(self, site: Site, params: Params) -> Cost:
+        """Pairs inside chunks, states between them; see :class:`Form`."""
+        assert isinstance(params, LinearParams)
+        sizes = site.hints
+        features = FEATURE_MAPS[params.feature_map].features(sizes.head_dim)
+        heads = sizes.batch * sizes.heads
+        flops = heads * Nq * (2 * CHUNK * (features + sizes.value_dim) + 4 * features * sizes.value_dim)
+        element = 4 if site.dtype == "float32" else 2
+        kv = sizes.batch * sizes.kv_heads * (features + sizes.value_dim) * Nk
+        moved = element * (heads * (features + sizes.value_dim) * Nq + 2 * kv)
+        return Cost(Work(flops, moved, 3))
+
+
+def reference(_params, q_index, k_index):
+    """Every key has a weight: bool [Nq, Nk]. What the weight is, ``runtime.linear_reference`` says."""
+    return torch.ones(torch.broadcast_shapes(q_index.shape, k_index.shape), dtype=torch.bool, device=q_index.device)
+
+
+def _accepted(_site: Site, params: LinearParams) -> bool:
+    return bool(params.weights) or params.tolerance > 0
+
+
+def _has_weights(_site: Site, params: LinearParams) -> bool:
+    return bool(params.weights) or not FEATURE_MAPS[params.feature_map].trained
+
+
+def _known_layer(site: Site, params: LinearParams) -> bool:
+    return site.layer is not None or not params.weights
+
+
+def _from_the_first_key(site: Site, _params: LinearParams) -> bool:
+    causal = site.predicate == sympy.Le(expr.k, expr.q)
+    return site.predicate == sympy.true or (causal and sympy.expand(site.layout.q_len - site.layout.k_len) == 0)
+
+
+ACCEPTED = Rule(
+    "weights or tolerance",
+    _accepted,
+    "without a softmax this is another function than the model was trained with. Swapped in without training it is "
+    "unusable: Llama-3-8B's perplexity is then 1,539 (T2R) or 2,448 (Hedgehog); 79 or 61 with trained maps, 4.11 or "
+    "3.90 with LoRA as well, and MMLU still falls from 66.6 to 24.2 (LoLCATs, arXiv 2410.10254)",
+    "name a file of trained maps in params.linear.weights, or the error you accept in params.linear.tolerance",
+)
+TRAINED = Rule(
+    "trained map",
+    _has_weights,
+    "this feature map means nothing without trained weights",
+    "set params.linear.weights, or take elu_plus_one or relu",
+)
+LAYER = Rule(
+    "layer",
+    _known_layer,
+    "the number of the layer is not known, so that its weights cannot be found in the file",
+    "keep this site exact",
+)
+WHOLE = Rule(
+    "every key up to the query",
+    _from_the_first_key,
+    "the mask is neither empty nor plainly causal from the first key on: a state cannot forget single keys",
+    "keep this site exact",
+)
+
+LINEAR = LinearForm(
+    name="linear",
+    kind="trained",
+    summary="no softmax: feature maps of query and key, a state of fixed size: O(N)",
+    source="Katharopoulos et al., Transformers are RNNs, arXiv 2006.16236",
+    params=LinearParams,
+    rules=(ACCEPTED, TRAINED, PREFILL, WHOLE, FROM_THE_START, PLAIN_SCORE, LAYER),
+    kept_keys=lambda params: Nk,
+    reference=reference,
+    softmax=False,
+)

@@ -1,0 +1,217 @@
+"""What every match of attention looks for: a product of query and key, its index, the operands behind it, the value."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import sympy
+import torch
+import torch.nn.functional as F
+from torch import fx
+
+from effattn.ir import expr
+from effattn.ir.expr import b, h, k, q, s
+from effattn.passes.contraction import Contraction, contraction
+from effattn.passes.draft import NOT_ATTENTION, Refused
+from effattn.passes.graph import GraphView
+from effattn.passes.operands import Operand, depth, row, trace
+from effattn.passes.reading import Reader
+from effattn.passes.vocabulary import Call
+
+NO_PRODUCT = "the scores do not come from a product of two tensors: not attention"
+
+
+def reader_for(
+    view: GraphView,
+    readers: dict[tuple, Reader],
+    products: bool,
+    batch,
+    heads,
+    q_len,
+    k_len,
+    kind: type[Reader] = Reader,
+) -> Reader:
+    """The reader of scores of this size; one is shared by all of them."""
+    key = (products, batch, heads, q_len, k_len)
+    if key not in readers:
+        readers[key] = kind(view, {b: batch, h: heads, q: q_len, k: k_len}, products=products)
+    return readers[key]
+
+
+def batch_index(sizes: tuple) -> tuple[tuple[Any, ...], Any, Any]:
+    """(index of each batch dimension in b and h, batch, heads): the first is b, the others together are h."""
+    if not sizes:
+        return (), sympy.Integer(1), sympy.Integer(1)
+    if len(sizes) == 1:
+        return (b,), sizes[0], sympy.Integer(1)
+    index: list[Any] = []
+    rest: Any = h
+    for number, size in reversed(list(enumerate(sizes[1:]))):
+        if number == 0:
+            index.append(rest)
+        elif size == 1:
+            index.append(sympy.Integer(0))
+        else:
+            index.append(expr.Modulo(rest, size))
+            rest = expr.FloorDiv(rest, size)
+    return (b, *reversed(index)), sizes[0], sympy.prod(sizes[1:])
+
+
+def traced(view: GraphView, node: fx.Node, index: tuple, time: int, name: str, sizes: tuple, dtype=None) -> Operand:
+    """The operand behind ``node``. Raises: Refused: its dimensions are not plainly batch, head, row and depth."""
+    batch, heads, length, width = sizes
+    bounds = Reader(view, {b: batch, h: heads, row: length, depth: width})
+    found = trace(view, bounds, node, index, time, dtype)
+    if found is None:
+        raise Refused("operands", f"the layout of {name} is not understood: {node.name} at {index}")
+    return found
+
+
+def note_folding(operands: list[Operand], notes: list[str]) -> None:
+    if any(what in operand.folded for operand in operands[1:] for what in ("expand", "repeat_interleave")):
+        notes.append("grouped heads folded back: key and value are not expanded")
+    if any("scale" in operand.folded for operand in operands):
+        notes.append("scale on query or key moved to the score")
+
+
+def query_key_product(
+    view: GraphView,
+    readers: dict[tuple, Reader],
+    scores: fx.Node,
+    shape: tuple,
+    dim: int,
+    time: int,
+    kind: type[Reader] = Reader,
+) -> tuple[Contraction, int]:
+    """The product that the scores are made of, and the dimension of the scores that is the query row."""
+    symbols = [sympy.Symbol(f"g{n}", integer=True, nonnegative=True) for n in range(len(shape))]
+    sizes = dict(zip(symbols, shape, strict=True))
+    reader = readers.setdefault(("product", *shape), kind(view, sizes, products=True))
+    term = reader.read(scores, time).at(tuple(symbols))
+    candidates: list[tuple[Contraction, int]] = []
+    wrong_axis = False
+    for raw in {load for load in expr.loads_of(term) if load.name in reader.raw}:
+        product = reader.raw[raw.name]
+        free = {
+            side: {x for label, e in zip(product.out_labels, raw.indices, strict=True) if label in labels
+                   for x in sympy.sympify(e).free_symbols}
+            for side, labels in (("left", product.left_labels), ("right", product.right_labels))
+        }  # fmt: skip
+        key_side = [side for side in free if symbols[dim] in free[side]]
+        if len(key_side) != 1:
+            continue
+        query_side = "left" if key_side[0] == "right" else "right"
+        rows = [n for n, x in enumerate(symbols) if x in free[query_side] - free[key_side[0]]]
+        if rows:
+            candidates.append((product, rows[-1]))
+        else:
+            wrong_axis = True
+    if not candidates:
+        if wrong_axis:
+            raise Refused("softmax axis", "the softmax does not run over the keys of a product of queries and keys")
+        reason = _why_no_product(view, reader, term)
+        raise Refused(NOT_ATTENTION if reason == NO_PRODUCT else "no product", reason)
+    if len({id(product.node) for product, _ in candidates}) > 1:
+        raise Refused("several products", "the scores add several products of queries and keys", "not supported yet")
+    return candidates[0]
+
+
+def _why_no_product(view: GraphView, reader: Reader, term) -> str:
+    """What keeps the scores from being read down to a product, if there is one above them."""
+    for name in [load.name for load in expr.loads_of(term) if load.name not in reader.raw]:
+        node = reader.loads[name].node
+        if not _product_above(view, node):
+            continue
+        if view.cuts_gradient(node, reader.loads[name].time):
+            return f"{spelled(node)} stops the gradient between the product of query and key and softmax"
+        writers = view.writes_between(node, view.time[node], reader.loads[name].time)
+        if writers:
+            return f"{spelled(writers[-1])} writes into the scores before softmax, which is not understood"
+        return f"{spelled(node)} stands between the product of query and key and softmax and has no symbolic meaning"
+    if term.is_number:
+        return "the mask allows nothing at all"
+    return NO_PRODUCT
+
+
+# products with weights: what comes out of one is no product of queries and keys, whatever lies above it
+_LAYERS = (F.linear, F.embedding, F.conv1d, F.conv2d, F.conv3d, F.bilinear, torch.addmm)
+
+
+def _product_above(view: GraphView, node: fx.Node) -> bool:
+    """Whether a product of two computed tensors lies above ``node``, with no layer in between."""
+    waiting, seen = [node], {node}
+    while waiting:
+        node = waiting.pop()
+        if node.target in _LAYERS:
+            continue
+        if contraction(view, node) is not None:
+            return True
+        new = [source for source in node.all_input_nodes if source not in seen]
+        seen.update(new)
+        waiting += new
+    return False
+
+
+def scores_at(view: GraphView, reader: Reader, scores: fx.Node, index: tuple, time: int, product: Contraction):
+    """The scores at ``index`` with s for the product, and the product's own index."""
+    term = reader.read(scores, time).at(index)
+    raws = [load for load in expr.loads_of(term) if load.name in reader.raw]
+    ours = [load for load in raws if reader.raw[load.name].node is product.node]
+    if len(ours) != 1:
+        raise Refused("product", "the scores read their product at several places")
+    swap: dict[Any, Any] = {ours[0]: s}
+    for other in raws:
+        if other is not ours[0]:
+            node = reader.raw[other.name].node
+            swap[other] = reader.as_data(node, view.time[node] + 1).at(other.indices)  # before anyone writes to it
+    return term.xreplace(swap), ours[0].indices
+
+
+def sides(product: Contraction, inside: tuple) -> tuple[str, str] | None:
+    at = dict(zip(product.out_labels, inside, strict=True))
+    has = {
+        side: {x for label in labels if label in at for x in sympy.sympify(at[label]).free_symbols}
+        for side, labels in (("left", product.left_labels), ("right", product.right_labels))
+    }
+    for query, key in (("left", "right"), ("right", "left")):
+        if q in has[query] and k not in has[query] and k in has[key] and q not in has[key]:
+            return query, key
+    return None
+
+
+def operand_index(view: GraphView, node: fx.Node, labels: tuple, at: dict[str, Any], rename: dict) -> tuple:
+    """The index of an operand; dimensions of size 1 are broadcast."""
+    sizes = view.shape(node)
+    own = (*rename, depth)  # the row and head_dim of the operand itself are never broadcast
+    return tuple(
+        sympy.Integer(0) if size == 1 and at[label] not in own else sympy.sympify(at[label]).xreplace(rename)
+        for label, size in zip(labels, sizes, strict=True)
+    )
+
+
+def adds_nothing(call: Call) -> bool:
+    return call.get("beta", 1) == 0 and call.get("alpha", 1) == 1
+
+
+def value_of(view: GraphView, product: Contraction, placed: tuple, sizes: tuple):
+    """(value, index of the product's result, value_dim) for weights ``placed`` as (node, index) in ``product``."""
+    weights, index = placed
+    side = "left" if product.left is weights else "right"
+    labels = product.operand(side)[1]
+    node, value_labels = product.operand("right" if side == "left" else "left")
+    at: dict[str, Any] = dict(zip(labels, index, strict=True))
+    if at[product.summed] != k:
+        raise Refused("value", "the product after softmax does not run over the keys")
+    widths = [label for label in value_labels if label not in at]
+    if len(widths) != 1:
+        raise Refused("value", "value does not have exactly one dimension of its own")
+    value_dim = view.shape(node)[value_labels.index(widths[0])]
+    at[widths[0]] = depth
+    entries = operand_index(view, node, value_labels, at, {k: row})
+    batch, heads, k_len = sizes
+    value = traced(view, node, entries, view.time[product.node], "value", (batch, heads, k_len, value_dim))
+    return value, tuple(at[label] for label in product.out_labels), value_dim
+
+
+def spelled(node: fx.Node) -> str:
+    return str(node.target) if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))

@@ -1,0 +1,79 @@
+"""A softmax site as linear attention: feature maps of query and key into the graph, their weights as constants."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import sympy
+import torch
+from torch import Tensor, fx
+from torch._dynamo.source import ConstantSource
+
+import effattn.runtime.linear  # noqa: F401  (registers torch.ops.effattn.linear)
+from effattn.errors import WeightsError
+from effattn.ir.site import Refusal, Site
+from effattn.lowering.forms.feature_maps import FEATURE_MAPS
+from effattn.lowering.forms.feature_weights import LayerWeights, load_layer
+from effattn.lowering.forms.linear import LinearParams
+
+
+def weights_of(site: Site, params: LinearParams) -> LayerWeights:
+    """What the file holds for the layer of a site; nothing for a map without parameters.
+
+    Raises:
+        WeightsError: the file is not what the map needs.
+    """
+    if not FEATURE_MAPS[params.feature_map].trained:
+        return LayerWeights({}, {})
+    assert site.layer is not None
+    layout = site.layout
+    sizes = (int(layout.heads), int(layout.kv_heads), int(layout.head_dim))
+    return load_layer(params.weights, params.feature_map, site.layer, *sizes)
+
+
+def no_weights(site: Site, params: Any, min_length: int) -> tuple[Refusal, ...]:
+    """Why a site cannot be given to the form although its rules hold."""
+    if min_length:
+        return (
+            Refusal(
+                "min_length",
+                "which form it is at which length (min_length, auto) is decided in one op, and this form is another op",
+            ),
+        )
+    try:
+        weights_of(site, params)
+    except WeightsError as error:
+        return (Refusal("weights", str(error)),)
+    return ()
+
+
+def apply_feature_map(x: Tensor, name: str, names: tuple[str, ...], values: tuple[Tensor, ...]) -> Tensor:
+    """phi(x), [B, H, N, D] -> [B, H, N, F]; ``names`` are those of the parameters ``values``."""
+    return FEATURE_MAPS[name](x, dict(zip(names, values, strict=True)))
+
+
+def features_op(writer: Any, site: Site, params: LinearParams, operands: list[fx.Node], target: str | None) -> fx.Node:
+    """The output of the op, [B, H, N, Dv], from query, key and value."""
+    weights = weights_of(site, params)
+    mapped = []
+    for operand, given in zip(operands[:2], (weights.query, weights.key), strict=True):
+        constants = tuple(_constant(writer, value, operand) for value in given.values())
+        mapped.append(writer.call(apply_feature_map, operand, params.feature_map, tuple(given), constants))
+    causal = site.predicate != sympy.true
+    meaning = (1.0, causal, True, params.eps, site.output_layout, target)
+    both = writer.call(torch.ops.effattn.linear.default, *mapped, operands[2], None, None, *meaning)
+    return writer.call(operator.getitem, both, 0)
+
+
+def _constant(writer: Any, value: Tensor, like: fx.Node) -> fx.Node:
+    """A tensor as a buffer of the graph's module."""
+    module = writer.graph.owning_module
+    name = f"effattn_weights_{sum(1 for _ in module.buffers())}"
+    module.register_buffer(name, value.to(like.meta["example_value"].device))
+    sources = getattr(module, "_param_name_to_source", None)
+    if isinstance(sources, dict):  # AOTAutograd asks where each buffer of Dynamo's module comes from
+        sources[name] = ConstantSource(name)
+    node = writer.graph.get_attr(name)
+    node.meta["example_value"] = writer.mode.from_tensor(getattr(module, name))
+    return node

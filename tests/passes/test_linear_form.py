@@ -1,0 +1,199 @@
+"""Softmax sites as linear attention: refused unless a policy brings weights or says what it accepts."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from compiled import assert_same, compiled
+from torch import nn
+
+from effattn.compiler import collect
+from effattn.compiler.backend import effattn
+from effattn.compiler.options import Options
+from effattn.errors import FormRefused, OptionError
+from effattn.functional import attention
+from effattn.ir.site import Layout
+from effattn.lowering.forms import FORMS
+from effattn.lowering.forms.feature_maps import FEATURE_MAPS
+from effattn.runtime.feature_attention import feature_attention
+from effattn.runtime.linear_reference import quadratic
+
+B, H, KV, N, D = 2, 4, 2, 40, 16
+
+
+def qkv(kv_heads=KV, length=N):
+    torch.manual_seed(0)
+    return [torch.randn(B, heads, length, D) for heads in (H, kv_heads, kv_heads)]
+
+
+def causal(q, k, v):
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+
+
+def policy(**params):
+    return {"rule": [{"forms": ["linear"], "params": {"linear": params}}]}
+
+
+def run(function, *args, **params):
+    return compiled(function, *args, policy=policy(**params), strict=False)
+
+
+def refused(report):
+    (site,) = report.sites
+    assert site.form == "exact"
+    (candidate,) = (one for one in site.candidates if one["form"] == "linear")
+    assert not candidate["accepted"]
+    return "; ".join(candidate["reasons"])
+
+
+def test_without_weights_or_tolerance_it_is_refused_with_what_it_would_cost():
+    report, out = run(causal, *qkv())
+    reason = refused(report)
+    assert "1,539 (T2R) or 2,448 (Hedgehog)" in reason
+    assert "params.linear.weights" in reason
+    assert_same(out, causal(*qkv()), 1e-5)
+    with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match="perplexity is then 1,539"):
+        compiled(causal, *qkv(), policy=policy(), strict=True)
+
+
+@pytest.mark.parametrize("name", ["elu_plus_one", "relu"])
+def test_a_declared_tolerance_is_enough_for_maps_without_weights(name):
+    report, out = run(causal, *qkv(), tolerance=1.0, feature_map=name)
+    (site,) = report.sites
+    assert (site.form, site.exact) == ("linear", False)
+    assert site.kernel == "effattn::linear, after the feature maps"
+    assert_same(out, feature_attention(*qkv(), name), 1e-5)
+    assert "linear" in report.stanza
+
+
+def test_both_directions():
+    report, out = run(lambda q, k, v: F.scaled_dot_product_attention(q, k, v), *qkv(H), tolerance=1.0)
+    assert report.sites[0].form == "linear"
+    assert_same(out, feature_attention(*qkv(H), "elu_plus_one", causal=False), 1e-5)
+
+
+def window(q, k, v):
+    place = torch.arange(N)
+    near = (place[:, None] - place >= 0) & (place[:, None] - place < 8)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=near, enable_gqa=True)
+
+
+def padded(q, k, v):
+    keep = torch.ones(B, 1, N, N, dtype=torch.bool).tril() & (v[:, :1, :, 0] != 7.0)[:, :, None, :]
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=keep, enable_gqa=True)
+
+
+def one_row(q, k, v):
+    return F.scaled_dot_product_attention(q[:, :, :1], k, v, enable_gqa=True)
+
+
+@pytest.mark.parametrize(
+    ("function", "params", "reason"),
+    [
+        (window, {"tolerance": 1.0}, "neither empty nor plainly causal"),
+        (padded, {"tolerance": 1.0}, "depends on data"),
+        (one_row, {"tolerance": 1.0}, "prefill"),
+        (causal, {"tolerance": 1.0, "feature_map": "hedgehog"}, "nothing without trained weights"),
+        (causal, {"weights": "absent.safetensors", "feature_map": "hedgehog"}, "layer is not known"),
+    ],
+)
+def test_refusals(function, params, reason):
+    report, _ = run(function, *qkv(), **params)
+    assert reason in refused(report)
+
+
+def test_a_least_length_cannot_be_decided_later():
+    rule = {"forms": ["linear"], "min_length": 8, "params": {"linear": {"tolerance": 1.0}}}
+    report, _ = compiled(causal, *qkv(), policy={"rule": [rule]}, strict=False)
+    assert "min_length" in refused(report)
+
+
+class Layer(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.project = nn.Linear(H * D, (H + 2 * KV) * D)
+
+    def forward(self, x):
+        parts = self.project(x).view(B, -1, H + 2 * KV, D).transpose(1, 2).split([H, KV, KV], 1)
+        return x + causal(*parts).transpose(1, 2).flatten(2)
+
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList([Layer(), Layer()])
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+@pytest.mark.parametrize("rest", ["eager", "inductor"])
+def test_weights_by_layer(tmp_path, rest):
+    safetensors = pytest.importorskip("safetensors.torch")
+    torch.manual_seed(1)
+    shapes = FEATURE_MAPS["hedgehog"].shapes
+    weights = {}
+    for layer in range(2):
+        for side, heads in (("query", H), ("key", KV)):
+            weights[f"layers.{layer}.{side}.weight"] = torch.randn(shapes(heads, D)["weight"]) / 4
+    path = tmp_path / "maps.safetensors"
+    safetensors.save_file(weights, path)
+    model, x = Model(), torch.randn(B, N, H * D)
+    given = {"policy": policy(feature_map="hedgehog", weights=str(path)), "strict": True, "rest": rest}
+    torch._dynamo.reset()
+    with collect.listening() as heard, torch.no_grad():
+        out = torch.compile(model, backend=lambda gm, args: effattn(gm, args, options=given))(x)
+    report = heard.report(Options.read(given))
+    assert [site.form for site in report.sites] == ["linear", "linear"]
+    assert str(path) in report.sites[0].reason
+    with torch.no_grad():
+        for number, layer in enumerate(model.layers):
+            q, k, v = layer.project(x).view(B, -1, H + 2 * KV, D).transpose(1, 2).split([H, KV, KV], 1)
+            sides = ({"weight": weights[f"layers.{number}.{side}.weight"]} for side in ("query", "key"))
+            x = x + feature_attention(q, k, v, "hedgehog", *sides).transpose(1, 2).flatten(2)
+    assert_same(out, x, 1e-5)
+
+    path.write_bytes(b"broken")
+    torch._dynamo.reset()
+    with collect.listening() as heard, torch.no_grad():
+        torch.compile(model, backend=lambda gm, args: effattn(gm, args, options={**given, "strict": False}))(
+            torch.randn(B, N, H * D)
+        )
+    assert f"{path}: not a safetensors file" in heard.graphs[0].sites[0].reason
+
+
+@pytest.mark.parametrize(("q_len", "k_len"), [(40, 40), (7, 40), (40, 7), (1, 40)])
+def test_as_a_function(q_len, k_len):
+    q, k, v = torch.randn(B, H, q_len, D), torch.randn(B, KV, k_len, D), torch.randn(B, KV, k_len, 8)
+    out = attention(q, k, v, form="linear", scale=0.5)
+    phi = FEATURE_MAPS["elu_plus_one"]
+    rows = max(q_len - k_len, 0)
+    padding = torch.zeros(B, H, max(k_len - q_len, 0), D)
+    whole = torch.cat([padding, phi(q[:, :, rows:] * 0.5)], 2)
+    expected, _ = quadratic(whole, phi(k), v, normalised=True, eps=1e-6)
+    expected = expected[:, :, max(k_len - q_len, 0) :]
+    assert_same(out[:, :, rows:], expected.float(), 1e-5)
+    assert (out[:, :, :rows] == 0).all()
+
+
+def test_what_a_wrong_call_gets():
+    with pytest.raises(OptionError, match="unknown feature map 'elu'"):
+        attention(*qkv(), form="linear", feature_map="elu")
+    with pytest.raises(FormRefused, match="'t2r' needs weights"):
+        attention(*qkv(), form="linear", feature_map="t2r")
+
+
+def test_it_costs_less_than_exact_from_a_few_hundred_tokens_on():
+    from effattn.ir import expr
+    from effattn.ir.site import Site
+
+    sizes = Layout(1, 32, 8, 4096, 4096, 128, 128)
+    rest = {"position": expr.q, "loads": (), "scalars": (), "numbers": (), "empty_rows": "never", "device": "cuda"}
+    site = Site("a", "sdpa", "prefill", sizes, sizes, expr.s, expr.k <= expr.q, **rest, dtype="bfloat16",
+                needs_grad=False, output_layout="bhnd")  # fmt: skip
+    linear, exact = (FORMS[name].cost(site, FORMS[name].params()) for name in ("linear", "exact"))
+    assert linear.attention.at(128, 128)[0] > exact.attention.at(128, 128)[0]
+    assert linear.attention.at(4096, 4096)[0] < exact.attention.at(4096, 4096)[0] / 8
