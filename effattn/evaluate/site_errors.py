@@ -15,9 +15,11 @@ import torch
 from torch import Tensor
 
 from effattn.compiler.capture import Captured
+from effattn.errors import EvaluationError
 from effattn.evaluate.kept import Rows, allowed_rows, indices, kept_rows, reach
 from effattn.evaluate.oracle import Tile, by_tiles, oracle
 from effattn.ir.plan import Plan
+from effattn.lowering.forms import FORMS
 from effattn.passes.choose import choose, plan_of
 from effattn.policy import Policy
 from effattn.runtime.algebra import bindings, evaluate
@@ -52,8 +54,17 @@ class FormErrors:
 
 
 def lower(captured: Captured, policy: Policy) -> Lowered:
-    """The plan that a policy gives this site, exact where it names no form that applies."""
+    """The plan that a policy gives this site, exact where it names no form that applies.
+
+    Raises:
+        EvaluationError: the form has no softmax, so that there is nothing that it keeps.
+    """
     choice = choose([captured.match], policy, strict=False, target=None)[0]
+    if not FORMS[choice.form].softmax:
+        raise EvaluationError(
+            f"policy {policy.name!r} makes {captured.site.module or captured.site.name} {choice.form!r}, which has no "
+            "softmax: error and mass by layer say nothing of it; leave out the task errors and measure perplexity"
+        )
     plan = choice.plan or plan_of(captured.site, "exact", choice.params, 0, None)
     block = int(getattr(choice.params, "block", BLOCK))
     return Lowered(choice.form, plan, (block, int(getattr(choice.params, "unit", block))), choice.reason)

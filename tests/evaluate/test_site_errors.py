@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from effattn.compiler.capture import capture
+from effattn.errors import EvaluationError
 from effattn.evaluate import kept
 from effattn.evaluate.site_errors import lower, site_errors
 from effattn.lowering.forms import FORMS
@@ -98,6 +99,11 @@ def test_against_the_whole_square(kind, form, params):
         by_head = mask.view(-1, LENGTH, LENGTH)
         assert found.oracle_mass == pytest.approx(oracle_mass(weights, by_head, found.block, found.unit), abs=1e-5)
         assert found.oracle_mass >= found.mass - 1e-6
+
+
+def test_a_form_without_a_softmax_is_told():
+    with pytest.raises(EvaluationError, match="measure perplexity"):
+        lower(captured_of()[0], policy("linear", tolerance=1.0))
 
 
 def test_small_chunks_change_nothing(monkeypatch):

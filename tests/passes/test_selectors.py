@@ -163,12 +163,12 @@ def test_wrong_parameters(form, params, says):
         effattn.Policy.of(policy(form, params))
 
 
-@pytest.mark.parametrize("name", ["proxy", "dhsa", "power-hybrid"])
+@pytest.mark.parametrize("name", ["proxy", "dhsa", "power-hybrid", "linear-hybrid"])
 def test_shipped_policies(name):
     model = llama(num_hidden_layers=9)
     with torch.no_grad():
         report = effattn.explain(model, torch.randint(3, VOCABULARY, (1, 64)), policy=name, use_cache=False)
     forms = [site.form for site in sorted(report.sites, key=lambda site: site.layer)]
-    other = "power" if name == "power-hybrid" else name
-    exact = [0, 1, 7, 8] if name == "power-hybrid" else []
+    other = name.removesuffix("-hybrid")
+    exact = {"power-hybrid": [0, 1, 7, 8], "linear-hybrid": [7]}.get(name, [])
     assert forms == ["exact" if layer in exact else other for layer in range(9)]
