@@ -30,6 +30,7 @@ BENCHMARKS = {
     "prefill_llama": 5,
     "power_vs_flex": 3,
     "linear_lightning": 2,
+    "selectors": 4,
     "decode_static": 3,
     "train_step": 2,
     "compile_time": 2,

@@ -18,7 +18,15 @@ from benchmarks import keeping, ratios, tables
 from benchmarks.harness import EAGER, EFFATTN, INDUCTOR
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-ORDER = ("prefill_llama", "power_vs_flex", "linear_lightning", "decode_static", "train_step", "compile_time")
+ORDER = (
+    "prefill_llama",
+    "power_vs_flex",
+    "selectors",
+    "linear_lightning",
+    "decode_static",
+    "train_step",
+    "compile_time",
+)
 ABOUT = {
     "prefill_llama": (
         "Prefill of a Hugging Face model",
@@ -30,6 +38,12 @@ ABOUT = {
         "Sparse forms against FlexAttention",
         "`effattn.attention` against compiled `flex_attention` with the same mask, forward, static shapes. A block "
         "mask is something that only FlexAttention needs: its cost is shown on its own, and is in no other figure.",
+    ),
+    "selectors": (
+        "Forms that choose at run time",
+        "Dense attention, whole forms, and their selections alone, on queries and keys captured from SmolLM2; then a "
+        "prefill of a model at a density of a tenth against the same model lossless. `ms / density` is the time over "
+        "the share of causal pairs that were visited.",
     ),
     "linear_lightning": (
         "Lightning attention",

@@ -13,14 +13,12 @@ from torch import Tensor
 
 from effattn.errors import EvaluationError
 
-TASK = (
-    "There is an important info hidden inside a lot of irrelevant text. Find it and memorize it. "
-    "I will quiz you about the important information there.\n\n"
-)
+TASK = "A pass key, a number of five digits, is hidden in the following text. Remember it.\n\n"
 FILLER = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. "
 NEEDLE = "The pass key is {key}. Remember it. {key} is the pass key. "
-QUESTION = "\n\nWhat is the pass key?"
-ANSWER = "The pass key is"  # begins the answer, so that what follows is the key
+QUESTION = "\n\nWhat is the pass key that is hidden in the text above?"
+# begins the answer: small models that know the key would otherwise rather explain what a pass key is
+ANSWER = 'The pass key is "'
 ANSWER_TOKENS = 12  # most that are generated
 
 

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 
 from effattn.errors import PlanError
 
+KEY_HEADS = -1  # as many lists as key heads
 BOUNDARIES = "boundaries"  # name of the load that says where chunks begin
 
 
@@ -67,14 +68,15 @@ class Chunks(Piece):
 class Score(Piece):
     """Products of query vectors and key vectors.
 
-    ``lists``: 0 for a score of each query head; n: query heads are averaged in n groups, and so are their key heads.
+    ``lists``: 0 for a score of each query head; n: query heads are averaged in n groups, and so are their key heads;
+    ``KEY_HEADS``: in one group for each key head.
     ``softmax``: over the keys that the mask allows; products are then scaled as the site's score says. Without it they
     are used as they are: good for ranking within a row.
     """
 
     query: Annotated[Every | Mean | Last, Field(discriminator="kind")]
     key: Annotated[Every | Mean | Chunks, Field(discriminator="kind")]
-    lists: int = Field(default=0, ge=0)
+    lists: int = Field(default=0, ge=KEY_HEADS)
     softmax: bool = False
 
 

@@ -19,6 +19,7 @@ TINY = ["--tiny", "--device", "cpu", "--repeats", "1"]
 BENCHMARKS = {
     "prefill_llama": (["--kinds", "left padding"], 1e-5),
     "power_vs_flex": (["--forms", "power"], 1e-5),
+    "selectors": ([], 1e-5),
     "decode_static": ([], 1e-5),
     "train_step": (["--kinds", "left padding"], 1e-6),
     "linear_lightning": ([], 1e-5),

@@ -75,7 +75,7 @@ def test_files_from_other_editors(tmp_path, prefix, newline):
 
 
 def test_what_ships():
-    assert shipped() == ("exact", "power", "window")
+    assert shipped() == ("auto", "dhsa", "exact", "power", "power-hybrid", "proxy", "window")
     assert Policy.of(None) is Policy.named("exact")
     assert Policy.named("exact").rules == ()
     power = Policy.named("power").rules[0]
@@ -197,8 +197,8 @@ def test_all_mistakes_are_told_at_once_in_order_of_lines(tmp_path):
 @pytest.mark.parametrize(
     ("source", "words"),
     [
-        ("powr", ["unknown policy 'powr'", "did you mean 'power'", "exact, power, window", "path of a .toml"]),
-        ("zzz", ["unknown policy 'zzz'", "exact, power, window"]),
+        ("powr", ["unknown policy 'powr'", "did you mean 'power'", "auto, dhsa, exact, power", "path of a .toml"]),
+        ("zzz", ["unknown policy 'zzz'", "auto, dhsa, exact, power"]),
         ("nowhere/policy.toml", ["nowhere/policy.toml", "No such file"]),
         (pathlib.Path("nowhere.toml"), ["nowhere.toml", "No such file"]),
         ("a\0b.toml", ["cannot read"]),

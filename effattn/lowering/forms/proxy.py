@@ -7,7 +7,7 @@ import torch
 from pydantic import Field, model_validator
 
 from effattn.ir.expr import Nk, Nq
-from effattn.ir.selector import Coverage, Every, Expand, Last, Pick, Reduce, Score, Selector
+from effattn.ir.selector import KEY_HEADS, Coverage, Every, Expand, Last, Pick, Reduce, Score, Selector
 from effattn.ir.site import Layout
 from effattn.lowering.cost import Work
 from effattn.lowering.forms.form import (
@@ -27,7 +27,11 @@ class ProxyParams(Params):
     """Lengths in tokens. The form equals exact attention at ``gamma`` 1, and while Nk <= ``least``."""
 
     gamma: float = Field(default=0.95, gt=0, le=1, description="share of its last block's mass that each head keeps")
-    groups: int = Field(default=1, ge=1, description="groups of heads that share a ranking; divides the key heads")
+    groups: int = Field(
+        default=0,
+        ge=0,
+        description="groups of heads that share a ranking, a divisor of the key heads; 0: one for each",
+    )
     stride: int = Field(default=4, ge=1, description="one token of so many is scored")
     block: int = Field(default=128, ge=16, description="size of a block; a power of two")
     least: int = Field(default=2048, ge=0, description="tokens that every row keeps at least")
@@ -52,7 +56,7 @@ def select(params: ProxyParams) -> Selector:
         reduce=Reduce(rows="mean", columns="sum"),
     )
     return Selector(
-        score=Score(query=strided, key=strided, lists=params.groups, softmax=True),
+        score=Score(query=strided, key=strided, lists=params.groups or KEY_HEADS, softmax=True),
         reduce=Reduce(rows="max", columns="max"),
         pick=Pick(budget=of_each_head, sinks=params.block),
         expand=Expand(block=params.block, unit=params.block),
@@ -72,8 +76,9 @@ def reference(params: ProxyParams, query, key, allowed, scale):
     block, offset = params.block, k_len - q_len
     units = -(-k_len // block)
     # 1. rank the blocks once for each group of heads
-    pooled_q = query.view(batch, params.groups, -1, q_len, dim).mean(2)[:, :, :: params.stride]
-    pooled_k = key.view(batch, params.groups, -1, k_len, dim).mean(2)[:, :, :: params.stride]
+    groups = params.groups or kv_heads
+    pooled_q = query.view(batch, groups, -1, q_len, dim).mean(2)[:, :, :: params.stride]
+    pooled_k = key.view(batch, groups, -1, k_len, dim).mean(2)[:, :, :: params.stride]
     seen = allowed[:, :1, :: params.stride, :: params.stride]
     logits = (pooled_q @ pooled_k.mT * scale).masked_fill(~seen, -torch.inf)
     shares = logits.softmax(-1).nan_to_num()
@@ -100,7 +105,7 @@ def reference(params: ProxyParams, query, key, allowed, scale):
         least = last_unit - first + 1 + (first > 0)
         for b in range(batch):
             for h in range(heads):
-                taken = order[b, h * params.groups // heads, : max(int(needed[b, h]), least)]
+                taken = order[b, h * groups // heads, : max(int(needed[b, h]), least)]
                 for unit in taken.tolist():
                     kept[b, h, start:stop, unit * block : (unit + 1) * block] = True
     return kept
@@ -108,7 +113,7 @@ def reference(params: ProxyParams, query, key, allowed, scale):
 
 GROUPS = Rule(
     "groups",
-    lambda site, params: int(site.layout.kv_heads) % params.groups == 0,
+    lambda site, params: params.groups == 0 or int(site.layout.kv_heads) % params.groups == 0,
     "the key heads do not fall into that many groups of equal size",
     "choose a divisor of the number of key heads, or 1",
 )
@@ -119,10 +124,11 @@ ASSUMED_SHARE = 0.25  # of the keys: what gamma 0.95 keeps depends on the data
 def selector_work(params: ProxyParams, sizes: Layout, element: int) -> Work:
     """Both passes over strided pooled heads and over the last rows compute their products twice."""
     heads, kv_heads = sizes.batch * sizes.heads, sizes.batch * sizes.kv_heads
-    ranking = 2 * sizes.batch * params.groups * sizes.head_dim * Nq * Nk / params.stride**2
+    groups = params.groups or sizes.kv_heads
+    ranking = 2 * sizes.batch * groups * sizes.head_dim * Nq * Nk / params.stride**2
     mass = 4 * heads * params.block * sizes.head_dim * Nk
     vectors = (heads * Nq + kv_heads * Nk) / params.stride + 2 * kv_heads * Nk
-    cells = sizes.batch * params.groups * Nq * Nk / params.block**2
+    cells = sizes.batch * groups * Nq * Nk / params.block**2
     return Work(ranking + mass, element * sizes.head_dim * vectors + 12 * cells, launches=24)
 
 

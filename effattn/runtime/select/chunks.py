@@ -11,6 +11,8 @@ from torch import Tensor
 from effattn.ir.selector import BOUNDARIES, Chunks, Mean, Pick, Tokens
 from effattn.runtime.select.places import Places
 
+FAR = 1.0e38  # beyond every score
+
 
 @dataclass(frozen=True)
 class Cut:
@@ -100,15 +102,12 @@ def tokens_of(scores: Tensor, chunks: Cut, pick: Pick, places: Places) -> tuple[
     ends = sizes.cumsum(dim=-1)
 
     slot = torch.arange(budget, device=scores.device)
-    of_sinks = torch.minimum(torch.as_tensor(sinks, device=scores.device), recent)  # [M, 1]
+    of_sinks = recent.clamp(max=sinks)  # [M, 1]
     place = (slot - local - of_sinks).clamp(min=0).expand(*ends.shape[:-1], -1).contiguous()
     chosen = torch.searchsorted(ends, place, right=True).clamp(max=ends.shape[-1] - 1)
     chunk = best.gather(-1, chosen)
     within = place - (ends - sizes).gather(-1, chosen)
     picked = stop.expand_as(scores).gather(-1, chunk) - 1 - within
     order = torch.where(slot < local, limit - 1 - slot, torch.where(slot < local + of_sinks, slot - local, picked))
-    count = torch.minimum(limit, torch.as_tensor(budget, device=scores.device))[:, 0]
+    count = limit.clamp(max=budget)[:, 0]
     return order.to(torch.int32), count.to(torch.int32).expand(scores.shape[0], 1, -1)
-
-
-FAR = 1.0e38

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from effattn.ir.plan import Plan
-from effattn.ir.selector import Last, Mean, Reduce, Score
+from effattn.ir.selector import KEY_HEADS, Last, Mean, Reduce, Score
 from effattn.runtime.algebra import bindings, evaluate
 from effattn.runtime.select.vectors import indices, pool_heads, take
 
@@ -25,7 +25,8 @@ class Scorer:
         self.plan, self.score, self.reduce, self.expand = plan, score, reduce, plan.select.expand
         self.q_len, self.k_len = query.shape[2], key.shape[2]
         self.names, self.loads = bindings(plan, loads, scalars, numbers)
-        self.query, self.key = pool_heads(query, score.lists), take(pool_heads(key, score.lists), score.key)
+        lists = key.shape[1] if score.lists == KEY_HEADS else score.lists
+        self.query, self.key = pool_heads(query, lists), take(pool_heads(key, lists), score.key)
         self.lists = self.query.shape[1]
 
     def chunks(self, blocks: int) -> list[tuple[int, int]]:

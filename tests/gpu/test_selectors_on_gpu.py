@@ -1,0 +1,119 @@
+"""Forms that choose at run time, as a GPU runs them: lists, outputs, CUDA graphs, memory."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import effattn
+from effattn.ir.expr import Nk, Nq, k, q, s
+from effattn.ir.plan import Plan
+from effattn.runtime import triton_target
+from effattn.runtime.select.run import select
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+]
+
+CASES = {
+    "proxy": ("proxy", {"least": 256, "gamma": 0.8}),
+    "proxy_one_group": ("proxy", {"least": 256, "gamma": 0.8, "groups": 1}),
+    "proxy_small_blocks": ("proxy", {"block": 32, "least": 64, "stride": 2, "gamma": 0.7}),
+    "dhsa": ("dhsa", {"share": 0.2}),
+    "tokens": ("dhsa", {"unit": 1, "budget": 500}),
+    "dips": ("dhsa", {"unit": 1, "budget": 500, "chunks": "dip"}),
+}
+
+
+def qkv(length=1500, heads=8, kv_heads=2, dim=64, dtype=torch.bfloat16, seed=0):
+    generator = torch.Generator("cuda").manual_seed(seed)
+    shapes = [(2, h, length, dim) for h in (heads, kv_heads, kv_heads)]
+    return [torch.randn(shape, generator=generator, device="cuda", dtype=dtype) for shape in shapes]
+
+
+def plan_of(name: str, dim: int = 64) -> Plan:
+    form, params = CASES[name]
+    chosen = effattn.forms()[form]
+    return Plan(form, dim**-0.5 * s, k <= q + Nk - Nq, select=chosen.selector(chosen.params(**params)))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_lists_are_those_of_the_portable_target(name):
+    query, key, _ = qkv(dtype=torch.float32)
+    ours, wanted = (select(plan_of(name), query, key, target=target) for target in ("triton", "portable"))
+    assert torch.equal(ours.count, wanted.count)
+    one, other = (listed.rows(0, 1500, 8, 1500) for listed in (ours, wanted))
+    assert (one != other).double().mean() < 1e-3  # scores that rounding makes equal may change places
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
+@pytest.mark.parametrize("name", CASES)
+def test_output_over_the_list(name, dtype):
+    query, key, value = qkv(dtype=dtype)
+    plan = plan_of(name)
+    kept = select(plan, query, key, target="triton").rows(0, 1500, 8, 1500)
+    kept &= torch.ones(1500, 1500, dtype=torch.bool, device="cuda").tril()
+    out, lse = triton_target.run(plan, query, key, value)
+    wide_key, wide_value = (x.double().repeat_interleave(4, 1) for x in (key, value))
+    scores = (query.double() @ wide_key.mT / 8).masked_fill(~kept, -torch.inf)
+    tolerance = 3e-2 if dtype == torch.bfloat16 else 2e-5
+    torch.testing.assert_close(out.double(), scores.softmax(-1) @ wide_value, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(lse.double(), scores.logsumexp(-1), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_recorded_call_follows_its_inputs(name):
+    plan, given = plan_of(name).encode(), qkv()
+    for _ in range(3):
+        torch.ops.effattn.attend(*given, [], [], [], plan)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out, _ = torch.ops.effattn.attend(*given, [], [], [], plan)
+    for seed in (1, 2):
+        fresh = qkv(seed=seed)
+        for tensor, new in zip(given, fresh, strict=True):
+            tensor.copy_(new)
+        graph.replay()
+        torch.testing.assert_close(out, torch.ops.effattn.attend(*fresh, [], [], [], plan)[0])
+
+
+@pytest.mark.parametrize("mode", [None, "reduce-overhead"])
+@pytest.mark.parametrize("name", CASES)
+def test_compiled_whole(name, mode):
+    form, params = CASES[name]
+    policy = {"rule": [{"forms": [form], "params": {form: params}}]}
+
+    def call(q, k, v):
+        return F.scaled_dot_product_attention(q * 1.5, k, v, is_causal=True, enable_gqa=True) + 1
+
+    torch._dynamo.reset()
+    options = {"strict": True, "policy": policy, "mode": mode}
+    fast = torch.compile(call, backend="effattn", fullgraph=True, options=options)
+    with torch.no_grad():
+        for seed in range(4):
+            query, key, value = qkv(seed=seed)
+            out = fast(query, key, value).clone()
+            wanted = effattn.attention(query * 1.5, key, value, form=form, **params) + 1
+            torch.testing.assert_close(out, wanted, rtol=3e-2, atol=3e-2)
+
+
+@pytest.mark.parametrize("name", ["proxy", "proxy_one_group", "dhsa", "tokens"])
+def test_memory_at_128k(name):
+    """At most 256 MiB beside inputs and output, at 32 heads."""
+    shape = (1, 32, 131_072, 64)
+    query = torch.randn(shape, device="cuda", dtype=torch.bfloat16)
+    key, value = (torch.randn((1, 8, *shape[2:]), device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    form, _ = CASES[name]
+    chosen = effattn.forms()[form]
+    plan = Plan(form, 0.125 * s, k <= q, select=chosen.selector(chosen.params(**CASES[name][1])))
+    triton_target.run(plan, query, key, value)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    out, lse = triton_target.run(plan, query, key, value)
+    torch.cuda.synchronize()
+    used = torch.cuda.max_memory_allocated() - before - out.nbytes - lse.nbytes
+    assert used <= 256 << 20, f"{used >> 20} MiB"
