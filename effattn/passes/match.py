@@ -123,8 +123,6 @@ def _from_sdpa(view: GraphView, call: Call, readers: dict[tuple, Reader]) -> Dra
                 raise Refused("shapes", f"{name} of shape {shape} does not fit query of shape {q_shape}")
         return traced(view, node, (*inside, row, depth), time, name, (batch, heads, length, shape[-1]))
 
-    if not head_dim.is_Integer:
-        raise Refused("head_dim", "head_dim is not a constant")
     scale = call.get("scale")
     factor = sympy.Float(1 / math.sqrt(int(head_dim))) if scale is None else reader.read(scale, time).at(())
     operands = [operand(query, q_shape, "query", q_len), operand(key, k_shape, "key", k_len)]

@@ -143,11 +143,6 @@ def test_float64_is_left_alone(function):
     ]
 
 
-def test_a_symbolic_head_dim_is_a_refusal_and_no_error():
-    report, _ = compiled(lambda q, k, v: F.scaled_dot_product_attention(q, k, v), *QKV, dynamic=True)
-    assert [missed.reason for missed in report.missed] == ["head_dim is not a constant"]
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_the_default_dtype_does_not_matter_when_it_runs(dtype):
     def slopes(q, k, v):

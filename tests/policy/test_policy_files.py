@@ -197,7 +197,15 @@ def test_all_mistakes_are_told_at_once_in_order_of_lines(tmp_path):
 @pytest.mark.parametrize(
     ("source", "words"),
     [
-        ("powr", ["unknown policy 'powr'", "did you mean 'power'", "auto, dhsa, exact, linear-hybrid, power", "path of a .toml"]),
+        (
+            "powr",
+            [
+                "unknown policy 'powr'",
+                "did you mean 'power'",
+                "auto, dhsa, exact, linear-hybrid, power",
+                "path of a .toml",
+            ],
+        ),
         ("zzz", ["unknown policy 'zzz'", "auto, dhsa, exact, linear-hybrid, power"]),
         ("nowhere/policy.toml", ["nowhere/policy.toml", "No such file"]),
         (pathlib.Path("nowhere.toml"), ["nowhere.toml", "No such file"]),
