@@ -31,7 +31,6 @@ BENCHMARKS = {
     "power_vs_flex": 3,
     "selectors": 4,
     "linear_lightning": 2,
-    "selectors": 4,
     "decode_static": 3,
     "train_step": 2,
     "compile_time": 2,
