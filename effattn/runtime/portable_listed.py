@@ -90,25 +90,48 @@ def parts(listed: BlockList, call: Call) -> Iterator[Part]:
 
 
 def attend_part(call: Call, part: Part) -> tuple[Tensor, Tensor]:
-    """(out [heads, rows, Dv], lse [heads, rows]) of one part."""
-    heads = part.heads.stop - part.heads.start
-    kv_heads = part.kv_heads.stop - part.kv_heads.start
-    rows = part.stop - part.start
-    query = call.query.flatten(1, 2)[part.batch, part.heads, part.start : part.stop].to(call.dtype)
-    key, value = (tensor[part.batch, part.kv_heads][:, part.keys].to(call.dtype) for tensor in (call.key, call.value))
-    grouped = (kv_heads, heads // kv_heads * rows)  # heads of one key head become rows of one product
-    raw = (query.reshape(*grouped, call.head_dim) @ key.transpose(-1, -2)).view(heads, rows, key.shape[1])
-    score, kept = score_and_rule(call, part, raw)
-    score = score.masked_fill(~kept, -torch.inf)
+    """(out [heads, rows, Dv], lse [heads, rows]) of one part; lse is -inf in rows that keep nothing."""
+    heads, rows = part.heads.stop - part.heads.start, part.stop - part.start
+    query = call.query.flatten(1, 2)[part.batch, part.heads, part.start : part.stop]
+    key, value = (tensor[part.batch, part.kv_heads][:, part.keys] for tensor in (call.key, call.value))
+    # heads of one key head become rows of one product
+    query = query.reshape(key.shape[0], -1, call.head_dim)
+    compute = by_flash_kernel if call.takes_flash_kernel() and len(part.keys) else by_products
+    out, lse = compute(call, part, query, key, value)
+    return out.view(heads, rows, call.value_dim), lse.view(heads, rows)
+
+
+def by_flash_kernel(call: Call, part: Part, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """By PyTorch's CPU flash kernel; bias and mask are added to its scores."""
+    symbols = indices(call, part)
+    kept = rule(call, part, symbols)
+    added = torch.zeros(kept.shape, dtype=call.dtype)
+    if call.bias != 0:
+        added += call.evaluate(call.bias, {**symbols, "k": part.keys})
+    added.masked_fill_(~kept, -torch.inf)
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        query[None], key[None], value[None], 0.0, False, attn_mask=added.view(1, *query.shape[:2], -1), scale=call.scale
+    )
+    empty = ~kept.any(dim=-1).view(query.shape[:2])
+    return out[0], lse.view(query.shape[:2]).masked_fill(empty, -torch.inf)
+
+
+def by_products(call: Call, part: Part, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """As two products and a softmax, whatever the score."""
+    query, key, value = (tensor.to(call.dtype) for tensor in (query, key, value))
+    symbols = indices(call, part)
+    kept = rule(call, part, symbols)
+    raw = (query @ key.transpose(-1, -2)).view(kept.shape)
+    score = call.evaluate(call.plan.score, {**symbols, "k": part.keys, "s": raw}).masked_fill(~kept, -torch.inf)
+    score = score.view(*query.shape[:2], -1)
     lse = score.logsumexp(dim=-1)
     weights = (score - torch.where(lse == -torch.inf, 0.0, lse)[..., None]).exp()
-    out = (weights.view(*grouped, key.shape[1]) @ value).view(heads, rows, call.value_dim)
-    return out, lse
+    return weights @ value, lse
 
 
-def score_and_rule(call: Call, part: Part, raw: Tensor) -> tuple[Tensor, Tensor]:
-    """Scores [heads, rows, n], and which pairs are kept, broadcast to them."""
-    symbols: dict[str, Any] = {
+def indices(call: Call, part: Part) -> dict[str, Any]:
+    """Values of the symbols but ``s`` and ``k``, to broadcast against [heads, rows, n]."""
+    return {
         **call.names,
         "Nq": call.q_len,
         "Nk": call.k_len,
@@ -116,9 +139,13 @@ def score_and_rule(call: Call, part: Part, raw: Tensor) -> tuple[Tensor, Tensor]
         "h": torch.arange(part.heads.start, part.heads.stop, device=call.device).view(-1, 1, 1),
         "q": torch.arange(part.start, part.stop, device=call.device).view(-1, 1),
     }
-    score = call.evaluate(call.plan.score, {**symbols, "k": part.keys, "s": raw})
-    kept = part.taken[:, None, :].repeat(1, part.stop - part.start, 1)
+
+
+def rule(call: Call, part: Part, symbols: dict[str, Any]) -> Tensor:
+    """Which pairs are kept: bool [heads, rows, n]. Causality is tested on the edge alone."""
+    heads, rows = part.heads.stop - part.heads.start, part.stop - part.start
+    kept = part.taken[:, None, :].expand(heads, -1, -1).repeat(1, rows, 1)
     kept[..., : part.edge] &= call.evaluate(call.walk.structural, {**symbols, "k": part.keys[: part.edge]})
     if call.walk.residual != sympy.true:
-        kept = kept & call.evaluate(call.walk.residual, {**symbols, "k": part.keys})
-    return score, kept
+        kept &= call.evaluate(call.walk.residual, {**symbols, "k": part.keys})
+    return kept
