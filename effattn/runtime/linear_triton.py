@@ -25,7 +25,7 @@ from effattn.lowering.triton.linear_spec import (
 from effattn.lowering.triton.module import module_from
 from effattn.lowering.triton.spec import DTYPES
 from effattn.runtime.cache import keep_source
-from effattn.runtime.triton_target import _arch, _facts, _multiprocessors, _narrow, _on, _remember, _tf32
+from effattn.runtime.launching import architecture, facts, multiprocessors, narrow, on_device, remember, tf32
 
 PROGRAMS = 8  # for each multiprocessor: enough that the last ones to end leave little idle
 LEAST_SPAN = 1024  # tokens of a part: its state is read and written as if it were 256 of them
@@ -127,17 +127,17 @@ def _run(
         return final.zero_() if state is None else final.copy_(state)
     if query.device.type == "cpu" and query.dtype == torch.bfloat16:  # the interpreter multiplies no bfloat16 tiles
         query, key, value = query.float(), key.float(), value.float()
-    query, key, value = _narrow(query), _narrow(key), _narrow(value)
+    query, key, value = narrow(query), narrow(key), narrow(value)
     log_decay = None if log_decay is None else log_decay.float().contiguous()
     state = None if state is None else state.contiguous()
     given = [tensor for tensor in (log_decay, state) if tensor is not None]
-    facts = (kind, traits, log_decay is None, state is None, _tf32(), *map(_facts, (query, key, value, out, *given)))
-    call = _CALLS.get(facts)
+    known_by = (kind, traits, log_decay is None, state is None, tf32(), *map(facts, (query, key, value, out, *given)))
+    call = _CALLS.get(known_by)
     if call is None:
         call = _prepared(kind, traits, query, key, value, log_decay is not None, state is not None)
-        _remember(_CALLS, facts, call)
+        remember(_CALLS, known_by, call)
     states = query.new_empty(call.states, dtype=torch.float32)
-    with _on(query.device):
+    with on_device(query.device):
         call.launch(
             query, key, value, log_decay, state, out, states, final, call.span, call.parts, scale, eps, call.known
         )
@@ -160,7 +160,7 @@ def _prepared(
     widths, device = (query.shape[3], value.shape[3]), query.device
     spec = specialise(kind, query.dtype, *widths, *groups, decay, has_state, ones, reverse, device, tiles)
     programs = query.shape[0] * heads * spec.value_tiles
-    span = span or span_for(programs, key.shape[2], spec.tiles.chunk, _multiprocessors(device))
+    span = span or span_for(programs, key.shape[2], spec.tiles.chunk, multiprocessors(device))
     parts = -(-key.shape[2] // span)
     parts = parts - 1 if kind == "chunks" else parts
     pairs = query.shape[0] * (key.shape[1] if spec.shared else heads)
@@ -185,11 +185,11 @@ def specialise(
     """The specialisation that serves such calls on ``device``."""
     name = str(dtype).removeprefix("torch.")
     bits = 32 if name == "float32" else 16
-    tiles = tiles or linear_configs.choose(kind, _arch(device), bits, features, value_dim, ones)
+    tiles = tiles or linear_configs.choose(kind, architecture(device), bits, features, value_dim, ones)
     shared = key_groups > 1 and not decay and (kind == "whole" or (kind == "chunks" and not has_state))
-    tf32 = _tf32() and bits == 32
+    rounded = tf32() and bits == 32
     return LinearSpec(
-        kind, name, features, value_dim, tiles, query_groups, key_groups, shared, decay, ones, reverse, tf32
+        kind, name, features, value_dim, tiles, query_groups, key_groups, shared, decay, ones, reverse, rounded
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -30,13 +29,13 @@ from effattn.lowering.triton.spec import (
     padded,
 )
 from effattn.runtime import kernels
+from effattn.runtime.launching import architecture, facts, multiprocessors, narrow, on_device, remember, tf32
 from effattn.runtime.select.run import select
 
 MAX_SPLITS = 128
 KEYS_PER_SPLIT = 256  # a split with fewer keys costs more to combine than it saves
 WAVES = 2  # programs that share one multiprocessor: all run at once, and no few are left for the end
 MAX_DESCRIPTOR_DIM = 256  # widest side of a box that the copy engine takes
-WIDEST_STRIDE = 1 << 22  # offsets within a tile are 32-bit
 
 
 class UnsupportedCall(EffattnError):
@@ -74,11 +73,11 @@ def run(
     tensors = (query, key, value, *loads)
     given = [float(number) for number in numbers]
     # a plan is known by its place in memory, which the call keeps for it: to hash its expressions takes longer
-    facts = (id(plan), config, kind, splits, _tf32(), *map(_facts, tensors), *(scalar >> 31 for scalar in scalars))
-    call = _CALLS.get(facts)
+    known_by = (id(plan), config, kind, splits, tf32(), *map(facts, tensors), *(scalar >> 31 for scalar in scalars))
+    call = _CALLS.get(known_by)
     if call is None:
         call = _prepared(plan, query, key, value, loads, config, kind, splits)
-        _remember(_CALLS, facts, call)
+        remember(_CALLS, known_by, call)
     out = query.new_empty(call.shape)
     if call.transposed:
         out = out.transpose(1, 2)
@@ -90,9 +89,9 @@ def run(
         found, lse = run(call.plan, *wide, loads, scalars, numbers, config=config, kind=kind, splits=splits)
         return out.copy_(found), lse
     if call.narrowed:
-        query, key, value = _narrow(query), _narrow(key), _narrow(value)
+        query, key, value = narrow(query), narrow(key), narrow(value)
     extra: tuple = call.splits
-    with _on(query.device):
+    with on_device(query.device):
         if call.plan.select is not None:
             listed = select(call.plan, query, key, loads, scalars, given, target="triton")
             extra = (listed.order, listed.count, listed.edges)
@@ -118,24 +117,12 @@ class _Call:
 
 _CALLS: dict[tuple, _Call] = {}
 _BACKWARD_CALLS: dict[tuple, tuple[Plan, Callable[..., None], dict[str, Any]]] = {}
-MOST_CALLS = 4096
 
 
 def forget() -> None:
     """Choose kernels anew for every call."""
     _CALLS.clear()
     _BACKWARD_CALLS.clear()
-
-
-def _remember(calls: dict, facts: tuple, call: Any) -> None:
-    if len(calls) >= MOST_CALLS:
-        calls.clear()
-    calls[facts] = call
-
-
-def _facts(tensor: torch.Tensor) -> tuple:
-    """All that a launch depends on beside the place of the data: kernels are specialised on its alignment alone."""
-    return tensor.shape, tensor.stride(), tensor.dtype, tensor.data_ptr() % 16 == 0, tensor.get_device()
 
 
 def _prepared(plan: Plan, query, key, value, loads, config: Tiles | None, kind: Kind | None, splits: int | None):
@@ -155,7 +142,7 @@ def _prepared(plan: Plan, query, key, value, loads, config: Tiles | None, kind: 
         return replace(call, launch=_never, widened=True)
     groups = heads // kv_heads
     kind = kind or kind_of(plan, q_len, groups)
-    tensors = (_narrow(query), _narrow(key), _narrow(value))
+    tensors = (narrow(query), narrow(key), narrow(value))
     spec = spec_of(plan, query.dtype, q_len, groups, head_dim, value_dim, device, kind, config)
     if kind == "decode" and batches == 1:
         spec = replace(spec, key_ranges=False)  # one short row is seldom padded: not worth a second kernel
@@ -163,7 +150,7 @@ def _prepared(plan: Plan, query, key, value, loads, config: Tiles | None, kind: 
         spec = replace(spec, tiles=replace(spec.tiles, descriptors=False))
     parts: tuple[int, ...] = ()
     if kind == "decode":
-        parts = (splits or splits_for(batches * kv_heads, k_len, _multiprocessors(device)),)
+        parts = (splits or splits_for(batches * kv_heads, k_len, multiprocessors(device)),)
     narrowed = any(narrow is not tensor for narrow, tensor in zip(tensors, (query, key, value), strict=True))
     return replace(call, launch=kernels.load(spec).module.launch, narrowed=narrowed, splits=parts)
 
@@ -204,21 +191,21 @@ def run_backward(
         of_query, of_key, of_value = (_empty_like(plan, grad, query.dtype).copy_(grad) for grad in found)
         return of_query, of_key, of_value
     groups = query.shape[1] // key.shape[1]
-    inputs = (_narrow(query), _narrow(key), _narrow(value), out, lse, _narrow(grad_out))
+    inputs = (narrow(query), narrow(key), narrow(value), out, lse, narrow(grad_out))
     grad_lse = None if grad_lse is None else grad_lse.float().contiguous()
-    facts: tuple = (id(plan), config, _tf32(), *map(_facts, (*inputs, *loads)), *(scalar >> 31 for scalar in scalars))
-    facts += (None if grad_lse is None else _facts(grad_lse),)
-    call = _BACKWARD_CALLS.get(facts)
+    known_by: tuple = (id(plan), config, tf32(), *map(facts, (*inputs, *loads)), *(scalar >> 31 for scalar in scalars))
+    known_by += (None if grad_lse is None else facts(grad_lse),)
+    call = _BACKWARD_CALLS.get(known_by)
     if call is None:
         widths = (query.shape[3], value.shape[3])
         spec = spec_of(plan, query.dtype, query.shape[2], groups, *widths, query.device, "backward", config)
         call = (plan, kernels.load(spec).module.launch, {})
-        _remember(_BACKWARD_CALLS, facts, call)
+        remember(_BACKWARD_CALLS, known_by, call)
     _, launch, known = call
     of_query, of_key, of_value = (_empty_like(plan, tensor, tensor.dtype) for tensor in (query, key, value))
     grads = (of_query, of_key, of_value)
     given = [float(number) for number in numbers]
-    with _on(query.device):
+    with on_device(query.device):
         launch(*inputs, grad_lse, grads, loads, scalars, given, known)
     if plan.empty_rows == "mean":
         lost = torch.where(lse[..., None] == -torch.inf, grad_out.float(), 0.0).sum(dim=2)
@@ -270,7 +257,7 @@ def spec_of(
     """The specialisation that serves calls of this kind on ``device``."""
     kind = kind or kind_of(plan, q_len, groups)
     rows = padded(q_len * groups if kind == "decode" else 0)
-    return specialise(plan, kind, dtype, head_dim, value_dim, groups, rows, _arch(device), config, _tf32())
+    return specialise(plan, kind, dtype, head_dim, value_dim, groups, rows, architecture(device), config, tf32())
 
 
 @lru_cache(maxsize=4096)
@@ -352,43 +339,9 @@ def _plain_indices(plan: Plan) -> tuple[tuple[str, int, str | int], ...]:
     return tuple(sorted(found, key=repr))
 
 
-def _narrow(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor, copied if steps within a tile are so wide that 32-bit offsets could overflow."""
-    rows, dims = tensor.shape[2:]
-    if (rows > 1 and tensor.stride(2) > WIDEST_STRIDE) or (dims > 1 and tensor.stride(3) > WIDEST_STRIDE):
-        return tensor.contiguous()
-    return tensor
-
-
 def _describable(tensor: torch.Tensor) -> bool:
     """Whether a tensor descriptor can stand for ``tensor``: 16-byte alignment, a contiguous last dimension."""
     steps = [stride for size, stride in zip(tensor.shape[:3], tensor.stride()[:3], strict=True) if size > 1]
     aligned = all(stride > 0 and stride * tensor.element_size() % 16 == 0 for stride in steps)
     whole = tensor.numel() > 0 and padded(tensor.shape[3]) <= MAX_DESCRIPTOR_DIM
     return aligned and whole and tensor.stride(3) == 1 and tensor.data_ptr() % 16 == 0
-
-
-def _tf32() -> bool:
-    return torch.backends.cuda.matmul.allow_tf32
-
-
-@lru_cache(maxsize=64)
-def _arch(device: torch.device) -> str:
-    if device.type != "cuda":
-        return "interpreter"
-    if torch.version.hip:
-        return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
-    major, minor = torch.cuda.get_device_capability(device)
-    return f"sm{major}{minor}"
-
-
-@lru_cache(maxsize=64)
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
-
-
-def _on(device: torch.device):
-    """Kernels start on the current device: make that the tensors' own."""
-    if device.type == "cuda" and device.index != torch.cuda.current_device():
-        return torch.cuda.device(device)
-    return contextlib.nullcontext()

@@ -10,7 +10,7 @@ from checking import check
 from plans import CASES, Sizes, tensors
 
 from effattn.lowering.triton.spec import Tiles
-from effattn.runtime import triton_target
+from effattn.runtime import launching, triton_target
 
 CPU = torch.device("cpu")
 SMALL = Tiles(16, 16, 4, 1)
@@ -80,7 +80,7 @@ def test_checks_are_made_for_each_shape():
 
 
 def test_memory_of_calls_is_bounded(monkeypatch):
-    monkeypatch.setattr(triton_target, "MOST_CALLS", 3)
+    monkeypatch.setattr(launching, "MOST_CALLS", 3)
     for k_len in range(20, 28):
         sizes = Sizes(batch=1, heads=1, q_len=20, k_len=k_len)
         check(CASES["none"](sizes, CPU), *tensors(sizes), config=SMALL, kind="prefill")

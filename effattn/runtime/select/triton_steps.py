@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -15,6 +16,7 @@ from effattn.lowering.triton import score as score_source
 from effattn.lowering.triton.score import ScoreSpec
 from effattn.lowering.triton.spec import canonical
 from effattn.runtime import kernels
+from effattn.runtime.launching import facts, remember, tf32
 from effattn.runtime.select import portable_steps as portable
 from effattn.runtime.select.places import Places
 from effattn.runtime.select.vectors import take
@@ -56,13 +58,15 @@ class Scorer(portable.Scorer):
             self.reduce.rows,
             self.reduce.columns,
             splits_for(row_tiles, key.shape[2]),
-            tf32=torch.backends.cuda.matmul.allow_tf32 and query.dtype == torch.float32,
+            tf32=tf32() and query.dtype == torch.float32,
         )
         units = -(-self.k_len // self.expand.unit)
         out = torch.empty((batch, lists, self.blocks, units), dtype=torch.float32, device=query.device)
         row_start = self.q_len - vectors if tail else 0
+        divisor = float(vectors if tail else height)
+        known = _known(spec, (query, key, *self.given[0]), self.given[1])
         launch = _score_module(spec).launch
-        launch(query, key, out, row_start, float(vectors if tail else height), self.q_len, self.k_len, *self.given, {})
+        launch(query, key, out, row_start, divisor, self.q_len, self.k_len, *self.given, known)
         return out
 
 
@@ -72,6 +76,17 @@ def splits_for(row_tiles: int, key_vectors: int) -> int:
     while splits < MAX_SPLITS and row_tiles * splits < PROGRAMS and splits * 512 < key_vectors:
         splits *= 2
     return splits
+
+
+_KNOWN: dict[tuple, dict[str, Any]] = {}
+
+
+def _known(spec: ScoreSpec, tensors: Sequence[Tensor], scalars: Sequence[int]) -> dict[str, Any]:
+    """What earlier launches with such tensors found out."""
+    known_by = (spec, *map(facts, tensors), *(scalar >> 31 for scalar in scalars))
+    if known_by not in _KNOWN:
+        remember(_KNOWN, known_by, {})
+    return _KNOWN[known_by]
 
 
 @lru_cache(maxsize=256)
