@@ -1,8 +1,8 @@
-"""The results of ``effattn evaluate`` in a page of the documentation.
+"""The results of ``effattn evaluate`` in pages of the documentation.
 
-    python -m benchmarks.evaluate_page [FOLDER] [--page docs/evaluate.md]
+    python -m benchmarks.evaluate_page
 
-Replaces what stands between the page's two marks by tables made from the folder's JSON files: figures are never typed
+Replaces what stands between a page's two marks by tables made from the JSON files of its folder: figures are never typed
 by hand. The rest of the page is prose.
 """
 
@@ -18,8 +18,9 @@ from effattn.evaluate import Evaluation
 from effattn.evaluate.tables import heading, tables
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-FOLDER = ROOT / "benchmarks" / "results" / "evaluate_smollm2"
-PAGE = ROOT / "docs" / "evaluate.md"
+RESULTS, DOCS = ROOT / "benchmarks" / "results", ROOT / "docs"
+# page -> the folder of its results
+PAGES = {DOCS / "evaluate.md": RESULTS / "evaluate_smollm2", DOCS / "forms.md": RESULTS / "evaluate_shipped"}
 BEGIN, END = "<!-- results: made by python -m benchmarks.evaluate_page, do not edit -->", "<!-- end of results -->"
 
 
@@ -62,16 +63,20 @@ def renewed(text: str, between: str) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("folder", type=pathlib.Path, nargs="?", default=FOLDER)
-    parser.add_argument("--page", type=pathlib.Path, default=PAGE)
+    parser.add_argument("folder", type=pathlib.Path, nargs="?", help="results for --page, instead of all pages' own")
+    parser.add_argument("--page", type=pathlib.Path, help="default: docs/evaluate.md")
     options = parser.parse_args(argv)
+    given = options.folder is not None or options.page is not None
+    page = options.page or next(iter(PAGES))
+    chosen = {page: options.folder or PAGES.get(page, next(iter(PAGES.values())))} if given else PAGES
     try:
-        text = renewed(options.page.read_text(encoding="utf-8"), results(options.folder, options.page))
+        for page, folder in chosen.items():
+            text = renewed(page.read_text(encoding="utf-8"), results(folder, page))
+            page.write_text(text, encoding="utf-8")
+            print(f"wrote {page}")
     except (EvaluationError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    options.page.write_text(text, encoding="utf-8")
-    print(f"wrote {options.page}")
     return 0
 
 
