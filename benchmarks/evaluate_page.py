@@ -2,8 +2,8 @@
 
     python -m benchmarks.evaluate_page
 
-Replaces what stands between a page's two marks by tables made from the JSON files of its folder: figures are never typed
-by hand. The rest of the page is prose.
+Replaces what stands between a page's two marks by tables made from the JSON files of its folder: figures are never
+typed by hand. The rest of the page is prose.
 """
 
 from __future__ import annotations
