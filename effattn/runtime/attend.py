@@ -22,6 +22,7 @@ from torch import Tensor
 from effattn.errors import EffattnError
 from effattn.ir.plan import Plan
 from effattn.runtime import portable
+from effattn.runtime.registry import Op, register
 from effattn.runtime.sdpa import sdpa_path
 from effattn.settings import warn_once
 
@@ -173,21 +174,8 @@ def _no_second_gradient(ctx, *grads):
     raise NoGradient("effattn::attend has no second derivative")
 
 
-def _register() -> torch.library.Library | None:
-    """Define the ops, once a process."""
-    if hasattr(torch.ops.effattn, "attend"):
-        return None
-    library = torch.library.Library("effattn", "FRAGMENT")
-    for name, kernel, fake in (
-        ("attend", attend, attend_fake),
-        ("attend_backward", attend_backward, attend_backward_fake),
-    ):
-        library.define(name + SCHEMAS[name], tags=(torch.Tag.needs_fixed_stride_order, torch.Tag.pt2_compliant_tag))
-        library.impl(name, kernel, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"effattn::{name}", fake, lib=library)
-    torch.library.register_autograd("effattn::attend", _backward, setup_context=_setup_context, lib=library)
-    torch.library.register_autograd("effattn::attend_backward", _no_second_gradient, lib=library)
-    return library
-
-
-_LIBRARY = _register() or globals().get("_LIBRARY")
+OPS = {
+    "attend": Op(SCHEMAS["attend"], attend, attend_fake, _backward, _setup_context),
+    "attend_backward": Op(SCHEMAS["attend_backward"], attend_backward, attend_backward_fake, _no_second_gradient),
+}
+_LIBRARY = register(OPS) or globals().get("_LIBRARY")

@@ -23,6 +23,7 @@ from effattn.runtime.attend import NoGradient, triton_is_importable
 from effattn.runtime.linear_backward import run_backward
 from effattn.runtime.linear_portable import state_dtype
 from effattn.runtime.portable import allocate
+from effattn.runtime.registry import Op, register
 from effattn.settings import warn_once
 
 _MEANING = (
@@ -293,23 +294,9 @@ def _no_gradient_of_a_step(ctx, *grads):
     raise NoGradient("effattn::linear_step has no gradient; use effattn::linear, which takes and gives states as well")
 
 
-def _register() -> torch.library.Library | None:
-    """Define the ops, once a process."""
-    if hasattr(torch.ops.effattn, "linear"):
-        return None
-    library = torch.library.Library("effattn", "FRAGMENT")
-    for name, kernel, fake in (
-        ("linear", linear, linear_fake),
-        ("linear_backward", linear_backward, linear_backward_fake),
-        ("linear_step", linear_step, linear_step_fake),
-    ):
-        library.define(name + SCHEMAS[name], tags=(torch.Tag.needs_fixed_stride_order, torch.Tag.pt2_compliant_tag))
-        library.impl(name, kernel, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"effattn::{name}", fake, lib=library)
-    torch.library.register_autograd("effattn::linear", _backward, setup_context=_setup_context, lib=library)
-    torch.library.register_autograd("effattn::linear_backward", _no_second_gradient, lib=library)
-    torch.library.register_autograd("effattn::linear_step", _no_gradient_of_a_step, lib=library)
-    return library
-
-
-_LIBRARY = _register() or globals().get("_LIBRARY")
+OPS = {
+    "linear": Op(SCHEMAS["linear"], linear, linear_fake, _backward, _setup_context),
+    "linear_backward": Op(SCHEMAS["linear_backward"], linear_backward, linear_backward_fake, _no_second_gradient),
+    "linear_step": Op(SCHEMAS["linear_step"], linear_step, linear_step_fake, _no_gradient_of_a_step),
+}
+_LIBRARY = register(OPS) or globals().get("_LIBRARY")

@@ -1,0 +1,32 @@
+"""Ops of the namespace ``effattn``, registered once a process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Op:
+    """What torch has to know of one op."""
+
+    schema: str  # arguments and results, without the name
+    kernel: Callable
+    fake: Callable
+    backward: Callable
+    setup_context: Callable | None = None
+
+
+def register(ops: Mapping[str, Op]) -> torch.library.Library | None:
+    """Define ops by name; keep what is returned as long as they are needed. None if this process has them already."""
+    if hasattr(torch.ops.effattn, next(iter(ops))):
+        return None
+    library = torch.library.Library("effattn", "FRAGMENT")
+    for name, op in ops.items():
+        library.define(name + op.schema, tags=(torch.Tag.needs_fixed_stride_order, torch.Tag.pt2_compliant_tag))
+        library.impl(name, op.kernel, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"effattn::{name}", op.fake, lib=library)
+        torch.library.register_autograd(f"effattn::{name}", op.backward, setup_context=op.setup_context, lib=library)
+    return library
