@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 
@@ -51,7 +52,14 @@ class Cheapest:
 def cheapest(site: Site, forms: Mapping[str, Params], dense: bool) -> Cheapest:
     """The cheapest of ``forms`` at every length; ``dense``: exact attention at this site runs SDPA's own kernels."""
     rates = device_named(torch.cuda.get_device_name() if site.device == "cuda" else "cpu")
-    costs = {name: FORMS[name].cost(site, params) for name, params in forms.items()}
+    # layers are mostly alike: what tells them apart has no part in costs
+    alike = replace(site, name="", layer=None, module="", module_classes=(), location="", notes=())
+    return _cheapest(alike, tuple(forms.items()), dense, rates)
+
+
+@lru_cache(maxsize=256)
+def _cheapest(site: Site, forms: tuple[tuple[str, Params], ...], dense: bool, rates: Device) -> Cheapest:
+    costs = {name: FORMS[name].cost(site, params) for name, params in forms}
     if "exact" in costs and not dense:
         costs["exact"] = replace(costs["exact"], dense=False)
 
