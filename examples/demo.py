@@ -179,6 +179,9 @@ def run(options: argparse.Namespace, screen: Screen) -> int:
     if device == "cuda":
         model = model.bfloat16()
         screen.show("in bfloat16 from here on, as models run on a GPU")
+    if device == "cpu" and not options.rest:
+        rest = "eager"  # to compile it takes Inductor a minute a policy, and attention is what differs
+        screen.show("all that is not attention runs eagerly from here on, in every row")
     rows = list(policies(model, text, rest, screen))
     screen.show(table(rows))
     screen.show(
