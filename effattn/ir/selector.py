@@ -122,6 +122,10 @@ class Pick(Piece):
     sinks: int = Field(default=0, ge=0)
     local: int = Field(default=0, ge=0)
 
+    def forced_units(self, unit: int) -> tuple[int, int]:
+        """How many units of this size hold the sinks, and how many the most recent tokens."""
+        return -(-self.sinks // unit), -(-self.local // unit)
+
 
 class Expand(Piece):
     """Sizes in tokens: rows that share a list, and keys that are visited together (1: single tokens)."""

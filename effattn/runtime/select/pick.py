@@ -17,9 +17,8 @@ def forced_units(pick: Pick, unit: int, places: Places) -> tuple[Tensor, Tensor]
     last = places.last[:, None]
     eligible = units <= last
     own = eligible & (units >= places.first[:, None])
-    near = eligible & (units < -(-pick.sinks // unit))
-    if pick.local:
-        near = near | (eligible & (units > last - -(-pick.local // unit)))
+    sinks, local = pick.forced_units(unit)
+    near = eligible & ((units < sinks) | (units > last - local))
     return own, near & ~own
 
 
@@ -56,8 +55,9 @@ def covering_units(coverage: Coverage, unit: int, mass: Tensor) -> Tensor:
 
 def counts(budget: Tensor | int, pick: Pick, unit: int, places: Places) -> Tensor:
     """Units that each block visits: the budget, at least the forced, at most the eligible ones: int32 [..., M]."""
-    of_sinks = places.first.clamp(max=-(-pick.sinks // unit))
-    recent = torch.maximum(places.last + 1 - -(-pick.local // unit), of_sinks)
+    sinks, local = pick.forced_units(unit)
+    of_sinks = places.first.clamp(max=sinks)
+    recent = torch.maximum(places.last + 1 - local, of_sinks)
     least = places.edges + of_sinks + (places.first - recent).clamp(min=0)
     wanted = least.clamp(min=budget) if isinstance(budget, int) else torch.maximum(least, budget)
     return torch.minimum(wanted, places.eligible).to(torch.int32)
@@ -65,8 +65,9 @@ def counts(budget: Tensor | int, pick: Pick, unit: int, places: Places) -> Tenso
 
 def rank_into(order: Tensor, rows: slice, scores: Tensor, pick: Pick, unit: int, places: Places) -> None:
     """Fill ``order[:, :, rows]`` from scores [B, L, rows, U]; the width of ``order`` says how many are kept."""
-    own, near = forced_units(pick, unit, places)
-    order[:, :, rows] = ranked(scores, own[rows], near[rows], places.last[rows])[..., : order.shape[3]]
+    here = places.of(rows)
+    own, near = forced_units(pick, unit, here)
+    order[:, :, rows] = ranked(scores, own, near, here.last)[..., : order.shape[3]]
 
 
 def covering_counts(coverage: Coverage, mass: Tensor, pick: Pick, unit: int, places: Places) -> Tensor:

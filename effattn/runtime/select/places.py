@@ -9,7 +9,6 @@ import sympy
 import torch
 from torch import Tensor
 
-from effattn.ir import expr
 from effattn.ir.plan import Plan
 from effattn.lowering.tiles import walk
 from effattn.runtime.algebra import bindings, evaluate
@@ -45,6 +44,11 @@ class Places:
         """Units that some row of the block may see: int64 [M]."""
         return self.last + 1
 
+    def of(self, rows: slice) -> Places:
+        """The places of some of the query blocks."""
+        first, last = self.first[rows], self.last[rows]
+        return Places(first, last, first.shape[0], self.units)
+
     def most_edges(self, block: int, unit: int) -> int:
         return min((block - 1) // unit + 2, self.units)
 
@@ -67,8 +71,3 @@ def places_of(plan: Plan, q_len: int, k_len: int, loads, scalars, numbers, devic
     first = torch.div(at(starts), unit, rounding_mode="floor").clamp(min=0)
     last = torch.div(at(ends), unit, rounding_mode="floor").clamp(min=-1)
     return Places(torch.where(last < 0, 0, first), last, blocks, units)
-
-
-def mentions(term, *symbols) -> bool:
-    """Whether a term depends on any of the index symbols; names of loads are not counted."""
-    return bool(expr.free_symbols(term) & set(symbols))

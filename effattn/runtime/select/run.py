@@ -69,8 +69,7 @@ def _units(plan: Plan, query: Tensor, key: Tensor, given: tuple, places: Places,
     else:
         budget = budget_units(pick, unit, key.shape[2])
         count = counts(budget, pick, unit, places).expand(query.shape[0], scorer.lists, -1)
-        sinks, local = -(-pick.sinks // unit), -(-pick.local // unit)
-        forced = places.most_edges(selector.expand.block, unit) + sinks + local
+        forced = places.most_edges(selector.expand.block, unit) + sum(pick.forced_units(unit))
         width = min(places.units, max(budget, forced))
     shape = (query.shape[0], scorer.lists, places.blocks, width)
     order = torch.empty(shape, dtype=torch.int32, device=query.device)
@@ -95,8 +94,7 @@ def _tokens(plan: Plan, query: Tensor, key: Tensor, given: tuple, places: Places
     for first in range(0, places.blocks, step):
         rows = slice(first, first + step)
         scores = queries[:, :, rows] @ means.transpose(-1, -2)
-        part = Places(places.first[rows], places.last[rows], scores.shape[2], places.units)
-        order, count = chunked.tokens_of(scores, found, selector.pick, part)
+        order, count = chunked.tokens_of(scores, found, selector.pick, places.of(rows))
         orders.append(order)
         totals.append(count)
     return torch.cat(orders, dim=2), torch.cat(totals, dim=2)

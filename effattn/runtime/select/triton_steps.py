@@ -110,8 +110,9 @@ def rank_into(order: Tensor, rows: slice, scores: Tensor, pick: Pick, unit: int,
     module = _pick_module(width)
     part = order[:, :, rows]
     target = part if part.is_contiguous() else torch.empty_like(part, memory_format=torch.contiguous_format)
-    firsts, lasts = (tensor[rows].to(torch.int32) for tensor in (places.first, places.last))
-    sinks, local = -(-pick.sinks // unit), -(-pick.local // unit)
+    here = places.of(rows)
+    firsts, lasts = here.first.to(torch.int32), here.last.to(torch.int32)
+    sinks, local = pick.forced_units(unit)
     blocks = scores.shape[2]
     grid = (scores.shape[0] * scores.shape[1] * blocks,)
     module.rank[grid](
@@ -130,7 +131,8 @@ def covering_counts(coverage: Coverage, mass: Tensor, pick: Pick, unit: int, pla
     module = _pick_module(width)
     found = torch.empty((batch, heads, places.blocks), dtype=torch.int32, device=mass.device)
     firsts, lasts = places.first.to(torch.int32), places.last.to(torch.int32)
-    sinks, local, least = (-(-tokens // unit) for tokens in (pick.sinks, pick.local, coverage.least))
+    sinks, local = pick.forced_units(unit)
+    least = -(-coverage.least // unit)
     module.cover[(batch * heads,)](
         mass, found, firsts, lasts, places.blocks, units, coverage.gamma, least, sinks, local, width, **module.OPTIONS
     )
