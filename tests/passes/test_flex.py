@@ -175,6 +175,15 @@ def test_lse_is_the_same(qkv):
     assert lse[:, :, 0].eq(-torch.inf).all()
 
 
+def test_scores_are_in_float32_whatever_the_query_is(qkv):
+    """Dynamo traces a score_mod with the dtype of the query, but its scores never have it."""
+    q, k, v = (tensor.bfloat16() for tensor in qkv)
+    report, out = compiled(soft_cap, q, k, v, tolerance=1e-2)
+    assert only(report).score == "3*tanh(0.13333333*s)"
+    scores = 3.0 * torch.tanh(q.float() @ k.float().mT * 0.4 / 3.0)
+    torch.testing.assert_close(out.float(), scores.softmax(-1) @ v.float(), rtol=1e-2, atol=1e-2)
+
+
 def test_gradients(qkv, monkeypatch):
     # flex_attention itself has no backward on the CPU, the op has
     monkeypatch.setattr(torch.nn.attention.flex_attention, "_validate_device", lambda *tensors: None)

@@ -127,7 +127,8 @@ def _swallows(value) -> bool:
 def _rounds_to_itself(reader: Reader, value) -> bool:
     if isinstance(value, expr.Where):
         return all(_rounds_to_itself(reader, branch) for branch in value.args[1:])
-    return value.is_number or any(load.name in reader.raw for load in expr.loads_of(value))
+    of_scores = value.has(expr.s) or any(load.name in reader.raw for load in expr.loads_of(value))
+    return value.is_number or of_scores
 
 
 _ARITHMETIC: dict[str, Callable[..., Any]] = {
