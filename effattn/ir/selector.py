@@ -1,8 +1,8 @@
 """How a form decides at run time what a query block attends to: Score -> Reduce -> Pick -> Expand, as data.
 
 A selector is a record of four pieces and no code. The runtime turns it and the tensors of a call into a *block list*:
-for each batch row, list head and query block the units of keys that are visited, most important first, and how many
-of them. A dynamic form is a function from its parameters to such a record; a new one needs a new kernel only if it
+for each batch row, list head and query block the units of keys that are visited, and how many of them each query head
+takes. A dynamic form is a function from its parameters to such a record; a new one needs a new kernel only if it
 needs a new piece.
 """
 

@@ -58,8 +58,8 @@ def selectors(arch: str) -> dict[str, tuple[KernelSpec | ScoreSpec | int, str]]:
         "ranking cells": (ranking, "cells"),
         "mass totals": (mass, "row_totals"),
         "mass cells": (mass, "cells"),
-        "rank 1024": (1024, "rank"),
-        **({"rank 4096": (4096, "rank")} if arch == "sm90" else {}),
+        "choose 1024": (1024, "choose"),
+        **({"choose 4096": (4096, "choose")} if arch == "sm90" else {}),
         "cover 1024": (1024, "cover"),
     }
 

@@ -90,33 +90,71 @@ def test_masks_on_data():
         torch.testing.assert_close(ours, wanted, atol=2e-5, rtol=2e-5)
 
 
-@pytest.mark.parametrize(("q_len", "k_len"), [(17, 17), (70, 90), (64, 300)])
-@pytest.mark.parametrize("lists", [1, 2])
-def test_lists_are_the_same(q_len, k_len, lists):
-    plan, inputs = plan_of(lists=lists, block=16, least=16, gamma=0.5), made(q_len, k_len)
+def first_ones(listed, head):
+    """What each block of the query head ``head`` of the first batch row visits, as lists of units in their order."""
+    order, count = listed.order[0], listed.count[0]
+    index, number = head * order.shape[0] // count.shape[0], count[head]
+    return [order[index, block, : number[block]].tolist() for block in range(order.shape[1])]
+
+
+@pytest.mark.parametrize(("q_len", "k_len"), [(1, 1), (17, 17), (70, 90), (64, 300)])
+@pytest.mark.parametrize("lists", [0, 1, 2])
+@pytest.mark.parametrize("least", [0, 48])
+def test_lists_are_the_same(q_len, k_len, lists, least):
+    plan, inputs = plan_of(lists=lists, block=16, least=least, gamma=0.5), made(q_len, k_len)
     ours, wanted = (select(plan, *inputs, target=target) for target in ("triton", "portable"))
     assert torch.equal(ours.count, wanted.count)
     assert torch.equal(ours.edges, wanted.edges)
-    for block in range(wanted.order.shape[2]):
-        most = int(wanted.count[:, :, block].max())
-        assert torch.equal(ours.order[:, :, block, :most], wanted.order[:, :, block, :most])
+    for head in range(4):
+        for edge, one, other in zip(ours.edges, first_ones(ours, head), first_ones(wanted, head), strict=True):
+            assert len(set(one)) == len(one)
+            assert set(one) == set(other)
+            assert set(one[:edge]) == set(other[:edge])
 
 
-def test_ties_forced_units_and_nan():
+def test_what_more_heads_visit_comes_first_and_in_the_order_of_keys():
+    listed = select(plan_of(lists=1, least=0, gamma=0.6), *made(64, 500), target="triton")
+    smallest = listed.count.min(dim=1).values
+    assert (listed.count != smallest[:, None]).any()
+    for block, edge in enumerate(listed.edges):
+        whole = listed.order[0, 0, block, : smallest[0, block]].tolist()
+        assert whole[:edge] == sorted(whole[:edge])
+        assert whole[edge:] == sorted(whole[edge:])
+        assert max(whole[:edge]) == max(whole)
+
+
+def chosen(scores, number, pick, places):
+    """The units that each way chooses of scores [1, 1, M, U], a list of sets for each."""
+    found = []
+    for steps in (triton_steps, portable_steps):
+        order = torch.full_like(scores, -1, dtype=torch.int32)
+        count = torch.full((1, 1, scores.shape[2]), number, dtype=torch.int32).minimum(places.eligible.to(torch.int32))
+        steps.choose_into(order, slice(0, scores.shape[2]), scores, count, pick, 16, places)
+        found.append([set(row[:n].tolist()) for row, n in zip(order[0, 0], count[0, 0], strict=True)])
+    return found
+
+
+@pytest.mark.parametrize("number", [4, 5, 6, 8])
+def test_ties_forced_units_and_nan(number):
     plan = plan_of(block=16)
     places = places_of(plan, 64, 128, (), (), (), torch.device("cpu"))
     pick = Pick(budget=plan.select.pick.budget, sinks=16, local=40)
     scores = torch.zeros(1, 1, 4, 8)
     scores[..., 2], scores[..., 1] = torch.nan, 5.0
-    orders = []
-    for steps in (triton_steps, portable_steps):
-        order = torch.empty(1, 1, 4, 8, dtype=torch.int32)
-        steps.rank_into(order, slice(0, 4), scores, pick, 16, places)
-        orders.append(order)
-    assert orders[0][0, 0, 3].tolist() == [7, 6, 5, 0, 1, 4, 3, 2]
-    for block in range(4):
-        seen = int(places.eligible[block])
-        assert torch.equal(orders[0][..., block, :seen], orders[1][..., block, :seen])
+    ours, wanted = chosen(scores, number, pick, places)
+    assert ours == wanted
+    assert ours[3] == set([7, 6, 5, 0, 1, 4, 3, 2][:number])  # own, forced, best, the later of two equals, NaN
+
+
+@pytest.mark.parametrize("number", [1, 2, 30, 77])
+def test_the_best_of_many(number):
+    plan = plan_of(block=16)
+    places = places_of(plan, 64, 77 * 16, (), (), (), torch.device("cpu"))
+    pick = Pick(budget=plan.select.pick.budget)
+    scores = torch.randn(1, 1, 4, 77, generator=torch.Generator().manual_seed(5)).mul(1e3).round(decimals=-2)
+    scores[..., 5], scores[..., 6] = torch.inf, -torch.inf
+    ours, wanted = chosen(scores, number, pick, places)
+    assert ours == wanted
 
 
 @pytest.mark.parametrize("gamma", [0.1, 0.5, 0.9, 0.999])

@@ -67,7 +67,8 @@ def compiled_for(spec: KernelSpec | ScoreSpec | LinearSpec | int, arch: str, ker
         return _compiled(linear_source.generate(spec), "linear.py", arch, kernel, params, used, schedule, ())
     if isinstance(spec, int):
         warps = pick.warps_for(spec)
-        params, constants = pick.parameters(kernel), {"WIDTH": spec}
+        params = pick.parameters(kernel)
+        constants = {"WIDTH": spec} | ({"SHARING": 4} if kernel == "choose" else {})
         return _compiled(pick.generate(spec, warps), f"pick_{spec}.py", arch, kernel, params, constants, (warps, 1), ())
     last = [f"{load.name}_stride_{load.ndim - 1}" for load in spec.plan.loads]
     if isinstance(spec, ScoreSpec):

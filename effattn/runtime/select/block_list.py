@@ -13,11 +13,11 @@ class BlockList:
     """Units of ``unit`` consecutive keys, for rows in blocks of ``block``. The tensors are contiguous.
 
     Query head h reads list ``h // (Hq // L)`` and takes from it as many units as ``count`` says of that head. The units
-    that hold the positions of the rows themselves come first, and only there causality has to be tested; no unit
-    comes twice.
+    that hold the positions of the rows themselves come first, and only there causality has to be tested; then those
+    that every head of the list visits, in any order, then what the next count adds, and so on. No unit comes twice.
     """
 
-    order: Tensor  # int32 [B, L, M, K]: numbers of units, most important first; past ``count`` anything
+    order: Tensor  # int32 [B, L, M, K]: numbers of units; past ``count`` anything
     count: Tensor  # int32 [B, C, M], C a multiple of L and a divisor of Hq: how many of them are visited
     edges: Tensor  # int32 [M]: how many of the first ones hold positions of the rows
     block: int

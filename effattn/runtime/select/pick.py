@@ -63,8 +63,14 @@ def counts(budget: Tensor | int, pick: Pick, unit: int, places: Places) -> Tenso
     return torch.minimum(wanted, places.eligible).to(torch.int32)
 
 
-def rank_into(order: Tensor, rows: slice, scores: Tensor, pick: Pick, unit: int, places: Places) -> None:
-    """Fill ``order[:, :, rows]`` from scores [B, L, rows, U]; the width of ``order`` says how many are kept."""
+def choose_into(
+    order: Tensor, rows: slice, scores: Tensor, count: Tensor, pick: Pick, unit: int, places: Places
+) -> None:
+    """Fill ``order[:, :, rows]``, so that the first ``count`` of a row are its best units, whatever the count.
+
+    Args:
+        order: int32 [B, L, M, K]; scores: float32 [B, L, rows, U]; count: int32 [B, C, M].
+    """
     here = places.of(rows)
     own, near = forced_units(pick, unit, here)
     order[:, :, rows] = ranked(scores, own, near, here.last)[..., : order.shape[3]]

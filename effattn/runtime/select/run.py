@@ -68,13 +68,13 @@ def _units(plan: Plan, query: Tensor, key: Tensor, given: tuple, places: Places,
         width = places.units  # heads differ in how much they take of one list
     else:
         budget = budget_units(pick, unit, key.shape[2])
-        count = counts(budget, pick, unit, places).expand(query.shape[0], scorer.lists, -1)
+        count = counts(budget, pick, unit, places).expand(query.shape[0], scorer.lists, -1).contiguous()
         forced = places.most_edges(selector.expand.block, unit) + sum(pick.forced_units(unit))
         width = min(places.units, max(budget, forced))
     shape = (query.shape[0], scorer.lists, places.blocks, width)
     order = torch.empty(shape, dtype=torch.int32, device=query.device)
     for first, last in scorer.chunks(places.blocks):
-        steps.rank_into(order, slice(first, last), scorer.of(first, last), pick, unit, places)
+        steps.choose_into(order, slice(first, last), scorer.of(first, last), count, pick, unit, places)
     return order, count
 
 

@@ -100,26 +100,24 @@ def _pick_module(width: int) -> Any:
     return kernels.load_source(f"pick_{width}", pick_source.generate(width, pick_source.warps_for(width)))
 
 
-def rank_into(order: Tensor, rows: slice, scores: Tensor, pick: Pick, unit: int, places: Places) -> None:
-    """Fill ``order[:, :, rows]`` as :func:`effattn.runtime.select.pick.ranked` says, from scores [B, L, rows, U]."""
-    units = scores.shape[-1]
+def choose_into(
+    order: Tensor, rows: slice, scores: Tensor, count: Tensor, pick: Pick, unit: int, places: Places
+) -> None:
+    """Fill ``order[:, :, rows]`` as :func:`effattn.runtime.select.pick.choose_into` does, each part in key order."""
+    batch, lists, blocks, units = scores.shape
     if units > pick_source.WIDEST:
-        portable.rank_into(order, rows, scores, pick, unit, places)
+        portable.choose_into(order, rows, scores, count, pick, unit, places)
         return
     width = pick_source.width_for(units)
     module = _pick_module(width)
-    part = order[:, :, rows]
-    target = part if part.is_contiguous() else torch.empty_like(part, memory_format=torch.contiguous_format)
-    here = places.of(rows)
-    firsts, lasts = here.first.to(torch.int32), here.last.to(torch.int32)
-    sinks, local = pick.forced_units(unit)
-    blocks = scores.shape[2]
-    grid = (scores.shape[0] * scores.shape[1] * blocks,)
-    module.rank[grid](
-        scores.contiguous(), target, firsts, lasts, blocks, units, order.shape[3], sinks, local, width, **module.OPTIONS
+    firsts, lasts = places.first.to(torch.int32), places.last.to(torch.int32)
+    counted = count.shape[1]
+    sizes = (lists, counted, places.blocks, rows.start, blocks, units, order.shape[3], *pick.forced_units(unit))
+    sharing = 1 << (counted // lists - 1).bit_length()
+    grid = (batch * counted * blocks,)
+    module.choose[grid](
+        scores.contiguous(), count, order, firsts, lasts, *sizes, width, sharing, **module.OPTIONS
     )
-    if target is not part:
-        part.copy_(target)
 
 
 def covering_counts(coverage: Coverage, mass: Tensor, pick: Pick, unit: int, places: Places) -> Tensor:
