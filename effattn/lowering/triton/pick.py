@@ -33,4 +33,4 @@ def width_for(units: int) -> int:
 
 def warps_for(width: int) -> int:
     """Few warps: each step of ``choose`` is a sum over all of them."""
-    return max(width // 1024, 1)
+    return max(width // 512, 1)

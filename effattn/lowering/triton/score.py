@@ -1,23 +1,27 @@
 """The source of a selector's scores: products of strided vectors, a masked softmax, reduced to blocks and units.
 
-Two kernels a file. ``row_totals`` finds each row's normaliser, split over the keys so that a few rows still fill a GPU;
-``cells`` computes the products again and reduces them: cheaper than to keep them, and nothing is as large as N x N.
+Two kernels a file. ``row_totals`` finds each row's normaliser, ``cells`` computes the products again and reduces them:
+cheaper than to keep them, and nothing is as large as N x N. Both split the keys, so that a few rows still fill a GPU,
+and test the mask only where a row of the tile may not see a key.
 """
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from functools import reduce
 from typing import Any, Literal
 
 import sympy
 
+from effattn.ir import expr
 from effattn.ir.fold import fold
 from effattn.ir.plan import Plan
 from effattn.ir.text import text
 from effattn.lowering.tiles import walk
 from effattn.lowering.triton.algebra import KEYS, ROWS, TILE, Lines, Source, Value
 from effattn.lowering.triton.source import (
+    LOG2_E,
     Param,
     data_parameters,
     data_sizes,
@@ -28,7 +32,8 @@ from effattn.lowering.triton.source import (
 )
 from effattn.lowering.triton.spec import DTYPES, padded
 
-WIDEST_TILE = 128
+LN_2 = 0.6931471805599453
+TILE_SIDE = {16: 128, 32: 64}  # by bits of the dtype
 
 
 @dataclass(frozen=True)
@@ -50,12 +55,16 @@ class ScoreSpec:
     tf32: bool = False
 
     @property
+    def bits(self) -> int:
+        return 32 if self.dtype == "float32" else 16
+
+    @property
     def block_m(self) -> int:
-        return min(max(64, self.height), WIDEST_TILE)
+        return TILE_SIDE[self.bits]
 
     @property
     def block_n(self) -> int:
-        return min(max(64, self.width), WIDEST_TILE)
+        return TILE_SIDE[self.bits]
 
     @property
     def block_d(self) -> int:
@@ -63,7 +72,7 @@ class ScoreSpec:
 
     @property
     def warps(self) -> int:
-        return 8 if self.block_m * self.block_n > 64 * 128 else 4
+        return 8 if self.block_m * self.block_n > 64 * 64 else 4
 
     def constants(self) -> dict[str, int]:
         """The compile-time constants of both kernels."""
@@ -98,6 +107,45 @@ def parameters(spec: ScoreSpec, kernel: str) -> list[Param]:
     return found + data_sizes(spec.plan) + [Param(name, "constexpr") for name in spec.constants()]
 
 
+def constant_scale(score: Any) -> float | None:
+    """c where the score is ``c * s`` with a number c > 0, which folds into the exponent; else None."""
+    factor = score / expr.s
+    return float(factor) if factor.is_number and factor > 0 else None
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """One loop over tiles of keys, as the template needs it."""
+
+    title: str
+    range: str
+    edge: bool
+    lines: list[str]
+    score: str  # "": the products as they are
+    keep: str  # "": all are kept
+    reads_keys: bool
+
+
+def _sweep(plan: Plan, symbols: dict[str, Value], loads: Any, before: Lines, scored: bool, edge: bool) -> Sweep:
+    inside = before.inner()
+    algebra = Source(symbols, loads, before, inside, key_mask="key_ok" if edge else "")
+    score = fold(plan.score, algebra).spread(TILE) if scored else ""
+    condition = plan.predicate if edge else walk(plan.predicate).residual
+    keep = [] if condition == sympy.true else [fold(condition, algebra)]
+    keep += [Value("key_ok", KEYS, "bool")] if edge else []
+    kept = reduce(lambda x, y: algebra.call("and", x, y), keep).spread(TILE) if keep else ""
+    title = "every row sees every key" + ("" if edge or not keep else ", but for conditions on data")
+    return Sweep(
+        "some rows do not see some keys" if edge else title,
+        "full, end" if edge else "start, full",
+        edge,
+        inside.lines,
+        score,
+        kept,
+        reads_keys=re.search(r"\bkeys\b", " ".join([*inside.lines, score, kept])) is not None,
+    )
+
+
 def generate(spec: ScoreSpec) -> str:
     """The source of both kernels, with ``launch``.
 
@@ -105,8 +153,7 @@ def generate(spec: ScoreSpec) -> str:
         UnknownOperation: the score or predicate holds an operation that kernels do not have.
     """
     loads = {load.name: load for load in spec.plan.loads}
-    before, inside, bound_lines = Lines(), Lines(), Lines()
-    inside.taken = before.taken
+    before, bound_lines = Lines(), Lines()
     symbols = {
         "b": Value("batch", plain=True),
         "h": Value("head", plain=True),
@@ -118,15 +165,14 @@ def generate(spec: ScoreSpec) -> str:
     }
     symbols |= {name: Value(f"scalar_{name}") for name in spec.plan.scalars}
     symbols |= {name: Value(f"number_{name}", kind="float") for name in spec.plan.numbers}
-    algebra = Source(symbols, loads, before, inside, key_mask="key_ok")
-    score = fold(spec.plan.score, algebra).spread(TILE)
-    keep = [Value("key_ok", KEYS, "bool"), Value("row_ok", ROWS, "bool")]
-    if spec.plan.predicate != sympy.true:
-        keep.append(fold(spec.plan.predicate, algebra))
+    scale = constant_scale(spec.plan.score)
+    sweeps = [_sweep(spec.plan, symbols, loads, before, scale is None, edge) for edge in (False, True)]
     (upper,) = walk(spec.plan.predicate).upper
-    last = Source({**symbols, "q": Value("last_row")}, loads, bound_lines)
+    first_bound, last_bound = (
+        fold(upper, Source({**symbols, "q": Value(row)}, loads, bound_lines)).text for row in ("first_row", "last_row")
+    )
     template = template_named("score.py.jinja")
-    params = parameters(spec, "cells")
+    params, constants = parameters(spec, "cells"), spec.constants()
     context: dict[str, Any] = {
         "form": spec.plan.form,
         "predicate_text": text(spec.plan.predicate),
@@ -144,16 +190,19 @@ def generate(spec: ScoreSpec) -> str:
         "warps": spec.warps,
         "stages": spec.stages,
         "splits": spec.splits,
-        "constants": spec.constants(),
+        "constants": constants,
         "pad_d": spec.head_dim != spec.block_d,
         "precision": f', input_precision="{"tf32" if spec.tf32 else "ieee"}"' if spec.dtype == "float32" else "",
-        "keep": reduce(lambda x, y: algebra.call("and", x, y), keep).spread(TILE),
-        "score": score,
-        "start": 'float("-inf")' if spec.columns == "max" else "0.0",
-        "bound": fold(upper, last).text,
+        "sweeps": sweeps,
+        "scale": repr(LOG2_E * (1.0 if scale is None else scale)),
+        "ln2": LN_2,
+        "nothing": 'float("-inf")' if spec.columns == "max" else "0.0",
+        "high_turns": constants["HIGH_TURNS"],
+        "wide_turns": constants["WIDE_TURNS"],
+        "first_bound": first_bound,
+        "last_bound": last_bound,
         "bound_lines": bound_lines.lines,
         "before": before.lines,
-        "inside": inside.lines,
         "params_totals": parameters(spec, "row_totals"),
         "params_cells": params,
         "unspecialised": [p.name for p in params if p.type in ("i32", "fp32") and not p.specialise],

@@ -11,7 +11,7 @@ from torch import Tensor
 from effattn.ir.plan import Plan
 from effattn.ir.selector import KEY_HEADS, Last, Mean, Reduce, Score
 from effattn.runtime.algebra import bindings, evaluate
-from effattn.runtime.select.vectors import indices, pool_heads, take
+from effattn.runtime.select.vectors import indices, vectors
 
 PRODUCTS = 2**23  # most products that are alive at once: 32 MiB in float32
 
@@ -25,9 +25,9 @@ class Scorer:
         self.plan, self.score, self.reduce, self.expand = plan, score, reduce, plan.select.expand
         self.q_len, self.k_len = query.shape[2], key.shape[2]
         self.names, self.loads = bindings(plan, loads, scalars, numbers)
-        lists = key.shape[1] if score.lists == KEY_HEADS else score.lists
-        self.query, self.key = pool_heads(query, lists), take(pool_heads(key, lists), score.key)
-        self.lists = self.query.shape[1]
+        self.pooled = key.shape[1] if score.lists == KEY_HEADS else score.lists
+        self.query, self.key = query, vectors(key, score.key, self.pooled)
+        self.lists = self.pooled or query.shape[1]
 
     def chunks(self, blocks: int) -> list[tuple[int, int]]:
         """Query blocks in groups whose products fit in ``PRODUCTS``."""
@@ -48,7 +48,7 @@ class Scorer:
         start, stop = first * self.expand.block, min(last * self.expand.block, self.q_len)
         if isinstance(self.score.query, Last):
             start, stop = 0, self.q_len
-        query = take(self.query[:, :, start:stop], self.score.query)
+        query = vectors(self.query[:, :, start:stop], self.score.query, self.pooled)
         products = self._products(query)
         if not self.score.softmax:
             return products

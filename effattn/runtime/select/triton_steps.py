@@ -19,7 +19,7 @@ from effattn.runtime import kernels
 from effattn.runtime.launching import facts, remember, tf32
 from effattn.runtime.select import portable_steps as portable
 from effattn.runtime.select.places import Places
-from effattn.runtime.select.vectors import take
+from effattn.runtime.select.vectors import vectors
 
 MAX_SPLITS = 32
 PROGRAMS = 512  # enough to fill any GPU a few times
@@ -39,13 +39,13 @@ class Scorer(portable.Scorer):
         if not self.score.softmax:
             return super().of(first, last)
         assert (first, last) == (0, self.blocks)
-        query, key = take(self.query, self.score.query), self.key
-        batch, lists, vectors, head_dim = query.shape
+        query, key = vectors(self.query, self.score.query, self.pooled), self.key
+        batch, lists, rows, head_dim = query.shape
         tail = isinstance(self.score.query, Last)
         q_stride = self.score.query.stride if isinstance(self.score.query, Every) else 1
         k_stride = self.score.key.stride if isinstance(self.score.key, Every) else 1
         height = self.expand.block // q_stride
-        row_tiles = -(-vectors // 64) * batch * lists
+        row_tiles = -(-rows // 128) * batch * lists
         spec = ScoreSpec(
             canonical(self.plan),
             str(query.dtype).removeprefix("torch."),
@@ -61,9 +61,10 @@ class Scorer(portable.Scorer):
             tf32=tf32() and query.dtype == torch.float32,
         )
         units = -(-self.k_len // self.expand.unit)
-        out = torch.empty((batch, lists, self.blocks, units), dtype=torch.float32, device=query.device)
-        row_start = self.q_len - vectors if tail else 0
-        divisor = float(vectors if tail else height)
+        nothing = -torch.inf if self.reduce.columns == "max" else 0.0
+        out = query.new_full((batch, lists, self.blocks, units), nothing, dtype=torch.float32)
+        row_start = self.q_len - rows if tail else 0
+        divisor = float(rows if tail else height)
         known = _known(spec, (query, key, *self.given[0]), self.given[1])
         launch = _score_module(spec).launch
         launch(query, key, out, row_start, divisor, self.q_len, self.k_len, *self.given, known)

@@ -19,6 +19,13 @@ def pool_heads(tensor: Tensor, lists: int) -> Tensor:
     return tensor.unflatten(1, (lists, -1)).mean(dim=2, dtype=torch.float32).to(tensor.dtype)
 
 
+def vectors(tensor: Tensor, piece: Piece, lists: int) -> Tensor:
+    """[B, H, N, D] as [B, L, R, D]: what :func:`take` names of pooled heads; only tokens that are scored are pooled."""
+    if isinstance(piece, Every | Last):
+        return pool_heads(take(tensor, piece), lists)
+    return take(pool_heads(tensor, lists), piece)
+
+
 def take(tensor: Tensor, piece: Piece) -> Tensor:
     """[B, L, N, D] as [B, L, R, D]: the vectors that a piece of a score names."""
     if isinstance(piece, Every):
