@@ -23,6 +23,7 @@ BACKENDS = (EAGER, INDUCTOR, EFFATTN)
 CASES = (
     (NO_MASK, 65_536),
     (ONES, 65_536),
+    (PADDED, 65_536),
     (NO_MASK, 32_768),
     (NO_MASK, 8192),
     (ONES, 32_768),

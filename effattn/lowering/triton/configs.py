@@ -42,11 +42,11 @@ PREFILL: dict[tuple[str, int], tuple[tuple[int, Tiles], ...]] = {
     ("interpreter", 16): ((512, Tiles(32, 32, 4, 1)),),
     ("interpreter", 32): ((512, Tiles(32, 32, 4, 1)),),
 }
-# masks of which a row keeps few keys, (architecture, bits, kind of mask): instead of rows for head dimension 128;
-# measured on an H200 at 8K to 128K
-SPARSE: dict[tuple[str, int, str], Tiles] = {
-    ("sm90", 16, "list"): Tiles(128, 128, 8, 2),
-    ("sm90", 16, "band"): Tiles(64, 64, 4, 3),
+# masks of which a row keeps few keys: (architecture, bits, kind of mask, padded head dimension), instead of the rows
+# above; measured at 8K to 128K
+SPARSE: dict[tuple[str, int, str, int], Tiles] = {
+    ("sm90", 16, "list", 128): Tiles(128, 128, 8, 2),
+    ("sm90", 16, "band", 128): Tiles(64, 64, 4, 3),
 }
 DECODE: dict[tuple[str, int], tuple[tuple[int, Tiles], ...]] = {
     ("sm90", 16): ((128, Tiles(16, 64, 4, 3)), (256, Tiles(16, 64, 4, 2)), (512, Tiles(16, 32, 8, 2))),
@@ -86,8 +86,8 @@ def choose(kind: Kind, plan: Plan, arch: str, bits: int, head_dim: int, value_di
     found = table.get((arch, bits)) or table.get(("any", bits)) or table["sm80", bits]
     width = padded(max(head_dim, value_dim))
     tiles = next(tiles for limit, tiles in found if width <= limit)
-    if kind in ("prefill", "listed") and width == 128:
-        tiles = SPARSE.get((arch, bits, mask_kind(plan)), tiles)
+    if kind in ("prefill", "listed"):
+        tiles = SPARSE.get((arch, bits, mask_kind(plan), width), tiles)
     if plan.select is not None:
         return within_block(tiles, plan.select.expand.block)
     fitting = aligned(tiles, plan)
