@@ -65,6 +65,26 @@ class Chunks(Piece):
     root_length: bool = True
 
 
+class Trained(Piece):
+    """Chunk means as :class:`Mean`, of chunks that a trained predictor cuts (DHSA v1, arXiv 2510.24606).
+
+    A chunk begins where the predictor's logit is above ``threshold`` and no greater one that begins a chunk itself lies
+    within ``apart`` tokens; at most ``per_block`` chunks for every ``block`` keys, those with the greatest logits.
+    ``weights`` is a safetensors file and ``digest`` its SHA-256 when the plan was made: another file is refused at run
+    time. ``layer``: whose weights are taken if the file holds some for each layer.
+    """
+
+    kind: Literal["trained"] = "trained"
+    weights: str
+    digest: str = Field(pattern="^[0-9a-f]{64}$")
+    layer: int | None = Field(default=None, ge=0)
+    threshold: float = 1.1
+    apart: PositiveInt = 8
+    block: PositiveInt = 128
+    per_block: PositiveInt = 8
+    root_length: bool = True
+
+
 class Score(Piece):
     """Products of query vectors and key vectors.
 
@@ -75,7 +95,7 @@ class Score(Piece):
     """
 
     query: Annotated[Every | Mean | Last, Field(discriminator="kind")]
-    key: Annotated[Every | Mean | Chunks, Field(discriminator="kind")]
+    key: Annotated[Every | Mean | Chunks | Trained, Field(discriminator="kind")]
     lists: int = Field(default=0, ge=KEY_HEADS)
     softmax: bool = False
 
@@ -145,6 +165,13 @@ class Selector(Piece):
     @property
     def needs_boundaries(self) -> bool:
         return isinstance(self.score.key, Chunks) and self.score.key.find == "given"
+
+    def of_layer(self, layer: int | None) -> Selector:
+        """The same with the weights of this layer, where any are read."""
+        if not isinstance(self.score.key, Trained):
+            return self
+        key = self.score.key.model_copy(update={"layer": layer})
+        return self.model_copy(update={"score": self.score.model_copy(update={"key": key})})
 
     def keeps_all(self, k_len: int) -> bool:
         """Whether the budget covers every key of this many, whatever the data: then dense attention is the same."""

@@ -235,7 +235,7 @@ def plan_of(site: Site, form: str, params: Params, min_length: int, target: str 
         score=site.score,
         predicate=site.predicate,
         keep=FORMS[form].keep(params, site.position),
-        select=FORMS[form].selector(params),
+        select=FORMS[form].selector(params, site.layer),
         loads=site.loads,
         scalars=site.scalars,
         numbers=site.numbers,

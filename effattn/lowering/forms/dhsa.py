@@ -12,16 +12,19 @@ of equal scores the later key is taken (every token of a chunk has the same scor
 from __future__ import annotations
 
 import itertools
+import os
 from typing import Literal
 
 import sympy
 import torch
 from pydantic import Field, model_validator
 
+from effattn.errors import WeightsError
 from effattn.ir.expr import Nk, Nq
-from effattn.ir.selector import Chunks, Expand, Mean, Pick, Reduce, Score, Selector, Share, Tokens
-from effattn.ir.site import Layout
+from effattn.ir.selector import Chunks, Expand, Mean, Pick, Reduce, Score, Selector, Share, Tokens, Trained
+from effattn.ir.site import Layout, Site
 from effattn.lowering.cost import Work
+from effattn.lowering.forms import boundary_weights
 from effattn.lowering.forms.form import (
     CAUSAL,
     FROM_THE_START,
@@ -33,6 +36,9 @@ from effattn.lowering.forms.form import (
     Params,
     Rule,
 )
+from effattn.lowering.forms.tensor_file import digest_of
+
+HIDDEN = 256  # of the predictor, in costs
 
 
 class DhsaParams(Params):
@@ -42,11 +48,15 @@ class DhsaParams(Params):
     unit: int = Field(default=32, ge=1, description="keys that are taken together; 1: single tokens of chunks")
     share: float = Field(default=0.125, gt=0, le=1, description="share of all blocks that a row keeps (unit > 1)")
     budget: int = Field(default=2048, ge=1, description="tokens that a row keeps (unit = 1)")
-    chunks: Literal["fixed", "dip", "given"] = Field(
-        default="fixed", description="how keys are cut (unit = 1): every ``chunk``, where they change, or by the caller"
+    chunks: Literal["fixed", "dip", "trained", "given"] = Field(
+        default="fixed",
+        description="how keys are cut (unit = 1): every ``chunk``, where they change, where a trained predictor says, "
+        "or by the caller",
     )
     chunk: int = Field(default=64, ge=1, description='size of a chunk with chunks = "fixed"')
     threshold: float = Field(default=0.9, ge=-1, le=1, description='likeness below which "dip" cuts')
+    weights: str = Field(default="", description='safetensors file of the predictor for chunks = "trained"')
+    logit: float = Field(default=1.1, description='the predictor\'s logit above which "trained" cuts')
     local: int = Field(default=128, ge=0, description="most recent tokens that a block always keeps")
     sinks: int = Field(default=128, ge=0, description="tokens at the start that a block always keeps")
 
@@ -62,6 +72,10 @@ class DhsaParams(Params):
             raise ValueError(f"local must be at least block ({self.block}), so that no row is empty; got {self.local}")
         if self.unit == 1 and self.budget < self.local + self.sinks:
             raise ValueError(f"budget must hold local and sinks ({self.local} + {self.sinks}), got {self.budget}")
+        if (self.chunks == "trained") != bool(self.weights):
+            raise ValueError('chunks = "trained" and weights belong together: set both, or neither')
+        if self.chunks == "trained" and self.unit > 1:
+            raise ValueError(f'chunks = "trained" is of single tokens: unit must be 1, got {self.unit}')
         return self
 
 
@@ -74,17 +88,22 @@ def select(params: DhsaParams) -> Selector:
             pick=Pick(budget=Share(share=params.share), sinks=params.sinks, local=params.local),
             expand=Expand(block=params.block, unit=params.unit),
         )
-    keys = (
-        Mean(size=params.chunk, root_length=True)
-        if params.chunks == "fixed"
-        else Chunks(find=params.chunks, threshold=params.threshold)
-    )
     return Selector(
-        score=Score(query=Mean(size=params.block, root_length=True), key=keys, lists=1),
+        score=Score(query=Mean(size=params.block, root_length=True), key=_chunks(params), lists=1),
         reduce=Reduce(),
         pick=Pick(budget=Tokens(tokens=params.budget), sinks=params.sinks, local=params.local),
         expand=Expand(block=params.block, unit=1),
     )
+
+
+def _chunks(params: DhsaParams) -> Mean | Chunks | Trained:
+    """How keys are cut where single tokens are taken."""
+    if params.chunks == "fixed":
+        return Mean(size=params.chunk, root_length=True)
+    if params.chunks == "trained":
+        path = os.path.abspath(params.weights)
+        return Trained(weights=path, digest=digest_of(path), threshold=params.logit, block=params.block)
+    return Chunks(find=params.chunks, threshold=params.threshold)
 
 
 def reference(params: DhsaParams, query, key, allowed, scale, bounds=None):
@@ -141,7 +160,11 @@ def selector_work(params: DhsaParams, sizes: Layout, element: int) -> Work:
     lists = heads if params.unit > 1 else sizes.batch
     cells = lists * (Nq / params.block) * (Nk / (params.unit if params.unit > 1 else params.chunk))
     vectors = heads * Nq + kv_heads * Nk
-    return Work(2 * sizes.head_dim * cells, element * sizes.head_dim * vectors + 12 * cells, launches=24)
+    products = 2 * sizes.head_dim * cells
+    if params.chunks == "trained":
+        channels = sizes.kv_heads * sizes.head_dim
+        products += sizes.batch * Nk * (22 * channels**2 + 2 * HIDDEN * (4 * channels + 1))
+    return Work(products, element * sizes.head_dim * vectors + 12 * cells, launches=24)
 
 
 BOUNDARIES = Rule(
@@ -151,13 +174,34 @@ BOUNDARIES = Rule(
     "give them to effattn.attention(..., boundaries=...), or let chunks be found",
 )
 
+
+def _weights_problem(site: Site, params: DhsaParams) -> str | None:
+    if params.chunks != "trained":
+        return None
+    path = os.path.abspath(params.weights)
+    try:
+        digest = digest_of(path)
+    except WeightsError as error:
+        return str(error)
+    layout = site.layout
+    return boundary_weights.problem(path, digest, site.layer, int(layout.kv_heads), int(layout.head_dim))
+
+
+WEIGHTS = Rule(
+    "weights",
+    lambda site, params: _weights_problem(site, params) is None,
+    "the file of the predictor's weights cannot be read, or does not fit this attention",
+    'see docs/forms.md for what the file holds, or let chunks be found without training (chunks = "dip")',
+    reason=_weights_problem,
+)
+
 DHSA = Form(
     name="dhsa",
     kind="approximate",
     summary="chunks of keys ranked by their means; the best within a budget, recent ones and sinks",
     source="Xiong et al., Dynamic Hierarchical Sparse Attention, arXiv 2510.24606",
     params=DhsaParams,
-    rules=(CAUSAL, ONLY_CAUSAL, PREFILL, PLAIN_SCORE, FROM_THE_START, BOUNDARIES, NO_BACKWARD),
+    rules=(CAUSAL, ONLY_CAUSAL, PREFILL, PLAIN_SCORE, FROM_THE_START, BOUNDARIES, WEIGHTS, NO_BACKWARD),
     kept_keys=kept_keys,
     select=select,
     selector_work=selector_work,

@@ -32,9 +32,13 @@ class Rule:
     holds: Callable[[Site, Any], bool]
     otherwise: str  # why not, when it does not hold
     hint: str = ""  # what would help
+    reason: Callable[[Site, Any], str | None] | None = None  # why not at this site, where ``otherwise`` is too general
 
     def refusal(self, site: Site, params: Params) -> Refusal | None:
-        return None if self.holds(site, params) else Refusal(self.name, self.otherwise, self.hint)
+        if self.holds(site, params):
+            return None
+        found = None if self.reason is None else self.reason(site, params)
+        return Refusal(self.name, found or self.otherwise, self.hint)
 
 
 @dataclass(frozen=True)
@@ -60,9 +64,13 @@ class Form:
     selector_work: Callable[[Any, Layout, int], Work] | None = None  # (params, sizes, bytes of an element) -> its cost
     softmax: bool = True  # False: another function, by an op of its own; what is kept says nothing about it
 
-    def selector(self, params: Params) -> Selector | None:
-        """What is decided by data when the op runs; None: nothing."""
-        return None if self.select is None else self.select(params)
+    def selector(self, params: Params, layer: int | None = None) -> Selector | None:
+        """What is decided by data when the op runs, in this layer; None: nothing.
+
+        Raises:
+            WeightsError: the parameters name a file that cannot be read.
+        """
+        return None if self.select is None else self.select(params).of_layer(layer)
 
     def refusals(self, site: Site, params: Params) -> tuple[Refusal, ...]:
         """Every reason why this form does not apply to ``site``; empty if it does."""

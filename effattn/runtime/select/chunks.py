@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from effattn.ir.selector import BOUNDARIES, Chunks, Mean, Pick, Tokens
+from effattn.ir.selector import BOUNDARIES, Chunks, Mean, Pick, Tokens, Trained
 from effattn.runtime.select.places import Places
+from effattn.runtime.select.predictor import cuts, most_cuts
 
 FAR = 1.0e38  # beyond every score
 
@@ -26,16 +27,18 @@ class Cut:
         return self.stop - self.start
 
 
-def cut(piece: Chunks | Mean, key: Tensor, loads: dict[str, Tensor]) -> Cut:
-    """The chunks of pooled keys [B, 1, N, D]."""
+def cut(piece: Chunks | Trained | Mean, key: Tensor, pooled: Tensor, loads: dict[str, Tensor]) -> Cut:
+    """The chunks of keys [B, Hkv, N, D], which are [B, 1, N, D] ``pooled``."""
     batch, _, length, _ = key.shape
     if isinstance(piece, Mean):
         start = torch.arange(0, length, piece.size, device=key.device)
         return Cut(start.expand(batch, -1), (start + piece.size).clamp(max=length).expand(batch, -1))
-    if piece.find == "given":
+    if isinstance(piece, Chunks) and piece.find == "given":
         begins, most = loads[BOUNDARIES][:, :length].to(torch.bool), length
+    elif isinstance(piece, Trained):
+        begins, most = cuts(piece, key), min(most_cuts(piece, length) + 1, length)
     else:
-        begins, most = dips(piece, key[:, 0]), length // piece.apart + 2
+        begins, most = dips(piece, pooled[:, 0]), length // piece.apart + 2
     first = torch.arange(length, device=key.device) == 0
     number = (begins | first).cumsum(dim=1) - 1
     start = torch.full((batch, most + 1), length, dtype=torch.int64, device=key.device)
@@ -68,7 +71,7 @@ def dips(piece: Chunks, key: Tensor) -> Tensor:
     return found & ~taken_before
 
 
-def chunk_means(piece: Chunks | Mean, key: Tensor, chunks: Cut) -> Tensor:
+def chunk_means(piece: Chunks | Trained | Mean, key: Tensor, chunks: Cut) -> Tensor:
     """Means of the keys [B, 1, N, D] of each chunk, zero for chunks without keys: float32 [B, 1, C, D]."""
     sizes = chunks.sizes
     sums = torch.stack(

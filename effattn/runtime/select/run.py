@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from effattn.ir.plan import Plan
-from effattn.ir.selector import Chunks, Coverage, Mean
+from effattn.ir.selector import Chunks, Coverage, Mean, Trained
 from effattn.runtime.algebra import bindings
 from effattn.runtime.select import chunks as chunked
 from effattn.runtime.select.block_list import BlockList
@@ -83,10 +83,10 @@ def _tokens(plan: Plan, query: Tensor, key: Tensor, given: tuple, places: Places
     selector = plan.select
     assert selector is not None
     score = selector.score
-    assert isinstance(score.key, (Chunks, Mean))
+    assert isinstance(score.key, (Chunks, Trained, Mean))
     _, tensors = bindings(plan, *given)
     pooled: Any = pool_heads(key, 1)
-    found = chunked.cut(score.key, pooled, tensors)
+    found = chunked.cut(score.key, key, pooled, tensors)
     means = chunked.chunk_means(score.key, pooled, found)
     queries = take(pool_heads(query, 1), score.query).float()
     step = max(PRODUCTS // max(means.shape[2] * query.shape[0], 1), 1)
