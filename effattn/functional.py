@@ -16,6 +16,7 @@ from effattn.ir.selector import BOUNDARIES
 from effattn.lowering.forms import FORMS, Form
 from effattn.lowering.forms.feature_maps import FEATURE_MAPS
 from effattn.lowering.forms.form import CAUSAL
+from effattn.lowering.forms.linear import CAUSAL_WINDOW
 from effattn.policy.fields import params_of
 from effattn.policy.problems import spelled, unknown
 from effattn.runtime import attend as _registers_the_op  # noqa: F401
@@ -48,7 +49,8 @@ def attention(
         form: a name of :func:`forms`.
         causal: row i attends to keys up to i + Nk - Nq: the last row sees all. With Nq > Nk the first rows see none,
             and are zero.
-        scale: factor on q . k; 1 / sqrt(D) if None, 1 for a form without a softmax.
+        scale: factor on q . k; 1 / sqrt(D) if None, 1 for a form without a softmax. Where one is in a window only,
+            feature maps take q as it is.
         boundaries: bool [B, Nk], where chunks of keys begin, for ``form="dhsa", unit=1, chunks="given"``.
         params: parameters of the form, as in a policy (``block=128, window=2048, sinks=128``).
 
@@ -73,19 +75,27 @@ def _without_softmax(
     q: Tensor, k: Tensor, v: Tensor, form: str, causal: bool, scale: float | None, params: dict[str, Any]
 ) -> Tensor:
     """Attention through a feature map that needs no weights; ``scale`` multiplies q before its map."""
-    feature_map, eps = _map_of(form, tuple(params.items()))
+    feature_map, eps, *window = _map_of(form, tuple(params.items()), bool(causal))
+    if window:
+        size, terraced, gamma = window
+        return feature_attention(q, k, v, feature_map, window=size, terraced=terraced, gamma=gamma, scale=scale)
     return feature_attention(q if scale is None else q * scale, k, v, feature_map, causal=bool(causal), eps=eps)
 
 
 @torch.compiler.assume_constant_result
-def _map_of(form: str, params: tuple[tuple[str, Any], ...]) -> tuple[str, float]:
+def _map_of(form: str, params: tuple[tuple[str, Any], ...], causal: bool) -> tuple[Any, ...]:
+    """(feature map, eps), and (window, terraced, gamma) if there is a window."""
     checked = _checked(form, params)
     if FEATURE_MAPS[checked.feature_map].trained:
         raise FormRefused(
             f"attention(form={form!r}): the map {checked.feature_map!r} needs weights; "
             "call effattn.runtime.feature_attention.feature_attention with them, or use a policy"
         )
-    return checked.feature_map, checked.eps
+    if not checked.window:
+        return checked.feature_map, checked.eps
+    if not causal:
+        raise FormRefused(f"attention(form={form!r}, causal=False): {CAUSAL_WINDOW.otherwise}. {CAUSAL_WINDOW.hint}")
+    return checked.feature_map, checked.eps, checked.window, checked.terraced, checked.gamma
 
 
 def _checked(form: str, params: tuple[tuple[str, Any], ...]) -> Any:

@@ -207,7 +207,8 @@ def _linear_site(one: LinearMatch) -> SiteReport:
 def _kernel(choice: Choice) -> str | None:
     """What runs: the author's own call, SDPA, or the op with the file of its generated kernel."""
     if choice.route == "linear":
-        return "effattn::linear, after the feature maps"
+        op = "window_linear" if getattr(choice.params, "window", 0) else "linear"
+        return f"effattn::{op}, after the feature maps"
     if choice.plan is None:
         is_sdpa = choice.route == "sdpa" or choice.match.anchors.is_sdpa
         return "torch.nn.functional.scaled_dot_product_attention" if is_sdpa else None

@@ -128,6 +128,15 @@ class IsPowerOfTwo(BooleanFunction):
         return None
 
 
+def plain_scale(score):
+    """c where the score is c * s with c a constant or a number known at run time; None otherwise."""
+    scale = sympy.expand(score).coeff(s)
+    if sympy.expand(score - scale * s) != 0 or scale.has(*INDICES, s) or loads_of(scale):
+        return None
+    known_at_run_time = scale.is_Symbol and not scale.is_integer
+    return scale if scale.is_number or known_at_run_time else None
+
+
 def conjuncts(predicate) -> tuple:
     """The parts of an And, or the predicate itself; () for true."""
     if predicate == sympy.true:

@@ -188,16 +188,7 @@ def sdpa_takes(site: Site) -> bool:
         site.predicate == sympy.Le(expr.k, expr.q) and sympy.expand(site.layout.q_len - site.layout.k_len) == 0
     )
     widths = site.layout.head_dim == site.layout.value_dim and site.layout.head_dim <= SDPA_MAX_HEAD_DIM
-    return plain and widths and plain_scale(site.score) is not None
-
-
-def plain_scale(score):
-    """c where the score is c * s with c a constant or a number known at run time; None otherwise."""
-    scale = sympy.expand(score).coeff(expr.s)
-    if sympy.expand(score - scale * expr.s) != 0 or scale.has(*expr.INDICES, expr.s) or expr.loads_of(scale):
-        return None
-    known_at_run_time = scale.is_Symbol and not scale.is_integer
-    return scale if scale.is_number or known_at_run_time else None
+    return plain and widths and expr.plain_scale(site.score) is not None
 
 
 def is_opaque(site: Site) -> bool:

@@ -13,9 +13,10 @@ from torch import fx
 
 import effattn.runtime.attend  # noqa: F401  (registers torch.ops.effattn)
 from effattn.errors import RewriteError
+from effattn.ir.expr import plain_scale
 from effattn.lowering.forms.linear import LinearParams
 from effattn.passes.block_mask import erase_empty_brackets, unused_batch_dims
-from effattn.passes.choose import Choice, plain_scale
+from effattn.passes.choose import Choice
 from effattn.passes.draft import Anchors, SizeSource
 from effattn.passes.erase import erase_orphans
 from effattn.passes.graph import GraphView
@@ -82,21 +83,28 @@ def _result(writer: Writer, choice: Choice, saved: SavedLoads) -> fx.Node:
     if choice.route == "linear":
         assert isinstance(choice.params, LinearParams)
         operands = _operands(writer, choice.match.anchors)
-        return features_op(writer, choice.match.site, choice.params, operands, choice.target)
+        scale = _scale(choice) if choice.params.window else None
+        return features_op(writer, choice.match.site, choice.params, operands, scale, choice.target)
     return _op(writer, choice, saved)
 
 
 def _sdpa(writer: Writer, choice: Choice) -> fx.Node:
     site, anchors = choice.match.site, choice.match.anchors
-    scale = plain_scale(site.score)
-    numbers = dict(zip(site.numbers, anchors.numbers, strict=True))
-    kwargs: dict[str, Any] = {
-        "is_causal": site.predicate != sympy.true,
-        "scale": float(scale) if scale.is_number else numbers[scale.name],
-    }
+    kwargs: dict[str, Any] = {"is_causal": site.predicate != sympy.true, "scale": _scale(choice)}
     if site.layout.groups > 1:
         kwargs["enable_gqa"] = True
     return writer.call(F.scaled_dot_product_attention, *_operands(writer, anchors), **kwargs)
+
+
+def _scale(choice: Choice) -> Any:
+    """The factor of a score that is a plain multiple of query . key: a number, or the node that holds it."""
+    site = choice.match.site
+    scale = plain_scale(site.score)
+    return (
+        float(scale)
+        if scale.is_number
+        else dict(zip(site.numbers, choice.match.anchors.numbers, strict=True))[scale.name]
+    )
 
 
 def _op(writer: Writer, choice: Choice, saved: SavedLoads) -> fx.Node:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx
 from torch._dynamo.source import ConstantSource
 
-import effattn.runtime.linear  # noqa: F401  (registers torch.ops.effattn.linear)
+import effattn.runtime.window_hybrid  # noqa: F401  (registers torch.ops.effattn.linear and window_linear)
 from effattn.errors import WeightsError
 from effattn.ir.site import Refusal, Site
 from effattn.lowering.forms.feature_maps import FEATURE_MAPS
@@ -19,17 +19,17 @@ from effattn.lowering.forms.linear import LinearParams
 
 
 def weights_of(site: Site, params: LinearParams) -> LayerWeights:
-    """What the file holds for the layer of a site; nothing for a map without parameters.
+    """What the file holds for the layer of a site; nothing for a map without parameters, or a form without a file.
 
     Raises:
         WeightsError: the file is not what the map needs.
     """
-    if not FEATURE_MAPS[params.feature_map].trained:
+    if not params.weights or not (FEATURE_MAPS[params.feature_map].trained or params.window):
         return LayerWeights({}, {})
     assert site.layer is not None
     layout = site.layout
     sizes = (int(layout.heads), int(layout.kv_heads), int(layout.head_dim))
-    return load_layer(params.weights, params.feature_map, site.layer, *sizes)
+    return load_layer(params.weights, params.feature_map, site.layer, *sizes, window=params.window > 0)
 
 
 def no_weights(site: Site, params: Any, min_length: int) -> tuple[Refusal, ...]:
@@ -53,13 +53,21 @@ def apply_feature_map(x: Tensor, name: str, names: tuple[str, ...], values: tupl
     return FEATURE_MAPS[name](x, dict(zip(names, values, strict=True)))
 
 
-def features_op(writer: Any, site: Site, params: LinearParams, operands: list[fx.Node], target: str | None) -> fx.Node:
-    """The output of the op, [B, H, N, Dv], from query, key and value."""
+def features_op(
+    writer: Any, site: Site, params: LinearParams, operands: list[fx.Node], scale: Any, target: str | None
+) -> fx.Node:
+    """The output of the op, [B, H, N, Dv], from query, key and value; ``scale``: of the softmax in a window, if any."""
     weights = weights_of(site, params)
     mapped = []
     for operand, given in zip(operands[:2], (weights.query, weights.key), strict=True):
         constants = tuple(_constant(writer, value, operand) for value in given.values())
         mapped.append(writer.call(apply_feature_map, operand, params.feature_map, tuple(given), constants))
+    if params.window:
+        gamma = torch.full((int(site.layout.heads),), params.gamma) if weights.gamma is None else weights.gamma
+        shape = (params.window, params.terraced, scale, site.output_layout, target)
+        tensors = (*operands, *mapped, _constant(writer, gamma, operands[0]))
+        both = writer.call(torch.ops.effattn.window_linear.default, *tensors, *shape)
+        return writer.call(operator.getitem, both, 0)
     causal = site.predicate != sympy.true
     meaning = (1.0, causal, True, params.eps, site.output_layout, target)
     both = writer.call(torch.ops.effattn.linear.default, *mapped, operands[2], None, None, *meaning)

@@ -17,6 +17,7 @@ from effattn.ir.site import Layout
 from effattn.lowering.forms import FORMS
 from effattn.lowering.forms.feature_maps import FEATURE_MAPS
 from effattn.runtime.feature_attention import feature_attention
+from effattn.runtime.hybrid_reference import hybrid
 from effattn.runtime.linear_reference import quadratic
 
 B, H, KV, N, D = 2, 4, 2, 40, 16
@@ -67,6 +68,51 @@ def test_a_declared_tolerance_is_enough_for_maps_without_weights(name):
     assert "linear" in report.stanza
 
 
+def as_defined(q, k, v, name="elu_plus_one", gamma=0.1, scale=D**-0.5, **window):
+    phi = FEATURE_MAPS[name]
+    return hybrid(q, k, v, phi(q), phi(k), gamma, scale=scale, **window).float()
+
+
+@pytest.mark.parametrize("lengths", [(), (2,)])
+@pytest.mark.parametrize("terraced", [False, True])
+def test_a_window_with_a_softmax(terraced, lengths):
+    params = {"tolerance": 1.0, "window": 8, "terraced": terraced, "gamma": 0.3}
+
+    def together(x):
+        return causal(*x.split([H, KV, KV], 1))
+
+    report, out = compiled(together, torch.cat(qkv(), 1), policy=policy(**params), lengths=lengths)
+    (site,) = report.sites
+    assert (site.form, site.exact) == ("linear", False)
+    assert site.kernel == "effattn::window_linear, after the feature maps"
+    assert_same(out, as_defined(*qkv(), window=8, terraced=terraced, gamma=0.3), 1e-5)
+
+
+def test_the_scale_of_the_window_is_the_author_s():
+    def scaled(q, k, v):
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True, scale=0.7)
+
+    def divided(q, k, v):
+        scores = q @ k.mT / 3.0 + torch.full((N, N), -torch.inf).triu(1)
+        return scores.softmax(-1) @ v
+
+    for function, scale, heads in ((scaled, 0.7, KV), (divided, 1 / 3, H)):
+        report, out = run(function, *qkv(heads), tolerance=1.0, window=8)
+        assert report.sites[0].form == "linear"
+        assert_same(out, as_defined(*qkv(heads), window=8, scale=scale), 1e-5)
+
+
+def test_gradients_through_a_window():
+    given = [tensor.requires_grad_() for tensor in qkv()]
+    _, out = run(causal, *given, tolerance=1.0, window=8)
+    wanted = as_defined(*given, window=8)
+    assert_same(out, wanted, 1e-5)
+    grad = torch.randn_like(out)
+    found = [torch.autograd.grad(one, given, grad) for one in (out, wanted)]
+    for got, want in zip(*found, strict=True):
+        assert_same(got, want, 1e-4)
+
+
 def test_both_directions():
     report, out = run(lambda q, k, v: F.scaled_dot_product_attention(q, k, v), *qkv(H), tolerance=1.0)
     assert report.sites[0].form == "linear"
@@ -84,6 +130,15 @@ def padded(q, k, v):
     return F.scaled_dot_product_attention(q, k, v, attn_mask=keep, enable_gqa=True)
 
 
+def both_directions(q, k, v):
+    return F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+
+
+def capped(q, k, v):
+    scores = (q @ k.repeat_interleave(H // KV, 1).mT / 20.0).tanh() * 20.0 + torch.full((N, N), -torch.inf).triu(1)
+    return scores.softmax(-1) @ v.repeat_interleave(H // KV, 1)
+
+
 def one_row(q, k, v):
     return F.scaled_dot_product_attention(q[:, :, :1], k, v, enable_gqa=True)
 
@@ -94,6 +149,9 @@ def one_row(q, k, v):
         (window, {"tolerance": 1.0}, "neither empty nor plainly causal"),
         (padded, {"tolerance": 1.0}, "depends on data"),
         (one_row, {"tolerance": 1.0}, "prefill"),
+        (one_row, {"tolerance": 1.0, "window": 8}, "prefill"),
+        (both_directions, {"tolerance": 1.0, "window": 8}, "no causal mask"),
+        (capped, {"tolerance": 1.0, "window": 8}, "a soft cap"),
         (causal, {"tolerance": 1.0, "feature_map": "hedgehog"}, "nothing without trained weights"),
         (causal, {"weights": "absent.safetensors", "feature_map": "hedgehog"}, "layer is not known"),
     ],
@@ -165,6 +223,54 @@ def test_weights_by_layer(tmp_path, rest):
     assert f"{path}: not a safetensors file" in heard.graphs[0].sites[0].reason
 
 
+@pytest.mark.parametrize("name", ["hedgehog", "elu_plus_one"])
+def test_factors_of_the_window_by_layer(tmp_path, name):
+    safetensors = pytest.importorskip("safetensors.torch")
+    torch.manual_seed(1)
+    weights = {f"layers.{layer}.window.factor": torch.randn(H) for layer in range(2)}
+    for layer in range(2) if name == "hedgehog" else ():
+        for side, heads in (("query", H), ("key", KV)):
+            shape = FEATURE_MAPS[name].shapes(heads, D)["weight"]
+            weights[f"layers.{layer}.{side}.weight"] = torch.randn(shape) / 4
+    path = tmp_path / "maps.safetensors"
+    safetensors.save_file(weights, path)
+    model, x = Model(), torch.randn(B, N, H * D)
+
+    def compiled_model(strict):
+        given = {"policy": policy(feature_map=name, weights=str(path), window=8), "strict": strict, "rest": "eager"}
+        torch._dynamo.reset()
+        with collect.listening() as heard, torch.no_grad():
+            out = torch.compile(model, backend=lambda gm, args: effattn(gm, args, options=given))(x)
+        return heard.report(Options.read(given)), out
+
+    report, out = compiled_model(True)
+    assert [site.form for site in report.sites] == ["linear", "linear"]
+    expected = x
+    with torch.no_grad():
+        for number, layer in enumerate(model.layers):
+            parts = layer.project(expected).view(B, -1, H + 2 * KV, D).transpose(1, 2).split([H, KV, KV], 1)
+            maps = [{"weight": weights[f"layers.{number}.{side}.weight"]} if name == "hedgehog" else {}
+                    for side in ("query", "key")]  # fmt: skip
+            gamma = torch.sigmoid(weights[f"layers.{number}.window.factor"])
+            here = feature_attention(*parts, name, *maps, window=8, gamma=gamma)
+            expected = expected + here.transpose(1, 2).flatten(2)
+    assert_same(out, expected, 1e-5)
+
+    weights["layers.1.window.factor"] = torch.zeros(H + 1)
+    safetensors.save_file(weights, path)
+    report, _ = compiled_model(False)
+    assert [site.form for site in report.sites] == ["linear", "exact"]
+    assert "'layers.1.window.factor' has shape [5], the window needs [4]" in report.sites[1].reason
+
+
+@pytest.mark.parametrize(("q_len", "k_len"), [(40, 40), (7, 40), (40, 7), (1, 40)])
+def test_as_a_function_with_a_window(q_len, k_len):
+    q, k, v = torch.randn(B, H, q_len, D), torch.randn(B, KV, k_len, D), torch.randn(B, KV, k_len, 8)
+    for scale in (None, 0.5):
+        out = attention(q, k, v, form="linear", scale=scale, window=8, gamma=0.2)
+        assert_same(out, as_defined(q, k, v, window=8, gamma=0.2, scale=scale or D**-0.5), 1e-5)
+
+
 @pytest.mark.parametrize(("q_len", "k_len"), [(40, 40), (7, 40), (40, 7), (1, 40)])
 def test_as_a_function(q_len, k_len):
     q, k, v = torch.randn(B, H, q_len, D), torch.randn(B, KV, k_len, D), torch.randn(B, KV, k_len, 8)
@@ -184,6 +290,11 @@ def test_what_a_wrong_call_gets():
         attention(*qkv(), form="linear", feature_map="elu")
     with pytest.raises(FormRefused, match="'t2r' needs weights"):
         attention(*qkv(), form="linear", feature_map="t2r")
+    with pytest.raises(FormRefused, match="no causal mask"):
+        attention(*qkv(), form="linear", window=8, causal=False)
+    for wrong in ({"window": -1}, {"window": 5000}, {"gamma": 0.0}):
+        with pytest.raises(OptionError, match=next(iter(wrong))):
+            attention(*qkv(), form="linear", **wrong)
 
 
 def test_it_costs_less_than_exact_from_a_few_hundred_tokens_on():

@@ -1,4 +1,5 @@
-"""Linear: no softmax at all. phi(q) . phi(k) stands for exp(q . k), so that a state of fixed size holds the past.
+"""Linear: phi(q) . phi(k) stands for exp(q . k), so that a state of fixed size holds the past. No softmax at all, or
+one in a window of the last keys alone (LoLCATs, arXiv 2410.10254).
 
 It is never equal to softmax, whatever its parameters: another function than the model was trained with. So a site is
 only given to it with trained weights, or where the policy says what error it accepts.
@@ -17,6 +18,7 @@ from effattn.lowering.cost import Cost, Work
 from effattn.lowering.forms.feature_maps import FEATURE_MAPS
 from effattn.lowering.forms.form import FROM_THE_START, PLAIN_SCORE, PREFILL, Form, Params, Rule
 
+SCORE_BYTES = 24  # moved for a score in a window: float32, written and read by product, mask, exponent and product
 CHUNK = 64  # tokens whose pairs are computed one by one, in costs
 
 
@@ -31,7 +33,15 @@ class LinearParams(Params):
         description="without weights: the relative error of the output that you accept. It is a declaration and is not "
         "checked when compiling; expect about 1",
     )
-    eps: float = Field(default=1e-6, ge=0, description="added to the sum of a row's weights")
+    eps: float = Field(default=1e-6, ge=0, description="added to the sum of a row's weights, without a window")
+    window: int = Field(default=0, ge=0, le=1024, description="last keys of each row that a softmax weighs; 0: none")
+    terraced: bool = Field(
+        default=False,
+        description="the window begins with the block of ``window`` keys before the row's own (LoLCATs' fast path)",
+    )
+    gamma: float = Field(
+        default=0.1, gt=0, lt=1, description="without weights: what the greatest score in the window weighs"
+    )
 
     @field_validator("feature_map")
     @classmethod
@@ -54,7 +64,12 @@ class LinearForm(Form):
         element = 4 if site.dtype == "float32" else 2
         kv = sizes.batch * sizes.kv_heads * (features + sizes.value_dim) * Nk
         moved = element * (heads * (features + sizes.value_dim) * Nq + 2 * kv)
-        return Cost(Work(flops, moved, 3))
+        launches = 3
+        if params.window:
+            flops += heads * Nq * 4 * params.window * (sizes.head_dim + sizes.value_dim)
+            moved += heads * Nq * SCORE_BYTES * 2 * params.window
+            launches += 20
+        return Cost(Work(flops, moved, launches))
 
 
 def reference(_params, q_index, k_index):
@@ -72,6 +87,14 @@ def _has_weights(_site: Site, params: LinearParams) -> bool:
 
 def _known_layer(site: Site, params: LinearParams) -> bool:
     return site.layer is not None or not params.weights
+
+
+def _causal_window(site: Site, params: LinearParams) -> bool:
+    return params.window == 0 or site.predicate != sympy.true
+
+
+def _plain_window(site: Site, params: LinearParams) -> bool:
+    return params.window == 0 or expr.plain_scale(site.score) is not None
 
 
 def _from_the_first_key(site: Site, _params: LinearParams) -> bool:
@@ -99,6 +122,18 @@ LAYER = Rule(
     "the number of the layer is not known, so that its weights cannot be found in the file",
     "keep this site exact",
 )
+CAUSAL_WINDOW = Rule(
+    "causal window",
+    _causal_window,
+    "there is no causal mask, so no keys are the last ones before a query",
+    "set params.linear.window to 0",
+)
+PLAIN_WINDOW = Rule(
+    "plain score in the window",
+    _plain_window,
+    "the softmax in the window is of a multiple of query . key, and this score is more than that (a soft cap)",
+    "keep this site exact, or set params.linear.window to 0",
+)
 WHOLE = Rule(
     "every key up to the query",
     _from_the_first_key,
@@ -109,10 +144,10 @@ WHOLE = Rule(
 LINEAR = LinearForm(
     name="linear",
     kind="trained",
-    summary="no softmax: feature maps of query and key, a state of fixed size: O(N)",
+    summary="feature maps of query and key instead of a softmax, or but for a window: a state of fixed size, O(N)",
     source="Katharopoulos et al., Transformers are RNNs, arXiv 2006.16236",
     params=LinearParams,
-    rules=(ACCEPTED, TRAINED, PREFILL, WHOLE, FROM_THE_START, PLAIN_SCORE, LAYER),
+    rules=(ACCEPTED, TRAINED, PREFILL, WHOLE, FROM_THE_START, PLAIN_SCORE, CAUSAL_WINDOW, PLAIN_WINDOW, LAYER),
     kept_keys=lambda params: Nk,
     reference=reference,
     softmax=False,
