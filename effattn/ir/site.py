@@ -40,6 +40,12 @@ class Layout:
         """Query heads that share one key/value head."""
         return int(self.heads) // int(self.kv_heads)
 
+    @property
+    def fixed_keys(self) -> int | None:
+        """The number of keys, if the graph serves no other; None: it is only known when the graph runs."""
+        known = getattr(self.k_len, "is_Integer", isinstance(self.k_len, int))
+        return int(self.k_len) if known else None
+
     def __str__(self) -> str:
         return (
             f"B {self.batch}, heads {self.heads}/{self.kv_heads}, N {self.q_len} x {self.k_len}, "

@@ -29,12 +29,15 @@ class Cheapest:
     def device(self) -> str:
         return f"{self.rates.name}, {self.rates.source} figures"
 
+    def at(self, length: int) -> str:
+        """The cheapest form for this many keys."""
+        return [name for first, name in self.steps if first <= length][-1]
+
     def steps_from(self, length: int) -> Steps:
         """The steps with everything exact below ``length``."""
         if length <= 1:
             return self.steps
-        at = [name for first, name in self.steps if first <= length][-1]
-        found = [(1, "exact"), (length, at), *(step for step in self.steps if step[0] > length)]
+        found = [(1, "exact"), (length, self.at(length)), *(step for step in self.steps if step[0] > length)]
         return tuple(step for i, step in enumerate(found) if i == 0 or step[1] != found[i - 1][1])
 
     def milliseconds(self, form: str) -> float:

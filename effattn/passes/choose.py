@@ -114,6 +114,9 @@ def _considered(site: Site, name: str, params: Params, strict: bool, min_length:
     Raises:
         FormRefused: it does not, and with ``strict`` that is an error.
     """
+    keys = site.layout.fixed_keys
+    if not FORMS[name].softmax and keys is not None and keys < min_length:  # its op cannot look at lengths
+        return Candidate(name, False, (f"this graph is of {keys:,} keys, and min_length is {min_length:,}",))
     refusals = FORMS[name].refusals(site, params) + (() if name == "exact" else _cannot_lower(site, name))
     if not FORMS[name].softmax and not refusals:
         refusals = no_weights(site, params, min_length)
@@ -133,13 +136,20 @@ def _cheapest(match: Match, policy: Policy, rule: PolicyRule, strict: bool, targ
     length = max(rule.min_length, 1)  # which form it is, is decided when the op runs
     candidates = [_considered(site, name, rule.params_of(name), strict, length) for name in rule.preference]
     accepted = [candidate.form for candidate in candidates if candidate.accepted]
-    found = cheapest(
-        site, {name: rule.params_of(name) for name in accepted}, exact_route(site, match.anchors)[0] != "op"
-    )
+    dense = exact_route(site, match.anchors)[0] != "op"
+    also: list[str] = []  # why no form with an op of its own was chosen
+    if not all(FORMS[name].softmax for name in accepted):
+        choice = _own_op(match, policy, rule, accepted, dense, candidates, target)
+        if isinstance(choice, Choice):
+            return choice
+        also.append(choice)
+        accepted = [name for name in accepted if FORMS[name].softmax]
+    found = cheapest(site, {name: rule.params_of(name) for name in accepted}, dense)
     steps = found.steps_from(rule.min_length)
     if all(name == "exact" for _, name in steps):
         why = [
             f"of {', '.join(accepted)} exact is the cheapest at every length ({found.device})",
+            *also,
             *_refused(candidates),
         ]
         return _exact(match, tuple(candidates), "; ".join(why), target)
@@ -148,8 +158,33 @@ def _cheapest(match: Match, policy: Policy, rule: PolicyRule, strict: bool, targ
         params = rule.params_of(name)
         plan = replace(plan_of(site, name, params, first if plan is not None else 0, target), below=plan)
     form = steps[-1][1]
-    reason = "; ".join([f"policy {policy.name!r} asks for the cheapest: {found.text(steps)}", *_refused(candidates)])
+    reason = f"policy {policy.name!r} asks for the cheapest: {found.text(steps)}"
+    reason = "; ".join([reason, *also, *_refused(candidates)])
     return Choice(match, form, rule.params_of(form), "op", reason, plan, tuple(candidates))
+
+
+def _own_op(
+    match: Match,
+    policy: Policy,
+    rule: PolicyRule,
+    accepted: list[str],
+    dense: bool,
+    candidates: list[Candidate],
+    target: str | None,
+) -> Choice | str:
+    """The choice of a form with an op of its own, where it is the cheapest at this graph's one length; or why not."""
+    site, keys = match.site, match.site.layout.fixed_keys
+    assert keys is not None
+    found = cheapest(site, {name: rule.params_of(name) for name in accepted}, dense)
+    costs = ", ".join(f"{name} {found.milliseconds(name):.3g} ms" for name in found.costs)
+    predicted = f"at the {keys:,} keys of this graph (predicted: {costs}; {found.device})"
+    best = found.at(keys)
+    if FORMS[best].softmax:
+        return f"{', '.join(name for name in accepted if not FORMS[name].softmax)} is not the cheapest {predicted}"
+    params = rule.params_of(best)
+    reason = f"policy {policy.name!r} asks for the cheapest: {best} {predicted}, {_accepted_by(params)}"
+    reason = "; ".join([reason, *_refused(candidates)])
+    return Choice(match, best, params, "linear", reason, None, tuple(candidates), target)
 
 
 def _accepted_by(params: Any) -> str:

@@ -33,12 +33,14 @@ def weights_of(site: Site, params: LinearParams) -> LayerWeights:
 
 
 def no_weights(site: Site, params: Any, min_length: int) -> tuple[Refusal, ...]:
-    """Why a site cannot be given to the form although its rules hold."""
-    if min_length:
+    """Why a site cannot be given to the form although its rules hold; with ``min_length`` its length must be known."""
+    if min_length and site.layout.fixed_keys is None:
         return (
             Refusal(
                 "min_length",
-                "which form it is at which length (min_length, auto) is decided in one op, and this form is another op",
+                "which form it is at which length (min_length, auto) is decided in one op when a graph serves several "
+                "lengths, and this form is another op",
+                "compile a graph for each length, with torch.compile(..., dynamic=False)",
             ),
         )
     try:

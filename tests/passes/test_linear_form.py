@@ -77,10 +77,6 @@ def as_defined(q, k, v, name="elu_plus_one", gamma=0.1, scale=D**-0.5, **window)
 @pytest.mark.parametrize("terraced", [False, True])
 def test_a_window_with_a_softmax(terraced, lengths):
     params = {"tolerance": 1.0, "window": 8, "terraced": terraced, "gamma": 0.3}
-
-    def together(x):
-        return causal(*x.split([H, KV, KV], 1))
-
     report, out = compiled(together, torch.cat(qkv(), 1), policy=policy(**params), lengths=lengths)
     (site,) = report.sites
     assert (site.form, site.exact) == ("linear", False)
@@ -161,10 +157,71 @@ def test_refusals(function, params, reason):
     assert reason in refused(report)
 
 
-def test_a_least_length_cannot_be_decided_later():
-    rule = {"forms": ["linear"], "min_length": 8, "params": {"linear": {"tolerance": 1.0}}}
-    report, _ = compiled(causal, *qkv(), policy={"rule": [rule]}, strict=False)
-    assert "min_length" in refused(report)
+def together(x):
+    return causal(*x.split([H, KV, KV], 1))
+
+
+def least(length, **rule):
+    return {"rule": [{"forms": ["linear"], "min_length": length, "params": {"linear": {"tolerance": 1.0}}, **rule}]}
+
+
+def test_a_least_length_is_decided_when_a_graph_has_one_length():
+    x = torch.cat(qkv(), 1)
+    for length, form in ((8, "linear"), (N, "linear"), (N + 1, "exact")):
+        report, out = compiled(together, x, policy=least(length))
+        assert report.sites[0].form == form
+        assert_same(out, feature_attention(*qkv(), "elu_plus_one") if form == "linear" else together(x), 1e-5)
+    assert "this graph is of 40 keys, and min_length is 41" in refused(report)
+
+
+def test_a_least_length_is_refused_where_a_graph_has_several():
+    report, _ = compiled(together, torch.cat(qkv(), 1), policy=least(8), lengths=(2,), strict=False)
+    assert "decided in one op when a graph serves several lengths" in refused(report)
+
+
+class TestTheCheapest:
+    """``auto`` weighs linear where the length is known."""
+
+    @pytest.fixture(autouse=True)
+    def _an_h100(self, monkeypatch):
+        from effattn.lowering.device import device_named
+        from effattn.passes import cheapest
+
+        monkeypatch.setattr(cheapest, "device_named", lambda name: device_named("NVIDIA H100 80GB HBM3"))
+
+    def run(self, length, lengths=(), strict=True, heads=32, **rule):
+        params = {"linear": {"tolerance": 1.0}, "window": {"window": 1024}}
+        asked = {"rule": [{"forms": ["auto", "linear", "window"], "params": params, **rule}]}
+
+        def function(x):
+            return F.scaled_dot_product_attention(x, x, x, is_causal=True)
+
+        x = torch.randn(1, heads, length, D, generator=torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            report, out = compiled(function, x, policy=asked, lengths=lengths, strict=strict)
+        return x, report.sites[0], out
+
+    def test_it_is_taken_where_it_is(self):
+        x, site, out = self.run(2048)
+        assert site.form == "linear"
+        assert "asks for the cheapest: linear at the 2,048 keys of this graph" in site.reason
+        assert "accepting an error of 1" in site.reason
+        assert_same(out, feature_attention(x, x, x, "elu_plus_one"), 1e-5)
+
+    def test_it_is_not_where_it_is_not(self):
+        x, site, out = self.run(48)
+        assert site.form != "linear"
+        assert "linear is not the cheapest at the 48 keys of this graph (predicted: " in site.reason
+        assert_same(out, F.scaled_dot_product_attention(x, x, x, is_causal=True), 1e-5)
+
+    def test_it_is_refused_where_lengths_vary_and_below_min_length(self):
+        _, site, _ = self.run(2048, lengths=(2,), strict=False)
+        assert site.form != "linear"
+        assert "linear refused: " in site.reason
+        assert "decided in one op when a graph serves several lengths" in site.reason
+        _, site, _ = self.run(2048, min_length=4096)
+        assert site.form != "linear"
+        assert "this graph is of 2,048 keys, and min_length is 4,096" in site.reason
 
 
 class Layer(nn.Module):
