@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from effattn.lowering.forms.feature_maps import FEATURE_MAPS
+from effattn.runtime import window_blocks
 from effattn.runtime.feature_attention import feature_attention
 from effattn.runtime.hybrid_reference import hybrid, masks
 from effattn.runtime.window_hybrid import window_hybrid
@@ -174,3 +175,27 @@ def test_one_graph_for_all_lengths(backend):
             torch._dynamo.mark_dynamic(tensor, 2)
         torch.testing.assert_close(fast(*given, 8, True), window_hybrid(*given, 8, True), atol=1e-5, rtol=1e-5)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs + 1
+
+
+@pytest.mark.parametrize("terraced", [False, True])
+def test_with_the_kernels_of_linear_attention(terraced):
+    """On a CPU by Triton's interpreter."""
+    given = [tensor.requires_grad_() for tensor in made(50, heads=2, kv_heads=1, batch=1)]
+    grad = torch.randn(1, 2, 50, 8, generator=torch.Generator().manual_seed(5))
+    portable, kernels = (window_hybrid(*given, 8, terraced, 0.4, "bhnd", target) for target in ("portable", "triton"))
+    torch.testing.assert_close(kernels, portable, atol=1e-5, rtol=1e-5)
+    found = [torch.autograd.grad(out, given, grad) for out in (kernels, portable)]
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
+
+
+def test_pieces_are_the_whole(monkeypatch):
+    given = [tensor.double().requires_grad_() for tensor in made(100)]
+    grad = torch.randn(2, 4, 100, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+    found = []
+    for elements in (2**26, 1):
+        monkeypatch.setattr(window_blocks, "ELEMENTS", elements)
+        out = window_hybrid(*given, 16)
+        found.append((out, *torch.autograd.grad(out, given, grad)))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)
