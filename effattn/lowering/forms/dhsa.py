@@ -21,7 +21,7 @@ from pydantic import Field, model_validator
 from effattn.ir.expr import Nk, Nq
 from effattn.ir.selector import Chunks, Expand, Mean, Pick, Reduce, Score, Selector, Share, Tokens
 from effattn.ir.site import Layout
-from effattn.lowering.cost import Work
+from effattn.lowering.cost import CHOICE, Work
 from effattn.lowering.forms.form import (
     CAUSAL,
     FROM_THE_START,
@@ -136,12 +136,12 @@ def kept_keys(params: DhsaParams):
 
 
 def selector_work(params: DhsaParams, sizes: Layout, element: int) -> Work:
-    """Means of blocks, one product of them, a sort of each row."""
+    """Means of blocks, one product of them, a choice in each row."""
     heads, kv_heads = sizes.batch * sizes.heads, sizes.batch * sizes.kv_heads
     lists = heads if params.unit > 1 else sizes.batch
     cells = lists * (Nq / params.block) * (Nk / (params.unit if params.unit > 1 else params.chunk))
     vectors = heads * Nq + kv_heads * Nk
-    return Work(2 * sizes.head_dim * cells, element * sizes.head_dim * vectors + 12 * cells, launches=24)
+    return Work(2 * sizes.head_dim * cells, element * sizes.head_dim * vectors + (12 + CHOICE) * cells, launches=24)
 
 
 BOUNDARIES = Rule(
