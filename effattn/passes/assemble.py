@@ -66,6 +66,8 @@ def assemble(view: GraphView, draft: Draft, order: int) -> Match:
     except masks.Unclear as unclear:
         raise Refused("rows without keys", str(unclear), "use a boolean mask with SDPA") from unclear
 
+    if draft.sink is not None:
+        empty = "zero"  # the sink takes all of the weight
     _check_gradients(view, draft)
     names = _load_names(score, predicate, draft.reader.loads)
     numbers = _number_names(score, predicate)
@@ -116,6 +118,7 @@ def assemble(view: GraphView, draft: Draft, order: int) -> Match:
         module=path,
         module_classes=classes,
         location=location(draft.anchor),
+        sink=draft.sink is not None,
         notes=tuple(draft.notes),
     )
     anchors = Anchors(
@@ -134,6 +137,7 @@ def assemble(view: GraphView, draft: Draft, order: int) -> Match:
         is_sdpa=draft.is_sdpa,
         before=draft.before,
         lse=draft.lse,
+        sink=draft.sink,
     )
     return Match(site, anchors)
 
