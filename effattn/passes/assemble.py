@@ -66,6 +66,11 @@ def assemble(view: GraphView, draft: Draft, order: int) -> Match:
     except masks.Unclear as unclear:
         raise Refused("rows without keys", str(unclear), "use a boolean mask with SDPA") from unclear
 
+    for where in draft.zeroed:
+        where = masks.simplify(_with_lengths(where, layout))
+        if masks.simplify(sympy.Not(where)) != predicate:
+            raise Refused("weights", "weights are set to zero by another mask than that of the scores")
+        empty = "zero"
     if draft.sink is not None:
         empty = "zero"  # the sink takes all of the weight
     _check_gradients(view, draft)

@@ -114,4 +114,5 @@ class Draft:
     before: fx.Node | None = None
     lse: fx.Node | None = None
     sink: LoadSource | None = None
+    zeroed: tuple[Any, ...] = ()  # where weights are set to zero after softmax: booleans in b, h, q, k
     notes: list[str] = field(default_factory=list)

@@ -142,8 +142,6 @@ def _from_sdpa(view: GraphView, call: Call, readers: dict[tuple, Reader]) -> Dra
     elif call.get("is_causal", False) is not False:
         raise Refused("arguments", "is_causal is not a constant")
     note_folding(operands, notes)
-    if operands[2].factor != 1:
-        raise Refused("value", "value is scaled by a constant on the way to attention")
     return Draft(
         anchor=call.node,
         replaced=call.node,
@@ -195,7 +193,8 @@ def _from_softmax(view: GraphView, call: Call, readers: dict[tuple, Reader]) -> 
         raise Refused("product", "query and key cannot be told apart in the product before softmax")
     if found.sink is not None:
         require_plain(tuple(index), (b, h, q, k))
-    replaced, value_product, placed = _follow_weights(view, call.node, tuple(index), reader, found.sink is not None)
+    weights = _follow_weights(view, call.node, tuple(index), reader, found.sink is not None)
+    replaced, value_product, placed, zeroed = weights
     head_dim, dtype = view.shape(product.left)[product.left_labels.index(product.summed)], view.held(replaced).dtype
     operands = []
     for name, side, length, free in (("query", roles[0], q_len, q), ("key", roles[1], k_len, k)):
@@ -207,8 +206,6 @@ def _from_softmax(view: GraphView, call: Call, readers: dict[tuple, Reader]) -> 
     term = term.subs(s, operands[0].factor * operands[1].factor * s)
 
     value, out_index, value_dim = value_of(view, value_product, placed, (batch, heads, k_len))
-    if value.factor != 1:
-        raise Refused("value", "value is scaled by a constant on the way to attention")
     notes: list[str] = []
     note_folding([*operands, value], notes)
     if view.held(product.node).dtype == view.held(replaced).dtype != view.held(product.left).dtype:
@@ -234,16 +231,18 @@ def _from_softmax(view: GraphView, call: Call, readers: dict[tuple, Reader]) -> 
         reader=reader,
         zero_when_empty=False,
         sink=found.sink,
+        zeroed=zeroed,
         notes=notes,
     )
 
 
 def _follow_weights(view: GraphView, softmax: fx.Node, index: tuple, reader: Reader, sink: bool):
-    """From the softmax through casts and views to the product with value: (its node, the product, weights' index).
+    """From the softmax through casts and views to the product with value.
 
+    Returns (its node, the product, the weights and their index, where they were set to zero on the way).
     ``sink``: the weights have a last column that has to be dropped on the way.
     """
-    node = softmax
+    node, zeroed = softmax, []
     while True:
         users = list(node.users)
         if len(users) != 1:
@@ -262,7 +261,7 @@ def _follow_weights(view: GraphView, softmax: fx.Node, index: tuple, reader: Rea
                 raise Refused("output", f"{spelled(user)} writes its result into another tensor (out=)")
             if (call := view.call(user)) is not None and call.name == "baddbmm" and not adds_nothing(call):
                 raise Refused("output", "baddbmm adds a tensor to the product of weights and value")
-            return user, product, (node, index)
+            return user, product, (node, index), tuple(zeroed)
         call = view.call(user)
         if call is None or view.writes(user):
             raise Refused("weights", f"{spelled(user)} stands between softmax and value")
@@ -285,6 +284,9 @@ def _follow_weights(view: GraphView, softmax: fx.Node, index: tuple, reader: Rea
             index = moved
         elif (order := permutation(call, len(index))) is not None:
             index = tuple(index[old] for old in order)
+        elif call.name == "masked_fill" and sympy.sympify(reader.argument(call, "value").at(())).is_zero:
+            mask = reader.argument(call, "mask")
+            zeroed.append(mask.bool_at(aligned(mask, index, view.shape(node))))
         elif call.name not in ("identity", "dropout", "to", "type_as") and not call.name.startswith("cast_"):
             raise Refused("weights", f"{spelled(user)} stands between softmax and value")
         elif not view.held(user).dtype.is_floating_point or view.held(user).dtype.itemsize < 2:

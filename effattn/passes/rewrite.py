@@ -77,6 +77,11 @@ def _operands(writer: Writer, anchors: Anchors) -> list[fx.Node]:
 
 
 def _result(writer: Writer, choice: Choice, saved: SavedLoads) -> fx.Node:
+    found, factor = _attention(writer, choice, saved), choice.match.anchors.value.factor
+    return found if factor == 1 else writer.call(operator.mul, found, float(factor))
+
+
+def _attention(writer: Writer, choice: Choice, saved: SavedLoads) -> fx.Node:
     if choice.route == "sdpa":
         return _sdpa(writer, choice)
     if choice.route == "linear":

@@ -86,6 +86,8 @@ ROWS: tuple[tuple[str, tuple[Spelling, ...]], ...] = (
     _row("abs", "input", (operator.abs, torch.abs), "abs __abs__"),
     _row("tanh", "input", (torch.tanh, F.tanh), "tanh tanh_"),
     _row("exp", "input", (torch.exp,), "exp"),
+    _row("sqrt", "input", (torch.sqrt,), "sqrt"),
+    _row("rsqrt", "input", (torch.rsqrt,), "rsqrt"),
     _row("minimum", "input other", (torch.minimum,), "minimum"),
     _row("maximum", "input other", (torch.maximum,), "maximum"),
     _row("max", "input other keepdim", (torch.max,), "max"),
