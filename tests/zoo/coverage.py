@@ -19,9 +19,9 @@ and for which arguments are found, with random weights: a forward without a cach
 "eager"; with tokens, also with padding on the left and on the right.
 
 *Sites* are the attentions that an eager run was seen to execute (SDPA calls, and softmaxes whose result is multiplied
-with another tensor), counted without the backend. *Found* are those that the backend read and rewrote, or left to SDPA's
-own kernels because they have no mask; *refused* those that it left alone, with the reason below. *Difference* is the
-largest one of all outputs to the uncompiled model, over the largest value, in float32.
+with another tensor), counted without the backend. *Found* are those that the backend read and rewrote, or left to
+SDPA's own kernels because they have no mask; *refused* those that it left alone, with the reason below. *Difference* is
+the largest one of all outputs to the uncompiled model, over the largest value, in float32.
 
 """
 

@@ -24,7 +24,8 @@ _ROWS: tuple[tuple[str, Any], ...] = (
         WIDTH,
     ),
     (
-        "intermediate_size ffn_dim encoder_ffn_dim decoder_ffn_dim d_ff n_inner d_inner dim_feedforward ffn_hidden_size "
+        "intermediate_size ffn_dim encoder_ffn_dim decoder_ffn_dim d_ff n_inner d_inner dim_feedforward "
+        "ffn_hidden_size "
         "moe_intermediate_size shared_expert_intermediate_size expert_ffn_hidden_size mlp_dim intermediate_dim "
         "encoder_intermediate_size decoder_intermediate_size feedforward_size moe_shared_expert_intermediate_size "
         "mlp_hidden_size dense_intermediate_size shared_intermediate_size intermediate_size_mlp",

@@ -19,7 +19,8 @@ _PRODUCT = {
 # what may be done to weights on their way to the product with value
 _PASSED = {
     F.dropout, torch.dropout, Tensor.to, Tensor.type_as, Tensor.float, Tensor.half, Tensor.view, Tensor.reshape,
-    torch.reshape, Tensor.transpose, torch.transpose, Tensor.permute, torch.permute, Tensor.contiguous, Tensor.masked_fill,
+    torch.reshape, Tensor.transpose, torch.transpose, Tensor.permute, torch.permute, Tensor.contiguous,
+    Tensor.masked_fill,
     Tensor.mul, torch.mul, Tensor.__mul__, Tensor.unsqueeze, Tensor.squeeze, Tensor.expand, Tensor.__getitem__,
     Tensor.nan_to_num, torch.nan_to_num, Tensor.flatten, Tensor.unflatten, torch.where, Tensor.type, Tensor.clone,
     Tensor.masked_fill_, torch.masked_fill, Tensor.__rmul__, torch.Tensor.narrow, torch.narrow,
