@@ -71,9 +71,7 @@ def run_passes(gm: fx.GraphModule, options: Options, inputs: Sequence[Any] = ())
                 loops, left_loops, seen = find_blocks(view)
                 linear, missed = find_linear(view, seen)
             with clock("rewrite"):
-                outcome.linear, left, erased = rewrite_linear(
-                    view, loops + linear, options.target, Known(view, inputs)
-                )
+                outcome.linear, left, erased = rewrite_linear(view, loops + linear, options.target, Known(view, inputs))
             outcome.missed += left_loops + missed + left
             outcome.erased += erased
         with clock("check"):

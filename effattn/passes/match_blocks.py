@@ -21,7 +21,7 @@ from effattn.ir.expr import Where, b, h, k, q, s
 from effattn.passes.assemble import assemble, location, module_path
 from effattn.passes.blocks import Block, NoLoop, find_loops, linked
 from effattn.passes.draft import Draft, Missed, Refused
-from effattn.passes.graph import GraphView, as_sympy
+from effattn.passes.graph import GraphView, as_sympy, hint
 from effattn.passes.match_linear import LinearMatch, Loop, finished
 from effattn.passes.operands import Operand, depth
 from effattn.passes.reading.decay import DecayReader
@@ -119,7 +119,7 @@ def _operand(node: fx.Node, time: int) -> Operand:
 def _note(view: GraphView, turns: list[Block]) -> str:
     if turns[0].rising is None:
         return "a loop over tokens, written out" if len(turns) > 1 else "a step after a state"
-    size = view.shape(turns[0].query)[2]
+    size = hint(view.held(turns[0].query).shape[2])
     count = f"{len(turns)} blocks of {size} tokens" if len(turns) > 1 else "one block"
     return f"a loop over {count}; its decay tables are held against the rate in every call"
 
@@ -177,7 +177,9 @@ def _is_size(value: Any) -> bool:
 def _one_rate(view: GraphView, turns: list[Block]) -> _Rate:
     rates = [_rate(view, turn) for turn in turns if turn.update is not None]
     if not rates:
-        raise Refused("decay", "one block alone, without a state after it: its decay is data, of which no rate is known")
+        raise Refused(
+            "decay", "one block alone, without a state after it: its decay is data, of which no rate is known"
+        )
     if any((rate.slopes, rate.factor) != (rates[0].slopes, rates[0].factor) for rate in rates):
         raise Refused("decay", "the state decays at another rate after one block than after another")
     return replace(rates[0], time=min(rate.time for rate in rates))
@@ -232,7 +234,9 @@ def _check_tables(view: GraphView, turns: list[Block]) -> None:
             if shape[-3:] != (heads, length, last) or any(size != 1 for size in shape[:-3]):
                 raise Refused("decay", f"a table of decay {list(shape)} for {heads} heads and {length} tokens")
             if view.held(node).requires_grad:
-                raise Refused("gradient of decay", "decay is learned: it needs a gradient, which the op does not compute")
+                raise Refused(
+                    "gradient of decay", "decay is learned: it needs a gradient, which the op does not compute"
+                )
 
 
 def _tables(view: GraphView, turns: list[Block]) -> tuple[tuple[fx.Node, ...], ...]:
@@ -262,9 +266,7 @@ def _initial(view: GraphView, state: fx.Node, joined: fx.Node) -> fx.Node | None
     return state
 
 
-def _check_memory(
-    view: GraphView, turns: list[Block], made: frozenset[fx.Node], rate: _Rate, joined: fx.Node
-) -> None:
+def _check_memory(view: GraphView, turns: list[Block], made: frozenset[fx.Node], rate: _Rate, joined: fx.Node) -> None:
     """Nothing that the loop reads or makes is written before its outputs are joined."""
     end = view.time[joined]
     if any(view.writes(node) for node in made):
@@ -278,9 +280,7 @@ def _check_memory(
         raise Refused("memory", "the rate of decay is written while the loop runs")
 
 
-def _check_used_nowhere_else(
-    view: GraphView, made: frozenset[fx.Node], joined: fx.Node, final: fx.Node | None
-) -> None:
+def _check_used_nowhere_else(view: GraphView, made: frozenset[fx.Node], joined: fx.Node, final: fx.Node | None) -> None:
     for node in made:
         for user in node.users:
             if user in made or user is joined:

@@ -11,6 +11,7 @@ import effattn.runtime.decay_tables  # noqa: F401  (registers torch.ops.effattn.
 import effattn.runtime.linear  # noqa: F401  (registers torch.ops.effattn.linear)
 from effattn.passes.draft import Refused
 from effattn.passes.known import Known, Unknown
+from effattn.passes.match_blocks import same_size
 from effattn.passes.match_linear import LinearMatch, Loop
 from effattn.passes.rewrite import Writer
 from effattn.runtime.decay_tables import follow
@@ -54,6 +55,14 @@ def loop_ops(
         final = writer.call(operator.getitem, both, 1)
         pairs.append((loop.final, _cast(writer, final, loop.final.meta["example_value"].dtype)))
     return pairs
+
+
+def same_shape(before: torch.Tensor, after: torch.Tensor) -> bool:
+    """Whether one may take the place of the other, as far as the guards tell that Dynamo made."""
+    if before.dim() != after.dim():
+        return False
+    same = all(same_size(one, other) for one, other in zip(before.shape, after.shape, strict=True))
+    return same and before.dtype == after.dtype and before.device == after.device
 
 
 def _cast(writer: Writer, node: fx.Node, dtype: torch.dtype) -> fx.Node:

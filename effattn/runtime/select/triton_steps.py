@@ -116,9 +116,7 @@ def choose_into(
     sizes = (lists, counted, places.blocks, rows.start, blocks, units, order.shape[3], *pick.forced_units(unit))
     sharing = 1 << (counted // lists - 1).bit_length()
     grid = (batch * counted * blocks,)
-    module.choose[grid](
-        scores.contiguous(), count, order, firsts, lasts, *sizes, width, sharing, **module.OPTIONS
-    )
+    module.choose[grid](scores.contiguous(), count, order, firsts, lasts, *sizes, width, sharing, **module.OPTIONS)
 
 
 def covering_counts(coverage: Coverage, mass: Tensor, pick: Pick, unit: int, places: Places) -> Tensor:
