@@ -118,7 +118,7 @@ def _turn(view: GraphView, part: fx.Node) -> Block | None:
 
 
 def _update(view: GraphView, state: fx.Node, turn: Block | None) -> Update | None:
-    """How ``state`` is made of the one before ``turn`` and of the turn's own keys; ``turn`` None: of any single token."""
+    """How ``state`` is made of the one before ``turn`` and of its own keys; ``turn`` None: of any single token."""
     for kept, added in _both_orders(view, state, "add"):
         product = _spells(view, added, _TO_STATE)
         if product is None:

@@ -10,6 +10,7 @@ from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor
 
 from effattn.passes.graph import GraphView, hint
+from effattn.passes.vocabulary import canonical
 
 
 class Unknown(Exception):
@@ -20,6 +21,7 @@ class Known:
     """Reads values through views and arithmetic down to buffers. They may be others when the graph runs."""
 
     def __init__(self, view: GraphView, inputs: Sequence[Any]):
+        self.view = view
         placeholders = [node for node in view.graph.nodes if node.op == "placeholder"]
         self.inputs = dict(zip(placeholders, inputs, strict=False))
 
@@ -40,7 +42,7 @@ class Known:
             return hint(held)
         if node.op == "placeholder":
             return self._input(node)
-        if node.op not in ("call_function", "call_method"):
+        if canonical(node) is None or self.view.writes(node):
             raise Unknown(f"{node.name} has no value yet")
         args = [self.value(arg) for arg in node.args]
         kwargs = {name: self.value(arg) for name, arg in node.kwargs.items()}
@@ -53,4 +55,6 @@ class Known:
         value = self.inputs.get(node)
         if not isinstance(value, torch.Tensor) or isinstance(value, FakeTensor) or value.device.type == "meta":
             raise Unknown(f"{node.name} has no value yet")
+        if self.view.writes_between(node, -1, len(self.view.time)):
+            raise Unknown(f"{node.name} is written in the graph")
         return value

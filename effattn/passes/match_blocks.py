@@ -1,8 +1,8 @@
 """Lightning attention written as a loop over blocks (MiniMax in transformers), as one site.
 
 :mod:`effattn.passes.blocks` says who is multiplied with whom. Here blocks must be all tokens in their order, and the
-state must decay by ``exp(rate * tokens)`` from block to block: that gives the rate. The other factors are tables; whether
-they hold the powers of that rate is not in the graph, so it is looked at when rewriting and in every call
+state must decay by ``exp(rate * tokens)`` from block to block: that gives the rate. The other factors are tables.
+Whether they hold the powers of that rate is not in the graph: it is looked at when rewriting and in every call
 (:mod:`effattn.runtime.decay_tables`).
 """
 
@@ -16,8 +16,8 @@ import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import guard_or_false
 
-from effattn.ir import expr
 from effattn.ir.expr import Where, b, h, k, q, s
+from effattn.ir.site import Stage
 from effattn.passes.assemble import assemble, location, module_path
 from effattn.passes.blocks import Block, NoLoop, find_loops, linked
 from effattn.passes.draft import Draft, Missed, Refused
@@ -70,16 +70,16 @@ def _match(view: GraphView, joined: fx.Node, turns: list[Block], order: int) -> 
     final = None if last is None else last.after
     _check_memory(view, turns, made, rate, joined)
     _check_used_nowhere_else(view, made, joined, final)
-    initial = _initial(view, turns[0].before, joined)
     batch, heads, length, head_dim = view.shape(query)
     if view.shape(key) != view.shape(query) or view.shape(value)[:3] != (batch, heads, length):
         raise Refused("shapes", f"query {view.shape(query)}, key {view.shape(key)}, value {view.shape(value)}")
+    initial = _initial(view, turns[0].before, joined, (batch, heads, head_dim, view.shape(value)[3]))
     reader = DecayReader(view, {b: batch, h: heads, q: length, k: length})
     slopes = reader.as_data(rate.slopes, rate.time).at(_per_head(view, rate.slopes, heads))
     weights = Where(k <= q, s * sympy.exp(rate.factor * slopes * (q - k)), 0)
     start = min(view.time[node] for node in made)
     draft = Draft(
-        anchor=next(node for node in sorted(turns[0].made, key=view.time.__getitem__) if view.time[node] >= start),
+        anchor=joined,
         replaced=joined,
         found_as="linear",
         query=_operand(query, start),
@@ -99,13 +99,11 @@ def _match(view: GraphView, joined: fx.Node, turns: list[Block], order: int) -> 
         notes=[_note(view, turns)],
     )
     one = finished(view, assemble(view, draft, order), None)
-    site = one.match.site
-    _check_gradients(view, turns, made, joined, site.needs_grad)
-    step = turns[0].rising is None and initial is not None and not site.needs_grad
-    tables = _tables(view, turns)
-    loop = Loop(initial, final, step, made, *tables)
-    if step:
-        site = replace(site, stage="decode")
+    needs_grad = _needs_grad(view, one.match.site.needs_grad, initial, made, joined)
+    step = turns[0].rising is None and initial is not None and not needs_grad
+    stage: Stage = "train" if needs_grad else "decode" if step else "prefill"
+    site = replace(one.match.site, needs_grad=needs_grad, stage=stage)
+    loop = Loop(initial, final, step, made, *_tables(view, turns))
     return replace(one, match=replace(one.match, site=site), loop=loop)
 
 
@@ -194,7 +192,8 @@ def _rate(view: GraphView, turn: Block) -> _Rate:
     node, factor, time = call.get("input"), sympy.Integer(1), view.time[call.node]
     while (step := view.call(node)) is not None and step.name in ("neg", "mul"):
         tensors = [x for x in (step.get("input"), step.get("other")) if view.tensor(x) is not None]
-        if len(tensors) != 1 or step.get("out") is not None:
+        written = view.writes(step.node) or view.writes_between(node, view.time[node], time)
+        if len(tensors) != 1 or written:
             break
         if step.name == "mul":
             (number,) = (x for x in (step.get("input"), step.get("other")) if x is not tensors[0])
@@ -226,6 +225,8 @@ def _per_head(view: GraphView, slopes: fx.Node, heads: Any) -> tuple[Any, ...]:
 def _check_tables(view: GraphView, turns: list[Block]) -> None:
     for turn in turns:
         heads, length = view.shape(turn.query)[1:3]
+        if any(view.shape(node)[2] != length for node in (turn.key, turn.value)):
+            raise Refused("blocks", "a block of queries meets keys or values of another length")
         falling = None if turn.update is None else turn.update.falling
         for node, last in ((turn.rising, 1), (falling, 1), (turn.triangle, length)):
             if node is None:
@@ -255,7 +256,7 @@ def _tables(view: GraphView, turns: list[Block]) -> tuple[tuple[fx.Node, ...], .
 # -- what must not happen in between ----------------------------------------------------------------------------------
 
 
-def _initial(view: GraphView, state: fx.Node, joined: fx.Node) -> fx.Node | None:
+def _initial(view: GraphView, state: fx.Node, joined: fx.Node, shape: tuple) -> fx.Node | None:
     """The state before the first token; None if it is zero."""
     call = view.call(state)
     written = view.writes_between(state, view.time[state], view.time[joined])
@@ -263,13 +264,15 @@ def _initial(view: GraphView, state: fx.Node, joined: fx.Node) -> fx.Node | None
         return None
     if view.held(state).dtype != view.held(joined).dtype:
         raise Refused("dtype", f"the state is {view.held(state).dtype}, the output {view.held(joined).dtype}")
+    if view.shape(state) != shape:
+        raise Refused("shapes", f"the first state is {list(view.shape(state))}, expected {list(shape)}")
     return state
 
 
 def _check_memory(view: GraphView, turns: list[Block], made: frozenset[fx.Node], rate: _Rate, joined: fx.Node) -> None:
     """Nothing that the loop reads or makes is written before its outputs are joined."""
     end = view.time[joined]
-    if any(view.writes(node) for node in made):
+    if any(view.writes(node) for node in (*made, joined)):
         raise Refused("memory", "the loop writes in place")
     start = min(view.time[node] for node in made)
     read = {source for node in made for source in node.all_input_nodes if source not in made}
@@ -291,15 +294,14 @@ def _check_used_nowhere_else(view: GraphView, made: frozenset[fx.Node], joined: 
                 raise Refused("loop over blocks", "the last state is used before all outputs are there")
 
 
-def _check_gradients(
-    view: GraphView, turns: list[Block], made: frozenset[fx.Node], joined: fx.Node, needs_grad: bool
-) -> None:
-    """The op's gradient reaches everything from every output: so must the author's."""
-    times = [view.time[node] for node in (*made, joined)]
-    if len({view.gradient_flows(time) for time in times}) > 1:
+def _needs_grad(
+    view: GraphView, operands_do: bool, initial: fx.Node | None, made: frozenset[fx.Node], joined: fx.Node
+) -> bool:
+    """Whether the output needs a gradient. The op's reaches everything from every output: so must the author's."""
+    modes = {view.gradient_flows(view.time[node]) for node in (*made, joined)}
+    if len(modes) > 1:
         raise Refused("gradient", "the gradient is stopped inside the loop")
-    if needs_grad and not view.held(joined).requires_grad:
+    needs_grad = operands_do or (initial is not None and view.held(initial).requires_grad and modes == {True})
+    if needs_grad != view.held(joined).requires_grad:
         raise Refused("gradient", "the gradient is stopped between query, key and value and the output")
-
-
-__all__ = ["expr", "find_blocks", "same_size"]
+    return needs_grad

@@ -7,14 +7,13 @@ import operator
 import torch
 from torch import fx
 
-import effattn.runtime.decay_tables  # noqa: F401  (registers torch.ops.effattn.checked_decay)
 import effattn.runtime.linear  # noqa: F401  (registers torch.ops.effattn.linear)
 from effattn.passes.draft import Refused
 from effattn.passes.known import Known, Unknown
 from effattn.passes.match_blocks import same_size
 from effattn.passes.match_linear import LinearMatch, Loop
 from effattn.passes.rewrite import Writer
-from effattn.runtime.decay_tables import follow
+from effattn.runtime.decay_tables import follow  # importing it registers torch.ops.effattn.checked_decay
 
 
 def checked_rate(writer: Writer, loop: Loop, rate: fx.Node | None, known: Known) -> fx.Node | None:

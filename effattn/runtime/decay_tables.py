@@ -74,7 +74,7 @@ def follow(
 
 
 def _near(table: Tensor, exponent: Tensor) -> Tensor:
-    """Where the table is ``exp(exponent)`` but for rounding: of the rate, of its product with distance, of the power."""
+    """Where the table is ``exp(exponent)`` but for rounding: of rate times distance, and of the power itself."""
     expected, kind = torch.exp(exponent), torch.finfo(table.dtype)
     return (table - expected).abs() <= kind.eps * (1 - exponent) * expected + kind.tiny
 
