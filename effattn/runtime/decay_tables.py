@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from effattn.errors import DecayChanged
@@ -25,6 +26,7 @@ _CHANGED = (
     "the decay tables of a linear attention are no longer powers of one rate per head, as they were when it was "
     "compiled: call torch._dynamo.reset(), and the model runs as its author wrote it"
 )
+_OF_EXP = 2 * torch.finfo(torch.float32).eps  # what a device's exp() may be off by
 
 
 def checked_decay(
@@ -57,26 +59,30 @@ def follow(
     log_decay: Tensor, rising: Sequence[Tensor], falling: Sequence[Tensor], triangles: Sequence[Tensor]
 ) -> Tensor:
     """Whether all tables follow ``log_decay``, up to rounding in their own type; a 0-d boolean."""
-    heads, rates = log_decay.shape[0], log_decay.double()
+    heads, rates = log_decay.shape[0], log_decay.double()[:, None]
     fits = (log_decay <= 0).all()
     for up, tables in ((True, rising), (False, falling)):
         for table in tables:
             place = torch.arange(table.numel() // heads, device=table.device)
-            exponent = rates[:, None] * (place + 1 if up else place.flip(0))
-            fits = fits & _near(table.reshape(heads, -1), exponent).all()
+            low, high = _bounds(rates * (place + 1 if up else place.flip(0)), table.dtype)
+            table = table.reshape(heads, -1)
+            fits = fits & ((low <= table) & (table <= high)).all()
     for table in triangles:
-        table = table.reshape(heads, *table.shape[-2:])
-        place = torch.arange(table.shape[1], device=table.device)
-        distance = place[:, None] - place
-        near = _near(table, rates[:, None, None] * distance.clamp(min=0))
-        fits = fits & torch.where(distance >= 0, near, table == 0).all()
+        size = table.shape[-1]
+        table = table.reshape(heads, size, size).flip(1)  # last row first: the bounds of each start one further
+        place = torch.arange(size - 1, -1, -1, device=table.device)
+        beyond = (0, size - 1)  # later keys have no weight, not even a small one
+        low, high = (F.pad(one, beyond).unfold(1, size, 1) for one in _bounds(rates * place, table.dtype))
+        fits = fits & ((low <= table) & (table <= high)).all()
     return fits
 
 
-def _near(table: Tensor, exponent: Tensor) -> Tensor:
-    """Where the table is ``exp(exponent)`` but for rounding: of rate times distance, and of the power itself."""
-    expected, kind = torch.exp(exponent), torch.finfo(table.dtype)
-    return (table - expected).abs() <= kind.eps * (1 - exponent) * expected + kind.tiny
+def _bounds(exponent: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """What ``exp(exponent)`` may be in ``dtype``: rate times distance may have been rounded, and the power itself."""
+    expected, kind = torch.exp(exponent), torch.finfo(dtype)
+    slack = (kind.eps * (1 - exponent) + _OF_EXP) * expected + kind.tiny
+    wide = torch.promote_types(dtype, torch.float32)
+    return (expected - slack).to(wide), (expected + slack).to(wide)
 
 
 def _setup_context(ctx, inputs, output) -> None:
