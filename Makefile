@@ -16,13 +16,14 @@ ifeq ($(shell nvidia-smi -L 2>/dev/null | grep -c GPU),0)
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 endif
 
-.PHONY: help demo test test-gpu lint bench report clean
+.PHONY: help demo test test-gpu lint zoo bench report clean
 
 help:
 	@echo "make demo       the main job on a real model, with a report"
 	@echo "make test       the tests; they need no GPU"
 	@echo "make test-gpu   the same checks on an NVIDIA GPU"
 	@echo "make lint       ruff and mypy"
+	@echo "make zoo        every architecture of transformers, into docs/coverage.md (hours)"
 	@echo "make bench      every benchmark into benchmarks/results (without a GPU: tiny sizes, elsewhere)"
 	@echo "make report     docs/performance.md and README.md's table from benchmarks/results"
 	@echo "make clean      removes .venv and everything that was built"
@@ -43,6 +44,10 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+zoo: $(VENV)/.dev
+	$(BIN)/python -m tests.zoo --out build/zoo.jsonl $(ZOO) || true
+	$(BIN)/python -m tests.zoo.coverage build/zoo.jsonl
 
 bench: $(VENV)/.models
 	$(BIN)/python -m benchmarks.gpu_all $(BENCH)

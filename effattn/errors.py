@@ -37,3 +37,7 @@ class RewriteError(EffattnError):
 
 class WeightsError(EffattnError):
     """A file of weights lacks a tensor, or holds one of another shape, dtype or with values that are not finite."""
+
+
+class DecayChanged(EffattnError):
+    """Tables of decay in a model's buffers are no powers of one rate any more, on which a compiled graph relies."""

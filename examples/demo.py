@@ -159,9 +159,9 @@ def run(options: argparse.Namespace, screen: Screen) -> int:
     found, softmaxes = len(report.sites), len(report.sites) + len(report.missed)
 
     screen.section('3. fast = torch.compile(model, backend="effattn")')
-    fast = torch.compile(model, backend="effattn", dynamic=True, options={"rest": rest})  # one graph, every length
+    fast = torch.compile(model, backend="effattn", options={"rest": rest})
     with screen.step(f"compile, and run {short.shape[1]} tokens"), torch.no_grad():
-        ours = fast(input_ids=short, use_cache=False).logits
+        ours = fast(input_ids=of_any_length(short), use_cache=False).logits
     with screen.step("run the uncompiled model on the same"), torch.no_grad():
         theirs = model(input_ids=short, use_cache=False).logits
     difference = (ours - theirs).abs().max().item()
@@ -215,6 +215,19 @@ def quiet() -> None:
     logging.getLogger("torch._inductor").setLevel(logging.ERROR)
 
 
+def of_any_length(ids: Any) -> Any:
+    """``ids``, marked so that what is compiled for them serves every length.
+
+    ``dynamic=True`` instead compiles three times. It makes the floats of the modules symbolic too, on which Inductor
+    gives up half-way to begin again. And where ``ids`` are a slice it guards the sizes of the whole tensor, so that ids
+    that are no slice need a graph of their own; ``contiguous`` copies no slice of a batch of one.
+    """
+    import torch
+
+    torch._dynamo.mark_dynamic(ids, 1)
+    return ids
+
+
 def generate(fast: Any, tokenizer: Any, device: str, most: int) -> tuple[str, float]:
     """The most likely answer to QUESTION, and seconds a token: the whole text goes through the graph every time."""
     import torch
@@ -247,9 +260,10 @@ def policies(model: Any, text: Any, rest: str, screen: Screen) -> Iterator[Row]:
     yield Row("uncompiled", dense.value.value, 1.0, dense.value.seconds, 0.0)
     # on a CPU every compilation takes long, and section 3 has shown what exact does
     for name in ("exact", "window", "power") if text.is_cuda else ("window", "power"):
-        body = torch.compile(model.base_model, backend="effattn", dynamic=True, options={"policy": name, "rest": rest})
+        body = torch.compile(model.base_model, backend="effattn", options={"policy": name, "rest": rest})
+        few = of_any_length(text[:, :64])
         with screen.step(f"policy {name}: compile"), torch.no_grad():
-            compiled = timed(lambda body=body: body(text[:, :64], use_cache=False), 0)
+            compiled = timed(lambda body=body, few=few: body(few, use_cache=False), 0)
         with screen.step(f"policy {name}: {length:,} tokens"):
             measured = timed(lambda body=body: perplexity(model, text, body), again)
         kept = 1.0

@@ -32,7 +32,7 @@ def effattn(
     settings = Options.read(options, mode)
     start = time.perf_counter()
     try:
-        outcome = run_passes(gm, settings)
+        outcome = run_passes(gm, settings, example_inputs)
         failure = None
     except Exception as error:
         if settings.strict:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import fx
 
@@ -13,7 +15,9 @@ from effattn.passes.check import check
 from effattn.passes.choose import Choice, choose
 from effattn.passes.draft import Match, Missed
 from effattn.passes.graph import GraphView
+from effattn.passes.known import Known
 from effattn.passes.match import find, mentions_attention
+from effattn.passes.match_blocks import find_blocks
 from effattn.passes.match_linear import LinearMatch, find_linear, may_hold_linear
 from effattn.passes.normalize import normalize
 from effattn.passes.rewrite import rewrite
@@ -38,8 +42,11 @@ class Outcome:
         return bool(self.linear) or any(choice.route != "keep" for choice in self.choices)
 
 
-def run_passes(gm: fx.GraphModule, options: Options) -> Outcome:
-    """Find attention in ``gm`` and rewrite it in place. On an exception the graph is as it was before."""
+def run_passes(gm: fx.GraphModule, options: Options, inputs: Sequence[Any] = ()) -> Outcome:
+    """Find attention in ``gm`` and rewrite it in place. On an exception the graph is as it was before.
+
+    ``inputs`` are the tensors that the graph is compiled for; tables of decay are looked at.
+    """
     outcome = Outcome()
     clock = _Clock(outcome.seconds)
     if not mentions_attention(gm.graph) and not may_hold_linear(gm.graph):
@@ -61,10 +68,11 @@ def run_passes(gm: fx.GraphModule, options: Options) -> Outcome:
         if may_hold_linear(gm.graph):
             view = GraphView(gm.graph)
             with clock("match linear"):
-                linear, missed = find_linear(view)
+                loops, left_loops, seen = find_blocks(view)
+                linear, missed = find_linear(view, seen)
             with clock("rewrite"):
-                outcome.linear, left, erased = rewrite_linear(view, linear, options.target)
-            outcome.missed += missed + left
+                outcome.linear, left, erased = rewrite_linear(view, loops + linear, options.target, Known(view, inputs))
+            outcome.missed += left_loops + missed + left
             outcome.erased += erased
         with clock("check"):
             check(gm.graph, original)

@@ -89,6 +89,8 @@ class _Checker(fx.Interpreter):
         query, key = args[0], args[1] if len(args) > 1 else None
         if node.target is torch.ops.higher_order.flex_attention:
             query = _flex_scores(*args)
+        if match.anchors.sink is not None:
+            query = query[..., :-1]
         allowed = _allowed_by_author(match, query, key, args, kwargs)
         if allowed is None:
             return

@@ -78,4 +78,5 @@ class Site:
     module: str = ""  # path of the innermost module
     module_classes: tuple[str, ...] = ()  # class names, outermost first
     location: str = ""  # file:line in the user's code
+    sink: bool = False  # one more column takes part in the softmax, with a score and without a value
     notes: tuple[str, ...] = field(default=())  # things worth telling: grouped heads folded back, opaque mask, ...

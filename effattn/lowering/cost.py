@@ -13,6 +13,7 @@ from effattn.ir.expr import Nk, Nq
 from effattn.lowering.device import Device
 
 LONGEST = 1 << 24  # keys up to which lengths are looked at
+CHOICE = 48  # to choose units takes as long as to read so many bytes for each of them (2.0 ms for 134 million, H100)
 
 
 @dataclass(frozen=True)

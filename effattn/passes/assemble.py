@@ -66,6 +66,13 @@ def assemble(view: GraphView, draft: Draft, order: int) -> Match:
     except masks.Unclear as unclear:
         raise Refused("rows without keys", str(unclear), "use a boolean mask with SDPA") from unclear
 
+    for where in draft.zeroed:
+        where = masks.simplify(_with_lengths(where, layout))
+        if masks.simplify(sympy.Not(where)) != predicate:
+            raise Refused("weights", "weights are set to zero by another mask than that of the scores")
+        empty = "zero"
+    if draft.sink is not None:
+        empty = "zero"  # the sink takes all of the weight
     _check_gradients(view, draft)
     names = _load_names(score, predicate, draft.reader.loads)
     numbers = _number_names(score, predicate)
@@ -116,6 +123,7 @@ def assemble(view: GraphView, draft: Draft, order: int) -> Match:
         module=path,
         module_classes=classes,
         location=location(draft.anchor),
+        sink=draft.sink is not None,
         notes=tuple(draft.notes),
     )
     anchors = Anchors(
@@ -134,6 +142,7 @@ def assemble(view: GraphView, draft: Draft, order: int) -> Match:
         is_sdpa=draft.is_sdpa,
         before=draft.before,
         lse=draft.lse,
+        sink=draft.sink,
     )
     return Match(site, anchors)
 

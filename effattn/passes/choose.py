@@ -203,7 +203,7 @@ def exact_route(site: Site, anchors: Anchors) -> tuple[Route, str]:
     """How exact attention is computed at a site, and why."""
     if anchors.is_plain_sdpa and not anchors.key.folded:
         return "keep", "already an SDPA call without a mask: its own fast kernels run"
-    if anchors.lse is None and sdpa_takes(site):
+    if anchors.lse is None and not site.sink and sdpa_takes(site):
         causal = "the mask is causal" if site.predicate != sympy.true else "there is no mask"
         return "sdpa", f"{causal}: SDPA's own fast kernels, no mask tensor" + _grouped(site)
     if (refusals := _cannot_lower(site, "exact")) != ():

@@ -16,7 +16,7 @@ import torch
 from torch import fx
 
 from effattn.ir import expr
-from effattn.ir.expr import Where, h, k, q, s
+from effattn.ir.expr import Where, b, h, k, q, s
 from effattn.passes.assemble import assemble, location, module_path
 from effattn.passes.contraction import contraction
 from effattn.passes.draft import FOUND_AS, Draft, Match, Missed, Refused, require_fixed
@@ -40,6 +40,7 @@ from effattn.passes.reading import Reader
 from effattn.passes.reading.elementwise import aligned, is_dead_dropout
 from effattn.passes.reading.reader import Unreadable
 from effattn.passes.reading.views import permutation, reinterprets, reshape_index
+from effattn.passes.sink_column import drops_the_sink, require_plain, scores_of
 from effattn.passes.vocabulary import Call
 
 
@@ -141,8 +142,6 @@ def _from_sdpa(view: GraphView, call: Call, readers: dict[tuple, Reader]) -> Dra
     elif call.get("is_causal", False) is not False:
         raise Refused("arguments", "is_causal is not a constant")
     note_folding(operands, notes)
-    if operands[2].factor != 1:
-        raise Refused("value", "value is scaled by a constant on the way to attention")
     return Draft(
         anchor=call.node,
         replaced=call.node,
@@ -176,6 +175,8 @@ def _from_softmax(view: GraphView, call: Call, readers: dict[tuple, Reader]) -> 
         raise Refused("arguments", "softmax without a constant dim over a tensor")
     shape, time = view.shape(scores), view.time[call.node]
     dim = call.get("dim") % len(shape)
+    found = scores_of(view, call, dim)
+    scores, shape, time = found.node, view.shape(found.node), found.time
     product, q_dim = query_key_product(view, readers, scores, shape, dim, time)
     rest = [n for n in range(len(shape)) if n not in (dim, q_dim)]
     leading, batch, heads = batch_index(tuple(shape[n] for n in rest))
@@ -190,7 +191,10 @@ def _from_softmax(view: GraphView, call: Call, readers: dict[tuple, Reader]) -> 
     roles = sides(product, inside)
     if roles is None:
         raise Refused("product", "query and key cannot be told apart in the product before softmax")
-    replaced, value_product, placed = _follow_weights(view, call.node, tuple(index), reader)
+    if found.sink is not None:
+        require_plain(tuple(index), (b, h, q, k))
+    weights = _follow_weights(view, call.node, tuple(index), reader, found.sink is not None)
+    replaced, value_product, placed, zeroed = weights
     head_dim, dtype = view.shape(product.left)[product.left_labels.index(product.summed)], view.held(replaced).dtype
     operands = []
     for name, side, length, free in (("query", roles[0], q_len, q), ("key", roles[1], k_len, k)):
@@ -202,12 +206,12 @@ def _from_softmax(view: GraphView, call: Call, readers: dict[tuple, Reader]) -> 
     term = term.subs(s, operands[0].factor * operands[1].factor * s)
 
     value, out_index, value_dim = value_of(view, value_product, placed, (batch, heads, k_len))
-    if value.factor != 1:
-        raise Refused("value", "value is scaled by a constant on the way to attention")
     notes: list[str] = []
     note_folding([*operands, value], notes)
     if view.held(product.node).dtype == view.held(replaced).dtype != view.held(product.left).dtype:
         notes.append("autocast")
+    if found.sink is not None:
+        notes.append("a sink takes part in the softmax: the result is multiplied by sigmoid(lse - sink)")
     return Draft(
         anchor=call.node,
         replaced=replaced,
@@ -226,13 +230,20 @@ def _from_softmax(view: GraphView, call: Call, readers: dict[tuple, Reader]) -> 
         out_index=out_index,
         reader=reader,
         zero_when_empty=False,
+        sink=found.sink,
+        zeroed=zeroed,
         notes=notes,
     )
 
 
-def _follow_weights(view: GraphView, softmax: fx.Node, index: tuple, reader: Reader):
-    """From the softmax through casts and views to the product with value: (its node, the product, weights' index)."""
+def _follow_weights(view: GraphView, softmax: fx.Node, index: tuple, reader: Reader, sink: bool):
+    """From the softmax through casts and views to the product with value.
+
+    Returns (its node, the product, the weights and their index, where they were set to zero on the way).
+    ``sink``: the weights have a last column that has to be dropped on the way.
+    """
     node = softmax
+    zeroed: list[Any] = []
     while True:
         users = list(node.users)
         if len(users) != 1:
@@ -243,18 +254,23 @@ def _follow_weights(view: GraphView, softmax: fx.Node, index: tuple, reader: Rea
         user = users[0]
         product = contraction(view, user)
         if product is not None:
+            if sink:
+                raise Refused("sink", "the weights of the sink column are not dropped before the product with value")
             if (product.left is node) == (product.right is node):
                 raise Refused("weights", "the weights are multiplied with themselves")
             if view.writes(user):
                 raise Refused("output", f"{spelled(user)} writes its result into another tensor (out=)")
             if (call := view.call(user)) is not None and call.name == "baddbmm" and not adds_nothing(call):
                 raise Refused("output", "baddbmm adds a tensor to the product of weights and value")
-            return user, product, (node, index)
+            return user, product, (node, index), tuple(zeroed)
         call = view.call(user)
         if call is None or view.writes(user):
             raise Refused("weights", f"{spelled(user)} stands between softmax and value")
         if view.cuts_gradient(user, view.time[user] + 1):
             raise Refused("gradient", f"{spelled(user)} stops the gradient between softmax and value")
+        if sink and drops_the_sink(call, index.index(k) if k in index else -1, len(index)):
+            node, sink = user, False
+            continue
         if call.name == "dropout" and not is_dead_dropout(call):
             raise Refused(
                 "dropout", f"attention dropout p={call.get('p')} is live", "call model.eval(), or set it to 0"
@@ -269,6 +285,9 @@ def _follow_weights(view: GraphView, softmax: fx.Node, index: tuple, reader: Rea
             index = moved
         elif (order := permutation(call, len(index))) is not None:
             index = tuple(index[old] for old in order)
+        elif call.name == "masked_fill" and sympy.sympify(reader.argument(call, "value").at(())).is_zero:
+            mask = reader.argument(call, "mask")
+            zeroed.append(mask.bool_at(aligned(mask, index, view.shape(node))))
         elif call.name not in ("identity", "dropout", "to", "type_as") and not call.name.startswith("cast_"):
             raise Refused("weights", f"{spelled(user)} stands between softmax and value")
         elif not view.held(user).dtype.is_floating_point or view.held(user).dtype.itemsize < 2:

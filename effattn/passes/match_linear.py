@@ -6,7 +6,7 @@ term in the indices, as scores are. Whatever made query and key (SiLU, a feature
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -46,6 +46,19 @@ _FURTHEST = 12  # operations between the two
 
 
 @dataclass(frozen=True)
+class Loop:
+    """What an attention written as a loop over blocks has beside query, key, value and rate."""
+
+    initial: fx.Node | None  # the state before the first token, None if it is zero
+    final: fx.Node | None  # the node of the state after the last
+    step: bool  # token by token after a state, without a gradient
+    made: frozenset[fx.Node]  # everything between the operands and the output
+    rising: tuple[fx.Node, ...] = ()  # tables of decay, as in effattn::checked_decay
+    falling: tuple[fx.Node, ...] = ()
+    triangles: tuple[fx.Node, ...] = ()
+
+
+@dataclass(frozen=True)
 class LinearMatch:
     """An attention without a softmax that can be replaced by the op."""
 
@@ -53,14 +66,20 @@ class LinearMatch:
     term: LinearTerm  # in the names of ``match.site``
     normalised: bool
     eps: float
+    loop: Loop | None = None
 
 
-def find_linear(view: GraphView) -> tuple[list[LinearMatch], list[Missed]]:
-    """Every linear attention of the graph, and what looks like one but is left alone, with the reason."""
+def find_linear(view: GraphView, skip: Container[fx.Node] = ()) -> tuple[list[LinearMatch], list[Missed]]:
+    """Every linear attention of the graph, and what looks like one but is left alone, with the reason.
+
+    ``skip`` holds products of which is already known what they are.
+    """
     readers: dict[tuple, Reader] = {}
     found: list[LinearMatch] = []
     missed: list[Missed] = []
     for product, side in _candidates(view):
+        if product.node in skip:
+            continue
         try:
             found.append(_match(view, product, side, readers, len(found)))
         except (NotLinear, TypeError, ValueError, ArithmeticError):
@@ -171,10 +190,10 @@ def _match(view: GraphView, product: Contraction, side: str, readers: dict, orde
         zero_when_empty=True,
         notes=notes,
     )
-    return _finished(view, assemble(view, draft, order), eps)
+    return finished(view, assemble(view, draft, order), eps)
 
 
-def _finished(view: GraphView, match: Match, eps: float | None) -> LinearMatch:
+def finished(view: GraphView, match: Match, eps: float | None) -> LinearMatch:
     """The match with the meaning of its weights, in the names that ``assemble`` gave to loads."""
     site = match.site
     term = interpret(site.score)

@@ -77,7 +77,7 @@ def _step(view: GraphView, reader: Reader, call: Call, index: Index, dtype: torc
     """One operation towards the inputs: (node, index there, factor, what was folded)."""
     source = call.get("input")
     if call.name in ("mul", "div"):
-        return _scaled(view, call, index)
+        return _scaled(view, reader, call, index)
     if not isinstance(source, fx.Node) or view.tensor(source) is None:
         return None
     shape = view.shape(source)
@@ -111,9 +111,10 @@ def _step(view: GraphView, reader: Reader, call: Call, index: Index, dtype: torc
     return None
 
 
-def _scaled(view: GraphView, call: Call, index: Index):
+def _scaled(view: GraphView, reader: Reader, call: Call, index: Index):
     left, right = call.get("input"), call.get("other")
-    for tensor, scale in ((left, right), (right, left)):
+    for tensor, factor in ((left, right), (right, left)):
+        scale = _number(view, reader, factor, view.time[call.node])
         if isinstance(tensor, fx.Node) and isinstance(scale, (int, float)) and not isinstance(scale, bool):
             if call.name == "div" and (tensor is right or scale == 0 or call.get("rounding_mode") is not None):
                 return None
@@ -124,6 +125,17 @@ def _scaled(view: GraphView, call: Call, index: Index):
             number = sympy.Float(scale)
             return tensor, index, 1 / number if call.name == "div" else number, "scale"
     return None
+
+
+def _number(view: GraphView, reader: Reader, value: Any, time: int) -> Any:
+    """A factor that is a number, also one that the author's code holds in a tensor of no dimensions."""
+    if not isinstance(value, fx.Node):
+        return value
+    tensor = view.tensor(value)
+    if tensor is None or tensor.dim() != 0:
+        return None
+    found = sympy.sympify(reader.read(value, time).number_at(()))
+    return float(found) if found.is_number and found.is_real else None
 
 
 def _only_new_dims(item: Any) -> bool:

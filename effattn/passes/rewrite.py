@@ -78,6 +78,11 @@ def _operands(writer: Writer, anchors: Anchors) -> list[fx.Node]:
 
 
 def _result(writer: Writer, choice: Choice, saved: SavedLoads) -> fx.Node:
+    found, factor = _attention(writer, choice, saved), choice.match.anchors.value.factor
+    return found if factor == 1 else writer.call(operator.mul, found, float(factor))
+
+
+def _attention(writer: Writer, choice: Choice, saved: SavedLoads) -> fx.Node:
     if choice.route == "sdpa":
         return _sdpa(writer, choice)
     if choice.route == "linear":
@@ -111,13 +116,26 @@ def _op(writer: Writer, choice: Choice, saved: SavedLoads) -> fx.Node:
     assert choice.plan is not None
     args = (*op_arguments(writer, choice.match.anchors, saved), choice.plan.encode())
     both = writer.call(torch.ops.effattn.attend.default, *args)
-    return writer.call(operator.getitem, both, 0)
+    out = writer.call(operator.getitem, both, 0)
+    sink = choice.match.anchors.sink
+    return out if sink is None else _beside_sink(writer, both, out, saved.at(sink, _when(writer, choice.match.anchors)))
+
+
+def _beside_sink(writer: Writer, both: fx.Node, out: fx.Node, sink: fx.Node) -> fx.Node:
+    """``out`` with the weight that a sink [B, H, Nq, 1] leaves to the keys of each row."""
+    lse = writer.method("unsqueeze", writer.call(operator.getitem, both, 1), -1)
+    share = writer.call(torch.sigmoid, writer.call(operator.sub, lse, writer.method("float", sink)))
+    return writer.method("to", writer.call(operator.mul, out, share), out.meta["example_value"].dtype)
+
+
+def _when(writer: Writer, anchors: Anchors) -> int:
+    return writer.view.time[anchors.before or anchors.replaced]
 
 
 def op_arguments(writer: Writer, anchors: Anchors, saved: SavedLoads) -> tuple[Any, ...]:
     """What ``effattn::attend`` takes at a site, all but the plan: query, key, value, loads, scalars, numbers."""
     operands = _operands(writer, anchors)
-    loads = [saved.at(source, writer.view.time[anchors.before or anchors.replaced]) for source in anchors.loads]
+    loads = [saved.at(source, _when(writer, anchors)) for source in anchors.loads]
     scalars = [_length(writer, source) for source in anchors.scalars]
     return (*operands, loads, scalars, list(anchors.numbers))
 

@@ -20,13 +20,15 @@ from effattn.passes.draft import Missed, Refused
 from effattn.passes.erase import erase_orphans
 from effattn.passes.graph import GraphView
 from effattn.passes.insert import difference
+from effattn.passes.known import Known
 from effattn.passes.match_linear import LinearMatch
 from effattn.passes.rewrite import SavedLoads, Writer
+from effattn.passes.rewrite_blocks import checked_rate, loop_ops, same_shape
 from effattn.passes.strides import in_order_of
 
 
 def rewrite_linear(
-    view: GraphView, found: list[LinearMatch], target: str | None
+    view: GraphView, found: list[LinearMatch], target: str | None, known: Known
 ) -> tuple[list[LinearMatch], list[Missed], int]:
     """Replace every match: (those that were, those that could not be, number of nodes that disappeared).
 
@@ -46,16 +48,23 @@ def rewrite_linear(
             writer = Writer(view, node)
             try:
                 rate = _rate(writer, one, saved)
+                if one.loop is not None:
+                    rate = checked_rate(writer, one.loop, rate, known)
             except Refused as refused:
                 writer.undo()
                 missed.append(Missed(site.name, site.location, refused.refusal))
                 continue
-            result = _op(writer, one, rate, target)
-            new = anchors.placement.emit(view.graph, result, writer.remember)
-            if wrong := difference(node.meta["example_value"], new.meta["example_value"]):
-                raise RewriteError(f"replacement of {node.name} is {wrong}")
-            node.replace_all_uses_with(in_order_of(view, writer, node, new))
-        replaced.append(node)
+            if one.loop is not None:
+                pairs = loop_ops(writer, one, one.loop, rate, target)
+            else:
+                pairs = [(node, anchors.placement.emit(view.graph, _op(writer, one, rate, target), writer.remember))]
+            for old, new in pairs:
+                # that blocks together have the length of what they were cut from may take guards to see
+                equal = one.loop is not None and same_shape(old.meta["example_value"], new.meta["example_value"])
+                if not equal and (wrong := difference(old.meta["example_value"], new.meta["example_value"])):
+                    raise RewriteError(f"replacement of {old.name} is {wrong}")
+                old.replace_all_uses_with(in_order_of(view, writer, old, new))
+                replaced.append(old)
         inserted += len(writer.nodes)
         done.append(one)
     erase_orphans(view, replaced)

@@ -86,9 +86,12 @@ ROWS: tuple[tuple[str, tuple[Spelling, ...]], ...] = (
     _row("abs", "input", (operator.abs, torch.abs), "abs __abs__"),
     _row("tanh", "input", (torch.tanh, F.tanh), "tanh tanh_"),
     _row("exp", "input", (torch.exp,), "exp"),
+    _row("sqrt", "input", (torch.sqrt,), "sqrt"),
+    _row("rsqrt", "input", (torch.rsqrt,), "rsqrt"),
     _row("minimum", "input other", (torch.minimum,), "minimum"),
     _row("maximum", "input other", (torch.maximum,), "maximum"),
     _row("max", "input other keepdim", (torch.max,), "max"),
+    _row("amax", "input dim keepdim", (torch.amax,), "amax"),
     _row("min", "input other keepdim", (torch.min,), "min"),
     _row("clamp", "input min max", (torch.clamp, torch.clip), "clamp clip clamp_"),
     # comparison and logic

@@ -56,6 +56,15 @@ def test_predictions_are_what_was_measured():
     assert milliseconds("power", 131072) == pytest.approx(14.8, rel=0.15)
 
 
+def test_selections_are_predicted_roughly():
+    """At 131,072 keys, 32 and 8 heads of 64, on an H100 (benchmarks/results/selectors.json)."""
+    layout = Layout(1, 32, 8, 131072, 131072, 64, 64)
+    for form, params, measured in (("proxy", {}, 5.7), ("proxy", {"groups": 1}, 1.5), ("dhsa", {}, 4.3)):
+        selector = FORMS[form].cost(site(layout=layout, hints=layout), FORMS[form].params(**params)).selector
+        predicted = 1e3 * selector.seconds(H100, H100.scored, "bfloat16", 131072, 131072)
+        assert predicted == pytest.approx(measured, rel=0.35), form
+
+
 def test_a_decode_step_reads_memory():
     """One query over 131,072 keys: 193 us with SDPA; the window reads 2,176 of them."""
     assert milliseconds("exact", 131072, rows=1) == pytest.approx(0.193, rel=0.1)

@@ -23,7 +23,7 @@ from effattn.errors import WeightsError
 from effattn.ir.expr import Nk, Nq
 from effattn.ir.selector import Chunks, Expand, Mean, Pick, Reduce, Score, Selector, Share, Tokens, Trained
 from effattn.ir.site import Layout, Site
-from effattn.lowering.cost import Work
+from effattn.lowering.cost import CHOICE, Work
 from effattn.lowering.forms import boundary_weights
 from effattn.lowering.forms.form import (
     CAUSAL,
@@ -155,7 +155,7 @@ def kept_keys(params: DhsaParams):
 
 
 def selector_work(params: DhsaParams, sizes: Layout, element: int) -> Work:
-    """Means of blocks, one product of them, a sort of each row."""
+    """Means of blocks, one product of them, a choice in each row."""
     heads, kv_heads = sizes.batch * sizes.heads, sizes.batch * sizes.kv_heads
     lists = heads if params.unit > 1 else sizes.batch
     cells = lists * (Nq / params.block) * (Nk / (params.unit if params.unit > 1 else params.chunk))
@@ -164,7 +164,7 @@ def selector_work(params: DhsaParams, sizes: Layout, element: int) -> Work:
     if params.chunks == "trained":
         channels = sizes.kv_heads * sizes.head_dim
         products += sizes.batch * Nk * (22 * channels**2 + 2 * HIDDEN * (4 * channels + 1))
-    return Work(products, element * sizes.head_dim * vectors + 12 * cells, launches=24)
+    return Work(products, element * sizes.head_dim * vectors + (12 + CHOICE) * cells, launches=24)
 
 
 BOUNDARIES = Rule(

@@ -140,6 +140,12 @@ WHOLE = Rule(
     "the mask is neither empty nor plainly causal from the first key on: a state cannot forget single keys",
     "keep this site exact",
 )
+SINK = Rule(
+    "sink",
+    lambda site, params: not site.sink,
+    "a sink takes part in the softmax: without the softmax it has no place",
+    "keep this site exact",
+)
 
 LINEAR = LinearForm(
     name="linear",
@@ -147,7 +153,7 @@ LINEAR = LinearForm(
     summary="feature maps of query and key instead of a softmax, or but for a window: a state of fixed size, O(N)",
     source="Katharopoulos et al., Transformers are RNNs, arXiv 2006.16236",
     params=LinearParams,
-    rules=(ACCEPTED, TRAINED, PREFILL, WHOLE, FROM_THE_START, PLAIN_SCORE, CAUSAL_WINDOW, PLAIN_WINDOW, LAYER),
+    rules=(ACCEPTED, TRAINED, PREFILL, WHOLE, FROM_THE_START, PLAIN_SCORE, SINK, CAUSAL_WINDOW, PLAIN_WINDOW, LAYER),
     kept_keys=lambda params: Nk,
     reference=reference,
     softmax=False,

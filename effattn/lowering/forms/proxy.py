@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from effattn.ir.expr import Nk, Nq
 from effattn.ir.selector import KEY_HEADS, Coverage, Every, Expand, Last, Pick, Reduce, Score, Selector
 from effattn.ir.site import Layout
-from effattn.lowering.cost import Work
+from effattn.lowering.cost import CHOICE, Work
 from effattn.lowering.forms.form import (
     CAUSAL,
     NO_BACKWARD,
@@ -128,8 +128,8 @@ def selector_work(params: ProxyParams, sizes: Layout, element: int) -> Work:
     ranking = 2 * sizes.batch * groups * sizes.head_dim * Nq * Nk / params.stride**2
     mass = 4 * heads * params.block * sizes.head_dim * Nk
     vectors = (heads * Nq + kv_heads * Nk) / params.stride + 2 * kv_heads * Nk
-    cells = sizes.batch * groups * Nq * Nk / params.block**2
-    return Work(ranking + mass, element * sizes.head_dim * vectors + 12 * cells, launches=24)
+    cells = (12 * sizes.batch * groups + CHOICE * heads) * Nq * Nk / params.block**2
+    return Work(ranking + mass, element * sizes.head_dim * vectors + cells, launches=24)
 
 
 PROXY = Form(

@@ -169,6 +169,16 @@ def add(reader: Reader, call: Call, shape):
     )
 
 
+@reads("sqrt", "rsqrt")
+def root(reader: Reader, call: Call, shape):
+    """Of a number: a scale that the author holds in a tensor. Roots of data stay data."""
+    power = 0.5 if call.name == "sqrt" else -0.5
+    value = reader.argument(call, "input")
+    if value.shape != () or not (number := sympy.sympify(value.number_at(()))).is_number or not number > 0:
+        return None
+    return _pointwise(reader, call, shape, ("input",), lambda x: sympy.Float(float(x) ** power))
+
+
 @reads("max", "min")
 def extremum(reader: Reader, call: Call, shape):
     """Of two tensors; ``max`` along a dimension stays data."""

@@ -1,0 +1,88 @@
+"""Attention sinks as gpt-oss has them: one more column of the softmax, with a score of its own and no value.
+
+    weights = softmax(cat([scores, sink], -1))[..., :-1]
+
+The other weights are those of a softmax without the column, times ``sigmoid(lse - sink)`` with the logarithm of the sum
+of their exponentials: attention as ever, and one factor for each row. (OpenAI, gpt-oss-120b & gpt-oss-20b model card,
+arXiv 2508.10925, section 2.2; Agarwal et al.)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import fx
+
+from effattn.passes.draft import Refused
+from effattn.passes.graph import GraphView
+from effattn.passes.reading import LoadSource
+from effattn.passes.vocabulary import Call
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What a softmax is taken of: the scores without the sink's column, and when they are read."""
+
+    node: fx.Node
+    time: int
+    sink: LoadSource | None = None
+
+
+def scores_of(view: GraphView, softmax: Call, dim: int) -> Scores:
+    """The scores before the largest was taken off (which changes no weight) and before a sink joined them."""
+    node, time = softmax.get("input"), view.time[softmax.node]
+    node, time = _before_shift(view, node, dim, time)
+    call = _unchanged(view, node, time)
+    if call is None or call.name != "cat":
+        return Scores(node, time)
+    parts = call.get("tensors")
+    rank = len(view.shape(node))
+    both = isinstance(parts, (list, tuple)) and len(parts) == 2
+    if not both or call.get("dim", 0) % rank != dim or view.shape(parts[1])[dim] != 1:
+        return Scores(node, time)
+    return Scores(parts[0], view.time[node], LoadSource(parts[1], view.time[node]))
+
+
+def drops_the_sink(call: Call, dim: int, rank: int) -> bool:
+    """Whether a call takes all but the last of the weights: ``weights[..., :-1]``."""
+    index = call.get("index")
+    if call.name != "getitem" or not isinstance(index, tuple) or dim != rank - 1 or not index:
+        return False
+    *before, last = index
+    whole = all(entry is Ellipsis or entry == slice(None) for entry in before)
+    return whole and (len(index) == rank or Ellipsis in before) and last == slice(None, -1)
+
+
+def require_plain(index: tuple[Any, ...], plain: tuple[Any, ...]) -> None:
+    """Raises: Refused: the scores with a sink are laid out in another way than [B, H, Nq, Nk]."""
+    if index != plain:
+        raise Refused("sink", "scores with a sink column are not [batch, heads, queries, keys]")
+
+
+def _before_shift(view: GraphView, node: fx.Node, dim: int, time: int) -> tuple[fx.Node, int]:
+    """``x`` of ``x - x.max(dim, keepdim=True).values``, and when it is read."""
+    call = _unchanged(view, node, time)
+    if call is None or call.name != "sub" or call.get("alpha", 1) != 1:
+        return node, time
+    source, largest = call.get("input"), call.get("other")
+    if not isinstance(source, fx.Node) or not isinstance(largest, fx.Node):
+        return node, time
+    values = _unchanged(view, largest, view.time[node])
+    if values is not None and values.name == "getitem" and values.get("index") == 0:
+        values = _unchanged(view, values.get("input"), view.time[largest])
+    over = values.get("dim", values.get("other")) if values is not None else None
+    if values is None or values.name not in ("max", "amax") or values.get("input") is not source:
+        return node, time
+    over = over[0] if isinstance(over, (tuple, list)) and len(over) == 1 else over
+    same = isinstance(over, int) and over % len(view.shape(source)) == dim and values.get("keepdim") is True
+    if not same or view.writes_between(source, view.time[values.node], view.time[node]):
+        return node, time
+    return source, view.time[node]
+
+
+def _unchanged(view: GraphView, node: Any, time: int) -> Call | None:
+    """The call that made ``node``, if the node still holds what it made at ``time``."""
+    if not isinstance(node, fx.Node) or view.writes(node) or view.writes_between(node, view.time[node], time):
+        return None
+    return view.call(node)

@@ -1,0 +1,131 @@
+"""Sinks: a column of the softmax that takes weight and has no value."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from compiled import compiled
+
+B, H, KV, N, D = 2, 4, 2, 21, 8
+
+
+def tensors(dtype=torch.float32):
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((B, H, N, D), (B, KV, N, D), (B, KV, N, D), (H,))
+    return [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
+
+
+def logits(q, k, mask=None):
+    scores = q @ k.repeat_interleave(H // KV, 1).mT * 0.3
+    hidden = torch.ones(N, N, dtype=torch.bool).triu(1)
+    scores = scores.masked_fill(hidden, -torch.inf)
+    return scores if mask is None else scores + mask
+
+
+def column(sinks):
+    return sinks.reshape(1, -1, 1, 1).expand(B, -1, N, -1)
+
+
+def finished(weights, v):
+    return weights @ v.repeat_interleave(H // KV, 1)
+
+
+def plain(q, k, v, sinks):
+    return finished(torch.cat([logits(q, k), column(sinks)], -1).softmax(-1)[..., :-1], v)
+
+
+def shifted(q, k, v, sinks):
+    both = torch.cat([logits(q, k), column(sinks)], dim=-1)
+    both = both - both.max(dim=-1, keepdim=True).values
+    return finished(torch.softmax(both, dim=-1, dtype=both.dtype)[..., :-1], v)
+
+
+def shifted_by_amax(q, k, v, sinks):
+    both = torch.cat([logits(q, k), column(sinks)], dim=3)
+    return finished((both - both.amax(-1, keepdim=True)).softmax(3)[:, :, :, :-1], v)
+
+
+def without_a_sink(q, k, v, sinks):
+    scores = logits(q, k)
+    return finished((scores - torch.amax(scores, 3, True)).softmax(-1), v) + sinks.sum()
+
+
+SPELLINGS = (plain, shifted, shifted_by_amax, without_a_sink)
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS, ids=lambda spelling: spelling.__name__)
+def test_read_and_unchanged(spelling):
+    report, _ = compiled(spelling, *tensors())
+    (site,) = report.sites
+    assert (site.predicate, site.score) == ("k <= q", "0.3*s")
+    assert report.missed == []
+    assert any("sink" in note for note in site.notes) == (spelling is not without_a_sink)
+    assert "softmax" not in report.graph()
+
+
+def test_rows_that_see_nothing_give_their_weight_to_the_sink():
+    lowest = torch.zeros(B, 1, 1, N)
+    lowest[0, ..., :5] = torch.finfo(torch.float32).min
+
+    def call(q, k, v, sinks, mask):
+        return finished(torch.cat([logits(q, k, mask), column(sinks)], -1).softmax(-1)[..., :-1], v)
+
+    report, out = compiled(call, *tensors(), lowest)
+    assert len(report.sites) == 1
+    assert (out[0, :, :5] == 0).all()
+
+
+def test_gradients_reach_the_sinks():
+    given = [tensor.requires_grad_() for tensor in tensors()]
+    weight = torch.randn(B, H, N, D, generator=torch.Generator().manual_seed(1))
+    wanted = torch.autograd.grad(shifted(*given), given, weight)
+    torch._dynamo.reset()
+    fast = torch.compile(shifted, backend="effattn", options={"rest": "eager", "strict": True})
+    for got, want in zip(torch.autograd.grad(fast(*given), given, weight), wanted, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+def test_half_precision():
+    given = tensors(torch.bfloat16)
+    report, out = compiled(shifted, *given, tolerance=2e-2)
+    assert len(report.sites) == 1
+    torch.testing.assert_close(out.float(), shifted(*(x.float() for x in given)), rtol=2e-2, atol=2e-2)
+
+
+def test_a_window_keeps_the_sink():
+    policy = {"rule": [{"forms": ["window"], "params": {"window": {"window": 6, "sinks": 0}}}]}
+    q, k, v, sinks = tensors()
+    report, out = compiled(plain, q, k, v, sinks, policy=policy)
+    assert report.sites[0].form == "window"
+    far = torch.ones(N, N, dtype=torch.bool).tril(-6)
+    scores = logits(q, k).masked_fill(far, -torch.inf)
+    wanted = finished(torch.cat([scores, column(sinks)], -1).softmax(-1)[..., :-1], v)
+    torch.testing.assert_close(out, wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_linear_attention_has_no_place_for_a_sink():
+    policy = {"rule": [{"forms": ["linear"], "params": {"linear": {"tolerance": 2.0}}}]}
+    report, _ = compiled(plain, *tensors(), policy=policy, strict=False)
+    assert report.sites[0].form == "exact"
+    assert "sink" in report.sites[0].reason
+
+
+def kept(q, k, v, sinks):
+    weights = torch.cat([logits(q, k), column(sinks)], -1).softmax(-1)
+    return weights @ torch.cat([v, v[:, :, :1]], 2).repeat_interleave(H // KV, 1)
+
+
+def first(q, k, v, sinks):
+    return finished(torch.cat([column(sinks), logits(q, k)], -1).softmax(-1)[..., 1:], v)
+
+
+def two_dropped(q, k, v, sinks):
+    both = torch.cat([logits(q, k), column(sinks)], -1)
+    return finished(both.softmax(-1)[..., :-2], v[:, :, :-1])
+
+
+@pytest.mark.parametrize("spelling", [kept, first, two_dropped], ids=lambda spelling: spelling.__name__)
+def test_what_is_no_sink_is_left_alone(spelling):
+    report, _ = compiled(spelling, *tensors())
+    assert report.sites == []
+    assert len(report.missed) == 1
