@@ -151,7 +151,7 @@ def test_training_is_refused():
     [
         ("proxy", {"gamma": 0.0}, "gamma"),
         ("proxy", {"block": 100}, "power of two"),
-        ("proxy", {"stride": 256}, "stride must be at most block"),
+        ("proxy", {"key_stride": 256}, "key_stride must be at most block"),
         ("dhsa", {"unit": 8}, "unit must be 1 or at least 16"),
         ("dhsa", {"unit": 1, "local": 16}, "local must be at least block"),
         ("dhsa", {"unit": 1, "budget": 100}, "budget must hold local and sinks"),

@@ -38,10 +38,11 @@ def causal(q_len: int, k_len: int) -> torch.Tensor:
 
 
 CASES = {
-    "proxy": ("proxy", {"block": 16, "stride": 4, "least": 32, "gamma": 0.7}),
+    "proxy": ("proxy", {"block": 16, "stride": 4, "key_stride": 4, "least": 32, "gamma": 0.7}),
+    "proxy_few_queries": ("proxy", {"block": 16, "stride": 16, "least": 32, "gamma": 0.7}),
     "proxy_all_tokens": ("proxy", {"block": 16, "stride": 1, "least": 0, "gamma": 0.5}),
     "proxy_one_group": ("proxy", {"block": 16, "stride": 4, "least": 16, "gamma": 0.6, "groups": 1}),
-    "proxy_groups": ("proxy", {"block": 16, "stride": 2, "least": 16, "gamma": 0.6, "groups": 2}),
+    "proxy_groups": ("proxy", {"block": 16, "stride": 2, "key_stride": 8, "least": 16, "gamma": 0.6, "groups": 2}),
     "dhsa_blocks": ("dhsa", {"block": 32, "unit": 16, "share": 0.4, "local": 16, "sinks": 16}),
     "dhsa_small_share": ("dhsa", {"block": 16, "unit": 16, "share": 0.01, "local": 0, "sinks": 0}),
     "dhsa_wide_units": ("dhsa", {"block": 16, "unit": 32, "share": 0.4, "local": 40, "sinks": 5}),

@@ -32,23 +32,28 @@ class ProxyParams(Params):
         ge=0,
         description="groups of heads that share a ranking, a divisor of the key heads; 0: one for each",
     )
-    stride: int = Field(default=4, ge=1, description="one token of so many is scored")
+    stride: int = Field(default=32, ge=1, description="one query of so many is scored, at least one of a block")
+    key_stride: int = Field(default=1, ge=1, description="one key of so many is scored")
     block: int = Field(default=128, ge=16, description="size of a block; a power of two")
     least: int = Field(default=2048, ge=0, description="tokens that every row keeps at least")
 
     @model_validator(mode="after")
     def _powers_of_two(self):
-        for name in ("block", "stride"):
+        for name in ("block", "stride", "key_stride"):
             value = getattr(self, name)
             if value & (value - 1):
                 raise ValueError(f"{name} must be a power of two, got {value}")
-        if self.stride > self.block:
-            raise ValueError(f"stride must be at most block ({self.block}), got {self.stride}")
+        if self.key_stride > self.block:
+            raise ValueError(f"key_stride must be at most block ({self.block}), got {self.key_stride}")
         return self
+
+    @property
+    def rows_apart(self) -> int:
+        """Queries from one that is scored to the next."""
+        return min(self.stride, self.block)
 
 
 def select(params: ProxyParams) -> Selector:
-    strided = Every(stride=params.stride)
     of_each_head = Coverage(
         gamma=params.gamma,
         least=params.least,
@@ -56,7 +61,12 @@ def select(params: ProxyParams) -> Selector:
         reduce=Reduce(rows="mean", columns="sum"),
     )
     return Selector(
-        score=Score(query=strided, key=strided, lists=params.groups or KEY_HEADS, softmax=True),
+        score=Score(
+            query=Every(stride=params.rows_apart),
+            key=Every(stride=params.key_stride),
+            lists=params.groups or KEY_HEADS,
+            softmax=True,
+        ),
         reduce=Reduce(rows="max", columns="max"),
         pick=Pick(budget=of_each_head, sinks=params.block),
         expand=Expand(block=params.block, unit=params.block),
@@ -77,9 +87,9 @@ def reference(params: ProxyParams, query, key, allowed, scale):
     units = -(-k_len // block)
     # 1. rank the blocks once for each group of heads
     groups = params.groups or kv_heads
-    pooled_q = query.view(batch, groups, -1, q_len, dim).mean(2)[:, :, :: params.stride]
-    pooled_k = key.view(batch, groups, -1, k_len, dim).mean(2)[:, :, :: params.stride]
-    seen = allowed[:, :1, :: params.stride, :: params.stride]
+    pooled_q = query.view(batch, groups, -1, q_len, dim).mean(2)[:, :, :: params.rows_apart]
+    pooled_k = key.view(batch, groups, -1, k_len, dim).mean(2)[:, :, :: params.key_stride]
+    seen = allowed[:, :1, :: params.rows_apart, :: params.key_stride]
     logits = (pooled_q @ pooled_k.mT * scale).masked_fill(~seen, -torch.inf)
     shares = logits.softmax(-1).nan_to_num()
     # 2. how many of them each head needs to cover gamma of what its last block of rows sees
@@ -91,13 +101,13 @@ def reference(params: ProxyParams, query, key, allowed, scale):
     needed = needed.clamp(-(-params.least // block), units) if params.gamma < 1 else torch.full_like(needed, units)
     # 3. each block of rows keeps its own blocks, the first one, and the best of the others
     kept = torch.zeros(batch, heads, q_len, k_len, dtype=torch.bool)
-    cells = block // params.stride
+    cells = block // params.key_stride
     for start in range(0, q_len, block):
         stop = min(start + block, q_len)
         first, last_unit = max(start + offset, 0) // block, (stop - 1 + offset) // block
         if stop - 1 + offset < 0:
             continue
-        rows = shares[:, :, start // params.stride : -(-stop // params.stride)]
+        rows = shares[:, :, start // params.rows_apart : -(-stop // params.rows_apart)]
         best = torch.stack([part.amax((-1, -2)) for part in rows.split(cells, -1)], -1)[..., : last_unit + 1]
         best[..., 0] = 2.0
         best[..., first:] = 3.0
@@ -122,12 +132,12 @@ ASSUMED_SHARE = 0.25  # of the keys: what gamma 0.95 keeps depends on the data
 
 
 def selector_work(params: ProxyParams, sizes: Layout, element: int) -> Work:
-    """Both passes over strided pooled heads and over the last rows compute their products twice."""
+    """Both passes over pooled heads and over the last rows compute their products twice."""
     heads, kv_heads = sizes.batch * sizes.heads, sizes.batch * sizes.kv_heads
     groups = params.groups or sizes.kv_heads
-    ranking = 2 * sizes.batch * groups * sizes.head_dim * Nq * Nk / params.stride**2
+    ranking = 2 * sizes.batch * groups * sizes.head_dim * Nq * Nk / (params.rows_apart * params.key_stride)
     mass = 4 * heads * params.block * sizes.head_dim * Nk
-    vectors = (heads * Nq + kv_heads * Nk) / params.stride + 2 * kv_heads * Nk
+    vectors = heads * Nq / params.rows_apart + kv_heads * Nk / params.key_stride + 2 * kv_heads * Nk
     cells = (12 * sizes.batch * groups + CHOICE * heads) * Nq * Nk / params.block**2
     return Work(ranking + mass, element * sizes.head_dim * vectors + cells, launches=24)
 
@@ -135,7 +145,7 @@ def selector_work(params: ProxyParams, sizes: Layout, element: int) -> Work:
 PROXY = Form(
     name="proxy",
     kind="approximate",
-    summary="blocks ranked by pooled heads on every fourth token, as many for each head as cover its last rows' mass",
+    summary="blocks ranked by pooled heads on few queries, as many for each head as cover its last rows' mass",
     source="Wang et al., ProxyAttn, arXiv 2509.24745",
     params=ProxyParams,
     rules=(CAUSAL, ONLY_CAUSAL, PREFILL, PLAIN_SCORE, SAME_MASK, GROUPS, NO_BACKWARD),
