@@ -15,8 +15,8 @@ from typing import Any
 HEAD = """# Coverage
 
 Made by `make zoo`; do not edit. Every architecture of transformers {version} that our rules make small enough for a CPU
-and for which arguments are found, with random weights: a forward without a cache, with `attn_implementation` "sdpa" and
-"eager"; with tokens, also with padding on the left and on the right.
+and for which arguments are found, with random weights: a forward without a cache. Tried here: `attn_implementation`
+{attentions}; {settings}.
 
 *Sites* are the attentions that an eager run was seen to execute (SDPA calls, and softmaxes whose result is multiplied
 with another tensor), counted without the backend. *Found* are those that the backend read and rewrote, or left to
@@ -24,6 +24,7 @@ SDPA's own kernels because they have no mask; *refused* those that it left alone
 the largest one of all outputs to the uncompiled model, over the largest value, in float32.
 
 """
+SETTINGS = {"whole": "no padding", "left": "padding on the left", "right": "padding on the right"}
 
 
 def read(path: pathlib.Path) -> list[dict[str, Any]]:
@@ -40,7 +41,10 @@ def page(rows: list[dict[str, Any]], version: str) -> str:
     by_name: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for row in ran:
         by_name[row["name"]].append(row)
-    lines = [HEAD.format(version=version), _summary(rows, ran, by_name), "\n## By architecture\n"]
+    attentions = " and ".join(f'"{one}"' for one in dict.fromkeys(row["attention"] for row in rows))
+    settings = ", ".join(SETTINGS[one] for one in dict.fromkeys(row["setting"] for row in rows))
+    head = HEAD.format(version=version, attentions=attentions, settings=settings)
+    lines = [head, _summary(rows, ran, by_name), "\n## By architecture\n"]
     lines.append("| architecture | sites | found | refused | predicates | difference | not right |")
     lines.append("|---|---|---|---|---|---|---|")
     lines += [_line(name, of_one) for name, of_one in sorted(by_name.items())]
