@@ -108,10 +108,6 @@ def zero_times_infinity(q, k, v):
     return (q @ k.mT + (1 - torch.ones(N, N).tril()) * -INF).softmax(-1) @ v
 
 
-def value_scaled(q, k, v):
-    return (q @ k.mT).softmax(-1) @ (v * 2)
-
-
 def result_added(q, k, v):
     q, k, v = (x.flatten(0, 1) for x in (q, k, v))
     return torch.baddbmm(q, torch.bmm(q, k.mT).softmax(-1), v)
@@ -245,7 +241,6 @@ LEFT_ALONE = {
     infinity_as_fill: "the score is not finite",
     nothing_allowed: "the mask allows nothing at all",
     zero_times_infinity: "-inf stands where it is not a mask",
-    value_scaled: "value is scaled by a constant",
     result_added: "baddbmm adds a tensor to the product of weights and value",
     result_written_to_a_buffer: "matmul writes its result into another tensor (out=)",
     unknown_operation: "erf stands between the product of query and key and softmax and has no symbolic meaning",
