@@ -37,7 +37,8 @@ def read(path: pathlib.Path) -> list[dict[str, Any]]:
 
 
 def page(rows: list[dict[str, Any]], version: str) -> str:
-    ran = [row for row in rows if row["verdict"] != "not run" and row["sites"]]
+    # what failed before its attentions were counted is shown as well
+    ran = [row for row in rows if row["verdict"] == "error" or (row["verdict"] != "not run" and row["sites"])]
     by_name: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for row in ran:
         by_name[row["name"]].append(row)

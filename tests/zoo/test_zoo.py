@@ -62,3 +62,4 @@ def test_verdicts():
     text = page([{**right.to_dict(), "reasons": ["2 x because"]}], "5")
     assert "1 architectures with attention" in text
     assert "- because: a" in text
+    assert "ended with 1" in page([Trial("b", "eager", "whole", error="ended with 1").to_dict()], "5")

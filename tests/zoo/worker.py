@@ -26,6 +26,8 @@ class Worker:
 
     def ask(self, name: str, attentions: list[str], settings: list[str]) -> list[dict[str, Any]]:
         """All trials of one architecture, as :meth:`trial.Trial.to_dict` gives them."""
+        from trial import Trial
+
         process, lines = self._running()
         print(json.dumps([name, attentions, settings]), file=process.stdin, flush=True)
         rows: list[dict[str, Any]] = []
@@ -45,9 +47,8 @@ class Worker:
                 rows.append(json.loads(line))
         self.stop()
         tried = {(row["attention"], row["setting"]) for row in rows}
-        empty = {"name": name, "model": "", "sites": 0, "found": 0, "refused": 0, "reasons": [], "verdict": "error"}
         missing = [(a, s) for a in attentions for s in settings if (a, s) not in tried]
-        return rows + [{**empty, "attention": a, "setting": s, "error": ended, "seconds": 0.0} for a, s in missing]
+        return rows + [Trial(name, attention, setting, error=ended).to_dict() for attention, setting in missing]
 
     def stop(self) -> None:
         if self._process is not None:
