@@ -16,7 +16,7 @@ from effattn.runtime.select.block_list import BlockList
 from effattn.runtime.select.pick import budget_units, counts
 from effattn.runtime.select.places import Places, places_of
 from effattn.runtime.select.scores import PRODUCTS
-from effattn.runtime.select.vectors import pool_heads, take
+from effattn.runtime.select.vectors import pool_heads, vectors
 
 
 @torch.no_grad()
@@ -88,7 +88,7 @@ def _tokens(plan: Plan, query: Tensor, key: Tensor, given: tuple, places: Places
     pooled: Any = pool_heads(key, 1)
     found = chunked.cut(score.key, key, pooled, tensors)
     means = chunked.chunk_means(score.key, pooled, found)
-    queries = take(pool_heads(query, 1), score.query).float()
+    queries = vectors(query, score.query, 1).float()
     step = max(PRODUCTS // max(means.shape[2] * query.shape[0], 1), 1)
     orders, totals = [], []
     for first in range(0, places.blocks, step):

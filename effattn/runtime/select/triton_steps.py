@@ -45,7 +45,7 @@ class Scorer(portable.Scorer):
         q_stride = self.score.query.stride if isinstance(self.score.query, Every) else 1
         k_stride = self.score.key.stride if isinstance(self.score.key, Every) else 1
         height = self.expand.block // q_stride
-        row_tiles = -(-rows // 128) * batch * lists
+        row_tiles = -(-rows // score_source.TILE_SIDE[16]) * batch * lists
         spec = ScoreSpec(
             canonical(self.plan),
             str(query.dtype).removeprefix("torch."),
