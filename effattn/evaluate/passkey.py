@@ -13,12 +13,15 @@ from torch import Tensor
 
 from effattn.errors import EvaluationError
 
-TASK = "A pass key, a number of five digits, is hidden in the following text. Remember it.\n\n"
+TASK = (
+    "There is important information hidden in a lot of text that does not matter. Find it and remember it. "
+    "You will be asked about it.\n\n"
+)
 FILLER = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. "
 NEEDLE = "The pass key is {key}. Remember it. {key} is the pass key. "
-QUESTION = "\n\nWhat is the pass key that is hidden in the text above?"
-# begins the answer: small models that know the key would otherwise rather explain what a pass key is
-ANSWER = 'The pass key is "'
+# Continued as it stands, by chat models too: what is measured is whether the key is found, not how a model likes to
+# answer. Small ones that find it in this way fail half of the time when they are asked in their chat format.
+QUESTION = "\n\nWhat is the pass key? The pass key is"
 ANSWER_TOKENS = 12  # most that are generated
 
 
@@ -59,11 +62,7 @@ def passkey(tokenizer: Any, length: int, depth: float, trial: int, seed: int = 0
 def _ids(tokenizer: Any, key: str, count: int, depth: float) -> list[int]:
     before = round(depth * count)
     text = TASK + FILLER * before + NEEDLE.format(key=key) + FILLER * (count - before) + QUESTION
-    if getattr(tokenizer, "chat_template", None):
-        chat = [{"role": "user", "content": text}]
-        text = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False) + ANSWER
-        return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-    return list(tokenizer(f"{text} {ANSWER}", verbose=False)["input_ids"])
+    return list(tokenizer(text, verbose=False)["input_ids"])
 
 
 @torch.no_grad()
