@@ -121,7 +121,7 @@ def test_a_passkey_is_where_it_should_be(length, depth):
     before, after = text.split(f"The pass key is {prompt.key}")
     repeats = before.count("The grass"), after.count("The grass")
     assert repeats[0] == round(depth * sum(repeats))
-    assert text.endswith('The pass key is "')
+    assert text.endswith("The pass key is")
     assert torch.equal(passkey(Characters(), length, depth, 0).ids, prompt.ids)
     assert passkey(Characters(), length, depth, 1).key != prompt.key
 
