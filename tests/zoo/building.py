@@ -2,34 +2,39 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from inputs import candidates
 from shrinking import variants
 from torch import nn
-from transformers import AutoModel
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForSeq2SeqLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
-from watching import Watch, watched
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_MAPPING_NAMES,
+)
 
 MOST_PARAMETERS = 30_000_000  # larger ones were not made small by our rules
 
 
 def names() -> list[str]:
-    """Every architecture that transformers has a bare model of."""
-    return sorted(MODEL_MAPPING_NAMES)
+    """Every architecture that transformers has a bare model of, decoders of text first."""
+    return sorted(MODEL_MAPPING_NAMES, key=lambda name: (name not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, name))
 
 
 @dataclass
 class Built:
-    """A model in eval mode, arguments for its forward, what it returns and how many attentions it ran."""
+    """A small model in eval mode, and arguments that its forward takes."""
 
+    name: str
+    sizes: dict[str, Any]  # arguments of its configuration
+    attention: str | None
     model: nn.Module
     given: dict[str, Any]
-    expected: Any
-    seen: Watch
 
 
 class NotBuilt(Exception):
@@ -46,22 +51,15 @@ class _Tried:
 
 
 def build(name: str, attention: str | None = None) -> Built:
-    """The architecture called ``name`` (transformers' model_type), with ``attention`` "eager" or "sdpa".
+    """The architecture called ``name`` (transformers' model_type), with ``attention`` as attn_implementation.
 
     Raises:
         NotBuilt: it could not be built small, or no arguments were found.
     """
-    model, given = with_arguments(name, attention)
-    expected, seen = watched(model, given)
-    return Built(model, given, expected, seen)
-
-
-def with_arguments(name: str, attention: str | None = None) -> tuple[nn.Module, dict[str, Any]]:
-    """(model, arguments that its forward takes); see :func:`build`."""
     tried = _Tried()
-    for arguments in variants(CONFIG_MAPPING[name]):
+    for sizes in variants(CONFIG_MAPPING[name]):
         try:
-            model = _model(name, arguments, attention)
+            model = _model(AutoModel, name, sizes, attention)
         except Exception as error:  # a set of sizes that do not fit each other: the next one may
             tried.add(error)
             continue
@@ -72,16 +70,42 @@ def with_arguments(name: str, attention: str | None = None) -> tuple[nn.Module, 
             except Exception as error:
                 tried.add(error)
                 continue
-            return model, given
+            return Built(name, sizes, attention, model, given)
     raise NotBuilt("; ".join(list(dict.fromkeys(tried.reasons))[-3:]) or "no arguments are known for it")
 
 
-def _model(name: str, arguments: dict[str, Any], attention: str | None) -> nn.Module:
+def with_attention(built: Built, attention: str) -> Built:
+    """The same model, weights and arguments with another attn_implementation."""
+    try:
+        model = _model(AutoModel, built.name, built.sizes, attention)
+    except Exception as error:
+        raise NotBuilt(f"{type(error).__name__}: {str(error)[:160]}") from error
+    model.load_state_dict(built.model.state_dict())
+    return replace(built, attention=attention, model=model)
+
+
+def with_head(built: Built) -> nn.Module:
+    """The same sizes as a model that generates text."""
+    has_encoder = getattr(built.model.config, "is_encoder_decoder", False)
+    for mapping, auto in _HEADS_AFTER_AN_ENCODER if has_encoder else _HEADS:
+        if built.name in mapping:
+            return _model(auto, built.name, built.sizes, built.attention)
+    raise NotBuilt("transformers has no model of it that generates text from text")
+
+
+_HEADS_AFTER_AN_ENCODER = ((MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES, AutoModelForSeq2SeqLM),)
+_HEADS = (
+    (MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, AutoModelForCausalLM),
+    (MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, AutoModelForImageTextToText),
+)
+
+
+def _model(auto: Any, name: str, sizes: dict[str, Any], attention: str | None) -> nn.Module:
     options = {"attn_implementation": attention} if attention else {}
-    config = CONFIG_MAPPING[name](**arguments)
+    config = CONFIG_MAPPING[name](**sizes)
     with torch.device("meta"):
-        size = sum(parameter.numel() for parameter in AutoModel.from_config(config, **options).parameters())
+        size = sum(parameter.numel() for parameter in auto.from_config(config, **options).parameters())
     if size > MOST_PARAMETERS:
         raise ValueError(f"{size / 1e6:.0f} million parameters")
     torch.manual_seed(0)
-    return AutoModel.from_config(config, **options).eval()
+    return auto.from_config(config, **options).eval()

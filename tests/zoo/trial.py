@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
-from building import NotBuilt, with_arguments
-from inputs import padded
+from building import Built, NotBuilt, build, with_attention
+from inductor_count import replaced_by_inductor
+from results import EVERY
+from settings import SETTINGS, Call
 from torch.utils._pytree import tree_leaves
-from watching import watched
+from watching import watching
 
 from effattn.compiler import collect
 from effattn.compiler.backend import effattn
 
-ATTENTIONS = ("sdpa", "eager")
-SETTINGS = ("whole", "left", "right")
+FLEX = "flex_attention"
+ATTENTIONS = ("eager", "sdpa", FLEX)
 TOLERANCE = 1e-4  # of the largest value; float32
+MOST_COMPILATIONS = 64  # of one forward: beyond, Dynamo would run it as it is, without a word
 
 
 @dataclass
@@ -33,6 +38,7 @@ class Trial:
     found: int = 0  # of those, how many the backend rewrote
     refused: int = 0
     others: int = 0  # softmaxes that the backend says are no attention: routers, kernels of a convolution
+    inductor: int | None = None  # how many Inductor's own patterns replace in the same graphs
     reasons: list[str] = field(default_factory=list)
     predicates: dict[str, int] = field(default_factory=dict)
     forms: dict[str, int] = field(default_factory=dict)
@@ -55,66 +61,128 @@ class Trial:
         return "right" if not self.refused else "refused"
 
     def to_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "verdict": self.verdict}
+        """Without what is empty, so that a file of many stays small."""
+        plain = asdict(Trial("", "", ""))
+        told = {name: value for name, value in asdict(self).items() if value != plain[name]}
+        return {**told, "verdict": self.verdict}
+
+    @staticmethod
+    def of(row: dict[str, Any]) -> Trial:
+        """The inverse of :meth:`to_dict`."""
+        return Trial(**{name: value for name, value in row.items() if name != "verdict"})
 
 
-def run(name: str, attention: str, setting: str) -> Trial:
-    """Try an architecture; whatever fails is in the record."""
-    trial, start = Trial(name, attention, setting), time.perf_counter()
+def trials(name: str, attention: str, settings: list[str]) -> Iterator[Trial]:
+    """Try an architecture in some settings; one trial of the setting :data:`EVERY` where it cannot be built."""
     try:
-        _run(trial)
+        # FlexAttention cannot be watched: its attentions are those of the same model with eager attention
+        seen = build(name, "eager" if attention == FLEX else attention)
+        built = with_attention(seen, attention) if attention == FLEX else seen
+    except NotBuilt as error:
+        yield Trial(name, attention, EVERY, not_run=str(error))
+        return
+    for setting in settings:
+        yield run(built, seen, setting)
+
+
+def run(built: Built, seen: Built, setting: str) -> Trial:
+    """Try a model in one setting; attentions are counted in ``seen``. Whatever fails is in the record."""
+    trial, start = Trial(built.name, built.attention or "", setting), time.perf_counter()
+    try:
+        _run(trial, built, seen)
     except NotBuilt as error:
         trial.not_run = str(error)
     except Exception as error:
-        lines = str(error).strip().splitlines() or [""]
-        trial.error = f"{type(error).__name__}: {lines[0][:300]}"
+        trial.error = _told(error)
     trial.seconds = round(time.perf_counter() - start, 2)
     return trial
 
 
-def _run(trial: Trial) -> None:
-    model, given = with_arguments(trial.name, trial.attention)
-    trial.model = type(model).__name__
-    if trial.setting != "whole":
-        masked = padded(given, trial.setting)
-        if masked is None:
-            raise NotBuilt("it has no tokens that could be padding")
-        given = masked
-    try:
-        expected, seen = watched(model, given)
-    except Exception as error:
-        raise NotBuilt(f"eager: {type(error).__name__}: {str(error)[:200]}") from error
-    trial.sites = seen.sites
-    executed = Executed()
+def _run(trial: Trial, built: Built, seen: Built) -> None:
+    trial.model = type(built.model).__name__
+    prepare = SETTINGS[trial.setting].prepare
+    call = prepare(built)
+    expected, trial.sites = _uncompiled(call if seen is built else prepare(seen))
+    if seen is not built:
+        with flex_without_compiler():
+            expected, _ = _uncompiled(call)
+    executed = Executed(count_inductor=trial.setting == "whole")
     torch._dynamo.reset()
-    torch.manual_seed(0)
-    with torch.no_grad():
-        compiled = torch.compile(model, backend=executed.backend)
-        actual = compiled(**given)
+    with torch.no_grad(), torch._dynamo.config.patch(recompile_limit=MOST_COMPILATIONS):
+        compiled = torch.compile(call.target, backend=executed.backend)
+        actual = _called(call, compiled)
     executed.fill(trial)
-    trial.difference = largest_difference(actual, expected)
+    trial.difference = float(f"{largest_difference(actual, expected):.2g}")
     if not trial.difference <= TOLERANCE:
-        trial.sensitivity = sensitivity(model, given, expected)
+        trial.sensitivity = float(f"{sensitivity(call, expected):.2g}")
 
 
-def sensitivity(model: torch.nn.Module, given: dict[str, Any], expected: Any) -> float:
+def _uncompiled(call: Call) -> tuple[Any, int]:
+    """(what the model returns, how many attentions it ran)."""
+    function, seen = watching(call.target)
+    try:
+        with torch.no_grad():
+            return _called(call, function), seen.sites
+    except NotBuilt:
+        raise
+    except Exception as error:
+        raise NotBuilt(f"uncompiled: {_told(error)}") from error
+
+
+def _called(call: Call, function: Callable[..., Any]) -> Any:
+    """Models that draw random numbers draw the same ones in every call."""
+    torch.manual_seed(0)
+    return call.run(function)
+
+
+@contextmanager
+def flex_without_compiler() -> Iterator[None]:
+    """transformers compiles FlexAttention by itself where nothing else compiles, which takes minutes on a CPU."""
+    from transformers.integrations import flex_attention
+
+    before, flex_attention.is_torchdynamo_compiling = flex_attention.is_torchdynamo_compiling, lambda: True
+    try:
+        yield
+    finally:
+        flex_attention.is_torchdynamo_compiling = before
+
+
+def _told(error: Exception) -> str:
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0][:200]}"
+
+
+def sensitivity(call: Call, expected: Any) -> float:
     """How far the outputs move when every weight changes by its last digit: some random models amplify rounding."""
+    with torch.no_grad(), _rounded_otherwise(call.module), flex_without_compiler():
+        return largest_difference(_called(call, call.target), expected)
+
+
+@contextmanager
+def _rounded_otherwise(model: torch.nn.Module) -> Iterator[None]:
     generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for weight in model.parameters():
-            if weight.is_floating_point():
-                weight.mul_(1 + 2**-22 * (torch.rand(weight.shape, generator=generator) - 0.5))
-        return largest_difference(model(**given), expected)
+    weights = [weight for weight in model.parameters() if weight.is_floating_point()]
+    before = [weight.clone() for weight in weights]
+    try:
+        for weight in weights:
+            weight.mul_(1 + 2**-22 * (torch.rand(weight.shape, generator=generator) - 0.5))
+        yield
+    finally:
+        for weight, old in zip(weights, before, strict=True):
+            weight.copy_(old)
 
 
 class Executed:
     """A backend that counts how often each of its graphs runs: layers may share one."""
 
-    def __init__(self) -> None:
+    def __init__(self, count_inductor: bool) -> None:
         self.reports: list[Any] = []
         self.runs: Counter[int] = Counter()
+        self.inductor: list[int] | None = [] if count_inductor else None
 
     def backend(self, gm: Any, example_inputs: Any) -> Any:
+        if self.inductor is not None:
+            self.inductor.append(replaced_by_inductor(gm, example_inputs))
         with collect.listening() as heard:
             function = effattn(gm, example_inputs, options={"rest": "eager", "strict": True})
         number = len(self.reports)
@@ -142,13 +210,18 @@ class Executed:
                     else:
                         trial.others += times
         trial.graphs = len(self.reports)
+        if self.inductor is not None:
+            trial.inductor = sum(self.runs[number] * count for number, count in enumerate(self.inductor))
         trial.found, trial.refused = predicates.total(), reasons.total()
         trial.predicates, trial.forms = dict(predicates), dict(forms)
         trial.reasons = [f"{times} x {reason}" for reason, times in reasons.items() if times]
 
 
 def largest_difference(actual: Any, expected: Any) -> float:
-    """The largest absolute difference of two results, over the largest value; infinite if they do not match."""
+    """The largest absolute difference of two results, over the largest value; infinite if they do not match.
+
+    Whole numbers have to be equal: they are tokens, indices, or masks.
+    """
     worst, size = 0.0, 0.0
     ours, theirs = (
         [leaf for leaf in tree_leaves(dict(one) if hasattr(one, "keys") else one) if isinstance(leaf, torch.Tensor)]
@@ -160,9 +233,10 @@ def largest_difference(actual: Any, expected: Any) -> float:
         if one.shape != other.shape or one.dtype != other.dtype:
             return float("inf")
         if not other.is_floating_point():
+            worst = worst if torch.equal(one, other) else float("inf")
             continue
         apart = torch.where(one.isnan() & other.isnan() | (one == other), 0.0, (one - other).abs().double())
         worst = max(worst, apart.nan_to_num(nan=torch.inf).max().item() if apart.numel() else 0.0)
         finite = other[other.isfinite()]
         size = max(size, finite.abs().max().item() if finite.numel() else 0.0)
-    return worst / max(size, 1e-30) if worst else 0.0
+    return worst / max(size, 1e-30) if 0 < worst < float("inf") else worst

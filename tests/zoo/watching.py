@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
+_WHOLE = {F.scaled_dot_product_attention, F.multi_head_attention_forward}
 _SOFTMAX = {F.softmax, torch.softmax, Tensor.softmax, torch.nn.functional.softmax}
 _PRODUCT = {
     torch.matmul, torch.bmm, torch.baddbmm, torch.einsum, torch.mm, Tensor.matmul, Tensor.__matmul__, Tensor.bmm,
@@ -29,22 +31,21 @@ _PASSED = {
 
 @dataclass
 class Watch(TorchFunctionMode):
-    """Counts SDPA calls, and softmaxes whose result is multiplied with another tensor."""
+    """Counts SDPA calls and others that hold a whole attention, and softmaxes whose result is multiplied with another tensor."""
 
     sdpa: int = 0
     softmaxes: int = 0
     other: int = 0  # softmaxes whose result is no operand of a product: routers, pooling, samplers
     _weights: dict[int, int] = field(default_factory=dict)  # id of a tensor -> which softmax it comes from
     _kept: list[Tensor] = field(default_factory=list)  # so that no id is given twice
-    _inside: int = 0
 
     def __post_init__(self):
         super().__init__()
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if function is F.scaled_dot_product_attention:
-            self.sdpa += 1
+        if function in _WHOLE:
+            self.sdpa += 1  # what it calls is not seen: the mode is off inside
             return function(*args, **kwargs)
         result = function(*args, **kwargs)
         if function in _SOFTMAX and isinstance(result, Tensor):
@@ -73,9 +74,12 @@ class Watch(TorchFunctionMode):
         return self.sdpa + self.softmaxes
 
 
-def watched(function: Any, given: dict[str, Any]) -> tuple[Any, Watch]:
-    """(what ``function(**given)`` returns, what was seen)."""
+def watching(function: Callable[..., Any]) -> tuple[Callable[..., Any], Watch]:
+    """``function``, and what is seen whenever it is called."""
     watch = Watch()
-    with torch.no_grad(), watch:
-        result = function(**given)
-    return result, watch
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        with watch:
+            return function(*args, **kwargs)
+
+    return watched, watch

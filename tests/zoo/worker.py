@@ -20,19 +20,21 @@ class Worker:
     """Runs ``python worker.py`` and asks it for one architecture at a time."""
 
     def __init__(self, limit: float):
-        """``limit``: seconds that one architecture may take in all its settings."""
+        """``limit``: seconds that one architecture may take, for each of its settings."""
         self.limit = limit
         self._process: subprocess.Popen | None = None
 
-    def ask(self, name: str, attentions: list[str], settings: list[str]) -> list[dict[str, Any]]:
-        """All trials of one architecture, as :meth:`trial.Trial.to_dict` gives them."""
+    def ask(self, name: str, settings: dict[str, list[str]]) -> list[dict[str, Any]]:
+        """Trials of one architecture in the settings of each attention, as :meth:`trial.Trial.to_dict` gives them."""
+        from results import EVERY
         from trial import Trial
 
         process, lines = self._running()
-        print(json.dumps([name, attentions, settings]), file=process.stdin, flush=True)
+        print(json.dumps([name, settings]), file=process.stdin, flush=True)
         rows: list[dict[str, Any]] = []
-        deadline = time.monotonic() + self.limit
-        ended = f"took more than {self.limit:g} s"
+        limit = self.limit * sum(map(len, settings.values()))
+        deadline = time.monotonic() + limit
+        ended = f"took more than {limit:g} s"
         while (left := deadline - time.monotonic()) > 0:
             try:
                 line = lines.get(timeout=left)
@@ -47,7 +49,7 @@ class Worker:
                 rows.append(json.loads(line))
         self.stop()
         tried = {(row["attention"], row["setting"]) for row in rows}
-        missing = [(a, s) for a in attentions for s in settings if (a, s) not in tried]
+        missing = [(a, s) for a, of_a in settings.items() for s in of_a if not tried & {(a, s), (a, EVERY)}]
         return rows + [Trial(name, attention, setting, error=ended).to_dict() for attention, setting in missing]
 
     def stop(self) -> None:
@@ -77,13 +79,13 @@ def _read(process: subprocess.Popen, lines: queue.Queue) -> None:
 
 def _serve() -> None:
     sys.path.insert(0, str(HERE))
-    from trial import run
+    from trial import trials
 
     for line in sys.stdin:
-        name, attentions, settings = json.loads(line)
-        for attention in attentions:
-            for setting in settings:
-                print(json.dumps(run(name, attention, setting).to_dict()), flush=True)
+        name, settings = json.loads(line)
+        for attention, of_one in settings.items():
+            for trial in trials(name, attention, of_one):
+                print(json.dumps(trial.to_dict()), flush=True)
         print(END, flush=True)
 
 
