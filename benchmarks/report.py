@@ -26,6 +26,7 @@ ORDER = (
     "decode_static",
     "train_step",
     "compile_time",
+    "compile_zoo",
 )
 ABOUT = {
     "prefill_llama": (
@@ -64,6 +65,11 @@ ABOUT = {
         "Compilation",
         "SmolLM2-135M-Instruct (30 layers) with Inductor in a new process: with empty caches, then again with the "
         "caches that the first process left.",
+    ),
+    "compile_zoo": (
+        "Compilation of many architectures",
+        "The first call of small models of many architectures of transformers, on a CPU with empty caches. Processor "
+        "time is that of the process and of the compilers that it calls.",
     ),
 }
 CPU = "smollm2_cpu.json"

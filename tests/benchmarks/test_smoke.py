@@ -63,6 +63,14 @@ def test_a_compilation_is_counted_in_a_process_of_its_own(tmp_path):
     assert whole["more"]["sites"] == "2 of 2"
 
 
+def test_compilations_of_architectures_are_held_against_inductors(tmp_path):
+    result = run("compile_zoo", tmp_path, [])
+    cases = {row["case"]: row for row in result["rows"] if row["variant"] == "effattn"}
+    assert list(cases) == ["llama", "bert", "median of 2"]
+    assert cases["llama"]["ms"] > 0
+    assert cases["median of 2"]["more"]["time over Inductor's"] > 0
+
+
 def suite(tmp_path, *options: str) -> harness.Suite:
     given = harness.parser("test").parse_args([*options, "--device", "cpu", "--out", str(tmp_path / "test.json")])
     made = harness.Suite("prefill_llama", given, {}, against=("slow",))

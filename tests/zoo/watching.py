@@ -31,9 +31,9 @@ _PASSED = {
 
 @dataclass
 class Watch(TorchFunctionMode):
-    """Counts SDPA calls and others that hold a whole attention, and softmaxes whose result is multiplied with another tensor."""
+    """Counts calls that are a whole attention, and softmaxes whose result is multiplied with another tensor."""
 
-    sdpa: int = 0
+    whole: int = 0
     softmaxes: int = 0
     other: int = 0  # softmaxes whose result is no operand of a product: routers, pooling, samplers
     _weights: dict[int, int] = field(default_factory=dict)  # id of a tensor -> which softmax it comes from
@@ -45,7 +45,7 @@ class Watch(TorchFunctionMode):
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if function in _WHOLE:
-            self.sdpa += 1  # what it calls is not seen: the mode is off inside
+            self.whole += 1  # what it calls is not seen: the mode is off inside
             return function(*args, **kwargs)
         result = function(*args, **kwargs)
         if function in _SOFTMAX and isinstance(result, Tensor):
@@ -71,7 +71,7 @@ class Watch(TorchFunctionMode):
 
     @property
     def sites(self) -> int:
-        return self.sdpa + self.softmaxes
+        return self.whole + self.softmaxes
 
 
 def watching(function: Callable[..., Any]) -> tuple[Callable[..., Any], Watch]:
