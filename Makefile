@@ -23,7 +23,7 @@ help:
 	@echo "make test       the tests; they need no GPU"
 	@echo "make test-gpu   the same checks on an NVIDIA GPU"
 	@echo "make lint       ruff and mypy"
-	@echo "make zoo        every architecture of transformers, into docs/coverage.md (hours)"
+	@echo "make zoo        what tests/zoo/results.jsonl lacks of transformers' architectures, into docs/coverage.md (hours)"
 	@echo "make bench      every benchmark into benchmarks/results (without a GPU: tiny sizes, elsewhere)"
 	@echo "make report     docs/performance.md and README.md's table from benchmarks/results"
 	@echo "make clean      removes .venv and everything that was built"
@@ -46,8 +46,8 @@ lint: $(VENV)/.dev
 	$(BIN)/mypy
 
 zoo: $(VENV)/.dev
-	$(BIN)/python -m tests.zoo --out build/zoo.jsonl $(ZOO) || true
-	$(BIN)/python -m tests.zoo.coverage build/zoo.jsonl
+	$(BIN)/python -m tests.zoo $(ZOO) || true
+	$(BIN)/python -m tests.zoo.coverage
 
 bench: $(VENV)/.models
 	$(BIN)/python -m benchmarks.gpu_all $(BENCH)

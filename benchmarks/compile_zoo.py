@@ -19,10 +19,10 @@ from typing import Any
 
 import torch
 
-from benchmarks import harness, measuring
+from benchmarks import harness
 from benchmarks.harness import EFFATTN, INDUCTOR
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
+ZOO = pathlib.Path(__file__).resolve().parents[1] / "tests" / "zoo"
 # of every kind: decoders, encoders, both, pictures, sounds, several at once; attention as each has it by default
 SAMPLE = (
     "llama", "bert", "t5", "vit", "gpt2", "clip", "whisper", "gemma2", "swin", "mixtral", "bart", "wav2vec2",
@@ -36,6 +36,7 @@ def run(argv: list[str] | None) -> int:
     parser = harness.parser(__doc__.split("\n")[0])
     parser.add_argument("--architectures", type=int, default=len(SAMPLE), help="how many of the sample")
     options = parser.parse_args(argv)
+    sys.path.insert(0, str(ZOO))
     names = SAMPLE[: 2 if options.tiny else options.architectures]
     setting = {"attention": "by default", "dtype": "torch.float32", "compiling threads": 1}
     suite = harness.Suite("compile_zoo", options, setting, against=(INDUCTOR,))
@@ -54,7 +55,6 @@ def run(argv: list[str] | None) -> int:
 
 def measure(suite: harness.Suite, name: str, variants: tuple[str, ...]) -> None:
     """Both compilations of one architecture."""
-    sys.path.insert(0, str(ROOT / "tests" / "zoo"))
     from building import build
 
     built = build(name)

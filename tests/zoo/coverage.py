@@ -75,8 +75,8 @@ def _sentence(trials: list[Trial], by_name: dict[str, list[Trial]]) -> str:
     right = [name for name, of_one in by_name.items() if all(trial.verdict == "right" for trial in of_one)]
     sites, found, inductor = (sum(counts) for counts in zip(*map(_forward, by_name.values()), strict=True))
     return (
-        f"{len(by_name)} of {len(names)} architectures ran and have attention; in {len(right)} every attention was found "
-        f"in every trial. In one forward of each there are {sites} attentions, of which {found} "
+        f"{len(by_name)} of {len(names)} architectures ran and have attention; in {len(right)} every attention was "
+        f"found in every trial. In one forward of each there are {sites} attentions, of which {found} "
         f"({found / max(sites, 1):.1%}) were found; Inductor's patterns replace {inductor} "
         f"({inductor / max(sites, 1):.1%})."
     )
