@@ -122,6 +122,7 @@ def test_verdicts():
     right = Trial("a", "eager", "whole", sites=2, found=2, difference=0.0)
     assert right.verdict == "right"
     assert Trial("a", "eager", "whole", sites=2, found=1, difference=0.0).verdict == "unseen"
+    assert Trial("a", "eager", "whole", sites=2, found=2, forms={"linear": 1}, difference=0.0).verdict == "unseen"
     assert Trial("a", "eager", "whole", sites=2, found=1, refused=1, difference=0.0).verdict == "refused"
     assert Trial("a", "eager", "whole", sites=2, found=2, difference=0.1).verdict == "differs"
     assert Trial("a", "eager", "whole", sites=2, found=2, difference=float("nan")).verdict == "differs"

@@ -56,7 +56,8 @@ class Trial:
             return "not run" if self.not_run else "error"
         if self.difference is None or not self.difference <= max(TOLERANCE, 2 * self.sensitivity):
             return "differs"
-        if self.found + self.refused + self.others < self.sites:
+        without_softmax = self.forms.get("linear", 0)  # found, and no site of those that were counted
+        if self.found - without_softmax + self.refused + self.others < self.sites:
             return "unseen"
         return "right" if not self.refused else "refused"
 
