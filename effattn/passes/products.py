@@ -13,7 +13,7 @@ from effattn.ir import expr
 from effattn.ir.expr import b, h, k, q, s
 from effattn.passes.contraction import Contraction, contraction
 from effattn.passes.draft import NOT_ATTENTION, Refused
-from effattn.passes.graph import GraphView
+from effattn.passes.graph import GraphView, hint
 from effattn.passes.operands import Operand, depth, row, trace
 from effattn.passes.reading import Reader
 from effattn.passes.vocabulary import Call
@@ -88,22 +88,23 @@ def query_key_product(
     sizes = dict(zip(symbols, shape, strict=True))
     reader = readers.setdefault(("product", *shape), kind(view, sizes, products=True))
     term = reader.read(scores, time).at(tuple(symbols))
-    candidates: list[tuple[Contraction, int]] = []
+    candidates: dict[fx.Node, tuple[Contraction, int, bool]] = {}
     wrong_axis = False
-    for raw in {load for load in expr.loads_of(term) if load.name in reader.raw}:
+    for raw in [load for load in expr.loads_of(term) if load.name in reader.raw]:
         product = reader.raw[raw.name]
+        entries = dict(zip(product.out_labels, map(sympy.sympify, raw.indices), strict=True))
         free = {
-            side: {x for label, e in zip(product.out_labels, raw.indices, strict=True) if label in labels
-                   for x in sympy.sympify(e).free_symbols}
+            side: {x for label in labels if label in entries for x in entries[label].free_symbols}
             for side, labels in (("left", product.left_labels), ("right", product.right_labels))
-        }  # fmt: skip
+        }
         key_side = [side for side in free if symbols[dim] in free[side]]
         if len(key_side) != 1:
             continue
         query_side = "left" if key_side[0] == "right" else "right"
         rows = [n for n, x in enumerate(symbols) if x in free[query_side] - free[key_side[0]]]
         if rows:
-            candidates.append((product, rows[-1]))
+            plain = {symbols[dim], symbols[rows[-1]]} <= set(entries.values())
+            candidates[product.node] = (product, rows[-1], plain)
         else:
             wrong_axis = True
     if not candidates:
@@ -111,9 +112,26 @@ def query_key_product(
             raise Refused("softmax axis", "the softmax does not run over the keys of a product of queries and keys")
         reason = _why_no_product(view, reader, term)
         raise Refused(NOT_ATTENTION if reason == NO_PRODUCT else "no product", reason)
-    if len({id(product.node) for product, _ in candidates}) > 1:
+    return _main_product(view, list(candidates.values()))
+
+
+def _main_product(view: GraphView, candidates: list[tuple[Contraction, int, bool]]) -> tuple[Contraction, int]:
+    """The product that a kernel computes: the widest one of a row and a column. Others are added as data.
+
+    In attention with relative positions the others depend on rows and distances, or are gathered at them.
+    """
+    plain = [(product, rows) for product, rows, is_plain in candidates if is_plain]
+    if len(candidates) == 1:
+        return candidates[0][:2]
+    if not plain:
         raise Refused("several products", "the scores add several products of queries and keys", "not supported yet")
-    return candidates[0]
+
+    def width(candidate: tuple[Contraction, int]) -> tuple[int, int]:
+        product, _ = candidate
+        held = view.held(product.left).shape[product.left_labels.index(product.summed)]
+        return hint(held), -view.time[product.node]
+
+    return max(plain, key=width)
 
 
 def _why_no_product(view: GraphView, reader: Reader, term) -> str:
@@ -163,6 +181,8 @@ def scores_at(view: GraphView, reader: Reader, scores: fx.Node, index: tuple, ti
     for other in raws:
         if other is not ours[0]:
             node = reader.raw[other.name].node
+            if (call := view.call(node)) is not None and call.name == "baddbmm":
+                raise Refused("several products", "the scores add several products, one of them by baddbmm")
             swap[other] = reader.as_data(node, view.time[node] + 1).at(other.indices)  # before anyone writes to it
     return term.xreplace(swap), ours[0].indices
 

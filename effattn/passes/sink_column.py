@@ -33,15 +33,16 @@ def scores_of(view: GraphView, softmax: Call, dim: int) -> Scores:
     """The scores before the largest was taken off (which changes no weight) and before a sink joined them."""
     node, time = softmax.get("input"), view.time[softmax.node]
     node, time = _before_shift(view, node, dim, time)
-    call = _unchanged(view, node, time)
+    joined, when = _before_casts(view, node, time)
+    call = _unchanged(view, joined, when)
     if call is None or call.name != "cat":
         return Scores(node, time)
     parts = call.get("tensors")
-    rank = len(view.shape(node))
+    rank = len(view.shape(joined))
     both = isinstance(parts, (list, tuple)) and len(parts) == 2
     if not both or call.get("dim", 0) % rank != dim or view.shape(parts[1])[dim] != 1:
         return Scores(node, time)
-    return Scores(parts[0], view.time[node], LoadSource(parts[1], view.time[node]))
+    return Scores(parts[0], view.time[joined], LoadSource(parts[1], view.time[joined]))
 
 
 def drops_the_sink(call: Call, dim: int, rank: int) -> bool:
@@ -79,6 +80,20 @@ def _before_shift(view: GraphView, node: fx.Node, dim: int, time: int) -> tuple[
     if not same or view.writes_between(source, view.time[values.node], view.time[node]):
         return node, time
     return source, view.time[node]
+
+
+def _before_casts(view: GraphView, node: fx.Node, time: int) -> tuple[fx.Node, int]:
+    """What was cast to a type that holds all its values, and when it is read."""
+    while (call := _unchanged(view, node, time)) is not None:
+        source = call.get("input")
+        if not (call.name in ("to", "identity") or call.name.startswith("cast_")) or view.tensor(source) is None:
+            break
+        before, after = view.held(source).dtype, view.held(node).dtype
+        wider = before.is_floating_point and after.is_floating_point and before.itemsize < after.itemsize
+        if not (wider or before == after) or view.cuts_gradient(node, time):
+            break
+        node, time = source, view.time[node]
+    return node, time
 
 
 def _unchanged(view: GraphView, node: Any, time: int) -> Call | None:

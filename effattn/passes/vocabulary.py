@@ -150,6 +150,7 @@ ROWS: tuple[tuple[str, tuple[Spelling, ...]], ...] = (
     _starred("expand", "sizes", "expand", ()),
     _row("expand", "input sizes", (torch.broadcast_to,), "expand_as broadcast_to"),
     _row("getitem", "input index", (operator.getitem,), "__getitem__"),
+    _row("gather", "input dim index", (torch.gather,), "gather"),
     _row("select", "input dim index", (torch.select,), "select"),
     _row("narrow", "input dim start length", (torch.narrow,), "narrow"),
     _row("chunk", "input chunks dim", (torch.chunk,), "chunk"),

@@ -8,6 +8,7 @@ import sympy
 import torch
 from torch import fx
 
+from effattn.ir import expr
 from effattn.passes.graph import GraphView
 from effattn.passes.reading.elementwise import aligned
 from effattn.passes.reading.reader import Index, Reader, Reading, Unreadable, reads, recombined
@@ -175,6 +176,26 @@ def select(reader: Reader, call: Call, shape):
     if not isinstance(dim, int) or not isinstance(position, int):
         return None
     return _basic_index(reader, call, shape, {dim: position})
+
+
+@reads("gather")
+def gather(reader: Reader, call: Call, shape):
+    """A shift of relative positions: ``table.gather(-1, query - key + length)``. An index that is data stays data."""
+    dim, index_node = call.get("dim"), call.get("index")
+    if not isinstance(dim, int) or not isinstance(index_node, fx.Node) or call.get("out") is not None:
+        return None
+    source, picked = reader.argument(call, "input"), reader.argument(call, "index")
+    if picked.kind != "int" or not source.shape:
+        return None
+    dim %= len(source.shape)
+
+    def at(index: Index):
+        place = picked.at(index)
+        if expr.loads_of(place):
+            raise Unreadable("gathered at places that are data")
+        return source.at((*index[:dim], place, *index[dim + 1 :]))
+
+    return Reading(shape, source.kind, at)
 
 
 @reads("narrow")
