@@ -38,8 +38,9 @@ def assemble(view: GraphView, draft: Draft, order: int) -> Match:
     _check_recorded(view, draft)
     require_fixed(draft.heads, draft.head_dim, draft.value_dim)
     layout = Layout(
-        draft.batch, draft.heads, _kv_heads(view, draft), draft.q_len, draft.k_len, draft.head_dim, draft.value_dim
+        draft.batch, draft.heads, draft.key.heads_in(view), draft.q_len, draft.k_len, draft.head_dim, draft.value_dim
     )
+    _expand_shared(view, draft)
     _check_operands(view, draft, layout)
     try:
         found = masks.split(draft.term)
@@ -232,9 +233,21 @@ def _check_recorded(view: GraphView, draft: Draft) -> None:
 # -- operands ---------------------------------------------------------------------------------------------------
 
 
-def _kv_heads(view: GraphView, draft: Draft):
-    dim = draft.key.dims[1]
-    return sympy.Integer(1) if dim is None else view.shape(draft.key.node)[dim]
+def _expand_shared(view: GraphView, draft: Draft) -> None:
+    """Where all batches share a query, key or value, or all heads a query (learned queries), it is expanded: a view."""
+    operands = {name: getattr(draft, name) for name in ("query", "key", "value")}
+    batch: Any = int(draft.batch) if draft.batch.is_Integer else None
+    for operand in operands.values():
+        if batch is None and operand.dims[0] is not None:
+            batch = (operand.node, operand.dims[0])
+    if draft.batch != 1:
+        if all(operand.dims[0] is None for operand in operands.values()):
+            raise Refused("batch", f"query, key and value are shared by the batch of {draft.batch}")
+        shared = {name: operand for name, operand in operands.items() if operand.dims[0] is None}
+        for name, operand in shared.items():
+            setattr(draft, name, replace(operand, batch=batch))
+    if draft.heads != 1 and not draft.query.dims[1]:
+        draft.query = replace(draft.query, heads=int(draft.heads))
 
 
 def _check_operands(view: GraphView, draft: Draft, layout: Layout) -> None:
@@ -242,18 +255,18 @@ def _check_operands(view: GraphView, draft: Draft, layout: Layout) -> None:
     for name, operand in (("query", draft.query), ("key", draft.key), ("value", draft.value)):
         if view.writes_between(operand.node, operand.time - 1, end):
             raise Refused("memory", f"{name} is written between the scores and the output")
-        size = sympy.Integer(1) if operand.dims[0] is None else view.shape(operand.node)[operand.dims[0]]
+        size = layout.batch if operand.dims[0] is None else view.shape(operand.node)[operand.dims[0]]
         if sympy.expand(size - layout.batch) != 0:
-            raise Refused("batch", f"{name} is shared by the batch (size {size}, batch {layout.batch})")
-    if draft.query.groups != 1 or _heads(view, draft.query) != layout.heads:
+            raise Refused("batch", f"{name} has a batch of {size} where the scores have {layout.batch}")
+    if draft.query.groups != 1 or (draft.query.dims[1] and draft.query.heads_in(view) != layout.heads):
         raise Refused("heads", "the query has fewer heads than the scores")
-    key_heads, value_heads = _heads(view, draft.key), _heads(view, draft.value)
+    key_heads, value_heads = draft.key.heads_in(view), draft.value.heads_in(view)
     if key_heads != value_heads:
         raise Refused("heads", f"key has {key_heads} heads and value {value_heads}")
     if not (layout.heads.is_Integer and key_heads.is_Integer) or int(layout.heads) % int(key_heads):
         raise Refused("heads", f"{layout.heads} query heads over {key_heads} key heads")
     for operand in (draft.key, draft.value):
-        grouped = operand.groups if operand.dims[1] is not None else int(layout.heads)
+        grouped = operand.groups if operand.dims[1] else int(layout.heads)
         if grouped * int(key_heads) != int(layout.heads):
             raise Refused("heads", "query heads do not map to key heads in groups of equal size")
     dtypes = {view.held(operand.node).dtype for operand in (draft.query, draft.key, draft.value)}
@@ -283,10 +296,6 @@ def _appended(view: GraphView, key: Operand) -> bool:
         return False
     parts, dim = call.get("tensors", ()), call.get("dim", 0) % len(view.shape(key.node))
     return len(parts) == 2 and dim == key.dims[2] and view.shape(parts[1])[dim] == 1
-
-
-def _heads(view: GraphView, operand: Operand):
-    return sympy.Integer(1) if operand.dims[1] is None else view.shape(operand.node)[operand.dims[1]]
 
 
 def _dtype(view: GraphView, draft: Draft) -> str:

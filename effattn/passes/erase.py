@@ -11,7 +11,21 @@ from collections import defaultdict
 from torch import fx
 
 from effattn.passes.block_mask import is_block_mask_code
-from effattn.passes.graph import GraphView
+from effattn.passes.graph import GraphView, writes
+from effattn.passes.reading.elementwise import is_dead_dropout
+from effattn.passes.vocabulary import canonical
+
+
+def erase_unused(graph: fx.Graph) -> None:
+    """Erase what the author computed and nobody reads: weights that a model returns only to some of its callers.
+
+    Only where the operation has no effect but its value. A live dropout has one: it advances the random numbers.
+    """
+    for node in reversed(graph.nodes):
+        if node.users or writes(node) or (call := canonical(node)) is None:
+            continue
+        if call.name != "dropout" or is_dead_dropout(call):
+            graph.erase_node(node)
 
 
 def erase_orphans(view: GraphView, replaced: list[fx.Node]) -> None:

@@ -98,7 +98,7 @@ class GraphView:
 
     def writes(self, node: fx.Node) -> bool:
         """Whether running ``node`` writes memory that existed before."""
-        return bool(_written_args(node))
+        return writes(node)
 
     def written_as(self, writer: fx.Node) -> fx.Node | None:
         """The node that ``writer`` was given to write to."""
@@ -225,6 +225,11 @@ def hint(value: Any) -> int:
         found = value.node.hint
         return int(found) if found is not None else 0
     return int(value)
+
+
+def writes(node: fx.Node) -> bool:
+    """Whether running ``node`` writes memory that existed before."""
+    return bool(_written_args(node))
 
 
 def _written_args(node: fx.Node) -> list[fx.Node]:

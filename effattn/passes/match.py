@@ -245,7 +245,11 @@ def _follow_weights(view: GraphView, softmax: fx.Node, index: tuple, reader: Rea
     node = softmax
     zeroed: list[Any] = []
     while True:
-        users = list(node.users)
+        users = sorted(node.users, key=lambda user: view.time[user])
+        if users and (call := _zeroing_in_place(view, reader, users[0], node)) is not None:
+            zeroed.append(_mask_at(reader, call, index, view.shape(node)))
+            users = [*users[0].users, *users[1:]]  # what was written to has two names from here on
+            node = call.node if call.node.users else node
         if len(users) != 1:
             where = ", ".join(user.name for user in users) or "nobody"
             raise Refused(
@@ -285,14 +289,30 @@ def _follow_weights(view: GraphView, softmax: fx.Node, index: tuple, reader: Rea
             index = moved
         elif (order := permutation(call, len(index))) is not None:
             index = tuple(index[old] for old in order)
-        elif call.name == "masked_fill" and sympy.sympify(reader.argument(call, "value").at(())).is_zero:
-            mask = reader.argument(call, "mask")
-            zeroed.append(mask.bool_at(aligned(mask, index, view.shape(node))))
+        elif _fills_with_zeros(reader, call):
+            zeroed.append(_mask_at(reader, call, index, view.shape(node)))
         elif call.name not in ("identity", "dropout", "to", "type_as") and not call.name.startswith("cast_"):
             raise Refused("weights", f"{spelled(user)} stands between softmax and value")
         elif not view.held(user).dtype.is_floating_point or view.held(user).dtype.itemsize < 2:
             raise Refused("weights", f"the weights are cast to {view.held(user).dtype}")
         node = user
+
+
+def _fills_with_zeros(reader: Reader, call: Call) -> bool:
+    return call.name == "masked_fill" and sympy.sympify(reader.argument(call, "value").at(())).is_zero is True
+
+
+def _mask_at(reader: Reader, call: Call, index: tuple, shape: tuple) -> Any:
+    mask = reader.argument(call, "mask")
+    return mask.bool_at(aligned(mask, index, shape))
+
+
+def _zeroing_in_place(view: GraphView, reader: Reader, user: fx.Node, weights: fx.Node) -> Call | None:
+    """``weights.masked_fill_(mask, 0)``"""
+    call = view.call(user)
+    if call is None or view.written_as(user) is not weights or not _fills_with_zeros(reader, call):
+        return None
+    return None if view.cuts_gradient(user, view.time[user] + 1) else call
 
 
 _DRAFTS = {"sdpa": _from_sdpa, "softmax": _from_softmax, "flex_attention": from_flex}  # by the anchor's name

@@ -1,4 +1,4 @@
-"""Before matching: calls that hide a whole attention in one node are written out.
+"""Before matching: calls that hide a whole attention in one node are written out, and what nobody reads is erased.
 
 Everything else is left as the author wrote it: the vocabulary already gives every spelling one name.
 """
@@ -15,7 +15,7 @@ from torch import fx
 from effattn.passes import multihead
 from effattn.passes.assemble import location, module_path
 from effattn.passes.draft import Missed, Refused
-from effattn.passes.erase import erase_orphans
+from effattn.passes.erase import erase_orphans, erase_unused
 from effattn.passes.graph import GraphView
 from effattn.passes.insert import Inserter
 
@@ -52,4 +52,5 @@ def normalize(gm: fx.GraphModule) -> tuple[int, list[Missed]]:
     unused = [source for source in dict.fromkeys(sources) if not source.users]
     if unused:  # a mask that the causal hint makes superfluous
         erase_orphans(GraphView(gm.graph), unused)
+    erase_unused(gm.graph)
     return expanded, missed

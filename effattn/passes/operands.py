@@ -16,6 +16,7 @@ from torch import fx
 
 from effattn.ir import expr
 from effattn.passes.graph import GraphView
+from effattn.passes.heads import Digit, digit, in_order
 from effattn.passes.reading import Reader
 from effattn.passes.reading.elementwise import is_dead_dropout
 from effattn.passes.reading.reader import Index
@@ -30,32 +31,47 @@ depth = sympy.Symbol("d", integer=True, nonnegative=True)  # along head_dim
 class Operand:
     """A tensor node and how to see it as [B, H, N, D].
 
-    ``dims`` gives for batch, head, row and depth the dimension of the node, or None where it has none (size 1).
-    ``picks`` fixes other dimensions at an index. ``groups`` is the number of query heads per head of this operand.
+    ``dims`` gives for batch, head, row and depth the dimension of the node: None where it has no batch, and none to
+    several of heads, the slowest varying first. ``picks`` fixes other dimensions at an index. ``groups`` is the number
+    of query heads per head of this operand.
     """
 
     node: fx.Node
-    dims: tuple[int | None, int | None, int, int]
+    dims: tuple[int | None, tuple[int, ...], int, int]
     picks: tuple[tuple[int, int], ...]
     groups: int
     factor: Any  # the constant that was multiplied in on the way
     time: int  # when the author's code reads it
     folded: tuple[str, ...] = ()
+    batch: Any = None  # what it is expanded to where all batches share it: an int, or (node, dimension)
+    heads: int | None = None  # the same for heads
+
+    def heads_in(self, view: GraphView) -> Any:
+        """How many heads the node holds."""
+        sizes = view.shape(self.node)
+        return sympy.Mul(*[sizes[dim] for dim in self.dims[1]])
 
 
 def trace(
-    view: GraphView, reader: Reader, node: fx.Node, index: Index, time: int, dtype: torch.dtype | None = None
+    view: GraphView,
+    reader: Reader,
+    node: fx.Node,
+    index: Index,
+    time: int,
+    dtype: torch.dtype | None = None,
+    whole: bool = False,
 ) -> Operand | None:
     """The operand behind ``node``, read at ``time`` with ``index`` in the symbols b, h, row and d.
 
     Casts from ``dtype`` to a wider type are looked through: the scores are computed in float32 in any case.
+    ``whole``: an expansion of heads is not folded, as a query has to have all of them.
     """
     best: Operand | None = None
     factor: Any = sympy.Integer(1)
     folded: list[str] = []
     while not view.changes_itself(node):
-        found = _clean(view, node, index, factor, time, tuple(folded))
-        if found is not None:
+        found = _clean(view, reader, node, index, factor, time, tuple(folded))
+        if found is not None and not (whole and best is not None and _lacks_heads(reader, found)):
             best = found
         if view.writes_between(node, view.time[node], time):
             return best  # what the node was made from is not what it holds now
@@ -71,6 +87,10 @@ def trace(
         if what:
             folded.append(what)
     return best
+
+
+def _lacks_heads(reader: Reader, operand: Operand) -> bool:
+    return reader.sizes[expr.h] != 1 and (not operand.dims[1] or operand.groups != 1)
 
 
 def _step(view: GraphView, reader: Reader, call: Call, index: Index, dtype: torch.dtype | None):
@@ -147,41 +167,50 @@ def _only_new_dims(item: Any) -> bool:
     ) and not any(isinstance(part, fx.Node) for part in items)
 
 
-def _clean(view: GraphView, node: fx.Node, index: Index, factor, time: int, folded) -> Operand | None:
+def _clean(view: GraphView, reader: Reader, node: fx.Node, index: Index, factor, time: int, folded) -> Operand | None:
     """The operand if every dimension of ``node`` is plainly one of batch, head (or its group), row, depth."""
     tensor = view.tensor(node)
     if tensor is None or not tensor.dtype.is_floating_point:
         return None
-    roles: dict[str, int] = {}
+    roles: dict[Any, int] = {}
+    heads: list[tuple[Digit, int]] = []
     picks: list[tuple[int, int]] = []
-    groups = 1
-    for dim, entry in enumerate(index):
-        entry = sympy.sympify(entry)
-        role = {expr.b: "b", expr.h: "h", row: "row", depth: "d"}.get(entry)
-        if isinstance(entry, expr.FloorDiv) and entry.args[0] == expr.h and entry.args[1].is_Integer:
-            role, groups = "h", int(entry.args[1])
-        if role is not None and role not in roles:
-            roles[role] = dim
+    for dim, entry in enumerate(map(sympy.sympify, index)):
+        if entry in (expr.b, row, depth) and entry not in roles:
+            roles[entry] = dim
+        elif (part := digit(entry)) is not None:
+            heads.append((part, dim))
         elif entry.is_Integer and int(entry) >= 0:
             picks.append((dim, int(entry)))
         else:
             return None
-    if "row" not in roles or "d" not in roles:
+    order = in_order([part for part, _ in heads], reader.sizes[expr.h])
+    if row not in roles or depth not in roles or order is None:
         return None
-    dims = (roles.get("b"), roles.get("h"), roles["row"], roles["d"])
+    dims = (roles.get(expr.b), tuple(heads[place][1] for place in order), roles[row], roles[depth])
+    groups = heads[order[-1]][0].divisor if heads else 1
     return Operand(node, dims, tuple(picks), groups, factor, time, folded)
 
 
-def emit(graph: fx.Graph, view: GraphView, operand: Operand, remember) -> fx.Node:
-    """Nodes that turn the operand into [B or 1, H or 1, N, D]; ``remember(node)`` records its fake value."""
+def emit(graph: fx.Graph, operand: Operand, remember) -> fx.Node:
+    """Nodes that turn the operand into [B, H, N, D]; ``remember(node)`` records its fake value."""
     node = operand.node
-    keep = [dim for dim in operand.dims if dim is not None]
+    batch, heads, *last = operand.dims
+    keep = [*([] if batch is None else [batch]), *heads, *last]
     for dim, position in sorted(operand.picks, reverse=True):
         node = remember(graph.call_function(torch.select, (node, dim, position)))
         keep = [d - 1 if d > dim else d for d in keep]
     if keep != sorted(keep):
         node = remember(graph.call_method("permute", (node, tuple(keep))))
-    for axis, missing in enumerate(operand.dims[:2]):
-        if missing is None:
-            node = remember(graph.call_method("unsqueeze", (node, axis)))
-    return node
+    if batch is None:
+        node = remember(graph.call_method("unsqueeze", (node, 0)))
+    if len(heads) > 1:
+        node = remember(graph.call_method("flatten", (node, 1, len(heads))))
+    elif not heads:
+        node = remember(graph.call_method("unsqueeze", (node, 1)))
+    if operand.batch is None and operand.heads is None:
+        return node
+    sizes = [-1 if size is None else size for size in (operand.batch, operand.heads)]
+    if isinstance(sizes[0], tuple):
+        sizes[0] = remember(graph.call_method("size", sizes[0]))
+    return remember(graph.call_method("expand", (node, *sizes, -1, -1)))

@@ -9,72 +9,66 @@ import sympy
 import torch
 from torch import fx
 
-from effattn.ir import expr
 from effattn.ir.expr import b, h, q
+from effattn.passes.heads import Digit, digit, in_order
 from effattn.passes.operands import depth
-
-_CANONICAL = (b, h, q, depth)
 
 
 @dataclass(frozen=True)
 class Placement:
-    """First drop size-1 dimensions, then permute, then merge or split neighbours."""
+    """First drop size-1 dimensions, then split heads, permute, merge batch and heads, and put in size-1 dimensions."""
 
     drops: tuple[int, ...]
+    heads: tuple[int, ...]  # sizes of the dimensions that heads lie in; () if it is at most one
     order: tuple[int, ...]
-    steps: tuple[tuple[str, tuple], ...]
+    merges: tuple[int, ...]  # dimensions that are merged with the next
+    new: tuple[int, ...]
 
     @property
     def is_identity(self) -> bool:
-        return not self.drops and self.order == tuple(range(len(self.order))) and not self.steps
+        return not (self.drops or self.heads or self.merges or self.new) and self.order == (0, 1, 2, 3)
 
     def emit(self, graph: fx.Graph, node: fx.Node, remember) -> fx.Node:
         for dim in self.drops:
             node = remember(graph.call_function(torch.select, (node, dim, 0)))
+        if self.heads:
+            node = remember(graph.call_method("unflatten", (node, 1 - self.drops.count(0), self.heads)))
         if self.order != tuple(range(len(self.order))):
             node = remember(graph.call_method("permute", (node, self.order)))
-        for method, args in self.steps:
-            node = remember(graph.call_method(method, (node, *args)))
+        for dim in self.merges:
+            node = remember(graph.call_method("flatten", (node, dim, dim + 1)))
+        for dim in self.new:
+            node = remember(graph.call_method("unsqueeze", (node, dim)))
         return node
 
 
 def placement(index: tuple[Any, ...], heads) -> Placement | None:
     """The placement for a result whose dimension i is indexed by ``index[i]``, a term in b, h, q and d."""
-    order: list[sympy.Symbol] = []
-    for entry in index:
-        for symbol in _in_reading_order(entry):
-            if symbol not in order:
-                order.append(symbol)
-    if any(symbol not in _CANONICAL for symbol in order) or not {q, depth} <= set(order):
-        return None
-    drops = tuple(axis for axis in (1, 0) if _CANONICAL[axis] not in order)
-    kept = [symbol for symbol in _CANONICAL if symbol in order]
-    steps: list[tuple[str, tuple]] = []
-    position, place = 0, 0
-    while position < len(index):
-        entry = sympy.expand(index[position])
-        symbols = _in_reading_order(entry)
-        if place < len(order) and entry == order[place]:
-            place += 1
-        elif symbols == [b, h] and entry == b * heads + h:
-            steps.append(("flatten", (position, position + 1)))
-            place += 2
-        elif isinstance(entry, expr.FloorDiv) and entry.args[0] == h and entry.args[1].is_Integer:
-            inner = int(entry.args[1])
-            following = index[position + 1] if position + 1 < len(index) else None
-            if following != expr.Modulo(h, inner) or not sympy.sympify(heads).is_Integer or order[place] != h:
-                return None
-            steps.append(("unflatten", (position, (int(heads) // inner, inner))))
-            position += 1
-            place += 1
+    axes: list[Any] = []  # b, q, depth or a digit of h, as they follow each other in the result
+    merges: list[int] = []
+    new: list[int] = []
+    for dim, entry in enumerate(sympy.expand(entry) for entry in index):
+        if entry in (b, q, depth):
+            axes.append(entry)
+        elif (part := digit(entry)) is not None:
+            axes.append(part)
+        elif entry == b * heads + h:
+            merges.append(dim - len(new))
+            axes += [b, Digit(1, None)]
+        elif entry == 0:
+            new.append(dim)
         else:
             return None
-        position += 1
-    if place != len(order):
+    digits = [axis for axis in axes if isinstance(axis, Digit)]
+    order = in_order(digits, heads)
+    if order is None or not {q, depth} <= set(axes) or len(set(axes)) < len(axes):
         return None
-    return Placement(drops, tuple(kept.index(symbol) for symbol in order), tuple(steps))
-
-
-def _in_reading_order(entry) -> list[sympy.Symbol]:
-    """Index symbols of an entry, the slowest varying first."""
-    return [symbol for symbol in _CANONICAL if sympy.sympify(entry).has(symbol)]
+    if (digits[order[-1]].divisor if digits else heads) != 1:
+        return None
+    drops = (*(() if digits else (1,)), *(() if b in axes else (0,)))
+    sizes: tuple[int, ...] = ()
+    if len(digits) > 1:
+        above = [int(heads), *(digits[place].divisor for place in order)]
+        sizes = tuple(outer // inner for outer, inner in zip(above, above[1:], strict=False))
+    held = [*([b] if b in axes else []), *(digits[place] for place in order), q, depth]
+    return Placement(drops, sizes, tuple(held.index(axis) for axis in axes), tuple(merges), tuple(new))

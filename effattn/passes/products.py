@@ -61,7 +61,7 @@ def traced(view: GraphView, node: fx.Node, index: tuple, time: int, name: str, s
     """The operand behind ``node``. Raises: Refused: its dimensions are not plainly batch, head, row and depth."""
     batch, heads, length, width = sizes
     bounds = Reader(view, {b: batch, h: heads, row: length, depth: width})
-    found = trace(view, bounds, node, index, time, dtype)
+    found = trace(view, bounds, node, index, time, dtype, whole=name == "query")
     if found is None:
         raise Refused("operands", f"the layout of {name} is not understood: {node.name} at {index}")
     return found

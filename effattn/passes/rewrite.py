@@ -68,7 +68,7 @@ class Writer(Inserter):
 
     def operand(self, operand: Operand, dtype: torch.dtype) -> fx.Node:
         """Query, key or value as [B, H, N, D] in the dtype of the result (autocast may have cast it)."""
-        node = emit(self.graph, self.view, operand, self.remember)
+        node = emit(self.graph, operand, self.remember)
         return node if node.meta["example_value"].dtype == dtype else self.method("to", node, dtype)
 
 
