@@ -55,17 +55,21 @@ def assemble(view: GraphView, draft: Draft, order: int) -> Match:
     position = masks.query_position(predicate, lengths)
     if position is None and predicate == sympy.true and layout.q_len == 1 and _appended(view, draft.key):
         position = q + Nk - 1  # a decode step without a mask: the query is the last of the keys
+    dtype = _score_dtype(view, draft)
     try:
         empty = masks.empty_rows(
             masks.Split(score, predicate, found.fills),
             lengths,
             position,
             sdpa=draft.zero_when_empty,
-            dtype=_score_dtype(view, draft),
+            dtype=dtype,
             data=_masks_that_are_data(view, score, draft.reader.loads),
         )
     except masks.Unclear as unclear:
-        raise Refused("rows without keys", str(unclear), "use a boolean mask with SDPA") from unclear
+        if draft.zeroed or not masks.may_stay_in_score(found, draft.term, dtype):
+            raise Refused("rows without keys", str(unclear), "use a boolean mask with SDPA") from unclear
+        score, predicate, position, empty = _with_lengths(draft.term, layout), sympy.true, None, "nan"
+        draft.notes.append("a row may attend to nothing: the mask's fill values are added as the author adds them")
 
     for where in draft.zeroed:
         where = masks.simplify(_with_lengths(where, layout))

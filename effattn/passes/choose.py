@@ -24,6 +24,7 @@ from effattn.runtime.attend import triton_is_importable
 
 Route = Literal["keep", "sdpa", "op", "linear"]
 SDPA_MAX_HEAD_DIM = 256  # beyond it SDPA has no kernel that avoids N x N scores
+SDPA_MAX_HEADS = 65535  # its kernels are launched with heads as the second or third dimension of a grid
 
 
 @dataclass(frozen=True)
@@ -203,6 +204,8 @@ def exact_route(site: Site, anchors: Anchors) -> tuple[Route, str]:
     """How exact attention is computed at a site, and why."""
     if anchors.is_plain_sdpa and not anchors.key.folded:
         return "keep", "already an SDPA call without a mask: its own fast kernels run"
+    if _one_small_row(site):
+        return "keep", "one query over few keys, too wide for a kernel: its weights are smaller than the query itself"
     if anchors.lse is None and not site.sink and sdpa_takes(site):
         causal = "the mask is causal" if site.predicate != sympy.true else "there is no mask"
         return "sdpa", f"{causal}: SDPA's own fast kernels, no mask tensor" + _grouped(site)
@@ -217,13 +220,21 @@ def _grouped(site: Site) -> str:
     return ", grouped heads not expanded" if site.layout.groups > 1 else ""
 
 
+def _one_small_row(site: Site) -> bool:
+    """Whether nothing is to be saved, as in attention over the layers of a model, whose heads are tokens."""
+    sizes = site.layout
+    keys = sizes.fixed_keys
+    few = sizes.q_len == 1 and keys is not None and keys <= int(sizes.head_dim)
+    return few and (int(sizes.head_dim) > SDPA_MAX_HEAD_DIM or int(sizes.heads) > SDPA_MAX_HEADS)
+
+
 def sdpa_takes(site: Site) -> bool:
     """Whether SDPA without a mask tensor computes the site: no mask or top-left causal, a plain scale, equal widths."""
     plain = site.predicate == sympy.true or (
         site.predicate == sympy.Le(expr.k, expr.q) and sympy.expand(site.layout.q_len - site.layout.k_len) == 0
     )
     widths = site.layout.head_dim == site.layout.value_dim and site.layout.head_dim <= SDPA_MAX_HEAD_DIM
-    return plain and widths and expr.plain_scale(site.score) is not None
+    return plain and widths and site.layout.heads <= SDPA_MAX_HEADS and expr.plain_scale(site.score) is not None
 
 
 def is_opaque(site: Site) -> bool:

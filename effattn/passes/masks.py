@@ -22,6 +22,7 @@ from effattn.passes.predicates import assuming, simplify
 FILL = -1e8
 # Adding a fill this low to any score gives the fill itself in float32, so that a masked row is uniform.
 ABSORBS = -1e30
+LOWEST = 3.4028234663852886e38  # -finfo(float32).min
 HALF_FILL = -65504.0  # finfo(float16).min
 INFINITE = sympy.S.NegativeInfinity
 
@@ -181,6 +182,17 @@ def empty_rows(found: Split, layout: Layout, position, *, sdpa: bool, dtype: str
         f"(fills: {', '.join(sorted(map(_spelled, found.fills)))}, scores in {dtype}"
         + (", and data is added that may mask too)" if masks_by_data else ")")
     )
+
+
+def may_stay_in_score(found: Split, term, dtype: str) -> bool:
+    """Whether a kernel that computes ``term`` as it stands, fills and all, gives what the author's code gives.
+
+    A fill that takes up any score leaves nothing to rounding: two of them are -inf, in float32 as in bfloat16.
+    """
+    fills = [fill.value for fill in found.fills]
+    numbers = [float(number) for number in term.atoms(sympy.Number) if number.is_finite]
+    held = all(abs(number) <= LOWEST for number in numbers) and not term.has(sympy.oo, -sympy.oo, sympy.nan)
+    return held and bool(fills) and all(_absorbs(fill, dtype) for fill in fills)
 
 
 def _absorbs(fill, dtype: str) -> bool:

@@ -251,10 +251,7 @@ def _follow_weights(view: GraphView, softmax: fx.Node, index: tuple, reader: Rea
             users = [*users[0].users, *users[1:]]  # what was written to has two names from here on
             node = call.node if call.node.users else node
         if len(users) != 1:
-            where = ", ".join(user.name for user in users) or "nobody"
-            raise Refused(
-                "weights", f"the attention weights are used elsewhere (by {where})", "ask the model not to return them"
-            )
+            raise _used_elsewhere(view, users)
         user = users[0]
         product = contraction(view, user)
         if product is not None:
@@ -296,6 +293,18 @@ def _follow_weights(view: GraphView, softmax: fx.Node, index: tuple, reader: Rea
         elif not view.held(user).dtype.is_floating_point or view.held(user).dtype.itemsize < 2:
             raise Refused("weights", f"the weights are cast to {view.held(user).dtype}")
         node = user
+
+
+def _used_elsewhere(view: GraphView, users: list[fx.Node]) -> Refused:
+    """Who else uses the weights; if it is what comes after the graph, why the graph ends."""
+    where = ", ".join(user.name for user in users) or "nobody"
+    reason, hint = f"the attention weights are used elsewhere (by {where})", "ask the model not to return them"
+    end = getattr(view.graph.owning_module, "compile_subgraph_reason", None)  # as Dynamo says it
+    if end is not None and end.graph_break and any(user.op == "output" for user in users):
+        reason += f"; the graph ends there because of a graph break: {end.reason.splitlines()[0]}"
+        setting = "torch._dynamo.config.capture_scalar_outputs"
+        hint = f"set {setting} = True" if setting in end.reason else "avoid the graph break"
+    return Refused("weights", reason, hint)
 
 
 def _fills_with_zeros(reader: Reader, call: Call) -> bool:
