@@ -87,12 +87,12 @@ def _distance(difference) -> tuple[Any, int, Any] | None:
 
 
 def _bounds(joined, *, narrowest: bool):
-    """Of two bounds that differ by a constant, only the narrower one of an And, only the wider one of an Or."""
+    """Of two bounds of which one implies the other, only the narrower one of an And, only the wider one of an Or."""
     slacks = [_slack(part) for part in joined.args]
     kept: list[Any] = []
     for part, slack in zip(joined.args, slacks, strict=True):
         room = [sympy.expand(slack - other) for other in slacks if slack is not None and other is not None]
-        if any(difference.is_Integer and (difference < 0 if narrowest else difference > 0) for difference in room):
+        if any((difference.is_negative if narrowest else difference.is_positive) is True for difference in room):
             continue  # another bound says more (And) or less (Or)
         kept.append(part)
     return type(joined)(*kept)

@@ -115,6 +115,8 @@ ROWS: tuple[tuple[str, tuple[Spelling, ...]], ...] = (
     _row("not", "input", (operator.invert, torch.logical_not, torch.bitwise_not), "logical_not bitwise_not __invert__"),
     _row("where", "condition input other", (torch.where,), "", (("where", "input condition other"),)),
     _row("masked_fill", "input mask value", (torch.masked_fill,), "masked_fill masked_fill_"),
+    _row("fill", "input value", (torch.fill,), "fill fill_"),
+    _row("zero", "input", (), "zero_"),
     # casts and copies
     _row("to", "input *to", (), "to type"),
     _row("type_as", "input other", (), "type_as"),
@@ -159,6 +161,8 @@ ROWS: tuple[tuple[str, tuple[Spelling, ...]], ...] = (
     _starred("repeat", "repeats", "repeat", ()),
     _row("repeat_interleave", "input repeats dim output_size", (torch.repeat_interleave,), "repeat_interleave"),
     _row("cat", "tensors dim", (torch.cat, torch.concat, torch.concatenate)),
+    _row("hstack", "tensors", (torch.hstack,)),
+    _row("pad", "input pad mode value", (F.pad, torch._C._nn.pad)),
     _row("flip", "input *dims", (torch.flip,), "flip"),
     # makers
     _row("arange", "*bounds", (torch.arange,)),
@@ -179,7 +183,13 @@ ROWS: tuple[tuple[str, tuple[Spelling, ...]], ...] = (
     _row("matmul", "input other", (operator.matmul, torch.matmul, torch.bmm, torch.mm), "matmul bmm mm __matmul__"),
     _row("baddbmm", "input batch1 batch2 beta alpha", (torch.baddbmm,), "baddbmm"),
     _row("einsum", "equation *operands", (torch.einsum, torch.functional.einsum)),
-    _row("softmax", "input dim dtype", (torch.softmax,), "softmax", ((F.softmax, "input dim _stacklevel dtype"),)),
+    _row(
+        "softmax",
+        "input dim dtype",
+        (torch.softmax, torch.special.softmax),
+        "softmax",
+        ((F.softmax, "input dim _stacklevel dtype"),),
+    ),
     _row(
         "sdpa",
         "query key value attn_mask dropout_p is_causal scale enable_gqa",

@@ -258,11 +258,20 @@ def _check_comparable(x, y) -> None:
     sympy, besides, takes every load for finite, and decides comparisons with infinity by that.
     """
     for term in (x, y):
-        if not (term.is_integer or term.is_number or isinstance(term, (expr.Load, expr.Where))):
+        if not (_is_whole(term) or term.is_number or isinstance(term, (expr.Load, expr.Where))):
             raise Unreadable("a comparison that rounding may change")
     values = [leaf for term in (x, y) for leaf in _leaves(term)]
     if any(value.is_infinite for value in values) and not all(value.is_number for value in values):
         raise Unreadable("data is compared with infinity")
+
+
+def _is_whole(term) -> bool:
+    """Whether a term is a whole number, also where it is one of several: a sum over ``where(end, 1, 0)``."""
+    if isinstance(term, (sympy.Add, sympy.Mul)):
+        return all(_is_whole(part) for part in term.args)
+    if isinstance(term, expr.Where):
+        return all(_is_whole(branch) for branch in term.args[1:])
+    return term.is_integer is True
 
 
 def _check_rounding(reader: Reader, call: Call, x, y) -> None:

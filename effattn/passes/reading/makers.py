@@ -49,14 +49,14 @@ def ones(reader: Reader, call: Call, shape):
     return _filled(reader, call, shape, 1)
 
 
-@reads("zeros")
+@reads("zeros", "zero")
 def zeros(reader: Reader, call: Call, shape):
     return _filled(reader, call, shape, 0)
 
 
-@reads("full", "tensor")
+@reads("full", "tensor", "fill")
 def full(reader: Reader, call: Call, shape):
-    value = reader.view.value(call.get("fill_value", call.get("data")))
+    value = reader.view.value(call.get("fill_value", call.get("data", call.get("value"))))
     if not isinstance(value, (int, float, bool)) or value != value:
         return None
     return _filled(reader, call, shape, value)
@@ -104,6 +104,37 @@ def cat(reader: Reader, call: Call, shape):
     if len({part.kind for part in parts}) != 1:
         return None
     return joined(parts, dim % len(shape))
+
+
+@reads("hstack")
+def hstack(reader: Reader, call: Call, shape):
+    return cat(reader, Call("cat", call.node, {**call.args, "dim": 0 if len(shape) == 1 else 1}), shape)
+
+
+@reads("pad")
+def pad(reader: Reader, call: Call, shape):
+    """A constant around a tensor; numbers of elements come in pairs, those of the last dimension first."""
+    source, sizes, value = reader.argument(call, "input"), call.get("pad"), call.get("value")
+    value = 0 if value is None else value
+    if call.get("mode", "constant") != "constant" or not isinstance(value, (int, float)) or value != value:
+        return None
+    untouched = [sympy.Integer(0)] * (len(shape) - len(sizes) // 2)
+    first, last = ([*untouched, *[reader.extent(size) for size in sizes[side::2]][::-1]] for side in (0, 1))
+    around = _filled(reader, call, shape, value)
+
+    def at(index: Index):
+        local = tuple(i - before for i, before in zip(index, first, strict=True))
+        conditions = [i >= 0 for i, before in zip(local, first, strict=True) if before != 0]
+        for place, old, before, after in zip(index, source.shape, first, last, strict=True):
+            if after != 0 and not reader.below(place, before + old):
+                conditions.append(place < before + old)
+        inside, outside = sympy.And(*conditions), around.at(index)
+        if source.kind != "bool":
+            return expr.Where(inside, source.at(local), outside)
+        held = source.at(local)
+        return sympy.Or(sympy.Not(inside), held) if outside == sympy.true else sympy.And(inside, held)
+
+    return Reading(shape, source.kind, at)
 
 
 def joined(parts: list[Reading], dim: int) -> Reading:

@@ -62,12 +62,19 @@ def reads(*names: str) -> Callable[[Handler], Handler]:
 
 def nonzero(value):
     """``value != 0`` as a boolean, without detours over where(c, 1, 0)."""
-    if isinstance(value, expr.Where) and all(branch.is_number for branch in value.args[1:]):
-        condition, yes, no = value.args[0], *(branch != 0 for branch in value.args[1:])
-        if yes == no:
-            return sympy.true if yes else sympy.false
-        return condition if yes else sympy.Not(condition)
-    return sympy.Ne(value, 0)
+    if not isinstance(value, expr.Where) or not _chooses_numbers(value):
+        return sympy.Ne(value, 0)
+    condition, yes, no = value.args[0], *(nonzero(branch) for branch in value.args[1:])
+    if yes == no:
+        return yes
+    return sympy.Or(sympy.And(condition, yes), sympy.And(sympy.Not(condition), no))
+
+
+def _chooses_numbers(value) -> bool:
+    """Whether a value is a number, or one of several by conditions: a triangle of a triangle of ones."""
+    if isinstance(value, expr.Where):
+        return all(_chooses_numbers(branch) for branch in value.args[1:])
+    return bool(value.is_number)
 
 
 def generic_index(rank: int) -> Index:
