@@ -11,6 +11,7 @@ from typing import Any
 from torch import fx
 
 from effattn.compiler.options import Options
+from effattn.passes import mask_buffers
 from effattn.passes.check import check
 from effattn.passes.choose import Choice, choose
 from effattn.passes.draft import Match, Missed
@@ -45,7 +46,7 @@ class Outcome:
 def run_passes(gm: fx.GraphModule, options: Options, inputs: Sequence[Any] = ()) -> Outcome:
     """Find attention in ``gm`` and rewrite it in place. On an exception the graph is as it was before.
 
-    ``inputs`` are the tensors that the graph is compiled for; tables of decay are looked at.
+    ``inputs`` are the tensors that the graph is compiled for; tables of decay and masks in buffers are looked at.
     """
     outcome = Outcome()
     clock = _Clock(outcome.seconds)
@@ -55,7 +56,9 @@ def run_passes(gm: fx.GraphModule, options: Options, inputs: Sequence[Any] = ())
     try:
         with clock("normalize"):
             written_out, left_alone = normalize(gm)
-        if options.verify and written_out:
+        with clock("mask buffers"):
+            masks = mask_buffers.write_out(gm, inputs)
+        if options.verify and (written_out or masks):
             outcome.normalized = copy.deepcopy(gm.graph)
         view = GraphView(gm.graph)
         with clock("match"):
@@ -74,6 +77,7 @@ def run_passes(gm: fx.GraphModule, options: Options, inputs: Sequence[Any] = ())
                 outcome.linear, left, erased = rewrite_linear(view, loops + linear, options.target, Known(view, inputs))
             outcome.missed += left_loops + missed + left
             outcome.erased += erased
+        mask_buffers.settle(gm.graph, masks, outcome.changed)
         with clock("check"):
             check(gm.graph, original)
         gm.recompile()

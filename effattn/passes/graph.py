@@ -55,6 +55,7 @@ _CHANGES_ITSELF = {
     *("as_strided_", "resize_", "resize_as_", "set_", "set_data"),
 }
 _MAKERS = ("arange", "ones", "zeros", "full", "tensor")  # they look at the shape of an argument at most
+_LIKE_ANOTHER = ("type_as", "reshape", "expand")  # they look at the dtype or shape of a second argument at most
 # packages whose functions have no effect but their value, unless their names or schemas say so
 _PURE_PACKAGES = ("torch", "_operator", "operator", "builtins", "math", "einops")
 
@@ -164,7 +165,8 @@ class GraphView:
         call = self.call(node)
         if call is not None and call.name in _MAKERS:
             return False
-        inputs = (self.tensor(source) for source in node.all_input_nodes)
+        sources = [call.get("input")] if call is not None and call.name in _LIKE_ANOTHER else node.all_input_nodes
+        inputs = (self.tensor(source) for source in sources)
         return any(source is not None and source.requires_grad for source in inputs)
 
     # -- shapes and dtypes ----------------------------------------------------------------------------------

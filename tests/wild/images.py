@@ -419,7 +419,9 @@ ROWS = [
         name="neighbours-3d",
         symbolic=(0,),
     ),
-    Row(Sam, tokens(2, 4, 4, WIDTH), (), missed=("the scores add several products of queries and keys",), symbolic=(0,)),
+    Row(
+        Sam, tokens(2, 4, 4, WIDTH), (), missed=("the scores add several products of queries and keys",), symbolic=(0,)
+    ),
     Row(CrossCovariance, tokens(), symbolic=(0,)),
     Row(Axial, tokens(2, 5, 6, WIDTH), ("true", "true"), symbolic=(0,)),
     Row(Grid, tokens(2, 6, 6, WIDTH), symbolic=(0,)),

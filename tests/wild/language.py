@@ -213,8 +213,10 @@ class LocalAttention(nn.Module):
 
     @staticmethod
     def look_around(x, fill):
-        padded = F.pad(x, (0, 0) * (x.dim() - 2) + (1, 0), value=fill) if x.dim() == 2 else F.pad(
-            x, (0, 0, 0, 0, 1, 0), value=fill
+        padded = (
+            F.pad(x, (0, 0) * (x.dim() - 2) + (1, 0), value=fill)
+            if x.dim() == 2
+            else F.pad(x, (0, 0, 0, 0, 1, 0), value=fill)
         )
         return torch.cat((padded[:, :-1], padded[:, 1:]), dim=2) if x.dim() > 2 else padded
 
@@ -325,9 +327,9 @@ class T5(nn.Module):
         found = (relative > 0).to(torch.long) * buckets
         relative = torch.abs(relative)
         exact = buckets // 2
-        large = exact + (
-            torch.log(relative.float() / exact) / math.log(furthest / exact) * (buckets - exact)
-        ).to(torch.long)
+        large = exact + (torch.log(relative.float() / exact) / math.log(furthest / exact) * (buckets - exact)).to(
+            torch.long
+        )
         large = torch.min(large, torch.full_like(large, buckets - 1))
         return found + torch.where(relative < exact, relative, large)
 
@@ -492,9 +494,7 @@ class Annotated(nn.Module):
 
     def forward(self, x, mask):
         mask, nbatches = mask.unsqueeze(1), x.size(0)
-        query, key, value = (
-            lin(x).view(nbatches, -1, HEADS, 8).transpose(1, 2) for lin in self.linears[:3]
-        )
+        query, key, value = (lin(x).view(nbatches, -1, HEADS, 8).transpose(1, 2) for lin in self.linears[:3])
         scores = torch.matmul(query, key.transpose(-2, -1)) / math.sqrt(query.size(-1))
         scores = scores.masked_fill(mask == 0, -1e9)
         x = torch.matmul(self.dropout(scores.softmax(dim=-1)), value)
@@ -678,11 +678,16 @@ ROWS = [
     Row(LlamaReference, lambda: (torch.randn(2, 5, WIDTH), 7), "k <= 7 + q", name="llama-reference-later"),
     Row(LlamaReference, lambda: (torch.randn(2, 1, WIDTH), 7), name="llama-reference-step"),
     Row(lambda: Whisper(False), tokens(), CAUSAL, name="whisper"),
-    Row(lambda: Whisper(True), tokens(), CAUSAL, name="whisper-fused"),
+    Row(lambda: Whisper(True), tokens(), CAUSAL, name="whisper-fused", symbolic=(0,)),
     Row(lambda: Whisper(False, True), tokens(), CAUSAL, name="whisper-scores-returned"),
     Row(lambda: Whisper(False), lambda: (torch.randn(2, 5, WIDTH), torch.randn(2, 9, WIDTH)), name="whisper-cross"),
     Row(TorchTune, tokens(), CAUSAL),
-    Row(TorchTune, lambda: (torch.randn(2, 13, WIDTH), torch.rand(2, 13, 13) > 0.3), "mask[b, q, k]", name="torchtune-mask"),
+    Row(
+        TorchTune,
+        lambda: (torch.randn(2, 13, WIDTH), torch.rand(2, 13, 13) > 0.3),
+        "mask[b, q, k]",
+        name="torchtune-mask",
+    ),
     Row(lambda: XTransformers(False), tokens(), CAUSAL, name="x-transformers"),
     Row(lambda: XTransformers(True), tokens(), CAUSAL, name="x-transformers-one-kv-head"),
     Row(lambda: XTransformers(False, memories=3), tokens(), "k <= 3 + q", name="x-transformers-memories"),
@@ -692,7 +697,13 @@ ROWS = [
         "k <= 3 + q & (k < 3 | padding[b, -3 + k])",
         name="x-transformers-memories-padded",
     ),
-    Row(lambda: XTransformers(False, talking=True), tokens(), (), missed=("conv2d mixes the heads",), name="talking-heads"),
+    Row(
+        lambda: XTransformers(False, talking=True),
+        tokens(),
+        (),
+        missed=("conv2d mixes the heads",),
+        name="talking-heads",
+    ),
     Row(
         LocalAttention,
         tokens(2, 12, WIDTH),
@@ -706,14 +717,25 @@ ROWS = [
     Row(T5, tokens(), "true", score="bias"),
     Row(Deberta, tokens(), score="bias2[b, h, k, q]"),
     Row(TransformerXl, tokens(), CAUSAL, score="bias[b, h, "),
-    Row(lambda: Differential(True), tokens(), (), missed=("the attention weights are used elsewhere (by getitem",), name="differential-weights"),
+    Row(
+        lambda: Differential(True),
+        tokens(),
+        (),
+        missed=("the attention weights are used elsewhere (by getitem",),
+        name="differential-weights",
+    ),
     Row(lambda: Differential(False), tokens(), (CAUSAL, CAUSAL), name="differential-outputs"),
     Row(GptOss, tokens(13, WIDTH), "k <= q & q - k < 4", symbolic=(0,)),
     Row(lambda: Mla(False), tokens(), CAUSAL, name="mla"),
     Row(lambda: Mla(True), tokens(), (), missed=(SEVERAL,), name="mla-absorbed"),
     Row(Fairseq, lambda: (padded()()[0], 1 - padded()()[1].flip(1)), "k <= q & ~padding[b//4, k]"),
     Row(Annotated, lambda: (padded()()[0], padded()()[1].unsqueeze(1)), "padding[b, 0, k]"),
-    Row(Annotated, lambda: (torch.randn(2, 13, WIDTH), torch.rand(2, 13, 13) > 0.3), "mask[b, q, k]", name="annotated-pairs"),
+    Row(
+        Annotated,
+        lambda: (torch.randn(2, 13, WIDTH), torch.rand(2, 13, 13) > 0.3),
+        "mask[b, q, k]",
+        name="annotated-pairs",
+    ),
     Row(Gemma, tokens(), "k <= q & q - k < 4", score="50*tanh("),
     Row(Performer, tokens(), ()),
     Row(Efficient, tokens(), (), missed=(NO_PRODUCT, NO_PRODUCT)),
@@ -722,7 +744,11 @@ ROWS = [
     Row(SetTransformer, tokens()),
     Row(
         PairBias,
-        lambda: (torch.randn(2, 3, 5, WIDTH), torch.randn(2, 5, 5, 6), (torch.arange(5) < torch.tensor([[5] * 3, [4, 5, 2]])[..., None]).float()),
+        lambda: (
+            torch.randn(2, 3, 5, WIDTH),
+            torch.randn(2, 5, 5, 6),
+            (torch.arange(5) < torch.tensor([[5] * 3, [4, 5, 2]])[..., None]).float(),
+        ),
         "true",
         score="bias",
         symbolic=(0,),

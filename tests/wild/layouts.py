@@ -98,5 +98,8 @@ ROWS = [
     of(packed, Shape()),
     of(heads_first, Shape(width=192, value_width=128), CAUSAL, "192-and-128"),
     of(heads_first_eager, Shape(width=192, value_width=128), CAUSAL, "192-and-128-eager", while_symbolic=OFFSET),
-    *(of(heads_first_eager, Shape(width=width), CAUSAL, f"head_dim-{width}", while_symbolic=OFFSET) for width in (80, 96, 256)),
+    *(
+        of(heads_first_eager, Shape(width=width), CAUSAL, f"head_dim-{width}", while_symbolic=OFFSET)
+        for width in (80, 96, 256)
+    ),
 ]

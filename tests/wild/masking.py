@@ -182,7 +182,9 @@ ROWS = [
     row(given, (bools(),), "mask[b, 0, q, k]", name="bool-from-caller", symbolic=(0, 1)),
     row(given, (bools(),), "mask[b, 0, q, k]", name="bool-from-caller-eager", eager=True),
     row(given, (torch.where(bools(), 0.0, -INF),), "true", score="bias[b, 0, q, k]", name="float-from-caller"),
-    row(given, (torch.where(bools(), 0.0, -INF),), score="bias[b, 0, q, k]", name="float-from-caller-eager", eager=True),
+    row(
+        given, (torch.where(bools(), 0.0, -INF),), score="bias[b, 0, q, k]", name="float-from-caller-eager", eager=True
+    ),
     row(given, (bools()[:1, 0],), "mask[0, q, k]", name="bool-3d-from-caller"),
     row(by_lengths, (CU,), f"k <= q & {SAME}"),
     row(by_comparing, (CU,), f"k <= q & {SAME}"),
@@ -203,7 +205,19 @@ ROWS = [
     row(strided, (), "k <= q & (q - k < 4 | k%4 == 3)"),
     row(filled_by_zeros, (), "k <= q"),
     row(stacked, (), "k <= q"),
-    Row(Cached, lambda: (torch.randn(2, 1, WIDTH), torch.tensor([5])), "k <= rows[q]", name="gpt-fast-step", train=False),
-    Row(Cached, lambda: (torch.randn(2, 6, WIDTH), torch.arange(6)), "k <= rows[q]", name="gpt-fast-prefill", train=False),
+    Row(
+        Cached,
+        lambda: (torch.randn(2, 1, WIDTH), torch.tensor([5])),
+        "k <= offset[0]",
+        name="gpt-fast-step",
+        train=False,
+    ),
+    Row(
+        Cached,
+        lambda: (torch.randn(2, 6, WIDTH), torch.arange(6)),
+        "k <= rows[q]",
+        name="gpt-fast-prefill",
+        train=False,
+    ),
     Row(Cross, lambda: (torch.randn(2, 5, WIDTH), torch.randn(2, N, WIDTH), RIGHT), score="bias[b, 0, 0, k]"),
 ]

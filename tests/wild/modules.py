@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from row import Row
 from torch import nn
 
@@ -16,7 +15,12 @@ class Attention(nn.Module):
 
     def __init__(self, built: dict, called: dict, cross: bool = False, weights: bool = False):
         super().__init__()
-        self.inner, self.called, self.cross, self.weights = nn.MultiheadAttention(WIDTH, HEADS, **built), called, cross, weights
+        self.inner, self.called, self.cross, self.weights = (
+            nn.MultiheadAttention(WIDTH, HEADS, **built),
+            called,
+            cross,
+            weights,
+        )
 
     def forward(self, x, y, *masks):
         y = y if self.cross else x
@@ -67,7 +71,9 @@ def narrow(*masks):
 
 def mha(name, called, masks=(), predicate="true", *, built=None, cross=False, weights=False, first="batch", **more):
     built = {"batch_first": first == "batch", **(built or {})}
-    return Row(lambda: Attention(built, called, cross, weights), inputs(*masks, first=first), predicate, name=name, **more)
+    return Row(
+        lambda: Attention(built, called, cross, weights), inputs(*masks, first=first), predicate, name=name, **more
+    )
 
 
 HIDDEN = torch.arange(N) >= torch.tensor([[9], [5]])
@@ -91,5 +97,10 @@ ROWS = [
     mha("mha-zero_attn", NO_WEIGHTS, (), (), built={"add_zero_attn": True}, missed=("add_zero_attn",)),
     mha("mha-cross", NO_WEIGHTS, cross=True, built={"kdim": WIDTH, "vdim": WIDTH}),
     Row(lambda: Stack(True), narrow(), ("true", "k <= q", "true"), name="transformer-train"),
-    Row(lambda: Stack(False, norm_first=True), narrow(HIDDEN), ("~padding[b, k]", "k <= q", "~padding[b, k]"), name="transformer-padded"),
+    Row(
+        lambda: Stack(False, norm_first=True),
+        narrow(HIDDEN),
+        ("~padding[b, k]", "k <= q", "~padding[b, k]"),
+        name="transformer-padded",
+    ),
 ]

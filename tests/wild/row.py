@@ -148,7 +148,9 @@ def assert_close(actual: Any, expected: Any, tolerance: float = TOLERANCE) -> No
             continue
         assert got.dtype == want.dtype
         assert got.shape == want.shape
-        room = tolerance * max(1.0, want.detach().double().nan_to_num(0, 0, 0).abs().max().item() if want.numel() else 1)
+        room = tolerance * max(
+            1.0, want.detach().double().nan_to_num(0, 0, 0).abs().max().item() if want.numel() else 1
+        )
         torch.testing.assert_close(got, want, rtol=0, atol=room, equal_nan=True)
 
 

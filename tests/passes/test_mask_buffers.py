@@ -1,0 +1,159 @@
+"""Masks that a model keeps for its longest text: a triangle is read as positions, and looked at in every call."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from compiled import compiled
+from torch import nn
+
+from effattn.compiler.backend import effattn
+
+B, H, N, D, LONGEST = 2, 3, 9, 8, 16
+INF = float("inf")
+
+
+class Model(nn.Module):
+    """Attention whose mask is cut out of a buffer by ``cut`` and used by ``attend``."""
+
+    def __init__(self, buffer, cut, attend):
+        super().__init__()
+        self.register_buffer("mask", buffer)
+        self.cut, self.attend = cut, attend
+
+    def forward(self, q, k, v, *more):
+        return self.attend(q, k, v, self.cut(self.mask, q.shape[2], k.shape[2], *more))
+
+
+def filled(q, k, v, mask):
+    return (q @ k.mT * 0.3).masked_fill(mask == 0, -INF).softmax(-1) @ v
+
+
+def hidden(q, k, v, mask):
+    return (q @ k.mT * 0.3).masked_fill(mask, torch.finfo(torch.float32).min).softmax(-1) @ v
+
+
+def added(q, k, v, mask):
+    return (q @ k.mT * 0.3 + mask).softmax(-1) @ v
+
+
+def sdpa(q, k, v, mask):
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+
+def corner(mask, rows, columns):
+    return mask[..., :rows, :columns]
+
+
+def cut_twice(mask, rows, columns):
+    return mask[:, :, :rows][..., :columns]
+
+
+def whole(mask, rows, columns):
+    return mask
+
+
+def last_rows(mask, rows, columns):
+    return mask[None, None, columns - rows : columns, :columns]
+
+
+def at_positions(mask, rows, columns, positions):
+    return mask[None, None, positions]
+
+
+ONES = torch.ones(LONGEST, LONGEST)
+LOWER = ONES.tril()
+CASES = {
+    "floats": (LOWER[None, None], corner, filled, "k <= q"),
+    "two dimensions": (LOWER, corner, filled, "k <= q"),
+    "bytes": (LOWER.to(torch.uint8), corner, filled, "k <= q"),
+    "hidden": (ONES.triu(1).bool(), corner, hidden, "k <= q"),
+    "infinity": (torch.full_like(ONES, -INF).triu(1), corner, added, "k <= q"),
+    "sdpa": (LOWER.bool()[None, None], corner, sdpa, "k <= q"),
+    "whole": (torch.ones(N, N).tril(), whole, filled, "k <= q"),
+    "beyond the diagonal": (ONES.tril(2).bool(), corner, sdpa, "k <= 2 + q"),
+    "before the diagonal": (ONES.tril(-2).bool(), corner, sdpa, "k <= -2 + q"),
+    "last rows": (LOWER.bool(), last_rows, sdpa, "k <= 5 + q"),
+    "positions": (LOWER.bool(), at_positions, sdpa, "k <= rows[q]"),
+    "cut twice": (LOWER[None, None], cut_twice, filled, "k <= q"),
+    # what is no triangle stays data
+    "window": (ONES.tril().triu(-3).bool(), corner, sdpa, "mask[q, k]"),
+    "three values": (LOWER + LOWER.triu(), corner, filled, "mask[q, k] != 0"),
+    "all ones": (ONES, corner, filled, "mask[q, k] != 0"),
+}
+
+
+def inputs(name: str) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    queries = 4 if name == "last rows" else N
+    keys = LONGEST if name == "positions" else N
+    tensors = [torch.randn(B, H, length, D, generator=generator) for length in (queries, keys, keys)]
+    return [*tensors, torch.arange(5, 5 + N)] if name == "positions" else tensors
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_read(name):
+    buffer, cut, attend, predicate = CASES[name]
+    with torch.no_grad():
+        report, _ = compiled(Model(buffer.clone(), cut, attend), *inputs(name))
+    assert [site.predicate for site in report.sites] == [predicate], report
+    assert ("holds_triangle" in report.graph()) == ("mask" not in predicate)
+    assert "torch.where" not in report.graph()
+
+
+def test_one_graph_serves_all_lengths_and_gradients_flow():
+    model = Model(LOWER[None, None].clone(), corner, filled)
+    report, _ = compiled(model, *[x.requires_grad_() for x in inputs("")], lengths=(0, 2), verify=False)
+    assert [(site.stage, site.predicate) for site in report.sites] == [("train", "k <= q")]
+    assert "effattn.attend" in report.graph()
+
+
+def test_a_mask_that_is_also_read_elsewhere_is_the_buffer_there():
+    def both(q, k, v, mask):
+        return filled(q, k, v, mask) + mask.sum()
+
+    report, _ = compiled(Model(LOWER[None, None].clone(), corner, both), *inputs(""))
+    assert report.sites[0].predicate == "k <= q"
+    assert "holds_triangle" in report.graph()
+    assert "torch.where" not in report.graph()
+
+
+def test_a_graph_without_a_site_reads_its_buffer():
+    def dropped(q, k, v, mask):
+        torch.manual_seed(0)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=0.5)
+
+    report, _ = compiled(Model(LOWER.bool().clone(), corner, dropped), *inputs(""))
+    assert report.sites == []
+    assert "holds_triangle" not in report.graph()
+
+
+@pytest.mark.parametrize("rest", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("grad", [False, True], ids=["no_grad", "grad"])
+def test_a_buffer_that_is_written_later_is_noticed(rest, grad):
+    model = Model(LOWER[None, None].clone(), corner, filled)
+    torch._dynamo.reset()
+    fast = torch.compile(model, backend=lambda gm, given: effattn(gm, given, options={"rest": rest, "strict": True}))
+    given = [x.requires_grad_(grad) for x in inputs("")]
+    with torch.set_grad_enabled(grad):
+        torch.testing.assert_close(fast(*given), model(*given))
+        model.mask.data[..., 3, 1] = 0
+        with pytest.raises(RuntimeError, match="a mask in a buffer of the model is no longer the triangle"):
+            fast(*given)
+        torch._dynamo.reset()
+        torch.testing.assert_close(fast(*given), model(*given))
+
+
+def test_a_buffer_that_the_graph_writes_stays_data():
+    def written(q, k, v, mask):
+        mask.mul_(1)
+        return filled(q, k, v, mask)
+
+    report, _ = compiled(Model(LOWER.clone(), corner, written), *inputs(""))
+    assert "holds_triangle" not in report.graph()
+
+
+def test_a_mask_from_the_caller_stays_data():
+    report, _ = compiled(lambda q, k, v, m: filled(q, k, v, m[:N, :N]), *inputs(""), LOWER)
+    assert [site.predicate for site in report.sites] == ["mask[q, k] != 0"]
