@@ -1,0 +1,370 @@
+"""Code that only looks like attention, or is attention beside something that must not be lost.
+
+``refusal`` is part of the reason that the report has to give; None: it is found, ``sites`` times, and exact.
+``sites`` 0 without a refusal: nothing is found, and there is nothing to say.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+INF = float("inf")
+ELSEWHERE = "the attention weights are used elsewhere"
+
+
+@dataclass(frozen=True)
+class Hostile:
+    """``run(q, k, v, given)`` with tensors [B, H, N, D] of as many heads."""
+
+    run: Callable
+    refusal: str | None = None
+    sites: int = 1
+    data: tuple[str, ...] = ()
+    square: bool = False
+    equal_widths: bool = False
+    no_gradient: bool = False
+    found_or_refused: bool = False  # both are right, as long as the result is
+
+
+def scores(q, k):
+    return q @ k.mT * 0.3
+
+
+def causal(s):
+    return torch.ones(s.shape[-2:], dtype=torch.bool).tril()
+
+
+def weights_returned(q, k, v, given):
+    w = scores(q, k).softmax(-1)
+    return w @ v, w
+
+
+def weights_averaged(q, k, v, given):
+    w = F.softmax(scores(q, k), -1)
+    return w @ v, w.mean(1)
+
+
+def scores_returned(q, k, v, given):
+    s = scores(q, k)
+    return s.softmax(-1) @ v, s
+
+
+def logarithm_returned(q, k, v, given):
+    s = scores(q, k).masked_fill(~causal(q @ k.mT), -INF)
+    return s.softmax(-1) @ v, torch.logsumexp(s, dim=-1)
+
+
+def weights_multiplied(q, k, v, given):
+    return (scores(q, k).softmax(-1) * given["pair bias"]) @ v
+
+
+def weights_divided(q, k, v, given):
+    return (scores(q, k).softmax(-1) / (1 + given["pair bias"].abs())) @ v
+
+
+def weights_added(q, k, v, given):
+    return (scores(q, k).softmax(-1) + causal(q @ k.mT)) @ v
+
+
+def weights_renormalised(q, k, v, given):
+    w = scores(q, k).softmax(-1) * causal(q @ k.mT)
+    return w / (w.sum(-1, keepdim=True) + 1e-6) @ v
+
+
+def weights_masked(q, k, v, given):
+    return torch.where(causal(q @ k.mT), scores(q, k).softmax(-1), 0.0) @ v
+
+
+def weights_masked_as_scores(q, k, v, given):
+    hidden = ~causal(q @ k.mT)
+    return scores(q, k).masked_fill(hidden, -INF).softmax(-1).masked_fill(hidden, 0.0) @ v
+
+
+def weights_masked_otherwise(q, k, v, given):
+    hidden = ~causal(q @ k.mT)
+    return scores(q, k).masked_fill(hidden, -INF).softmax(-1).masked_fill(hidden | hidden.flip(-1), 0.0) @ v
+
+
+def weights_without_nan(q, k, v, given):
+    s = scores(q, k).masked_fill(~given["pairs"], -INF)
+    return torch.nan_to_num(s.softmax(-1)) @ v
+
+
+def softmax_over_queries(q, k, v, given):
+    return scores(q, k).softmax(-2) @ v
+
+
+def softmax_over_heads(q, k, v, given):
+    return scores(q, k).softmax(1) @ v
+
+
+def softmax_twice(q, k, v, given):
+    return scores(q, k).softmax(-1).softmax(-1) @ v
+
+
+def log_softmax(q, k, v, given):
+    return F.log_softmax(scores(q, k), -1).exp() @ v
+
+
+def sigmoid(q, k, v, given):
+    return torch.sigmoid(scores(q, k)) @ v
+
+
+def rectified(q, k, v, given):
+    return F.relu(scores(q, k)) @ v
+
+
+def second_product(q, k, v, given):
+    return (scores(q, k) + q.flip(-1) @ k.mT).softmax(-1) @ v
+
+
+def shaw(q, k, v, given):
+    """Relative positions that meet the query: a second product."""
+    place = (torch.arange(q.shape[2])[:, None] - torch.arange(k.shape[2])).clamp(-7, 7) + 7
+    table = given["relative"].repeat(1, q.shape[-1])[:, : q.shape[-1]]
+    return (scores(q, k) + torch.einsum("bhid,ijd->bhij", q, table[place])).softmax(-1) @ v
+
+
+def talking_heads(q, k, v, given):
+    mixed = torch.einsum("bhij,hg->bgij", scores(q, k), torch.ones(q.shape[1], q.shape[1], dtype=q.dtype).tril())
+    return mixed.softmax(-1) @ v
+
+
+def talking_weights(q, k, v, given):
+    w = scores(q, k).softmax(-1)
+    return torch.einsum("bhij,hg->bgij", w, torch.ones(q.shape[1], q.shape[1], dtype=q.dtype).tril()) @ v
+
+
+def best_scores(q, k, v, given):
+    s = scores(q, k)
+    least = s.topk(min(2, s.shape[-1]), dim=-1).values[..., -1:]
+    return s.masked_fill(s < least, -INF).softmax(-1) @ v
+
+
+def scores_above_zero(q, k, v, given):
+    s = scores(q, k)
+    return torch.where(s > 0, s, -1e9).softmax(-1) @ v
+
+
+def triangle_of_scores(q, k, v, given):
+    """Later keys keep a score of 0: they are not hidden."""
+    return scores(q, k).tril().softmax(-1) @ v
+
+
+def scores_set(q, k, v, given):
+    s = scores(q, k)
+    s[..., -1] = 0.5
+    return s.softmax(-1) @ v
+
+
+def scores_of_pieces(q, k, v, given):
+    half = k.shape[2] // 2
+    s = torch.cat([scores(q, k[:, :, :half]), scores(q, k[:, :, half:])], dim=-1)
+    return s.softmax(-1) @ v
+
+
+def values_of_pieces(q, k, v, given):
+    w = scores(q, k).softmax(-1)
+    half = k.shape[2] // 2
+    return w[..., :half] @ v[:, :, :half] + w[..., half:] @ v[:, :, half:]
+
+
+def products_by_hand(q, k, v, given):
+    s = (q[:, :, :, None] * k[:, :, None]).sum(-1)
+    return s.softmax(-1) @ v
+
+
+def value_written_between(q, k, v, given):
+    v = v.clone()
+    w = scores(q, k).softmax(-1)
+    v.mul_(2)
+    return w @ v
+
+
+def key_written_between(q, k, v, given):
+    k = k.clone()
+    w = scores(q, k).softmax(-1)
+    k.zero_()
+    return w @ v, k
+
+
+def query_written_after(q, k, v, given):
+    q = q.clone()
+    out = scores(q, k).softmax(-1) @ v
+    q.add_(1)
+    return out, q
+
+
+def scores_written_after(q, k, v, given):
+    s = scores(q, k)
+    out = s.softmax(-1) @ v
+    s.zero_()
+    return out, s
+
+
+def mask_written_between(q, k, v, given):
+    seen = given["pairs"].clone()
+    first = scores(q, k).masked_fill(~seen, torch.finfo(q.dtype).min).softmax(-1) @ v
+    seen[..., 0] = False
+    seen[..., -1] = True
+    return first, scores(q, k).masked_fill(~seen, torch.finfo(q.dtype).min).softmax(-1) @ v
+
+
+def padding_written_between(q, k, v, given):
+    seen = given["padding"].clone()
+    first = scores(q, k).masked_fill(~seen[:, None, None], -INF).softmax(-1) @ v
+    seen.logical_not_()
+    seen[:, 0] = True
+    return first, scores(q, k).masked_fill(~seen[:, None, None], -INF).softmax(-1) @ v
+
+
+def counter_raised_between(q, k, v, given):
+    past, j = given["past"].clone(), torch.arange(k.shape[2])
+    i = torch.arange(q.shape[2])[:, None]
+    first = scores(q, k).masked_fill(j > i + past, -INF).softmax(-1) @ v
+    past += 2
+    return first, scores(q, k).masked_fill(j > i + past, -INF).softmax(-1) @ v, past
+
+
+def two_layers(q, k, v, given):
+    x = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    return (scores(x, k).masked_fill(~causal(q @ k.mT), -INF)).softmax(-1) @ v
+
+
+def one_tensor(q, k, v, given):
+    return (q @ q.mT).softmax(-1) @ q
+
+
+def key_is_value(q, k, v, given):
+    return scores(q, k).softmax(-1) @ k
+
+
+def key_of_another_batch(q, k, v, given):
+    return scores(q, k.flip(0)).softmax(-1) @ v.roll(1, 0)
+
+
+def every_other_key(q, k, v, given):
+    i, j = torch.arange(q.shape[2])[:, None], torch.arange(k.shape[2])
+    seen = (j <= i)[:, ::2]
+    return scores(q, k[:, :, ::2]).masked_fill(~seen, torch.finfo(q.dtype).min).softmax(-1) @ v[:, :, ::2]
+
+
+def appended_keys(q, k, v, given):
+    k, v = torch.cat([k, k * 0.5], dim=2), torch.cat([v, v + 1], dim=2)
+    i, j = torch.arange(q.shape[2])[:, None], torch.arange(k.shape[2])
+    return scores(q, k).masked_fill(j > i + k.shape[2] // 2, -INF).softmax(-1) @ v
+
+
+def cache_written(q, k, v, given):
+    keys, values = torch.zeros_like(k).repeat(1, 1, 2, 1), torch.zeros_like(v).repeat(1, 1, 2, 1)
+    keys[:, :, : k.shape[2]] = k
+    values[:, :, : v.shape[2]] = v
+    seen = torch.arange(keys.shape[2]) < k.shape[2]
+    return F.scaled_dot_product_attention(q, keys, values, attn_mask=seen[None].expand(q.shape[2], -1)), keys
+
+
+def live_dropout(q, k, v, given):
+    torch.manual_seed(0)
+    return F.dropout(scores(q, k).softmax(-1), 0.5) @ v
+
+
+def multiplied_mask(q, k, v, given):
+    """Hidden keys have a score of 0, which is a weight like others."""
+    return (scores(q, k) * causal(q @ k.mT)).softmax(-1) @ v
+
+
+def infinite_bias(q, k, v, given):
+    """A key that all rows hide, in some sequences all of them, by data that is added."""
+    return (scores(q, k) + given["infinite bias"]).softmax(-1) @ v
+
+
+def negative_index(q, k, v, given):
+    """An index below zero counts from the end."""
+    place = (torch.arange(q.shape[2])[:, None] - torch.arange(k.shape[2])).clamp(-7, 7)
+    return (scores(q, k) + given["relative"][place].permute(2, 0, 1)).softmax(-1) @ v
+
+
+def detached(q, k, v, given):
+    return scores(q, k).detach().softmax(-1) @ v
+
+
+def result_changed(q, k, v, given):
+    out = scores(q, k).softmax(-1) @ v
+    out += 1
+    out[..., 0] = 0
+    return out
+
+
+def infinite_scores(q, k, v, given):
+    """Not finite before softmax wherever a row of the data is."""
+    return (scores(q, k) * given["infinite row"][:, None, :, None]).softmax(-1) @ v
+
+
+def expanded_query(q, k, v, given):
+    """One query of all sequences, as in a Perceiver."""
+    latent = given["latent"][None].expand(q.shape[0], -1, -1, -1)
+    return scores(latent, k).softmax(-1) @ v
+
+
+def one_key_of_all(q, k, v, given):
+    return scores(q, k[:1]).softmax(-1) @ v[:1]
+
+
+HOSTILE: dict[str, Hostile] = {
+    "weights returned": Hostile(weights_returned, ELSEWHERE),
+    "weights averaged": Hostile(weights_averaged, ELSEWHERE),
+    "scores returned": Hostile(scores_returned),
+    "logarithm returned": Hostile(logarithm_returned),
+    "weights multiplied": Hostile(weights_multiplied, "mul stands between", data=("pair bias",)),
+    "weights divided": Hostile(weights_divided, "div stands between", data=("pair bias",)),
+    "weights added": Hostile(weights_added, "add stands between"),
+    "weights renormalised": Hostile(weights_renormalised, "stands between"),
+    "weights masked": Hostile(weights_masked, "where stands between"),
+    "weights masked as scores": Hostile(weights_masked_as_scores),
+    "weights masked otherwise": Hostile(weights_masked_otherwise, "by another mask"),
+    "weights without NaN": Hostile(weights_without_nan, "nan_to_num stands between", data=("pairs",)),
+    "softmax over queries": Hostile(softmax_over_queries, "does not run over the keys"),
+    "softmax over heads": Hostile(softmax_over_heads, "does not run over the keys"),
+    "softmax twice": Hostile(softmax_twice, "softmax stands between", sites=0),
+    "log softmax": Hostile(log_softmax, sites=0, found_or_refused=True),
+    "sigmoid": Hostile(sigmoid, sites=0),
+    "rectified": Hostile(rectified, sites=0),
+    "second product": Hostile(second_product, "several products", equal_widths=True),
+    "relative positions of the query": Hostile(shaw, "several products", data=("relative",)),
+    "talking heads": Hostile(talking_heads, "product"),
+    "talking weights": Hostile(talking_weights, ""),
+    "best scores": Hostile(best_scores, "depends on the scores"),
+    "scores above zero": Hostile(scores_above_zero, "depends on the scores"),
+    "triangle of scores": Hostile(triangle_of_scores),
+    "scores set": Hostile(scores_set, "writes into the scores"),
+    "scores of pieces": Hostile(scores_of_pieces, ""),
+    "values of pieces": Hostile(values_of_pieces, ELSEWHERE),
+    "products by hand": Hostile(products_by_hand, ""),
+    "value written between": Hostile(value_written_between, found_or_refused=True),
+    "key written between": Hostile(key_written_between, "key is written between"),
+    "query written after": Hostile(query_written_after),
+    "scores written after": Hostile(scores_written_after),
+    "mask written between": Hostile(mask_written_between, sites=2, data=("pairs",), no_gradient=True),
+    "padding written between": Hostile(padding_written_between, sites=2, data=("padding",), no_gradient=True),
+    "counter raised between": Hostile(counter_raised_between, sites=2, data=("past",)),
+    "two layers": Hostile(two_layers, sites=2, equal_widths=True),
+    "one tensor": Hostile(one_tensor),
+    "key is value": Hostile(key_is_value),
+    "key of another batch": Hostile(key_of_another_batch),
+    "every other key": Hostile(every_other_key),
+    "appended keys": Hostile(appended_keys),
+    "cache written": Hostile(cache_written),
+    "live dropout": Hostile(live_dropout, "is live"),
+    "multiplied mask": Hostile(multiplied_mask),
+    "infinite bias": Hostile(infinite_bias, data=("infinite bias",), no_gradient=True),
+    "negative index": Hostile(negative_index, data=("relative",)),
+    "detached": Hostile(detached, found_or_refused=True),
+    "result changed": Hostile(result_changed),
+    "infinite scores": Hostile(infinite_scores, data=("infinite row",), no_gradient=True),
+    "expanded query": Hostile(expanded_query, data=("latent",), found_or_refused=True),
+    "one key of all": Hostile(one_key_of_all, "shared by the batch", found_or_refused=True),
+}

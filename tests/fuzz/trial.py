@@ -1,0 +1,222 @@
+"""One case tried: compiled, run twice, and held against itself in float64."""
+
+from __future__ import annotations
+
+import traceback
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import sympy
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from effattn.compiler import collect
+from effattn.compiler.backend import effattn
+from effattn.ir import expr
+from tests.fuzz.case import Case
+from tests.fuzz.expected import problem
+from tests.fuzz.watching import Call, Calls, seen
+
+# rounding that is forgiven beside twice the author's own, of values about 1
+EPSILON = {torch.float32: 4e-6, torch.float64: 1e-12, torch.bfloat16: 8e-3, torch.float16: 1e-3}
+
+
+@dataclass
+class Trial:
+    """What came of a case. ``problem`` is empty where everything is right."""
+
+    case: Case
+    problem: str = ""
+    sites: int = 0
+    forms: list[str] = field(default_factory=list)
+    predicates: list[str] = field(default_factory=list)
+    reasons: list[str] = field(default_factory=list)
+    compared: int = 0  # masks that were compared with the case's own
+    detail: str = ""
+
+    @property
+    def verdict(self) -> str:
+        return "wrong" if self.problem else "found" if self.sites else "refused" if self.reasons else "nothing"
+
+
+class Wrong(Exception):
+    """Something is not as it has to be."""
+
+
+def run(case: Case) -> Trial:
+    """Try a case; whatever fails is in the trial."""
+    trial = Trial(case)
+    try:
+        _run(case, trial)
+    except Wrong as wrong:
+        trial.problem = str(wrong)
+    except Exception as error:
+        lines = str(error).strip().splitlines() or [""]
+        trial.problem = f"{type(error).__name__}: {lines[0][:300]}"
+        trial.detail = traceback.format_exc()
+    return trial
+
+
+class Watched:
+    """The backend with its reports, site records and op calls kept, graph by graph."""
+
+    def __init__(self) -> None:
+        self.heard: list[collect.Collected] = []
+        self.calls: list[Call] = []
+
+    def __call__(self, gm: Any, inputs: Any) -> Any:
+        with collect.listening() as heard:
+            function = effattn(gm, inputs, options={"rest": "eager", "strict": True, "verify": True})
+        self.heard.append(heard)
+
+        def run(*args: Any) -> Any:
+            with Calls(self.calls):
+                return function(*args)
+
+        return run
+
+
+def _run(case: Case, trial: Trial) -> None:
+    torch._dynamo.reset()
+    watched, function = Watched(), case.function()
+    compiled = torch.compile(function, backend=watched, dynamic=False if case.shapes == "static" else None)
+    for again in (False, True):
+        given = case.tensors(again)
+        sizes = case.second_sizes if again else case.sizes
+        expected = Outcome.of(case, function, given, torch.float64)
+        eager = Outcome.of(case, function, given)
+        graphs = len(watched.heard)
+        watched.calls.clear()
+        actual = Outcome.of(case, compiled, given, mark=case.shapes == "marked")
+        which = "second call" if again else "first call"
+        if not again or len(watched.heard) > graphs:
+            _look_at(case, trial, watched.heard[graphs:])
+        allowed = case.allowed(given, sizes)
+        if allowed is not None:
+            _compare_masks(case, trial, watched, allowed, which)
+        _compare(case, actual, eager, expected, which)
+
+
+def _look_at(case: Case, trial: Trial, heard: list[collect.Collected]) -> None:
+    """Found, or refused for a reason that is right; nothing left out."""
+    sites = [site for one in heard for graph in one.graphs for site in graph.sites]
+    missed = [missed for one in heard for graph in one.graphs for missed in graph.missed]
+    trial.sites = len(sites)
+    trial.forms = sorted({site.form + (" kept" if "left as it was" in site.reason else "") for site in sites})
+    trial.predicates = [site.predicate for site in sites]
+    trial.reasons = [one.reason for one in missed]
+    if wrong := problem(case, len(sites), trial.reasons, len(heard)):
+        raise Wrong(wrong)
+
+
+# -- masks ----------------------------------------------------------------------------------------------------------
+
+
+def _compare_masks(case: Case, trial: Trial, watched: Watched, allowed: np.ndarray, which: str) -> None:
+    """What the op was told, and what the report shows, against the case's own mask."""
+    for call in watched.calls:
+        _same_mask(call.allowed(), allowed, f"{which}: the op was given the predicate {call.plan.predicate}")
+        trial.compared += 1
+    for choice in watched.heard[-1].choices if watched.heard else []:
+        site = choice.match.site
+        free = expr.free_symbols(site.predicate, site.score) - {*expr.INDICES, expr.s, expr.Nq, expr.Nk}
+        if site.loads or free or which != "first call":
+            continue
+        hints = [int(getattr(site.hints, name)) for name in ("batch", "heads", "q_len", "k_len")]
+        found = seen(site.predicate, sympy.sympify(site.score), tuple(hints), {}, {})
+        _same_mask(found, allowed, f"{which}: the report shows the predicate {site.predicate}")
+        trial.compared += 1
+
+
+def _same_mask(found: np.ndarray, allowed: np.ndarray, what: str) -> None:
+    """The site may see batch and heads in one dimension, or in the other order."""
+    if found.size != allowed.size:
+        raise Wrong(f"{what} over {found.shape}, and the mask is {allowed.shape}")
+    arrangements = (allowed, allowed.swapaxes(0, 1))
+    if not any(np.array_equal(found, one.reshape(found.shape)) for one in arrangements):
+        wrong = int((found != allowed.reshape(found.shape)).sum())
+        raise Wrong(f"{what}, which differs from the mask at {wrong} of {allowed.size} places")
+
+
+# -- values ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Outcome:
+    """Results and gradients of one run."""
+
+    results: list[Tensor]
+    gradients: dict[str, Tensor]
+
+    @staticmethod
+    def of(case: Case, function: Any, given: dict[str, Tensor], dtype: torch.dtype | None = None, mark: bool = False):
+        given = {
+            name: (x.to(dtype) if dtype is not None and x.is_floating_point() else x).clone()
+            for name, x in given.items()
+        }
+        wanted = case.differentiable(given) if case.grad else []
+        for name in wanted:
+            given[name].requires_grad_()
+        for name, dims in case.lengths().items() if mark else ():
+            for dim in dims if name in given else ():
+                torch._dynamo.maybe_mark_dynamic(given[name], dim)
+        with torch.set_grad_enabled(case.grad):
+            results = [leaf for leaf in tree_leaves(function(given)) if isinstance(leaf, Tensor)]
+            results = [leaf for leaf in results if leaf.is_floating_point()]
+        gradients: dict[str, Tensor] = {}
+        if wanted and any(leaf.requires_grad for leaf in results):
+            loss = sum((leaf.double() * _ramp(leaf)).sum() for leaf in results if leaf.requires_grad)
+            assert isinstance(loss, Tensor)
+            loss.backward()
+            gradients = {name: given[name].grad for name in wanted if given[name].grad is not None}
+        return Outcome([leaf.detach() for leaf in results], gradients)
+
+
+def _ramp(x: Tensor) -> Tensor:
+    """Weights of a loss that no symmetry of the result leaves alone."""
+    return torch.cos(torch.arange(x.numel(), dtype=torch.float64)).view(x.shape)
+
+
+def _compare(case: Case, actual: Outcome, eager: Outcome, expected: Outcome, which: str) -> None:
+    if len(actual.results) != len(eager.results):
+        raise Wrong(f"{which}: {len(actual.results)} results instead of {len(eager.results)}")
+    for number, triple in enumerate(zip(actual.results, eager.results, expected.results, strict=True)):
+        _close(*triple, f"{which}: result {number}")
+        if _strides(actual.results[number]) != _strides(eager.results[number]):
+            raise Wrong(f"{which}: result {number} has other strides than in eager")
+    if actual.gradients.keys() != eager.gradients.keys():
+        raise Wrong(f"{which}: gradients of {sorted(actual.gradients)} instead of {sorted(eager.gradients)}")
+    for name in eager.gradients:
+        triple = (outcome.gradients[name] for outcome in (actual, eager, expected))
+        _close(*triple, f"{which}: gradient of {name}", slack=8)
+
+
+def _strides(x: Tensor) -> list[int]:
+    """Of the dimensions that have any: views and kernels behind attention may depend on them."""
+    return [stride for stride, size in zip(x.stride(), x.shape, strict=True) if size > 1]
+
+
+def _close(actual: Tensor, eager: Tensor, expected: Tensor, what: str, slack: float = 1) -> None:
+    """Ours is at most twice as far from float64 as the author's own; where that is far off by nature, near his own.
+
+    A row whose keys are all masked by a finite number holds what rounding makes of it: there float64 is no judge.
+    """
+    if actual.shape != eager.shape or actual.dtype != eager.dtype:
+        raise Wrong(f"{what} is {actual.dtype} {list(actual.shape)}, eager {eager.dtype} {list(eager.shape)}")
+    if actual.numel() == 0:
+        return
+    ours, own, judge = actual.double(), eager.double(), expected.double()
+    if not torch.equal(ours.isnan(), own.isnan()):
+        raise Wrong(f"{what}: {int(ours.isnan().sum())} NaN, and {int(own.isnan().sum())} in eager")
+    finite = ~(ours.isnan() | (ours == own))
+    scale = max(1.0, own[own.isfinite()].abs().max().item()) if own.isfinite().any() else 1.0
+    epsilon = EPSILON[actual.dtype] * scale * slack
+    own_error = (own - judge).abs().nan_to_num(nan=0.0, posinf=0.0)
+    ordinary = own_error[own_error <= 16 * epsilon]
+    limit = 2 * (ordinary.max().item() if ordinary.numel() else 0.0) + epsilon
+    apart = torch.minimum((ours - judge).abs().nan_to_num(nan=float("inf")), (ours - own).abs())
+    apart = torch.where(finite, apart, 0.0)
+    if not apart.max() <= limit:
+        raise Wrong(f"{what} is off by {apart.max().item():.3g} (limit {limit:.3g}, of values up to {scale:.3g})")

@@ -1,0 +1,96 @@
+"""What the rewritten graph really computes: the calls of ``effattn::attend``, and their predicates in numpy."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from effattn.ir.fold import fold
+from effattn.ir.plan import Plan
+
+MASKED = -5000.0  # a score of nothing but fills is below, a score of data above
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of the op: what it was told to compute."""
+
+    plan: Plan
+    shape: tuple[int, int, int, int]  # [B, H, Nq, Nk]
+    loads: dict[str, np.ndarray]
+    scalars: dict[str, int]
+    numbers: dict[str, float]
+
+    def allowed(self) -> np.ndarray:
+        """bool [B, H, Nq, Nk]: what its predicate allows and its score does not push out of sight."""
+        return seen(self.plan.predicate, self.plan.score, self.shape, self.loads, {**self.scalars, **self.numbers})
+
+
+class Calls(TorchDispatchMode):
+    """Keeps every call of the op that is made inside."""
+
+    supports_higher_order_operators = True
+
+    def __init__(self, kept: list[Call]):
+        super().__init__()
+        self.kept = kept
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if function is torch.ops.effattn.attend.default:
+            query, key, _, loads, scalars, numbers, text = args
+            plan = Plan.decode(text)
+            held = [load.detach().double() if load.is_floating_point() else load for load in loads]
+            self.kept.append(
+                Call(
+                    plan,
+                    (*query.shape[:3], key.shape[2]),
+                    {spec.name: load.numpy().copy() for spec, load in zip(plan.loads, held, strict=True)},
+                    dict(zip(plan.scalars, scalars, strict=True)),
+                    dict(zip(plan.numbers, numbers, strict=True)),
+                )
+            )
+        return function(*args, **(kwargs or {}))
+
+
+def seen(predicate: Any, score: Any, shape: tuple[int, ...], loads: dict, symbols: dict) -> np.ndarray:
+    """A predicate and a score with ``s = 0`` on the whole grid."""
+    grid = dict(zip("bhqk", np.indices(shape), strict=True))
+    algebra = _Numpy({**grid, **symbols, "Nq": shape[2], "Nk": shape[3], "s": 0.0}, loads)
+    with np.errstate(all="ignore"):
+        return np.broadcast_to(np.logical_and(fold(predicate, algebra), fold(score, algebra) > MASKED), shape)
+
+
+class _Numpy:
+    """The algebra of expressions over numpy's arrays: written apart from the backend's own, which is what is tested."""
+
+    TABLE = {  # noqa: RUF012
+        "add": np.add, "mul": np.multiply, "div": np.true_divide, "min": np.minimum, "max": np.maximum, "abs": np.abs,
+        "group": lambda x: x, "floordiv": np.floor_divide, "mod": np.remainder, "le": np.less_equal, "lt": np.less,
+        "ge": np.greater_equal, "gt": np.greater, "eq": np.equal, "ne": np.not_equal, "not": np.logical_not,
+        "and": np.logical_and, "or": np.logical_or, "where": np.where, "tanh": np.tanh, "exp": np.exp, "log": np.log,
+        "sqrt": np.sqrt, "sign": np.sign,
+    }  # fmt: skip
+
+    def __init__(self, symbols: dict[str, Any], loads: dict[str, np.ndarray]):
+        self.symbols, self.loads = symbols, loads
+
+    def constant(self, value: Any) -> Any:
+        return value if not isinstance(value, float) or math.isfinite(value) else np.float64(value)
+
+    def symbol(self, name: str) -> Any:
+        return self.symbols[name]
+
+    def load(self, name: str, indices: list[Any]) -> Any:
+        """An element out of range may be read where nothing uses it: any value will do."""
+        held = self.loads[name]
+        inside = [np.clip(index, 0, size - 1) for index, size in zip(indices, held.shape, strict=True)]
+        value = held[tuple(inside)]
+        return value.astype(np.int64) if value.dtype != np.float64 else value
+
+    def call(self, operation: str, *args: Any) -> Any:
+        return self.TABLE[operation](*args)
