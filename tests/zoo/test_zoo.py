@@ -15,7 +15,7 @@ import results
 from building import build, names
 from coverage import page
 from settings import SETTINGS
-from trial import Trial, largest_difference, trials
+from trial import LEFT_OUT, Executed, Trial, largest_difference, trials
 from watching import watching
 
 # architecture, attention, setting, sites (with a cache: those of the prefill and of four steps), what a predicate holds
@@ -109,6 +109,27 @@ def test_a_step_of_decoding_has_as_many_attentions_as_a_prefill():
     with torch.no_grad():
         call.run(counted)
     assert counts == [2, 4, 6, 8, 10]
+
+
+def test_attention_in_no_graph_is_told_apart_from_what_the_backend_overlooks():
+    def attend(x):
+        return torch.softmax(x @ x.mT, -1) @ x
+
+    outside = torch.compiler.disable(attend)
+    of_one, x = {"sites": 1, "difference": 0.0}, torch.randn(2, 5, 8)
+    executed, trial = Executed(count_inductor=False), Trial("a", "eager", "whole", **of_one)
+    torch.compile(lambda x: outside(x + 1) + 1, backend=executed.backend)(x)
+    executed.fill(trial)
+    assert (trial.verdict, trial.refused, trial.reasons) == ("refused", 1, [f"1 x {LEFT_OUT}"])
+
+    executed, trial = Executed(count_inductor=False), Trial("a", "eager", "whole", **of_one)
+    torch.compile(attend, backend=executed.backend)(x)
+    executed.fill(trial)
+    assert (trial.found, trial.verdict) == (1, "right")
+    for report in executed.reports:  # as if the backend had said nothing of it
+        report.clear()
+    executed.fill(trial)
+    assert trial.verdict == "unseen"
 
 
 def test_whole_numbers_have_to_be_equal():

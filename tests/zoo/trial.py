@@ -15,7 +15,7 @@ from inductor_count import replaced_by_inductor
 from results import EVERY
 from settings import SETTINGS, Call
 from torch.utils._pytree import tree_leaves
-from watching import watching
+from watching import softmaxes_of, watching
 
 from effattn.compiler import collect
 from effattn.compiler.backend import effattn
@@ -23,6 +23,7 @@ from effattn.compiler.backend import effattn
 FLEX = "flex_attention"
 ATTENTIONS = ("eager", "sdpa", FLEX)
 TOLERANCE = 1e-4  # of the largest value; float32
+LEFT_OUT = "torch.compile ran it outside of every graph, after a graph break"
 MOST_COMPILATIONS = 64  # of one forward: beyond, Dynamo would run it as it is, without a word
 
 
@@ -56,10 +57,14 @@ class Trial:
             return "not run" if self.not_run else "error"
         if self.difference is None or not self.difference <= max(TOLERANCE, 2 * self.sensitivity):
             return "differs"
-        without_softmax = self.forms.get("linear", 0)  # found, and no site of those that were counted
-        if self.found - without_softmax + self.refused + self.others < self.sites:
+        if self.told < self.sites:
             return "unseen"
         return "right" if not self.refused else "refused"
+
+    @property
+    def told(self) -> int:
+        """Of how many softmaxes the backend said something. Linear attention has none, and was not counted either."""
+        return self.found - self.forms.get("linear", 0) + self.refused + self.others
 
     def to_dict(self) -> dict[str, Any]:
         """Without what is empty, so that a file of many stays small."""
@@ -178,10 +183,12 @@ class Executed:
 
     def __init__(self, count_inductor: bool) -> None:
         self.reports: list[Any] = []
+        self.handed: list[int] = []  # softmaxes in each graph
         self.runs: Counter[int] = Counter()
         self.inductor: list[int] | None = [] if count_inductor else None
 
     def backend(self, gm: Any, example_inputs: Any) -> Any:
+        self.handed.append(softmaxes_of(gm.graph))
         if self.inductor is not None:
             self.inductor.append(replaced_by_inductor(gm, example_inputs))
         with collect.listening() as heard:
@@ -216,6 +223,10 @@ class Executed:
         trial.found, trial.refused = predicates.total(), reasons.total()
         trial.predicates, trial.forms = dict(predicates), dict(forms)
         trial.reasons = [f"{times} x {reason}" for reason, times in reasons.items() if times]
+        handed = sum(self.runs[number] * count for number, count in enumerate(self.handed))
+        if trial.told < trial.sites and trial.told >= handed:
+            trial.reasons.append(f"{trial.sites - trial.told} x {LEFT_OUT}")
+            trial.refused += trial.sites - trial.told
 
 
 def largest_difference(actual: Any, expected: Any) -> float:

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, fx
+from torch._higher_order_ops.flex_attention import flex_attention
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
@@ -72,6 +73,11 @@ class Watch(TorchFunctionMode):
     @property
     def sites(self) -> int:
         return self.whole + self.softmaxes
+
+
+def softmaxes_of(graph: fx.Graph) -> int:
+    """How many softmaxes and whole attentions a graph of Dynamo's holds, of whatever kind."""
+    return sum(node.target in _SOFTMAX | _WHOLE | {"softmax", flex_attention} for node in graph.nodes)
 
 
 def watching(function: Callable[..., Any]) -> tuple[Callable[..., Any], Watch]:
