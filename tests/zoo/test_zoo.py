@@ -96,6 +96,15 @@ def test_attention_within_a_function_of_torch_is_counted_once():
     assert seen.sites == 1
 
 
+def test_watching_a_forward_leaves_what_is_generated():
+    # `generate` gives position_ids only to a forward whose signature has them
+    call = SETTINGS["generate"].prepare(build("gpt2", "eager"))
+    function, seen = watching(call.target)
+    with torch.no_grad():
+        assert largest_difference(call.run(function), call.run(call.target)) == 0
+    assert seen.sites == 10
+
+
 def test_a_step_of_decoding_has_as_many_attentions_as_a_prefill():
     call = SETTINGS["dynamic cache"].prepare(build("llama", "eager"))
     counts = []
@@ -147,6 +156,8 @@ def test_verdicts():
     assert Trial("a", "eager", "whole", sites=2, found=1, refused=1, difference=0.0).verdict == "refused"
     assert Trial("a", "eager", "whole", sites=2, found=2, difference=0.1).verdict == "differs"
     assert Trial("a", "eager", "whole", sites=2, found=2, difference=float("nan")).verdict == "differs"
+    infinite = {"difference": float("inf"), "sensitivity": float("inf")}
+    assert Trial("a", "eager", "whole", sites=2, found=2, **infinite).verdict == "differs"
     assert Trial.of(right.to_dict()) == right
 
 

@@ -55,7 +55,8 @@ class Trial:
         """ "right", or what is wrong."""
         if self.not_run or self.error:
             return "not run" if self.not_run else "error"
-        if self.difference is None or not self.difference <= max(TOLERANCE, 2 * self.sensitivity):
+        # a shape or whole number that differs is no matter of rounding: then the difference is infinite
+        if self.difference is None or not self.difference <= max(TOLERANCE, 2 * self.sensitivity) < float("inf"):
             return "differs"
         if self.told < self.sites:
             return "unseen"

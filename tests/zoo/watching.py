@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -84,6 +85,7 @@ def watching(function: Callable[..., Any]) -> tuple[Callable[..., Any], Watch]:
     """``function``, and what is seen whenever it is called."""
     watch = Watch()
 
+    @functools.wraps(function)  # `generate` looks at the signature of a forward
     def watched(*args: Any, **kwargs: Any) -> Any:
         with watch:
             return function(*args, **kwargs)
