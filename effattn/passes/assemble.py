@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 from effattn.errors import PlanError
 from effattn.ir import expr, wire
 from effattn.ir.expr import Nk, Nq, b, h, k, q
-from effattn.ir.plan import LoadSpec
+from effattn.ir.plan import EmptyRows, LoadSpec
 from effattn.ir.site import Layout, Site, Stage
 from effattn.passes import masks
 from effattn.passes.draft import Anchors, Draft, Match, Refused, SizeSource, require_fixed
@@ -66,9 +66,10 @@ def assemble(view: GraphView, draft: Draft, order: int) -> Match:
             data=_masks_that_are_data(view, score, draft.reader.loads),
         )
     except masks.Unclear as unclear:
+        nothing: EmptyRows = "zero" if draft.zero_when_empty else "nan"
         if draft.zeroed or not masks.may_stay_in_score(found, draft.term, dtype):
             raise Refused("rows without keys", str(unclear), "use a boolean mask with SDPA") from unclear
-        score, predicate, position, empty = _with_lengths(draft.term, layout), sympy.true, None, "nan"
+        score, predicate, position, empty = _with_lengths(draft.term, layout), sympy.true, None, nothing
         draft.notes.append("a row may attend to nothing: the mask's fill values are added as the author adds them")
 
     for where in draft.zeroed:

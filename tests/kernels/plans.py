@@ -252,6 +252,26 @@ def bias_by_distance(sizes, device):
 
 
 @case
+def decomposed_positions(sizes, device):
+    """A bias from the rows and columns of a picture, as in SAM; heads in two digits."""
+    place = [b, Modulo(h, 2), FloorDiv(q, 8), Modulo(q, 8)]
+    rows, columns = (load(name, [*place, at(k, 8)], integer=False) for name, at in (("y", FloorDiv), ("x", Modulo)))
+    loads = (LoadSpec("y", "float32", 5), LoadSpec("x", "float32", 5))
+    plan = Plan("exact", sizes.scale * s + Group(rows + columns), loads=loads)
+    shape = (sizes.batch, 2, sizes.q_len // 8 + 1, 8)
+    return Call(plan, loads=[_random((*shape, sizes.k_len // 8 + 1), device), _random((*shape, 8), device, 4)])
+
+
+@case
+def fills_in_the_score(sizes, device):
+    """Two masks that replace or take up the score; where both hide a key there is -inf."""
+    lowest, seen = torch.finfo(torch.float32).min, sympy.Ne(load("padding", [b, k], integer=True), 0)
+    score = Where(CAUSAL, sizes.scale * s, lowest) + Where(seen, 0, lowest)
+    plan = Plan("exact", score, empty_rows="nan", loads=(LoadSpec("padding", "bool", 2),))
+    return Call(plan, loads=[_padding(sizes, device, left=True)])
+
+
+@case
 def minus_infinity_bias(sizes, device):
     added = load("bias", [b, h, q, k], integer=False)
     plan = Plan("exact", sizes.scale * s + added, loads=(LoadSpec("bias", "float32", 4),))

@@ -45,12 +45,17 @@ def shifted_by_amax(q, k, v, sinks):
     return finished((both - both.amax(-1, keepdim=True)).softmax(3)[:, :, :, :-1], v)
 
 
+def joined_before_a_cast(q, k, v, sinks):
+    both = torch.cat([logits(q, k), column(sinks)], -1).to(q.dtype).float()
+    return finished(both.softmax(-1)[..., :-1].to(q.dtype), v)
+
+
 def without_a_sink(q, k, v, sinks):
     scores = logits(q, k)
     return finished((scores - torch.amax(scores, 3, True)).softmax(-1), v) + sinks.sum()
 
 
-SPELLINGS = (plain, shifted, shifted_by_amax, without_a_sink)
+SPELLINGS = (plain, shifted, shifted_by_amax, joined_before_a_cast, without_a_sink)
 
 
 @pytest.mark.parametrize("spelling", SPELLINGS, ids=lambda spelling: spelling.__name__)
@@ -87,8 +92,9 @@ def test_gradients_reach_the_sinks():
 
 def test_half_precision():
     given = tensors(torch.bfloat16)
-    report, out = compiled(shifted, *given, tolerance=2e-2)
-    assert len(report.sites) == 1
+    for spelling in (joined_before_a_cast, shifted):
+        report, out = compiled(spelling, *given, tolerance=2e-2)
+        assert len(report.sites) == 1
     torch.testing.assert_close(out.float(), shifted(*(x.float() for x in given)), rtol=2e-2, atol=2e-2)
 
 
@@ -124,7 +130,12 @@ def two_dropped(q, k, v, sinks):
     return finished(both.softmax(-1)[..., :-2], v[:, :, :-1])
 
 
-@pytest.mark.parametrize("spelling", [kept, first, two_dropped], ids=lambda spelling: spelling.__name__)
+def rounded_after_joining(q, k, v, sinks):
+    both = torch.cat([logits(q, k), column(sinks)], -1).bfloat16().float()
+    return finished(both.softmax(-1)[..., :-1], v)
+
+
+@pytest.mark.parametrize("spelling", [kept, first, two_dropped, rounded_after_joining], ids=lambda spelling: spelling.__name__)
 def test_what_is_no_sink_is_left_alone(spelling):
     report, _ = compiled(spelling, *tensors())
     assert report.sites == []

@@ -41,6 +41,92 @@ def test_weights_set_to_zero_elsewhere():
     assert "another mask" in report.missed[0].reason
 
 
+def test_weights_set_to_zero_in_place():
+    """Either name of what was written to may be read."""
+
+    def old_name(q, k, v, seen):
+        found = weights(q, k, seen)
+        found.masked_fill_(~seen, 0)
+        return found.view(B * H, N, N) @ v.flatten(0, 1)
+
+    def new_name(q, k, v, seen):
+        return weights(q, k, seen).masked_fill_(~seen, 0) @ v
+
+    for call in (old_name, new_name):
+        report, out = compiled(call, *tensors())
+        assert len(report.sites) == 1, report.missed
+        assert "softmax" not in report.graph()
+        assert (out.view(B, H, N, D)[0, :, :4] == 0).all()
+
+
+def test_weights_changed_in_place_in_other_ways():
+    def by_another_number(q, k, v, seen):
+        return weights(q, k, seen).masked_fill_(~seen, 0.5) @ v
+
+    def elsewhere(q, k, v, seen):
+        return weights(q, k, seen).masked_fill_(seen, 0) @ v
+
+    def through_a_view(q, k, v, seen):
+        found = weights(q, k, seen)
+        found.view(B, H * N, N).masked_fill_(~seen.expand(B, H, N, N).reshape(B, H * N, N), 0)
+        return found @ v
+
+    def after_a_copy(q, k, v, seen):
+        found = weights(q, k, seen)
+        copy = found.clone()
+        found.masked_fill_(~seen, 0)
+        return copy @ v + found.mean()
+
+    for call in (by_another_number, elsewhere, through_a_view, after_a_copy):
+        report, _ = compiled(call, *tensors())
+        assert report.sites == [], call.__name__
+
+
+def test_weights_that_nobody_reads_are_no_other_use():
+    def call(q, k, v, seen):
+        found = weights(q, k, seen)
+        out = found @ v
+        found.sum(1).view(-1)
+        return out
+
+    report, _ = compiled(call, *tensors())
+    assert len(report.sites) == 1, report.missed
+    assert "softmax" not in report.graph()
+
+
+def test_a_softmax_that_nobody_reads_is_none():
+    def call(q, k, v, seen):
+        weights(q, k, seen)
+        return v * 2
+
+    report, _ = compiled(call, *tensors())
+    assert report.sites == report.missed == []
+
+
+def test_random_numbers_that_nobody_reads_are_still_drawn():
+    def call(q, k, v, seen):
+        torch.manual_seed(1)
+        torch.nn.functional.dropout(weights(q, k, seen), 0.5)
+        return torch.rand(3), (q @ k.mT).softmax(-1) @ v
+
+    report, _ = compiled(call, *tensors())
+    assert len(report.sites) == 1
+
+
+def test_the_reason_names_the_graph_break():
+    def call(q, k, v, seen):
+        found = weights(q, k, seen)
+        out = found @ v
+        if out.nan_to_num().sum().item() > 1e9:
+            return out, None
+        return out * 2, found
+
+    report, _ = compiled(call, *tensors())
+    (missed,) = report.missed
+    assert "a graph break: Unsupported Tensor.item() call" in missed.reason
+    assert "capture_scalar_outputs = True" in str(missed)
+
+
 @pytest.mark.parametrize("causal", [False, True])
 def test_a_constant_factor_of_value(causal):
     def call(q, k, v):

@@ -170,12 +170,13 @@ class Reader:
         if call.name != "baddbmm":
             return Reading(shape, "float", raw)
         added = self.argument(call, "input")
+        skip = len(shape) - len(added.shape)
         beta, alpha = (self.argument(call, scale, 1).at(()) for scale in ("beta", "alpha"))
 
         def at(index: Index):
             inside = (
                 sympy.Integer(0) if n == 1 and full != 1 else i
-                for n, i, full in zip(added.shape, index, shape, strict=True)
+                for n, i, full in zip(added.shape, index[skip:], shape[skip:], strict=True)
             )
             return alpha * raw(index) + (beta * self.grouped(added.at(tuple(inside))) if beta != 0 else 0)
 

@@ -1,0 +1,176 @@
+"""Where batch and heads lie: in blocks of a longer sequence, in one tensor for all, in an order of the author's."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from compiled import compiled
+
+B, H, N, D, BLOCKS = 2, 3, 12, 8, 2
+
+
+def qkv():
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(B, H, N, D, generator=generator) for _ in range(3)]
+
+
+def blocks(x):
+    return x.view(B, H, BLOCKS, N // BLOCKS, D)
+
+
+def with_neighbours(x):
+    """Each block's keys and those of the block before: [B, H, BLOCKS, 2 * N / BLOCKS, D]."""
+    x = blocks(x)
+    before = torch.cat([torch.zeros_like(x[:, :, :1]), x[:, :, :-1]], 2)
+    return torch.cat([before, x], 3)
+
+
+def blocks_after_heads(q, k, v):
+    """As Gemma's audio encoder."""
+    return ((blocks(q) @ with_neighbours(k).mT).softmax(-1) @ with_neighbours(v)).flatten(2, 3)
+
+
+def blocks_before_heads(q, k, v):
+    """As LongT5: [B, blocks, length, H, D], and the result in the same order."""
+    q, k, v = (x.permute(0, 2, 3, 1, 4) for x in (blocks(q), with_neighbours(k), with_neighbours(v)))
+    weights = torch.einsum("...qhd,...khd->...hqk", q, k).softmax(-1)
+    return torch.einsum("...hqk,...khd->...qhd", weights, v).reshape(B, N, H, D)
+
+
+def one_block(q, k, v):
+    q, k, v = (x[:, :, None] for x in (q, k, v))
+    return (q @ k.mT).softmax(-1) @ v
+
+
+def one_block_masked(q, k, v):
+    later = torch.ones(N, N, dtype=torch.bool).triu(2)
+    q, k, v = (x.transpose(1, 2)[:, None] for x in (q, k, v))
+    scores = torch.einsum("...qhd,...khd->...hqk", q, k).masked_fill(later, -torch.inf)
+    return torch.einsum("...hqk,...khd->...qhd", scores.softmax(-1), v)
+
+
+def blocks_and_head_bias(q, k, v):
+    bias = torch.linspace(-1, 1, H)[:, None, None, None]
+    distance = torch.arange(N // BLOCKS)[:, None] - torch.arange(N // BLOCKS)
+    return ((blocks(q) @ blocks(k).mT + bias * distance).softmax(-1) @ blocks(v)).flatten(2, 3)
+
+
+def grouped_heads_in_blocks(q, k, v):
+    k, v = (blocks(x)[:, :1].expand(B, H, -1, -1, -1) for x in (k, v))
+    q = blocks(q).transpose(1, 2)
+    return (q @ k.transpose(1, 2).mT).softmax(-1) @ v.transpose(1, 2)
+
+
+def query_of_all_batches(q, k, v):
+    """Learned queries, as Perceiver has them."""
+    return (q[0] @ k.mT).softmax(-1) @ v
+
+
+def query_expanded(q, k, v):
+    return (q[:1].expand(B, -1, -1, -1) @ k.mT).softmax(-1) @ v
+
+
+def query_of_all_heads(q, k, v):
+    return (q[:, :1] @ k.mT).softmax(-1) @ v
+
+
+def query_of_everything(q, k, v):
+    return (q[0, 0].expand(B, H, N, D) @ k.mT).softmax(-1) @ v
+
+
+def key_of_all_batches(q, k, v):
+    return (q @ k[:1].mT).softmax(-1) @ v
+
+
+def value_of_all_batches(q, k, v):
+    return (q @ k.mT).masked_fill(torch.ones(N, N).triu(3) > 0, -torch.inf).softmax(-1) @ v[1]
+
+
+def batches_folded_into_heads(q, k, v):
+    """All batches share the keys of each head."""
+    return torch.einsum("bhnm,hmd->bnhd", torch.einsum("bhnd,hmd->bhnm", q, k[0]).softmax(-1), v[0])
+
+
+FOUND = [
+    blocks_after_heads, blocks_before_heads, one_block, one_block_masked, blocks_and_head_bias,
+    query_of_all_batches, query_expanded, query_of_all_heads, query_of_everything, key_of_all_batches,
+    value_of_all_batches, batches_folded_into_heads,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("function", FOUND, ids=lambda function: function.__name__)
+@pytest.mark.parametrize("grad", [False, True], ids=["", "grad"])
+def test_found_and_right(function, grad):
+    given = [x.requires_grad_(grad) for x in qkv()]
+    report, out = compiled(function, *given, verify=not grad)
+    assert len(report.sites) == 1, report.missed
+    assert "softmax" not in report.graph()
+    if grad:
+        torch._dynamo.reset()
+        fast = torch.compile(function, backend="effattn", options={"rest": "eager", "strict": True})
+        weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
+        wanted = torch.autograd.grad(function(*given), given, weight)
+        for got, want in zip(torch.autograd.grad(fast(*given), given, weight), wanted, strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("function", [query_of_all_batches, key_of_all_batches], ids=lambda function: function.__name__)
+def test_a_batch_that_is_only_known_at_run_time(function):
+    from effattn.compiler.backend import effattn
+
+    torch._dynamo.reset()
+    graphs = []
+
+    def backend(gm, inputs):
+        graphs.append(gm)
+        return effattn(gm, inputs, options={"rest": "eager", "strict": True})
+
+    fast = torch.compile(function, backend=backend)
+    for batch in (2, 3, 5):
+        given = [x.repeat(3, 1, 1, 1)[:batch] for x in qkv()]
+        for x in given:
+            torch._dynamo.maybe_mark_dynamic(x, 0)
+        torch.testing.assert_close(fast(*given), function(*given), rtol=2e-5, atol=2e-5)
+    assert len(graphs) == 1
+    assert "softmax" not in str(graphs[0].graph)
+
+
+def half_of_the_query(q, k, v):
+    """Each query row serves two heads: the query has a head for every other one."""
+    return (q[:, :1].repeat_interleave(2, 1) @ k[:, :2].mT).softmax(-1) @ v[:, :2]
+
+
+def keys_of_all_blocks(q, k, v):
+    """Every block looks at the same keys, which have a dimension for heads but none for blocks."""
+    return (blocks(q) @ k[:, :, None].mT).softmax(-1) @ v[:, :, None]
+
+
+def keys_of_all_blocks_in_front(q, k, v):
+    return (blocks(q).transpose(1, 2) @ k[:, None].mT).softmax(-1) @ v[:, None]
+
+
+@pytest.mark.parametrize(
+    "function",
+    [half_of_the_query, keys_of_all_blocks, keys_of_all_blocks_in_front, grouped_heads_in_blocks],
+    ids=lambda function: function.__name__,
+)
+def test_found_or_not_it_is_right(function):
+    report, _ = compiled(function, *qkv())
+    assert len(report.sites) + len(report.missed) == 1
+
+
+def test_attention_over_layers_is_left_as_it_is():
+    """As Inkling 2: for every token one learned query over the states of some layers, as wide as the model."""
+
+    def call(query, states):
+        keys = states * torch.rsqrt(states.square().mean(-1, keepdim=True))
+        weights = (query.view(1, -1).expand(B, N, 1, -1) @ keys.mT * 0.1).softmax(-1)
+        return (weights @ states).squeeze(2)
+
+    generator = torch.Generator().manual_seed(0)
+    for width, rewritten in ((320, False), (64, True)):
+        given = torch.randn(width, generator=generator), torch.randn(B, N, 4, width, generator=generator)
+        report, _ = compiled(call, *given)
+        (site,) = report.sites
+        assert ("one query over few keys" not in site.reason) == rewritten
+        assert ("softmax" not in report.graph()) == rewritten
