@@ -44,7 +44,7 @@ def interpret(weights: Any) -> LinearTerm:
             raise Refused(
                 "masked weights", f"masked places hold {text(future)}, which is not certainly 0", "mask after the exp()"
             )
-        if past.has(sympy.exp) or future.has(sympy.exp):
+        if any(decay.has(k) for decay in weights.atoms(sympy.exp)):
             raise Refused("both directions", "keys after the query have weights that depend on their distance")
         raise NotLinear("keys after the query have weights as well")
     if past.has(q, k, b):

@@ -326,11 +326,17 @@ def low_rank(q, k, v, slopes):
     return (q @ k.mT * 0.5) @ v
 
 
+def experts(q, k, v, slopes):
+    """Two layers with a gate between, times exp() of a router's scores for each row."""
+    routed = torch.exp(v[..., :1].log_softmax(2))
+    return (F.silu(q @ k.mT) * (q @ v.mT) * routed) @ v
+
+
 def masked_by_data(q, k, v, slopes):
     return ((q @ k.mT) * (v[..., :1] > 0)) @ v
 
 
-@pytest.mark.parametrize("function", [gated_products, low_rank, masked_by_data], ids=lambda function: function.__name__)
+@pytest.mark.parametrize("function", [gated_products, low_rank, experts, masked_by_data], ids=lambda function: function.__name__)
 def test_other_products_are_not_spoken_of(function):
     report, _ = compiled(function, *qkv(), SLOPES)
     assert not report.sites
