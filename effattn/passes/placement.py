@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import sympy
@@ -69,6 +70,6 @@ def placement(index: tuple[Any, ...], heads) -> Placement | None:
     sizes: tuple[int, ...] = ()
     if len(digits) > 1:
         above = [int(heads), *(digits[place].divisor for place in order)]
-        sizes = tuple(outer // inner for outer, inner in zip(above, above[1:], strict=False))
+        sizes = tuple(outer // inner for outer, inner in pairwise(above))
     held = [*([b] if b in axes else []), *(digits[place] for place in order), q, depth]
     return Placement(drops, sizes, tuple(held.index(axis) for axis in axes), tuple(merges), tuple(new))

@@ -336,7 +336,10 @@ def masked_by_data(q, k, v, slopes):
     return ((q @ k.mT) * (v[..., :1] > 0)) @ v
 
 
-@pytest.mark.parametrize("function", [gated_products, low_rank, experts, masked_by_data], ids=lambda function: function.__name__)
+NOT_SPOKEN_OF = [gated_products, low_rank, experts, masked_by_data]
+
+
+@pytest.mark.parametrize("function", NOT_SPOKEN_OF, ids=lambda function: function.__name__)
 def test_other_products_are_not_spoken_of(function):
     report, _ = compiled(function, *qkv(), SLOPES)
     assert not report.sites

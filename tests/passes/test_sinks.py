@@ -135,7 +135,10 @@ def rounded_after_joining(q, k, v, sinks):
     return finished(both.softmax(-1)[..., :-1], v)
 
 
-@pytest.mark.parametrize("spelling", [kept, first, two_dropped, rounded_after_joining], ids=lambda spelling: spelling.__name__)
+NO_SINKS = [kept, first, two_dropped, rounded_after_joining]
+
+
+@pytest.mark.parametrize("spelling", NO_SINKS, ids=lambda spelling: spelling.__name__)
 def test_what_is_no_sink_is_left_alone(spelling):
     report, _ = compiled(spelling, *tensors())
     assert report.sites == []
