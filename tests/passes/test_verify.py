@@ -137,8 +137,8 @@ def test_heads_and_batch_mixed_up(swap):
 
     def mixed_up(view, node, index, time, name, sizes, dtype=None):
         found = original(view, node, index, time, name, sizes, dtype)
-        batch, heads, rows, depth = found.dims
-        return dataclasses.replace(found, dims=(heads, batch, rows, depth)) if name == "key" else found
+        batch, (heads,), rows, depth = found.dims
+        return dataclasses.replace(found, dims=(heads, (batch,), rows, depth)) if name == "key" else found
 
     def function(q, k, v):
         return (q @ k.mT).softmax(-1) @ v
