@@ -34,7 +34,7 @@ class Outcome:
     choices: list[Choice] = field(default_factory=list)
     linear: list[LinearMatch] = field(default_factory=list)  # attention without a softmax, all of it replaced
     original: fx.Graph | None = None  # the graph as Dynamo made it; None if nothing was replaced
-    normalized: fx.Graph | None = None  # with compound calls written out; only to verify, and only if there were any
+    normalized: fx.Graph | None = None  # after normalize; only to verify, and only if that changed anything
     erased: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
 

@@ -13,19 +13,26 @@ from torch import fx
 from effattn.passes.block_mask import is_block_mask_code
 from effattn.passes.graph import GraphView, writes
 from effattn.passes.reading.elementwise import is_dead_dropout
-from effattn.passes.vocabulary import canonical
+from effattn.passes.vocabulary import Call, canonical
 
 
-def erase_unused(graph: fx.Graph) -> None:
+def erase_unused(graph: fx.Graph) -> int:
     """Erase what the author computed and nobody reads: weights that a model returns only to some of its callers.
 
-    Only where the operation has no effect but its value. A live dropout has one: it advances the random numbers.
+    Only where the operation has no effect but its value. Returns how many nodes went.
     """
+    before = len(graph.nodes)
     for node in reversed(graph.nodes):
-        if node.users or writes(node) or (call := canonical(node)) is None:
-            continue
-        if call.name != "dropout" or is_dead_dropout(call):
+        if not node.users and not writes(node) and (call := canonical(node)) is not None and not _has_effect(call):
             graph.erase_node(node)
+    return before - len(graph.nodes)
+
+
+def _has_effect(call: Call) -> bool:
+    """Whether a call that writes nothing changes what others compute: it draws random numbers, or asks for a gradient."""
+    if call.name == "dropout":
+        return not is_dead_dropout(call)
+    return call.get("dropout_p", 0.0) != 0.0 or call.node.target == "requires_grad_"
 
 
 def erase_orphans(view: GraphView, replaced: list[fx.Node]) -> None:

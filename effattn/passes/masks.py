@@ -187,12 +187,13 @@ def empty_rows(found: Split, layout: Layout, position, *, sdpa: bool, dtype: str
 def may_stay_in_score(found: Split, term, dtype: str) -> bool:
     """Whether a kernel that computes ``term`` as it stands, fills and all, gives what the author's code gives.
 
-    A fill that takes up any score leaves nothing to rounding: two of them are -inf, in float32 as in bfloat16.
+    A fill that takes up any score leaves nothing to rounding, and two that are low enough are -inf in bfloat16 too.
     """
+    enough = 0.0 if dtype == "float32" else -0.6 * LOWEST
     fills = [fill.value for fill in found.fills]
     numbers = [float(number) for number in term.atoms(sympy.Number) if number.is_finite]
     held = all(abs(number) <= LOWEST for number in numbers) and not term.has(sympy.oo, -sympy.oo, sympy.nan)
-    return held and bool(fills) and all(_absorbs(fill, dtype) for fill in fills)
+    return held and bool(fills) and all(_absorbs(fill, dtype) and fill <= enough for fill in fills)
 
 
 def _absorbs(fill, dtype: str) -> bool:

@@ -166,6 +166,8 @@ def _match(view: GraphView, product: Contraction, side: str, readers: dict, orde
         sizes = (batch, heads, length, head_dim)
         operands.append(traced(view, node, entries, view.time[inner.node], name, sizes, dtype))
     value, out_index, value_dim = value_of(view, product, (weights, tuple(index)), (batch, heads, k_len))
+    if any(len(operand.dims[1]) > 1 for operand in (*operands, value)):
+        raise Refused("heads", "heads lie in several dimensions: the author computes it in chunks already")
     if value.factor != 1:
         raise Refused("value", "value is scaled by a constant on the way to attention")
     notes: list[str] = []

@@ -28,7 +28,7 @@ RULES: dict[Any, Callable[[Inserter, fx.Node], None]] = {
 
 
 def normalize(gm: fx.GraphModule) -> tuple[int, list[Missed]]:
-    """Expand compound calls in place: how many, and those that are left alone, with the reason."""
+    """Expand compound calls in place and erase the unused: how many nodes, and calls left alone, with the reason."""
     missed: list[Missed] = []
     sources: list[fx.Node] = []
     expanded = 0
@@ -52,5 +52,4 @@ def normalize(gm: fx.GraphModule) -> tuple[int, list[Missed]]:
     unused = [source for source in dict.fromkeys(sources) if not source.users]
     if unused:  # a mask that the causal hint makes superfluous
         erase_orphans(GraphView(gm.graph), unused)
-    erase_unused(gm.graph)
-    return expanded, missed
+    return expanded + erase_unused(gm.graph), missed

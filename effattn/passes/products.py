@@ -112,13 +112,16 @@ def query_key_product(
             raise Refused("softmax axis", "the softmax does not run over the keys of a product of queries and keys")
         reason = _why_no_product(view, reader, term)
         raise Refused(NOT_ATTENTION if reason == NO_PRODUCT else "no product", reason)
-    return _main_product(view, list(candidates.values()))
+    return _main_product(view, list(candidates.values()), time)
 
 
-def _main_product(view: GraphView, candidates: list[tuple[Contraction, int, bool]]) -> tuple[Contraction, int]:
+def _main_product(
+    view: GraphView, candidates: list[tuple[Contraction, int, bool]], time: int
+) -> tuple[Contraction, int]:
     """The product that a kernel computes: the widest one of a row and a column. Others are added as data.
 
-    In attention with relative positions the others depend on rows and distances, or are gathered at them.
+    In attention with relative positions the others depend on rows and distances, or are gathered at them. Data that is
+    written to before ``time`` would have to be copied: such a product is preferred.
     """
     plain = [(product, rows) for product, rows, is_plain in candidates if is_plain]
     if len(candidates) == 1:
@@ -126,12 +129,13 @@ def _main_product(view: GraphView, candidates: list[tuple[Contraction, int, bool
     if not plain:
         raise Refused("several products", "the scores add several products of queries and keys", "not supported yet")
 
-    def width(candidate: tuple[Contraction, int]) -> tuple[int, int]:
+    def preference(candidate: tuple[Contraction, int]) -> tuple[bool, int, int]:
         product, _ = candidate
-        held = view.held(product.left).shape[product.left_labels.index(product.summed)]
-        return hint(held), -view.time[product.node]
+        made = view.time[product.node]
+        width = view.held(product.left).shape[product.left_labels.index(product.summed)]
+        return bool(view.writes_between(product.node, made, time)), hint(width), -made
 
-    return max(plain, key=width)
+    return max(plain, key=preference)
 
 
 def _why_no_product(view: GraphView, reader: Reader, term) -> str:

@@ -28,6 +28,13 @@ def added_in_place(q, k, v, table):
     return scores.softmax(-1) @ v
 
 
+def added_to_the_narrower_in_place(q, k, v, table):
+    """What is written to is computed in the kernel: as data it would be copied."""
+    scores = q[..., :2] @ k[..., :2].mT
+    scores += q @ k.mT
+    return scores.softmax(-1) @ v
+
+
 def changed_in_between(q, k, v, table):
     """The second product is read as it was when it was added."""
     other = q @ v.mT
@@ -84,6 +91,7 @@ def biased_query_and_position(q, k, v, table):
 FOUND = {
     added: "0.25*s + 0.25*bias[b, h, q, k]",
     added_in_place: "0.25*s + 0.25*bias[b, h, q, k]",
+    added_to_the_narrower_in_place: "s + bias[b, h, q, k]",
     changed_in_between: "s + bias[b, h, q, k]",
     wider_one_second: "s + bias[b, h, q, k]",
     gathered_distances: "0.3*s + bias[b, h, q, 12 + q - k]",
@@ -108,6 +116,12 @@ def test_gathered_pairs_are_not_made():
     report, _ = compiled(gathered_distances, *tensors())
     assert "gather" not in report.graph()
     assert "gather" in report.graph(before=True)
+
+
+def test_no_copy_of_what_is_added_in_place():
+    report, _ = compiled(added_to_the_narrower_in_place, *tensors())
+    assert "clone" not in report.graph()
+    assert "+=" not in report.graph()
 
 
 def test_half_precision():

@@ -83,7 +83,11 @@ def test_weights_changed_in_place_in_other_ways():
 
 
 def test_weights_that_nobody_reads_are_no_other_use():
+    """Places of loads in the graph are those after what nobody reads has gone."""
+
     def call(q, k, v, seen):
+        (q.float() * 2).abs()
+        seen = seen & (k[:, :1, :, 0].unsqueeze(2) < 1)
         found = weights(q, k, seen)
         out = found @ v
         found.sum(1).view(-1)
@@ -111,6 +115,19 @@ def test_random_numbers_that_nobody_reads_are_still_drawn():
 
     report, _ = compiled(call, *tensors())
     assert len(report.sites) == 1
+
+
+def test_a_gradient_that_is_asked_for_in_passing():
+    def call(q, k, v, seen):
+        inner = q * 2
+        with torch.enable_grad():
+            leaf = inner.detach()
+            leaf.requires_grad_()
+            out = weights(leaf, k, seen) @ v
+        return out
+
+    report, out = compiled(call, *tensors(), verify=False)
+    assert out.requires_grad
 
 
 def test_the_reason_names_the_graph_break():
