@@ -16,7 +16,7 @@ ifeq ($(shell nvidia-smi -L 2>/dev/null | grep -c GPU),0)
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 endif
 
-.PHONY: help demo test test-gpu lint zoo bench report clean
+.PHONY: help demo test test-gpu lint zoo fuzz bench report clean
 
 help:
 	@echo "make demo       the main job on a real model, with a report"
@@ -24,6 +24,7 @@ help:
 	@echo "make test-gpu   the same checks on an NVIDIA GPU"
 	@echo "make lint       ruff and mypy"
 	@echo "make zoo        what tests/zoo/results.jsonl lacks of transformers' architectures, into docs/coverage.md (hours)"
+	@echo "make fuzz       2,000 random attention functions, into tests/fuzz/recorded.json (about an hour)"
 	@echo "make bench      every benchmark into benchmarks/results (without a GPU: tiny sizes, elsewhere)"
 	@echo "make report     docs/performance.md and README.md's table from benchmarks/results"
 	@echo "make clean      removes .venv and everything that was built"
@@ -48,6 +49,9 @@ lint: $(VENV)/.dev
 zoo: $(VENV)/.dev
 	$(BIN)/python -m tests.zoo $(ZOO) || true
 	$(BIN)/python -m tests.zoo.coverage
+
+fuzz: $(VENV)/.dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz --cases 2000 --seed 1 --record tests/fuzz/recorded.json $(FUZZ)
 
 bench: $(VENV)/.models
 	$(BIN)/python -m benchmarks.gpu_all $(BENCH)

@@ -15,6 +15,7 @@ from torch import fx
 from effattn.compiler.options import Options
 from effattn.compiler.pipeline import Outcome
 from effattn.errors import VerificationError
+from effattn.ir import expr
 from effattn.ir.text import text
 from effattn.passes.draft import Match
 from effattn.runtime.algebra import evaluate
@@ -60,19 +61,20 @@ class _Checker(fx.Interpreter):
 
     def __init__(self, original: fx.GraphModule, matches: list[Match]):
         super().__init__(original)
-        self.sites = {match.anchors.scores: match for match in matches}
-        self.by_time: dict[int, list[tuple[str, str]]] = {}
+        self.sites = {match.anchors.anchor: match for match in matches}
+        self.by_time: dict[int, list[str]] = {}
         self.values: dict[tuple[str, int], Any] = {}
         self.plain: dict[str, Any] = {}  # lengths and numbers, by node: the interpreter forgets what is not used again
         self.kept = {source.node.name for match in matches for source in match.anchors.scalars}
         self.kept |= {node.name for match in matches for node in match.anchors.numbers}
         self.time = 0
         for match in matches:
-            for source in match.anchors.loads:
-                self.by_time.setdefault(source.time, []).append((source.node.name, match.anchors.scores))
+            scores = [match.anchors.scores] if match.anchors.scores is not None else []
+            for source in (*match.anchors.loads, *scores):
+                self.by_time.setdefault(source.time, []).append(source.node.name)
 
     def run_node(self, n: fx.Node) -> Any:
-        for name, _ in self.by_time.get(self.time, ()):
+        for name in self.by_time.get(self.time, ()):
             value = next(held for node, held in self.env.items() if node.name == name)
             self.values[name, self.time] = value.detach().clone()
         if n.name in self.sites:
@@ -89,8 +91,8 @@ class _Checker(fx.Interpreter):
         query, key = args[0], args[1] if len(args) > 1 else None
         if node.target is torch.ops.higher_order.flex_attention:
             query = _flex_scores(*args)
-        if match.anchors.sink is not None:
-            query = query[..., :-1]
+        if (scores := match.anchors.scores) is not None:
+            query = self.values[scores.node.name, scores.time]
         allowed = _allowed_by_author(match, query, key, args, kwargs)
         if allowed is None:
             return
@@ -144,12 +146,11 @@ def _flex_scores(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *r
 def _sizes(match: Match, query: Any, key: Any) -> dict[str, int]:
     """The real sizes: lengths of the scores or of query and key."""
     if not match.anchors.is_sdpa:
-        names = {}
+        names, heads = {"b": 1}, int(match.site.layout.heads)
         for entry, size in zip(match.anchors.scores_index, query.shape, strict=True):
-            names[str(entry)] = int(size)
-        heads = int(match.site.layout.heads)
-        batch = names.get("b", 1)
-        return {"b": batch, "h": heads, "q": names["q"], "k": names["k"]}
+            together = entry.has(expr.b) and entry != expr.b  # batch and heads in one dimension
+            names["b" if together else str(entry)] = int(size) // heads if together else int(size)
+        return {"b": names["b"], "h": heads, "q": names["q"], "k": names["k"]}
     lead = query.shape[:-2]
     return {
         "b": int(lead[0]) if lead else 1,

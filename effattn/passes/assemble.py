@@ -51,6 +51,9 @@ def assemble(view: GraphView, draft: Draft, order: int) -> Match:
     _check_expressions(score, predicate)
     if sympy.count_ops(score) + sympy.count_ops(predicate, visual=False) > MAX_TERMS:
         raise Refused("size", "the expression of score and mask is too large to compute in a kernel")
+    scaled_fill = any(_is_huge(number) for number in score.atoms(sympy.Number))
+    if scaled_fill and _score_dtype(view, draft) == "float16":
+        raise Refused("score and mask", "a fill value is scaled by data in float16, which may make it infinite")
     lengths = _in_lengths(layout)
     position = masks.query_position(predicate, lengths)
     if position is None and predicate == sympy.true and layout.q_len == 1 and _appended(view, draft.key):
@@ -72,6 +75,8 @@ def assemble(view: GraphView, draft: Draft, order: int) -> Match:
         score, predicate, position, empty = _with_lengths(draft.term, layout), sympy.true, None, nothing
         draft.notes.append("a row may attend to nothing: the mask's fill values are added as the author adds them")
 
+    if draft.nan_when_empty and empty == "mean":
+        empty = "nan"
     for where in draft.zeroed:
         where = masks.simplify(_with_lengths(where, layout))
         if masks.simplify(sympy.Not(where)) != predicate:
@@ -94,7 +99,7 @@ def assemble(view: GraphView, draft: Draft, order: int) -> Match:
     scalars = _scalars(view, draft, score, predicate)
     if unknown := set(numbers) - set(draft.reader.numbers):
         raise Refused("symbolic number", f"no node of the graph holds {', '.join(sorted(unknown))}")
-    place = placement(draft.out_index, layout.heads)
+    place = placement(draft.out_index, layout.heads, layout.q_len)
     if place is None:
         raise Refused("output layout", f"the order of the output's dimensions is not understood: {draft.out_index}")
 
@@ -134,7 +139,8 @@ def assemble(view: GraphView, draft: Draft, order: int) -> Match:
     )
     anchors = Anchors(
         replaced=draft.replaced,
-        scores=draft.anchor.name,
+        anchor=draft.anchor.name,
+        scores=draft.scores,
         scores_index=draft.scores_index,
         query=draft.query,
         key=draft.key,

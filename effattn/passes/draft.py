@@ -32,7 +32,10 @@ class Anchors:
     """The graph side of a match. Only the rewriting reads it."""
 
     replaced: fx.Node
-    scores: str  # name of the softmax or SDPA node
+    anchor: str  # name of the softmax or SDPA node
+    scores: (
+        LoadSource | None
+    )  # what the softmax is taken of, without a sink and before any shift; None: of an SDPA call
     scores_index: tuple[Any, ...]  # index of its scores' dimensions in b, h, q, k
     query: Operand
     key: Operand
@@ -109,6 +112,8 @@ class Draft:
     out_index: tuple[Any, ...]
     reader: Reader
     zero_when_empty: bool  # SDPA gives 0 for a row without keys where a softmax of -inf gives NaN
+    nan_when_empty: bool = False  # such a row is 0 / 0, whatever masks it
+    scores: LoadSource | None = None  # what the softmax is taken of
     is_plain_sdpa: bool = False
     is_sdpa: bool = False
     before: fx.Node | None = None

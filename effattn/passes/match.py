@@ -8,7 +8,7 @@ long as it can be read; what cannot be read is left alone, with the reason.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import sympy
@@ -17,12 +17,13 @@ from torch import fx
 
 from effattn.ir import expr
 from effattn.ir.expr import Where, b, h, k, q, s
+from effattn.ir.site import Refusal
 from effattn.passes.assemble import assemble, location, module_path
-from effattn.passes.contraction import contraction
-from effattn.passes.draft import FOUND_AS, Draft, Match, Missed, Refused, require_fixed
+from effattn.passes.contraction import Contraction, contraction
+from effattn.passes.draft import FOUND_AS, NOT_ATTENTION, Draft, Match, Missed, Refused, require_fixed
 from effattn.passes.flex import from_flex
 from effattn.passes.graph import GraphView, bodies_of
-from effattn.passes.operands import Operand, depth, row
+from effattn.passes.operands import Operand, depth, heads_beside_batch, only_new_dims, row
 from effattn.passes.products import (
     adds_nothing,
     batch_index,
@@ -36,11 +37,12 @@ from effattn.passes.products import (
     traced,
     value_of,
 )
-from effattn.passes.reading import Reader
+from effattn.passes.reading import LoadSource, Reader
 from effattn.passes.reading.elementwise import aligned, is_dead_dropout
 from effattn.passes.reading.reader import Unreadable
 from effattn.passes.reading.views import permutation, reinterprets, reshape_index
-from effattn.passes.sink_column import drops_the_sink, require_plain, scores_of
+from effattn.passes.sink_column import Scores, drops_the_sink, require_plain, scores_of
+from effattn.passes.softmax_by_hand import may_hold_written_softmax, written_softmax
 from effattn.passes.vocabulary import Call
 
 
@@ -50,15 +52,26 @@ def find(view: GraphView) -> tuple[list[Match], list[Missed]]:
     matches: list[Match] = []
     missed: list[Missed] = []
     for call in _anchors(view):
-        try:
-            matches.append(assemble(view, _DRAFTS[call.name](view, call, readers), len(matches)))
-        except Refused as refused:
-            name = module_path(call.node)[0] or call.node.name
-            missed.append(Missed(name, location(call.node), refused.refusal))
-        except Unreadable as unreadable:
-            name = module_path(call.node)[0] or call.node.name
-            missed.append(Missed(name, location(call.node), Refused("reading", str(unreadable)).refusal))
+        found = _match(view, call, readers, len(matches))
+        if isinstance(found, Match):
+            matches.append(found)
+        elif view.call(call.node) == call or found.rule != NOT_ATTENTION:  # any quotient may look like a softmax
+            missed.append(Missed(module_path(call.node)[0] or call.node.name, location(call.node), found))
     return matches, missed + [_inside(node) for node in view.graph.nodes if _hides_attention(node)]
+
+
+def _match(view: GraphView, call: Call, readers: dict[tuple, Reader], order: int) -> Match | Refusal:
+    """The first reading of an anchor that makes a site, or why the last does not."""
+    refusal: Refusal | None = None
+    for draft in _DRAFTS[call.name]:
+        try:
+            return assemble(view, draft(view, call, readers), order)
+        except Refused as refused:
+            refusal = refused.refusal
+        except Unreadable as unreadable:
+            refusal = Refused("reading", str(unreadable)).refusal
+    assert refusal is not None
+    return refusal
 
 
 def _hides_attention(node: fx.Node) -> bool:
@@ -81,7 +94,7 @@ def mentions_attention(graph: fx.Graph) -> bool:
         any(name in str(getattr(node.target, "__name__", node.target)) for name in names) or _hides_attention(node)
         for node in graph.nodes
         if node.op.startswith("call_")
-    )
+    ) or may_hold_written_softmax(graph)
 
 
 def _anchors(view: GraphView) -> Iterator[Call]:
@@ -89,6 +102,8 @@ def _anchors(view: GraphView) -> Iterator[Call]:
         call = view.call(node)
         if call is not None and call.name in _DRAFTS:
             yield call
+        elif call is not None and (softmax := written_softmax(view, call)) is not None:
+            yield softmax
 
 
 # -- SDPA ---------------------------------------------------------------------------------------------------------
@@ -169,7 +184,15 @@ def _from_sdpa(view: GraphView, call: Call, readers: dict[tuple, Reader]) -> Dra
 # -- softmax ------------------------------------------------------------------------------------------------------
 
 
-def _from_softmax(view: GraphView, call: Call, readers: dict[tuple, Reader]) -> Draft:
+def _with_heads_apart(view: GraphView, call: Call, readers: dict[tuple, Reader]) -> Draft:
+    """A softmax over scores [B * H, Nq, Nk], batch and heads told apart by what query or key were before.
+
+    Raises: Refused: also where the scores have another shape, or nothing tells them apart.
+    """
+    return _from_softmax(view, call, readers, apart=True)
+
+
+def _from_softmax(view: GraphView, call: Call, readers: dict[tuple, Reader], apart: bool = False) -> Draft:
     scores = call.get("input")
     if not isinstance(scores, fx.Node) or view.tensor(scores) is None or not isinstance(call.get("dim"), int):
         raise Refused("arguments", "softmax without a constant dim over a tensor")
@@ -179,7 +202,14 @@ def _from_softmax(view: GraphView, call: Call, readers: dict[tuple, Reader]) -> 
     scores, shape, time = found.node, view.shape(found.node), found.time
     product, q_dim = query_key_product(view, readers, scores, shape, dim, time)
     rest = [n for n in range(len(shape)) if n not in (dim, q_dim)]
-    leading, batch, heads = batch_index(tuple(shape[n] for n in rest))
+    if apart:
+        if len(rest) != 1:
+            raise Refused("heads", "batch and heads are not one dimension")
+        heads = _heads_beside_batch(view, readers, found, (dim, q_dim), product)
+        batch = sympy.cancel(shape[rest[0]] / heads)
+        leading = (h if batch == 1 else b * heads + h,)
+    else:
+        leading, batch, heads = batch_index(tuple(shape[n] for n in rest))
     index: list[Any] = [None] * len(shape)
     for n, entry in zip(rest, leading, strict=True):
         index[n] = entry
@@ -230,10 +260,37 @@ def _from_softmax(view: GraphView, call: Call, readers: dict[tuple, Reader]) -> 
         out_index=out_index,
         reader=reader,
         zero_when_empty=False,
+        nan_when_empty=view.call(call.node) != call and not found.shifted,
+        scores=LoadSource(found.node, found.time),
         sink=found.sink,
         zeroed=zeroed,
         notes=notes,
     )
+
+
+def _heads_beside_batch(
+    view: GraphView, readers: dict, found: Scores, dims: tuple[int, int], product: Contraction
+) -> Any:
+    """How many heads the one leading dimension of the scores holds.
+
+    Raises: Refused: no view of query or key tells.
+    """
+    shape, (dim, q_dim) = view.shape(found.node), dims
+    (leading,) = (n for n in range(3) if n not in dims)
+    index = [b, b, b]
+    index[q_dim], index[dim] = q, k
+    size, q_len, k_len = shape[leading], shape[q_dim], shape[dim]
+    reader = reader_for(view, readers, True, size, sympy.Integer(1), q_len, k_len)
+    _, inside = scores_at(view, reader, found.node, tuple(index), found.time, product)
+    at = dict(zip(product.out_labels, inside, strict=True))
+    bounds = Reader(view, {b: size, h: sympy.Integer(1), q: q_len, k: k_len})
+    for side in ("left", "right"):
+        node, labels = product.operand(side)
+        entries = operand_index(view, node, labels, {**at, product.summed: depth}, {})
+        heads = heads_beside_batch(view, bounds, node, entries, view.time[product.node], view.held(node).dtype)
+        if heads is not None and sympy.cancel(size / heads).is_integer:
+            return sympy.Integer(heads)
+    raise Refused("heads", "nothing tells batch and heads apart")
 
 
 def _follow_weights(view: GraphView, softmax: fx.Node, index: tuple, reader: Reader, sink: bool):
@@ -276,7 +333,7 @@ def _follow_weights(view: GraphView, softmax: fx.Node, index: tuple, reader: Rea
             raise Refused(
                 "dropout", f"attention dropout p={call.get('p')} is live", "call model.eval(), or set it to 0"
             )
-        if call.name == "reshape":
+        if call.name == "reshape" or (call.name == "getitem" and only_new_dims(call.get("index"))):
             # where an element of the view lies in the weights: read backwards
             moved = (
                 None if reinterprets(view, call) else reshape_index(reader, view.shape(user), view.shape(node), index)
@@ -324,4 +381,9 @@ def _zeroing_in_place(view: GraphView, reader: Reader, user: fx.Node, weights: f
     return None if view.cuts_gradient(user, view.time[user] + 1) else call
 
 
-_DRAFTS = {"sdpa": _from_sdpa, "softmax": _from_softmax, "flex_attention": from_flex}  # by the anchor's name
+# by the anchor's name: what to try, in this order
+_DRAFTS: dict[str, tuple[Callable[..., Draft], ...]] = {
+    "sdpa": (_from_sdpa,),
+    "softmax": (_with_heads_apart, _from_softmax),
+    "flex_attention": (from_flex,),
+}

@@ -29,7 +29,7 @@ def divided(view: GraphView, weights: fx.Node, dim: int, time: int) -> tuple[fx.
             continue
         if call.name == "div" and isinstance(call.get("input"), fx.Node):
             above = call.get("input")
-            eps = _sum_of(view, call.get("other"), above, dim)
+            eps = sum_of(view, call.get("other"), above, dim)
             if eps is not None:
                 return above, eps, view.time[node]
         break
@@ -47,7 +47,7 @@ def divided_later(view: GraphView, product: Contraction, side: str) -> tuple[fx.
     call = view.call(user)
     if call is None or call.name != "div" or call.get("input") is not product.node or view.writes(user):
         return None
-    eps = _sum_of(view, call.get("other"), weights, place)
+    eps = sum_of(view, call.get("other"), weights, place)
     return None if eps is None else (user, eps)
 
 
@@ -55,7 +55,7 @@ def is_dead(call: Any) -> bool:
     return call.name == "dropout" and is_dead_dropout(call)
 
 
-def _sum_of(view: GraphView, divisor: Any, weights: fx.Node, dim: int) -> float | None:
+def sum_of(view: GraphView, divisor: Any, weights: fx.Node, dim: int) -> float | None:
     """eps where ``divisor`` is the sum of ``weights`` over ``dim`` plus eps, with that dimension kept; else None."""
     eps = 0.0
     rank = len(view.shape(weights))

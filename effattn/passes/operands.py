@@ -93,6 +93,22 @@ def _lacks_heads(reader: Reader, operand: Operand) -> bool:
     return reader.sizes[expr.h] != 1 and (not operand.dims[1] or operand.groups != 1)
 
 
+def heads_beside_batch(
+    view: GraphView, reader: Reader, node: fx.Node, index: Index, time: int, dtype: Any
+) -> int | None:
+    """How many heads the dimension at index b holds beside the batch, as a view on the way to the inputs tells."""
+    while True:
+        for dim, entry in enumerate(index):
+            if isinstance(entry, expr.Modulo) and entry.args[0] == expr.b and entry.args[1].is_Integer:
+                return int(entry.args[1])
+            if entry == expr.b and dim == 1 and index[0] == 0 and (size := view.shape(node)[1]).is_Integer:
+                return int(size)  # [1, H, N, D]: a batch of one
+        call = view.call(node)
+        if call is None or view.writes(node) or (step := _step(view, reader, call, index, dtype)) is None:
+            return None
+        node, index = step[:2]
+
+
 def _step(view: GraphView, reader: Reader, call: Call, index: Index, dtype: torch.dtype | None):
     """One operation towards the inputs: (node, index there, factor, what was folded)."""
     source = call.get("input")
@@ -109,7 +125,7 @@ def _step(view: GraphView, reader: Reader, call: Call, index: Index, dtype: torc
         before, after = view.held(source).dtype, view.held(call.node).dtype
         widens = before == dtype and after.is_floating_point and before.itemsize < after.itemsize
         return (source, index, 1, "") if before == after or widens else None
-    if call.name == "reshape" or (call.name == "getitem" and _only_new_dims(call.get("index"))):
+    if call.name == "reshape" or (call.name == "getitem" and only_new_dims(call.get("index"))):
         inside = None if reinterprets(view, call) else reshape_index(reader, shape, view.shape(call.node), index)
         return None if inside is None else (source, inside, 1, "")
     if (order := permutation(call, len(shape))) is not None:
@@ -158,7 +174,7 @@ def _number(view: GraphView, reader: Reader, value: Any, time: int) -> Any:
     return float(found) if found.is_number and found.is_real else None
 
 
-def _only_new_dims(item: Any) -> bool:
+def only_new_dims(item: Any) -> bool:
     items = item if isinstance(item, tuple) else (item,)
     return all(
         part is None or part is Ellipsis or (isinstance(part, slice) and part == slice(None))

@@ -17,7 +17,7 @@ from effattn.passes.operands import depth
 
 @dataclass(frozen=True)
 class Placement:
-    """First drop size-1 dimensions, then split heads, permute, merge batch and heads, and put in size-1 dimensions."""
+    """First drop size-1 dimensions, then split heads, permute, merge batch, heads or rows, and put in size-1 dimensions."""
 
     drops: tuple[int, ...]
     heads: tuple[int, ...]  # sizes of the dimensions that heads lie in; () if it is at most one
@@ -43,7 +43,7 @@ class Placement:
         return node
 
 
-def placement(index: tuple[Any, ...], heads) -> Placement | None:
+def placement(index: tuple[Any, ...], heads, q_len) -> Placement | None:
     """The placement for a result whose dimension i is indexed by ``index[i]``, a term in b, h, q and d."""
     axes: list[Any] = []  # b, q, depth or a digit of h, as they follow each other in the result
     merges: list[int] = []
@@ -56,6 +56,9 @@ def placement(index: tuple[Any, ...], heads) -> Placement | None:
         elif entry == b * heads + h:
             merges.append(dim - len(new))
             axes += [b, Digit(1, None)]
+        elif entry == sympy.expand(h * q_len + q):
+            merges.append(dim - len(new))
+            axes += [Digit(1, None), q]
         elif entry == 0:
             new.append(dim)
         else:

@@ -99,6 +99,7 @@ def query_key_product(
         }
         key_side = [side for side in free if symbols[dim] in free[side]]
         if len(key_side) != 1:
+            wrong_axis = wrong_axis or len(key_side) == 2  # over a dimension that query and key share: heads
             continue
         query_side = "left" if key_side[0] == "right" else "right"
         rows = [n for n, x in enumerate(symbols) if x in free[query_side] - free[key_side[0]]]

@@ -51,7 +51,10 @@ def rewrite(view: GraphView, choices: list[Choice]) -> int:
             for old, new in pairs:
                 if wrong := difference(old.meta["example_value"], new.meta["example_value"]):
                     raise RewriteError(f"replacement of {old.name} is {wrong}")
-                old.replace_all_uses_with(in_order_of(view, writer, old, new))
+                new = in_order_of(view, writer, old, new)
+                if choice.match.site.needs_grad and view.writes_between(old, view.time[old], len(view.time)):
+                    new = writer.method("clone", new)  # the op keeps its result for the gradient, a product did not
+                old.replace_all_uses_with(new)
                 replaced.append(old)
         inserted += len(writer.nodes)
     erase_orphans(view, [*replaced, *unused_batch_dims(view.graph)])

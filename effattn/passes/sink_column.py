@@ -12,6 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import fx
 
 from effattn.passes.draft import Refused
@@ -27,22 +28,24 @@ class Scores:
     node: fx.Node
     time: int
     sink: LoadSource | None = None
+    shifted: bool = False  # the largest was taken off by the author
 
 
 def scores_of(view: GraphView, softmax: Call, dim: int) -> Scores:
     """The scores before the largest was taken off (which changes no weight) and before a sink joined them."""
-    node, time = softmax.get("input"), view.time[softmax.node]
-    node, time = _before_shift(view, node, dim, time)
+    given, time = _before_casts(view, softmax.get("input"), view.time[softmax.get("read_by", softmax.node)])
+    node, time = _before_shift(view, given, dim, time)
+    shifted = node is not given
     joined, when = _before_casts(view, node, time)
     call = _unchanged(view, joined, when)
     if call is None or call.name != "cat":
-        return Scores(node, time)
+        return Scores(node, time, shifted=shifted)
     parts = call.get("tensors")
     rank = len(view.shape(joined))
     both = isinstance(parts, (list, tuple)) and len(parts) == 2
     if not both or call.get("dim", 0) % rank != dim or view.shape(parts[1])[dim] != 1:
-        return Scores(node, time)
-    return Scores(parts[0], view.time[joined], LoadSource(parts[1], view.time[joined]))
+        return Scores(node, time, shifted=shifted)
+    return Scores(parts[0], view.time[joined], LoadSource(parts[1], view.time[joined]), shifted)
 
 
 def drops_the_sink(call: Call, dim: int, rank: int) -> bool:
@@ -70,6 +73,9 @@ def _before_shift(view: GraphView, node: fx.Node, dim: int, time: int) -> tuple[
     if not isinstance(source, fx.Node) or not isinstance(largest, fx.Node):
         return node, time
     values = _unchanged(view, largest, view.time[node])
+    if values is not None and values.name == "identity":  # detached: the weights do not depend on it
+        largest = values.get("input")
+        values = _unchanged(view, largest, view.time[values.node])
     if values is not None and values.name == "getitem" and values.get("index") == 0:
         values = _unchanged(view, values.get("input"), view.time[largest])
     over = values.get("dim", values.get("other")) if values is not None else None
@@ -86,10 +92,11 @@ def _before_casts(view: GraphView, node: fx.Node, time: int) -> tuple[fx.Node, i
     """What was cast to a type that holds all its values, and when it is read."""
     while (call := _unchanged(view, node, time)) is not None:
         source = call.get("input")
-        if not (call.name in ("to", "identity") or call.name.startswith("cast_")) or view.tensor(source) is None:
+        casts = call.name in ("to", "type_as", "identity") or call.name.startswith("cast_")
+        if not casts or view.tensor(source) is None:
             break
         before, after = view.held(source).dtype, view.held(node).dtype
-        wider = before.is_floating_point and after.is_floating_point and before.itemsize < after.itemsize
+        wider = before in (torch.float16, torch.bfloat16) and after in (torch.float32, torch.float64)
         if not (wider or before == after) or view.cuts_gradient(node, time):
             break
         node, time = source, view.time[node]

@@ -13,10 +13,11 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from tests.fuzz import data, spelling
+from tests.fuzz.fills import FILLS
 from tests.fuzz.flexible import MODS
 from tests.fuzz.hostile import HOSTILE
 from tests.fuzz.layouts import LAYOUTS, Sizes
-from tests.fuzz.masks import FILLS, MASKS
+from tests.fuzz.masks import MASKS
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
 CORES = ("written", "sdpa", "flex", "hostile")
@@ -42,6 +43,7 @@ class Case:
     dropout: str = "none"
     output: str = "@"
     group: str = UNUSED
+    order: str = "mask last"  # or before scale and score
     rank: str = "four"  # "three": batch and heads are one dimension at the softmax
     sdpa_mask: str = UNUSED
     mod: str = UNUSED
@@ -119,11 +121,16 @@ class Case:
         own = {name: (dim,) for name, dim in LAYOUTS[self.layout].lengths.items()}
         return own | {name: data.LENGTHS[name] for name in self.data if name in data.LENGTHS}
 
+    @property
+    def changes_its_mask(self) -> bool:
+        """Scale or score come after the mask, so that what hides a key is a matter of numbers."""
+        return self.order == "mask first" and (self.score, self.scale) != ("plain", "none")
+
     # -- what it means ------------------------------------------------------------------------------------------
 
     def allowed(self, given: dict[str, Tensor], sizes: Sizes) -> np.ndarray | None:
         """bool [B, H, Nq, Nk], without torch; None where the table does not say."""
-        if self.core == "hostile":
+        if self.core == "hostile" or self.changes_its_mask:
             return None
         oracle = (MODS[self.mod] if self.core == "flex" else MASKS[self.mask]).oracle
         shape = (sizes.batch, sizes.query_heads, sizes.queries, sizes.keys)
@@ -144,7 +151,7 @@ def _written(case: Case) -> Callable:
     softmax, dropout = spelling.SOFTMAXES[case.softmax], spelling.DROPOUTS[case.dropout]
     cast, sink, flat = spelling.SCORES_ARE[case.scores_are], case.sink == "column", case.rank == "three"
     product, output = spelling.PRODUCTS[case.product].make, spelling.OUTPUTS[case.output].make
-    group = spelling.GROUPS.get(case.group)
+    group, first = spelling.GROUPS.get(case.group), case.order == "mask first"
     kind = group.kind if group is not None else ""
 
     def scores_of(q, k, given):
@@ -169,10 +176,11 @@ def _written(case: Case) -> Callable:
             k, v = group.expand(k, groups), group.expand(v, groups)
         i, j = torch.arange(q.shape[2])[:, None], torch.arange(k.shape[2])[None]
         q, k = scale.before(q, k, given)
-        s = scale.after(cast(scores_of(q, k, given)), given)
-        s = score.put(s, i, j, given)
-        seen = mask.make(i, j, given)
-        if fill is not None:
+        s, seen = cast(scores_of(q, k, given)), mask.make(i, j, given)
+        if first and fill is not None:
+            s = fill.put(s, seen)
+        s = score.put(scale.after(s, given), i, j, given)
+        if not first and fill is not None:
             s = fill.put(s, seen)
         if sink:
             column = given["sink"].view(1, -1, 1, 1).expand(s.shape[0], -1, s.shape[2], 1)

@@ -72,13 +72,6 @@ def _infinite_bias(draw: Draw) -> Tensor:
     return bias
 
 
-def _infinite_row(draw: Draw) -> Tensor:
-    row = draw.normal(draw.z.batch, draw.z.queries)
-    if draw.hidden:
-        row[0, 0] = INF
-    return row
-
-
 DATA: dict[str, Callable[[Draw], Tensor]] = {
     "triangle": lambda draw: torch.ones(LONGEST, LONGEST, dtype=torch.bool).tril()[None, None],
     "float triangle": lambda draw: torch.ones(LONGEST, LONGEST).tril(),
@@ -103,7 +96,9 @@ DATA: dict[str, Callable[[Draw], Tensor]] = {
     "key bias": lambda draw: draw.normal(draw.z.batch, draw.z.keys),
     "pair bias": lambda draw: draw.normal(draw.z.batch, 1, draw.z.queries, draw.z.keys),
     "infinite bias": _infinite_bias,
-    "infinite row": _infinite_row,
+    "low pairs": lambda draw: torch.zeros(draw.z.batch, 1, draw.z.queries, draw.z.keys, dtype=draw.dtype).masked_fill(
+        ~draw.pairs(draw.z.batch, 1, draw.z.queries, draw.z.keys), torch.finfo(draw.dtype).min
+    ),
     "temperature": lambda draw: (0.2 + 0.1 * draw.whole(0, 5)[()]).to(draw.dtype),
     "temperatures": lambda draw: draw.normal(draw.z.query_heads, 1, 1) * 0.3,
     "sink": lambda draw: draw.normal(draw.z.query_heads),
@@ -111,11 +106,11 @@ DATA: dict[str, Callable[[Draw], Tensor]] = {
 }
 # which dimensions are lengths
 LENGTHS: dict[str, tuple[int, ...]] = {
-    **dict.fromkeys(("places", "padding", "numbers", "row padding", "row values", "starts", "positions", "key bias"), (1,)),
-    **dict.fromkeys(("pairs", "all pairs", "pair bias"), (2, 3)),
+    **dict.fromkeys(("places", "padding", "numbers", "row padding", "row values"), (1,)),
+    **dict.fromkeys(("starts", "positions", "key bias"), (1,)),
+    **dict.fromkeys(("pairs", "all pairs", "pair bias", "low pairs"), (2, 3)),
     "plane": (0, 1),
     "infinite bias": (3,),
-    "infinite row": (1,),
     "ids": (1,),
 }  # fmt: skip
 

@@ -14,16 +14,18 @@ import hypothesis.strategies as st
 
 from tests.fuzz import spelling
 from tests.fuzz.case import SDPA_MASKS, UNUSED, Case
+from tests.fuzz.fills import FILLS
 from tests.fuzz.flexible import MODS
 from tests.fuzz.hostile import HOSTILE
 from tests.fuzz.layouts import LAYOUTS
-from tests.fuzz.masks import FILLS, MASKS
+from tests.fuzz.masks import MASKS
 
 # how often each is drawn is how often it stands there
-CORES = ("written", "written", "written", "written", "sdpa", "hostile", "flex")
+CORES = (*["written"] * 9, "sdpa", "sdpa", "hostile", "hostile", "flex")
 DTYPES = ("float32", "float32", "float32", "float32", "bfloat16", "float16", "float64")
 SHAPES = ("static", "static", "marked", "automatic")
 QUERIES, KEYS = (1, 2, 5, 9, 13, 17), (1, 3, 5, 9, 17, 21)
+_WRITTEN = ("softmax", "score", "product", "output", "scores_are", "rank", "order")  # axes of written attention alone
 SDPA_SCALES = ("none", "times a number", "of the query", "of the key", "of both", "tensor of the query")
 
 
@@ -72,6 +74,7 @@ def _written(pick: Pick) -> dict[str, Any]:
         "grad": pick(range(3)) == 0,
         "hidden": pick((True, False)) and MASKS[mask].rows_may_be_empty and bool(MASKS[mask].data),
     }
+    rows["order"] = "mask first" if mask != "none" and pick(range(6)) == 0 else "mask last"
     rows["rank"] = "three" if rows["sink"] == "none" and pick(range(5)) == 0 else "four"
     if rows["dtype"] == "float16" and rows["softmax"] == "by hand":
         rows["softmax"] = "by hand, shifted"  # exp() overflows
@@ -89,26 +92,24 @@ def _sdpa(pick: Pick) -> dict[str, Any]:
         "sdpa_mask": how,
         "scale": pick(SDPA_SCALES),
         "norm": _often(pick, spelling.NORMS, "none"),
-        "softmax": UNUSED, "score": UNUSED, "product": UNUSED, "output": UNUSED, "scores_are": UNUSED, "rank": UNUSED,
+        **dict.fromkeys(_WRITTEN, UNUSED),
         "dtype": pick(DTYPES),
         "grad": pick(range(3)) == 0,
         "hidden": pick((True, False)) and MASKS[mask].rows_may_be_empty and bool(MASKS[mask].data),
-    }  # fmt: skip
-
-
-_NOTHING_WRITTEN = dict.fromkeys(("softmax", "score", "product", "output", "scores_are", "rank", "scale", "mask"), UNUSED)
+    }
 
 
 def _flex(pick: Pick) -> dict[str, Any]:
     mod = pick(MODS)
-    return {**_NOTHING_WRITTEN, "mod": mod, "hidden": pick((True, False)) and mod == "padding"}
+    unused = dict.fromkeys((*_WRITTEN, "scale", "mask"), UNUSED)
+    return {**unused, "mod": mod, "hidden": pick((True, False)) and mod == "padding"}
 
 
 def _hostile(pick: Pick) -> dict[str, Any]:
     name = pick(HOSTILE)
     row = HOSTILE[name]
     return {
-        **_NOTHING_WRITTEN,
+        **dict.fromkeys((*_WRITTEN, "scale", "mask"), UNUSED),
         "hostile": name,
         "grad": not row.no_gradient and pick((True, False)),
         "hidden": bool(row.data) and pick((True, False)),

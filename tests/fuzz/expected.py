@@ -6,8 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from tests.fuzz.case import Case
+from tests.fuzz.fills import FILLS
 from tests.fuzz.hostile import HOSTILE
-from tests.fuzz.masks import FILLS, MASKS
+from tests.fuzz.masks import MASKS
 
 
 @dataclass(frozen=True)
@@ -27,8 +28,24 @@ def _fill_rounds(case: Case) -> bool:
     return case.core == "written" and case.fill in FILLS and not FILLS[case.fill].exact
 
 
+def _finite_fill(case: Case) -> bool:
+    return "-inf" not in case.fill if case.core == "written" else case.sdpa_mask == "lowest"
+
+
+def _adds_data(case: Case) -> bool:
+    """Data that is added to the scores might mask, for all that the graph tells."""
+    return (
+        any(part in case.score for part in ("bias", "relative", "alibi", "table")) or case.product == "baddbmm, alibi"
+    )
+
+
 REFUSALS = (
-    Refusal("attention in torch.float64 is not supported", lambda case: case.dtype == "float64"),
+    Refusal("torch.float64", lambda case: "float64" in (case.dtype, case.softmax)),
+    Refusal("float stands between the product", lambda case: case.dtype == "float64"),
+    Refusal("and data is added that may mask too", lambda case: _finite_fill(case) and _adds_data(case)),
+    Refusal("", lambda case: case.changes_its_mask),
+    Refusal("not attention", lambda case: case.keys == 1),  # nothing depends on which key it is
+    Refusal("", lambda case: case.queries == case.heads * case.groups == 1),  # views cannot tell rows from heads
     Refusal(
         "a row may attend to nothing",
         lambda case: rows_may_be_empty(case) and (_fill_rounds(case) or case.sdpa_mask == "lowest"),

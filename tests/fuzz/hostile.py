@@ -299,11 +299,6 @@ def result_changed(q, k, v, given):
     return out
 
 
-def infinite_scores(q, k, v, given):
-    """Not finite before softmax wherever a row of the data is."""
-    return (scores(q, k) * given["infinite row"][:, None, :, None]).softmax(-1) @ v
-
-
 def expanded_query(q, k, v, given):
     """One query of all sequences, as in a Perceiver."""
     latent = given["latent"][None].expand(q.shape[0], -1, -1, -1)
@@ -312,6 +307,89 @@ def expanded_query(q, k, v, given):
 
 def one_key_of_all(q, k, v, given):
     return scores(q, k[:1]).softmax(-1) @ v[:1]
+
+
+def keys_in_rows(q, k, v, given):
+    """Scores [keys, queries] from beginning to end."""
+    s = k @ q.mT * 0.3
+    return (v.mT @ s.masked_fill(~causal(s.mT).mT, -INF).softmax(-2)).mT
+
+
+def value_scaled(q, k, v, given):
+    return scores(q, k).softmax(-1) @ (v * 2.0 / 3)
+
+
+def value_of_one_row(q, k, v, given):
+    return scores(q, k).softmax(-1) @ v[:, :, :1].expand(-1, -1, k.shape[2], -1)
+
+
+def under_autocast(q, k, v, given):
+    with torch.autocast("cpu", torch.bfloat16):
+        return scores(q, k).masked_fill(~causal(q @ k.mT), -INF).softmax(-1) @ v
+
+
+def query_raised_by_the_result(q, k, v, given):
+    q = q.clone()
+    out = scores(q, k).softmax(-1) @ v
+    q += out
+    return q
+
+
+def given_lowest(q, k, v, given):
+    return (scores(q, k) + given["low pairs"]).softmax(-1) @ v
+
+
+def given_lowest_in_sdpa(q, k, v, given):
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=given["low pairs"])
+
+
+def standardised(q, k, v, given):
+    s = scores(q, k)
+    return ((s - s.mean(-1, keepdim=True)) / (s.std() + 1)).softmax(-1) @ v
+
+
+def weights_doubled(q, k, v, given):
+    return (scores(q, k).softmax(-1) * 2.0) @ v
+
+
+def divided_at_the_end(q, k, v, given):
+    """The sum divides the result: no softmax stands there."""
+    e = scores(q, k).exp()
+    return (e @ v) / e.sum(-1, keepdim=True)
+
+
+def other_sum(q, k, v, given):
+    e = scores(q, k).exp()
+    return e / e.sum(-2, keepdim=True) @ v
+
+
+def sum_and_more(q, k, v, given):
+    e = scores(q, k).exp()
+    return e / (e.sum(-1, keepdim=True) + 1.0) @ v
+
+
+def sum_of_others(q, k, v, given):
+    """Divided by the sum over keys that the query may see, and not only those are weighed."""
+    e = scores(q, k).exp()
+    return e / (e * causal(q @ k.mT)).sum(-1, keepdim=True) @ v
+
+
+def shifted_by_another(q, k, v, given):
+    s = scores(q, k)
+    e = (s - s.amax(-2, keepdim=True)).exp()
+    return e / e.sum(-1, keepdim=True) @ v
+
+
+def exponential_used_elsewhere(q, k, v, given):
+    e = scores(q, k).exp()
+    return e / e.sum(-1, keepdim=True) @ v, e
+
+
+def exponential_written(q, k, v, given):
+    e = scores(q, k).exp()
+    total = e.sum(-1, keepdim=True)
+    e.tril_()
+    return e / total @ v
 
 
 HOSTILE: dict[str, Hostile] = {
@@ -335,18 +413,18 @@ HOSTILE: dict[str, Hostile] = {
     "rectified": Hostile(rectified, sites=0),
     "second product": Hostile(second_product, "several products", equal_widths=True),
     "relative positions of the query": Hostile(shaw, "several products", data=("relative",)),
-    "talking heads": Hostile(talking_heads, "product"),
+    "talking heads": Hostile(talking_heads, ""),
     "talking weights": Hostile(talking_weights, ""),
-    "best scores": Hostile(best_scores, "depends on the scores"),
-    "scores above zero": Hostile(scores_above_zero, "depends on the scores"),
+    "best scores": Hostile(best_scores, found_or_refused=True),
+    "scores above zero": Hostile(scores_above_zero, found_or_refused=True),
     "triangle of scores": Hostile(triangle_of_scores),
     "scores set": Hostile(scores_set, "writes into the scores"),
     "scores of pieces": Hostile(scores_of_pieces, ""),
     "values of pieces": Hostile(values_of_pieces, ELSEWHERE),
     "products by hand": Hostile(products_by_hand, ""),
     "value written between": Hostile(value_written_between, found_or_refused=True),
-    "key written between": Hostile(key_written_between, "key is written between"),
-    "query written after": Hostile(query_written_after),
+    "key written between": Hostile(key_written_between, no_gradient=True),
+    "query written after": Hostile(query_written_after, no_gradient=True),
     "scores written after": Hostile(scores_written_after),
     "mask written between": Hostile(mask_written_between, sites=2, data=("pairs",), no_gradient=True),
     "padding written between": Hostile(padding_written_between, sites=2, data=("padding",), no_gradient=True),
@@ -364,7 +442,22 @@ HOSTILE: dict[str, Hostile] = {
     "negative index": Hostile(negative_index, data=("relative",)),
     "detached": Hostile(detached, found_or_refused=True),
     "result changed": Hostile(result_changed),
-    "infinite scores": Hostile(infinite_scores, data=("infinite row",), no_gradient=True),
     "expanded query": Hostile(expanded_query, data=("latent",), found_or_refused=True),
+    "keys in rows": Hostile(keys_in_rows),
+    "value scaled": Hostile(value_scaled),
+    "value of one row": Hostile(value_of_one_row, found_or_refused=True),
+    "under autocast": Hostile(under_autocast, found_or_refused=True, no_gradient=True),
+    "query raised by the result": Hostile(query_raised_by_the_result, equal_widths=True, no_gradient=True),
+    "given lowest": Hostile(given_lowest, data=("low pairs",), no_gradient=True, found_or_refused=True),
+    "given lowest in SDPA": Hostile(given_lowest_in_sdpa, data=("low pairs",), no_gradient=True, found_or_refused=True),
+    "standardised": Hostile(standardised, found_or_refused=True),
+    "weights doubled": Hostile(weights_doubled, found_or_refused=True),
+    "divided at the end": Hostile(divided_at_the_end, sites=0, found_or_refused=True),
+    "other sum": Hostile(other_sum, "does not run over the keys"),
+    "sum and more": Hostile(sum_and_more, sites=0, found_or_refused=True),
+    "sum of others": Hostile(sum_of_others, sites=0, found_or_refused=True),
+    "shifted by another": Hostile(shifted_by_another, found_or_refused=True),
+    "exponential used elsewhere": Hostile(exponential_used_elsewhere),
+    "exponential written": Hostile(exponential_written, sites=0, found_or_refused=True, no_gradient=True),
     "one key of all": Hostile(one_key_of_all, "shared by the batch", found_or_refused=True),
 }

@@ -56,7 +56,7 @@ def _baddbmm(beta: float, alpha: float):
 
 def _bloom(q, k, given):
     """ALiBi [B * H, 1, Nk] goes into the product."""
-    batch, heads, rows, width = q.shape
+    batch, heads, rows, _ = q.shape
     slopes = given["slopes"].to(q.dtype)
     alibi = (slopes[None, :, None] * torch.arange(k.shape[2], dtype=q.dtype)).expand(batch, -1, -1)
     alibi = alibi.reshape(batch * heads, 1, -1)
@@ -200,6 +200,12 @@ SCORES: dict[str, Score] = {
     "relative embedding": Score(_embedded, ("relative",), ("relative",)),
     "bias": Score(_bias, ("bias",), ("bias",)),
     "bias of keys": Score(lambda s, i, j, given: s + given["key bias"][:, None, None], ("key bias",), ("key bias",)),
+    "table of key positions": Score(
+        lambda s, i, j, given: s + given["relative"][given["places"].clamp(max=14)].permute(0, 2, 1)[:, :, None],
+        ("relative", "places"), ("relative",),
+    ),
+    "of rows": Score(lambda s, i, j, given: s * given["row values"].abs()[:, None, :, None], ("row values",)),
+    "of rows, added": Score(lambda s, i, j, given: s + given["row values"][:, None, :, None], ("row values",)),
     "bias of pairs": Score(lambda s, i, j, given: s + given["pair bias"], ("pair bias",)),
     "shifted": Score(lambda s, i, j, given: s + 1.5),
     "subtracted": Score(lambda s, i, j, given: 2 - s),
@@ -242,6 +248,7 @@ SOFTMAXES: dict[str, Callable] = {
     "float32": lambda s: F.softmax(s, dim=-1, dtype=torch.float32),
     "through float32": _in_float32,
     "float32 of torch": lambda s: torch.softmax(s, dim=-1, dtype=torch.float32).type_as(s),
+    "float64": lambda s: torch.softmax(s, dim=-1, dtype=torch.float64),
     "shifted": lambda s: F.softmax(s - s.max(dim=-1, keepdim=True).values, dim=-1),
     "module": torch.nn.Softmax(dim=-1),
     "special": lambda s: torch.special.softmax(s, -1),

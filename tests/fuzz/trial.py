@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import traceback
 from dataclasses import dataclass, field
 from typing import Any
@@ -35,6 +36,7 @@ class Trial:
     reasons: list[str] = field(default_factory=list)
     compared: int = 0  # masks that were compared with the case's own
     detail: str = ""
+    seconds: float = 0.0
 
     @property
     def verdict(self) -> str:
@@ -47,7 +49,7 @@ class Wrong(Exception):
 
 def run(case: Case) -> Trial:
     """Try a case; whatever fails is in the trial."""
-    trial = Trial(case)
+    trial, start = Trial(case), time.perf_counter()
     try:
         _run(case, trial)
     except Wrong as wrong:
@@ -56,6 +58,7 @@ def run(case: Case) -> Trial:
         lines = str(error).strip().splitlines() or [""]
         trial.problem = f"{type(error).__name__}: {lines[0][:300]}"
         trial.detail = traceback.format_exc()
+    trial.seconds = time.perf_counter() - start
     return trial
 
 

@@ -253,6 +253,12 @@ def block_diagonal(q, k, v):
     return sdpa(q, k, v, j // 4 == i // 4)
 
 
+def sum_and_product_of_booleans(q, k, v):
+    i, j = torch.arange(q.shape[2])[:, None], torch.arange(k.shape[2])
+    seen = ((j <= i) + (j < 3)) * (j < 9)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
+
+
 def dilated(q, k, v):
     i, j = positions(q, k)
     return sdpa(q, k, v, (j <= i) & ((i - j) % 2 == 0))
@@ -397,6 +403,7 @@ CASES = [
     Case(prefix_lengths, "k <= q | k < lengths[b]", (torch.tensor([4, 6]),), score=SDPA),
     Case(chunked, "k <= q & k//4 == q//4", score=SDPA),
     Case(block_diagonal, "k//4 == q//4", score=SDPA),
+    Case(sum_and_product_of_booleans, "k < 9 & (k < 3 | k <= q)", score=SDPA),
     Case(dilated, "k <= q & (q - k)%2 == 0", score=SDPA),
     Case(blocks_of_a_table, "k//4 <= q//4", score=SDPA),
     Case(padding_bool, "padding[b, k]", (RIGHT,), empty_rows="nan"),

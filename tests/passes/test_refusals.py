@@ -41,6 +41,15 @@ def softmax_over_queries(q, k, v):
     return (q @ k.mT).softmax(-2) @ v
 
 
+def softmax_over_heads(q, k, v):
+    return (q @ k.mT).softmax(1) @ v
+
+
+def softmax_by_hand_over_queries(q, k, v):
+    e = (q @ k.mT).exp()
+    return e / e.sum(2, keepdim=True) @ v
+
+
 def router(q, k, v):
     gates = F.softmax(q.mean(-1) + k.mean(-1), dim=-1)
     return gates[..., None] * v
@@ -194,6 +203,12 @@ def live_dropout_in_sdpa(q, k, v):
     return F.scaled_dot_product_attention(q, k, v, dropout_p=0.5)
 
 
+def fill_scaled_by_data_in_float16(q, k, v):
+    """-65504 times more than one is -inf: rows without keys are NaN in some heads, and a mean in others."""
+    scores = (q.half() @ k.half().mT).masked_fill(torch.arange(N) > torch.arange(N)[:, None] - 3, -65504.0)
+    return (scores * q[0, :, :1, :1].half().exp()).softmax(-1) @ v.half()
+
+
 def fills_of_two_kinds(q, k, v):
     scores = (q @ k.mT).masked_fill(torch.arange(N) > torch.arange(N)[:, None] - 3, -1e9)
     return scores.masked_fill(torch.arange(N) < 2, MIN).softmax(-1) @ v
@@ -203,6 +218,8 @@ LEFT_ALONE = {
     weights_returned: "the attention weights are used elsewhere",
     weights_used_twice: "the attention weights are used elsewhere (by matmul_1, matmul_2)",
     softmax_over_queries: "the product after softmax does not run over the keys",
+    softmax_over_heads: "the softmax does not run over the keys",
+    softmax_by_hand_over_queries: "the product after softmax does not run over the keys",
     router: "the scores do not come from a product of two tensors: not attention",
     classifier: "not attention",
     weights_masked: "mul stands between softmax and value",
@@ -234,6 +251,7 @@ LEFT_ALONE = {
     value_is_the_scores_memory: "key is written between the scores and the output",
     live_dropout: "attention dropout p=0.5 is live",
     live_dropout_in_sdpa: "attention dropout p=0.5 is live",
+    fill_scaled_by_data_in_float16: "a fill value is scaled by data in float16",
     fills_of_two_kinds: "a row may attend to nothing",
 }
 
@@ -449,6 +467,22 @@ def lowest_added(q, k, v, seen):
     return (q @ k.mT + torch.where(seen, 0.0, MIN)[:, None, None, :]).softmax(-1) @ v
 
 
+def billion_filled_and_divided_by_hand(q, k, v, seen):
+    e = (q @ k.mT).masked_fill(~seen[:, None, None], -1e9).exp()
+    return e / e.sum(-1, keepdim=True) @ v
+
+
+def billion_filled_and_shifted_by_hand(q, k, v, seen):
+    scores = (q @ k.mT).masked_fill(~seen[:, None, None], -1e9)
+    e = (scores - scores.amax(-1, keepdim=True)).exp()
+    return e / e.sum(-1, keepdim=True) @ v
+
+
+def billion_filled_and_shifted(q, k, v, seen):
+    scores = (q @ k.mT).masked_fill(~seen[:, None, None], -1e9)
+    return (scores - scores.max(-1, keepdim=True).values).softmax(-1) @ v
+
+
 def billion_filled(q, k, v, seen):
     return (q @ k.mT).masked_fill(~seen[:, None, None, :], -1e9).softmax(-1) @ v
 
@@ -498,6 +532,9 @@ ROWS = [
     (lowest_filled, "mean", EMPTY, torch.float32),
     (lowest_added, "mean", EMPTY, torch.float32),
     (billion_filled, "mean", EMPTY, torch.float32),
+    (billion_filled_and_divided_by_hand, "nan", EMPTY, torch.float32),
+    (billion_filled_and_shifted_by_hand, "mean", EMPTY, torch.float32),
+    (billion_filled_and_shifted, "mean", EMPTY, torch.float32),
     (billion_added, None, EMPTY, torch.float32),
     (lowest_filled_and_added, "nan", EMPTY, torch.float32),
     (lowest_filled_and_added, "nan", torch.arange(N) >= torch.tensor([[0], [5]]), torch.float32),
@@ -832,7 +869,22 @@ def shared_heads(q, k, v):
     return (q @ k[:, :1].expand(B, H, N, D).mT).softmax(-1) @ v[:, :1].expand(B, H, N, D)
 
 
+def result_changed_in_place(q, k, v):
+    """A product does not need its result for the gradient; attention does."""
+    out = (q @ k.mT * 0.5).softmax(-1) @ v
+    out += 1
+    out.transpose(1, 2)[:, 0] = 0
+    return out
+
+
+def result_of_a_mask_changed_in_place(q, k, v):
+    scores = (q @ k.mT).masked_fill(torch.arange(N) > torch.arange(N)[:, None] + 2, -INF)
+    return (scores.softmax(-1) @ v).mul_(q)
+
+
 GRADIENTS = [
+    (result_changed_in_place, None),
+    (result_of_a_mask_changed_in_place, None),
     (detached_weights, "detach stops the gradient between softmax and value"),
     (detached_scores, "detach stops the gradient between the product of query and key and softmax"),
     (detached_key, None),

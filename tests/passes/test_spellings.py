@@ -122,6 +122,47 @@ def sdpa_3d(q, k, v):
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
+def special_softmax(q, k, v):
+    return torch.special.softmax(q @ k.mT * 0.25, -1) @ v
+
+
+def softmax_by_hand(q, k, v):
+    e = torch.exp(q @ k.mT * 0.25)
+    return e / e.sum(dim=-1, keepdim=True) @ v
+
+
+def softmax_by_hand_shifted(q, k, v):
+    scores = q @ k.mT * 0.25
+    e = (scores - scores.amax(-1, keepdim=True)).exp()
+    return torch.einsum("bhij,bhjd->bhid", e / e.sum(-1, keepdim=True), v)
+
+
+def softmax_by_hand_over_rows(q, k, v):
+    """The scores lie the other way, and the largest is detached."""
+    scores = k @ q.mT * 0.25
+    e = torch.exp(scores - torch.max(scores, dim=2, keepdim=True)[0].detach())
+    return (e / e.sum(2, keepdim=True)).mT @ v
+
+
+def flattened_for_the_softmax(q, k, v):
+    """Batch and heads are one dimension of the scores alone."""
+    scores = (q @ k.mT * 0.25).flatten(0, 1)
+    return scores.softmax(-1).unflatten(0, (-1, H)) @ v
+
+
+def heads_as_rows(q, k, v):
+    """Multi-query attention as one product: all heads are rows of the one key head."""
+    q, k, v = q.flatten(1, 2), k[:, 0], v[:, 0]
+    weights = (q @ k.mT * 0.25).view(-1, H, k.shape[1], k.shape[1]).softmax(-1)
+    return (weights.flatten(1, 2) @ v).view(-1, H, k.shape[1], D)
+
+
+def heads_as_rows_beside_a_head(q, k, v):
+    q, k, v = q.flatten(1, 2)[:, None], k[:, :1], v[:, :1]
+    weights = (q @ k.mT * 0.25).view(-1, H, k.shape[2], k.shape[2]).softmax(-1)
+    return (weights.flatten(1, 2)[:, None] @ v).view(-1, H, k.shape[2], D)
+
+
 def one_head(q, k, v):
     q, k, v = (x[0, 0] for x in (q, k, v))
     return (q @ k.T * 0.25).softmax(-1) @ v
@@ -141,6 +182,23 @@ def test_found_read_and_equal(spelling, dynamic, qkv):
     assert [site.form for site in report.sites] == ["exact"], report
     assert report.missed == []
     assert "softmax(" not in report.graph()
+
+
+@pytest.mark.parametrize(("batch", "predicate"), [(1, "padding[0, k]"), (B, "padding[b, k]")])
+def test_batch_and_heads_are_told_apart_in_one_dimension(qkv, batch, predicate):
+    """Key and value are not expanded, and padding is that of the sequence."""
+
+    def call(q, k, v, padding):
+        k, v = (x[:, :1].repeat_interleave(H, 1) for x in (k, v))
+        scores = torch.bmm(q.flatten(0, 1), k.flatten(0, 1).mT).unflatten(0, (batch, H))
+        scores = scores.masked_fill(~padding[:, None, None], float("-inf")).flatten(0, 1)
+        return torch.bmm(scores.softmax(-1), v.flatten(0, 1)).unflatten(0, (batch, H))
+
+    padding = torch.arange(N) < torch.tensor([[N], [5]])
+    report, _ = compiled(call, *[x[:batch] for x in qkv], padding[:batch])
+    (site,) = report.sites
+    assert site.predicate == predicate
+    assert f"B {batch}, heads {H}/1" in site.layout
 
 
 CAUSAL = [boolean_causal, triu_of_inf, in_place, masked_in_place, baddbmm_alibi, sdpa, sdpa_3d]

@@ -146,8 +146,10 @@ _ARITHMETIC: dict[str, Callable[..., Any]] = {
 @reads(*_ARITHMETIC)
 def arithmetic(reader: Reader, call: Call, shape):
     names = ("input", "other") if "other" in call.args else ("input",)
-    if reader.view.tensor(call.node) is None or reader.view.held(call.node).dtype == torch.bool:
+    if reader.view.tensor(call.node) is None:
         return None
+    if reader.view.held(call.node).dtype == torch.bool:
+        return _of_booleans(reader, call, shape)
     if call.get("alpha", 1) != 1:
         return None
     return _pointwise(reader, call, shape, names, _ARITHMETIC[call.name])
@@ -157,8 +159,10 @@ def arithmetic(reader: Reader, call: Call, shape):
 def add(reader: Reader, call: Call, shape):
     alpha, sign = call.get("alpha", 1), 1 if call.name == "add" else -1
     tensor = reader.view.tensor(call.node)
-    if not isinstance(alpha, (int, float)) or tensor is None or tensor.dtype == torch.bool:
+    if not isinstance(alpha, (int, float)) or tensor is None:
         return None
+    if tensor.dtype == torch.bool:
+        return _of_booleans(reader, call, shape) if alpha == 1 else None
     factor = sign * alpha
     return _pointwise(
         reader,
@@ -167,6 +171,15 @@ def add(reader: Reader, call: Call, shape):
         ("input", "other"),
         lambda x, y: distribute(operator.add, x, distribute(lambda y: factor * y, y)),
     )
+
+
+def _of_booleans(reader: Reader, call: Call, shape):
+    """A sum or product of booleans, as torch takes them: or, and."""
+    operation = {"add": sympy.Or, "mul": sympy.And}.get(call.name)
+    if operation is None:
+        return None
+    operands = [reader.argument(call, name) for name in ("input", "other")]
+    return Reading(shape, "bool", lambda index: operation(*[o.bool_at(aligned(o, index, shape)) for o in operands]))
 
 
 @reads("sqrt", "rsqrt")

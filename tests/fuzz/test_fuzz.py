@@ -1,0 +1,70 @@
+"""A sample of the random attention functions; ``make fuzz`` tries thousands."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+from tests.fuzz.case import Case
+from tests.fuzz.drawing import cases, drawn
+from tests.fuzz.flexible import MODS
+from tests.fuzz.masks import MASKS
+from tests.fuzz.trial import run
+
+IN_TURN, RANDOM = 48, int(os.environ.get("EFFATTN_CASES", "16"))
+
+
+def in_turn(count: int) -> list[Case]:
+    """Cases that take one row after the other from every table, so that few of them use many rows."""
+    tables: dict[tuple, itertools.cycle] = {}
+
+    def pick(values):
+        values = tuple(values)
+        return next(tables.setdefault(values, itertools.cycle(values)))
+
+    return [drawn(pick) for _ in range(count)]
+
+
+@pytest.mark.parametrize("case", in_turn(IN_TURN), ids=str)
+def test_rows_in_turn(case):
+    trial = run(case)
+    assert not trial.problem, f"{trial.problem}\n{case}\n{trial.detail}"
+
+
+@settings(max_examples=RANDOM, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+@given(cases())
+def test_random(case):
+    trial = run(case)
+    assert not trial.problem, f"{trial.problem}\n{case}\n{trial.detail}"
+
+
+@pytest.mark.parametrize("queries", [5, 9, 17])
+@pytest.mark.parametrize("name", MASKS)
+def test_masks_mean_what_their_oracles_say(name, queries):
+    """Both sides of the table, without the backend."""
+    keys = queries if MASKS[name].square else 17
+    case = Case(mask=name, fill="where -inf", queries=queries, keys=keys, batch=3, groups=2)
+    given = case.tensors()
+    seen = MASKS[name].make(torch.arange(queries)[:, None], torch.arange(keys)[None], given)
+    allowed = case.allowed(given, case.sizes)
+    if seen is not None:
+        assert np.array_equal(seen.expand(allowed.shape).numpy(), allowed)
+    if not MASKS[name].rows_may_be_empty:
+        assert allowed.any(-1).all()
+
+
+@pytest.mark.parametrize("name", MODS)
+def test_mods_mean_what_their_oracles_say(name):
+    case = Case(core="flex", mod=name, batch=3)
+    given = case.tensors()
+    mod, allowed = MODS[name].mask(given), case.allowed(given, case.sizes)
+    if mod is not None:
+        assert np.array_equal(mod(*map(torch.from_numpy, np.indices(allowed.shape))).numpy(), allowed)
