@@ -28,7 +28,8 @@ steps. *Found* are those that the backend read and rewrote, or left to SDPA's ow
 *refused* those that it left alone, with the reason. *Difference* is the largest one of all outputs to the uncompiled
 model, over the largest value; whole numbers, such as generated tokens, have to be equal. A trial is *wrong* if the
 outputs differ by more than the model's own sensitivity to rounding, if an exception was raised, or if an attention was
-neither found nor refused.
+neither found nor refused. Where the model itself computes something else when `torch.compile` traces it (`backend="eager"`
+shows that), it is held against that.
 
 *Inductor* is how many of the same attentions the patterns of Inductor's own `fuse_attention` pass replace in the same
 graphs, its counter after its joint graph passes. With `attn_implementation="sdpa"` nothing is left for them to do, so
@@ -57,6 +58,7 @@ def page(rows: list[Row]) -> str:
     lines += ["|---|---|---|---|---|---|---|---|---|"]
     lines += [_line(name, sorted(of_one, key=_order)) for name, of_one in sorted(by_name.items())]
     lines += ["", "## Why attentions were refused", "", *_reasons(ran)]
+    lines += ["", "## Other outputs when traced", "", *_traced(ran)]
     lines += ["", "## Not run", "", *_not_run(trials), ""]
     return "\n".join(lines)
 
@@ -105,7 +107,8 @@ def _line(name: str, trials: list[Trial]) -> str:
     shown = ", ".join(f"`{text.replace('|', chr(92) + '|')}`" for text, _ in predicates.most_common(4))
     shown += ", ..." if len(predicates) > 4 else ""
     forms = sorted({form for trial in trials for form in trial.forms})
-    worst = max((trial.difference for trial in trials if trial.difference is not None), default=None)
+    apart = [trial.difference if trial.of_graphs is None else trial.of_graphs for trial in trials]
+    worst = max((one for one in apart if one is not None), default=None)
     right = sum(trial.verdict == "right" for trial in trials)
     difference = "" if worst is None else f"{worst:.1e}"
     sites, found, _ = _forward(trials)
@@ -139,6 +142,16 @@ def _reasons(trials: list[Trial]) -> list[str]:
             who[reason.split(" x ", 1)[1]].add(trial.name)
     ordered = sorted(who.items(), key=lambda item: (-len(item[1]), item[0]))
     return [f"- {reason}: {', '.join(sorted(names))}" for reason, names in ordered] or ["None was."]
+
+
+def _traced(trials: list[Trial]) -> list[str]:
+    """Models that differ from themselves under any backend of torch.compile."""
+    lines = [
+        f"- {trial.name} ({trial.attention}, {trial.setting}): {trial.difference:.1e}"
+        for trial in trials
+        if trial.of_graphs is not None and trial.verdict != "differs"
+    ]
+    return lines or ["None has."]
 
 
 def _not_run(trials: list[Trial]) -> list[str]:

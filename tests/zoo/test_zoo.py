@@ -156,6 +156,8 @@ def test_verdicts():
     assert Trial("a", "eager", "whole", sites=2, found=1, refused=1, difference=0.0).verdict == "refused"
     assert Trial("a", "eager", "whole", sites=2, found=2, difference=0.1).verdict == "differs"
     assert Trial("a", "eager", "whole", sites=2, found=2, difference=float("nan")).verdict == "differs"
+    assert Trial("a", "eager", "whole", sites=2, found=2, difference=0.1, of_graphs=0.0).verdict == "right"
+    assert Trial("a", "eager", "whole", sites=2, found=2, difference=0.1, of_graphs=0.1).verdict == "differs"
     infinite = {"difference": float("inf"), "sensitivity": float("inf")}
     assert Trial("a", "eager", "whole", sites=2, found=2, **infinite).verdict == "differs"
     assert Trial.of(right.to_dict()) == right
