@@ -28,8 +28,8 @@ steps. *Found* are those that the backend read and rewrote, or left to SDPA's ow
 *refused* those that it left alone, with the reason. *Difference* is the largest one of all outputs to the uncompiled
 model, over the largest value; whole numbers, such as generated tokens, have to be equal. A trial is *wrong* if the
 outputs differ by more than the model's own sensitivity to rounding, if an exception was raised, or if an attention was
-neither found nor refused. A model that computes something else when `torch.compile` traces it with backend "eager" is held
-against that.
+neither found nor refused. A model that computes something else when `torch.compile` traces it, even with backend
+"eager", is held against that.
 
 *Inductor* is how many of the same attentions the patterns of Inductor's own `fuse_attention` pass replace in the same
 graphs, its counter after its joint graph passes. With `attn_implementation="sdpa"` nothing is left for them to do, so
