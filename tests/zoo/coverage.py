@@ -75,12 +75,15 @@ def _runs(rows: list[Row]) -> str:
 def _sentence(trials: list[Trial], by_name: dict[str, list[Trial]]) -> str:
     names = {trial.name for trial in trials}
     right = [name for name, of_one in by_name.items() if all(trial.verdict == "right" for trial in of_one)]
-    sites, found, inductor = (sum(counts) for counts in zip(*map(_forward, by_name.values()), strict=True))
+    forwards = [_forward(of_one) for of_one in by_name.values()]
+    sites, found = sum(one.sites for one in forwards), sum(one.found_softmaxes for one in forwards)
+    counted = [one for one in forwards if one.attention == "eager" and one.inductor is not None]
+    inductor, of = sum(one.inductor or 0 for one in counted), sum(one.sites for one in counted)
     return (
         f"{len(by_name)} of {len(names)} architectures ran and have attention; in {len(right)} every attention was "
         f"found in every trial. In one forward of each there are {sites} attentions, of which {found} "
-        f"({found / max(sites, 1):.1%}) were found; Inductor's patterns replace {inductor} "
-        f"({inductor / max(sites, 1):.1%})."
+        f"({_share(found, sites)}) were found. Inductor's patterns, counted in {len(counted)} architectures, replace "
+        f"{inductor} of {of} ({_share(inductor, of)})."
     )
 
 
@@ -93,11 +96,14 @@ def _by_setting(trials: list[Trial]) -> list[str]:
     lines += ["|---|---|---|---|---|---|---|---|---|"]
     for (setting, attention), of_one in sorted(groups.items(), key=lambda item: ORDER[item[0]]):
         ran = [trial for trial in of_one if not trial.not_run]
-        sites, found, refused = (sum(getattr(one, what) for one in ran) for what in ("sites", "found", "refused"))
-        counted = [one.inductor for one in ran if one.inductor is not None and attention == "eager"]
-        inductor = str(sum(counted)) if counted else ""
+        sites, refused = sum(one.sites for one in ran), sum(one.refused for one in ran)
+        found = sum(one.found_softmaxes for one in ran)
+        counted = [one for one in ran if one.inductor is not None and attention == "eager"]
+        inductor = (
+            f"{sum(one.inductor or 0 for one in counted)} of {sum(one.sites for one in counted)}" if counted else ""
+        )
         wrong = sum(one.verdict in WRONG for one in ran)
-        texts = [SETTINGS[setting].text, attention, len(ran), sites, f"{found} ({found / max(sites, 1):.1%})"]
+        texts = [SETTINGS[setting].text, attention, len(ran), sites, f"{found} ({_share(found, sites)})"]
         lines.append(_cells([*texts, refused, inductor, wrong, len(of_one) - len(ran)]))
     return lines
 
@@ -111,10 +117,17 @@ def _line(name: str, trials: list[Trial]) -> str:
     worst = max((one for one in apart if one is not None), default=None)
     right = sum(trial.verdict == "right" for trial in trials)
     difference = "" if worst is None else f"{worst:.1e}"
-    sites, found, _ = _forward(trials)
-    inductor = next((one.inductor for one in trials if (one.attention, one.setting) == ("eager", "whole")), None)
+    forward = _forward(trials)
+    inductor = forward.inductor if forward.attention == "eager" else None
     missed = list(dict.fromkeys(text for trial in trials for text in _misses(trial)))
-    texts = [name, sites, found, "" if inductor is None else inductor, shown, ", ".join(forms)]
+    texts = [
+        name,
+        forward.sites,
+        forward.found_softmaxes,
+        "" if inductor is None else inductor,
+        shown,
+        ", ".join(forms),
+    ]
     return _cells([*texts, f"{right} of {len(trials)}", difference, "; ".join(missed).replace("|", "\\|")[:300]])
 
 
@@ -125,10 +138,13 @@ def _misses(trial: Trial) -> list[str]:
     return [reason.split(" x ", 1)[1] for reason in trial.reasons]
 
 
-def _forward(trials: Iterable[Trial]) -> tuple[int, int, int]:
-    """(sites, found, Inductor's count) of one forward."""
-    best = min(trials, key=_order)
-    return best.sites, best.found, best.inductor or 0
+def _forward(trials: Iterable[Trial]) -> Trial:
+    """The trial of one forward: with eager attention and without padding, or what is nearest to it."""
+    return min(trials, key=_order)
+
+
+def _share(part: int, whole: int) -> str:
+    return f"{part / max(whole, 1):.1%}"
 
 
 def _order(trial: Trial) -> int:

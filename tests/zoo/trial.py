@@ -65,9 +65,14 @@ class Trial:
         return "right" if not self.refused else "refused"
 
     @property
+    def found_softmaxes(self) -> int:
+        """Without linear attention, which has no softmax and was not counted among the sites."""
+        return self.found - self.forms.get("linear", 0)
+
+    @property
     def told(self) -> int:
-        """Of how many softmaxes the backend said something. Linear attention has none, and was not counted either."""
-        return self.found - self.forms.get("linear", 0) + self.refused + self.others
+        """Of how many softmaxes the backend said something."""
+        return self.found_softmaxes + self.refused + self.others
 
     def to_dict(self) -> dict[str, Any]:
         """Without what is empty, so that a file of many stays small."""
