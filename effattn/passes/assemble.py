@@ -11,6 +11,7 @@ import sympy
 import torch
 from torch import fx
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from effattn.errors import PlanError
 from effattn.ir import expr, wire
@@ -132,7 +133,7 @@ def assemble(view: GraphView, draft: Draft, order: int) -> Match:
         output_layout=_output_layout(view, draft, place),
         layer=_layer(path),
         module=path,
-        module_classes=classes,
+        module_classes=(*_class_of_self(), *classes),
         location=location(draft.anchor),
         sink=draft.sink is not None,
         notes=tuple(draft.notes),
@@ -232,9 +233,15 @@ def _check_gradients(view: GraphView, draft: Draft) -> None:
 
 
 def _check_recorded(view: GraphView, draft: Draft) -> None:
-    """Under vmap, grad and jvp Dynamo records tensors of torch.func, of which an op would see the inside."""
+    """Under vmap, grad and jvp Dynamo records tensors of torch.func, of which an op would see the inside.
+
+    Subclasses of Tensor that hold others inside would each have to say what the op means for them.
+    """
     nodes = (draft.replaced, draft.query.node, draft.key.node, draft.value.node)
     leaves = [leaf for node in nodes for leaf in pytree.tree_leaves(view.value(node))]
+    for leaf in leaves:
+        if is_traceable_wrapper_subclass(leaf):
+            raise Refused("subclass", f"its tensors are {type(leaf).__name__}s, a subclass that holds other tensors")
     if any(isinstance(leaf, torch.Tensor) and getattr(leaf, "fake_mode", None) is None for leaf in leaves):
         raise Refused(
             "torch.func", "it runs inside a transformation of torch.func (vmap, grad, jvp)", "not supported yet"
@@ -442,6 +449,17 @@ def module_path(node: fx.Node) -> tuple[str, tuple[str, ...]]:
     path = re.sub(r"^L\.?(self\.?)?", "", path).strip(".")
     classes = tuple(getattr(entry[1], "__name__", str(entry[1]).rsplit(".", 1)[-1]) for entry in entries)
     return path, classes
+
+
+def _class_of_self() -> tuple[str, ...]:
+    """The class of the module that is compiled: what Dynamo records of nodes begins below it. () where it is unknown."""
+    from torch._dynamo.symbolic_convert import InstructionTranslator  # takes a second to import
+
+    try:
+        owner = InstructionTranslator.current_tx().f_locals.get("self")
+    except AttributeError:  # nothing is being compiled, or Dynamo keeps it elsewhere
+        return ()
+    return (type(owner).__name__,) if isinstance(owner, torch.nn.Module) else ()
 
 
 def _layer(path: str) -> int | None:

@@ -12,7 +12,7 @@ import operator
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx
@@ -57,8 +57,9 @@ def write_out(gm: fx.GraphModule, inputs: Sequence[Any]) -> list[WrittenOut]:
             triangle = _triangle(known.value(buffer))
         except Unknown:
             continue
-        users = list(buffer.users) if triangle is not None else []
-        for user in users:
+        if triangle is None:
+            continue
+        for user in list(buffer.users):
             if user.target is not operator.getitem:
                 found.append(_write(gm.graph, buffer, [user], (_FULL, _FULL), triangle))
             elif (dims := _dims(user, buffer)) is not None:
@@ -77,7 +78,7 @@ def _write(graph: fx.Graph, part: fx.Node, readers: list[fx.Node], dims: tuple, 
         )
         given = dims[0] if isinstance(dims[0], fx.Node) else None
         rows = insert.call(torch.arange, height, device=held.device) if given is None else given
-        diagonal = triangle.diagonal
+        diagonal: Any = triangle.diagonal
         for sign, cut in ((operator.add, dims[0]), (operator.sub, dims[1])):
             start = cut.start if isinstance(cut, slice) else None
             if start is not None and not (isinstance(start, int) and start == 0):
@@ -151,7 +152,7 @@ def _dims(part: fx.Node, buffer: fx.Node) -> tuple[Any, slice] | None:
         return None
     if any(not isinstance(items[n], slice) or items[n] != _FULL for n in cut[:-2]):
         return None
-    rows, columns = items[-2:]
+    rows, columns = cast(tuple[Any, Any], tuple(items[-2:]))
     if not _aligned(columns, shape[-1]):
         return None
     if isinstance(rows, fx.Node):  # one row for each position, as in a decode step

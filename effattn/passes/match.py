@@ -57,7 +57,8 @@ def find(view: GraphView) -> tuple[list[Match], list[Missed]]:
             matches.append(found)
         elif view.call(call.node) == call or found.rule != NOT_ATTENTION:  # any quotient may look like a softmax
             missed.append(Missed(module_path(call.node)[0] or call.node.name, location(call.node), found))
-    return matches, missed + [_inside(node) for node in view.graph.nodes if _hides_attention(node)]
+    missed += [_inside(node) for node in view.graph.nodes if _hides_attention(node)]
+    return matches, missed + [_as_operator(node) for node in view.graph.nodes if _is_operator(node)]
 
 
 def _match(view: GraphView, call: Call, readers: dict[tuple, Reader], order: int) -> Match | Refusal:
@@ -85,6 +86,20 @@ def _inside(node: fx.Node) -> Missed:
     hint = "disable gradient checkpointing to have it replaced" if "checkpoint" in spelled(node) else ""
     reason = f"it is inside {spelled(node)}, and graphs within the graph are not looked into"
     return Missed(node.name, location(node), Refused("higher order", reason, hint).refusal)
+
+
+def _is_operator(node: fx.Node) -> bool:
+    """Whether a node is a softmax or SDPA of ATen, as programs are made of that torch.export made."""
+    if not isinstance(node.target, torch._ops.OpOverload) or node.target.namespace != "aten":
+        return False
+    return "softmax" in node.target.__name__ or "scaled_dot_product" in node.target.__name__
+
+
+def _as_operator(node: fx.Node) -> Missed:
+    reason = f"it is the operator {node.target} of an exported program, and these are not read"
+    return Missed(
+        node.name, location(node), Refused("operator", reason, "compile the module that was exported").refusal
+    )
 
 
 def mentions_attention(graph: fx.Graph) -> bool:

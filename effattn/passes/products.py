@@ -111,7 +111,7 @@ def query_key_product(
     if not candidates:
         if wrong_axis:
             raise Refused("softmax axis", "the softmax does not run over the keys of a product of queries and keys")
-        reason = _why_no_product(view, reader, term)
+        reason = _mixing(view, reader, term, symbols[dim]) or _why_no_product(view, reader, term)
         raise Refused(NOT_ATTENTION if reason == NO_PRODUCT else "no product", reason)
     return _main_product(view, list(candidates.values()), time)
 
@@ -158,6 +158,20 @@ def _why_no_product(view: GraphView, reader: Reader, term) -> str:
 
 # products with weights: what comes out of one is no product of queries and keys, whatever lies above it
 _LAYERS = (F.linear, F.embedding, F.conv1d, F.conv2d, F.conv3d, F.bilinear, torch.addmm)
+
+
+def _mixing(view: GraphView, reader: Reader, term, key) -> str:
+    """Talking heads: a layer between scores and softmax whose features are not the keys; "" if there is none."""
+    for load in expr.loads_of(term):
+        if load.name in reader.raw:
+            continue
+        node = reader.loads[load.name].node
+        place = {F.linear: len(load.indices) - 1, torch.conv2d: 1, F.conv2d: 1}.get(node.target)
+        if place is None or key not in load.indices or load.indices.index(key) == place:
+            continue
+        if any(_product_above(view, source) for source in node.all_input_nodes[:1]):
+            return f"{spelled(node)} mixes the scores of several heads before softmax"
+    return ""
 
 
 def _product_above(view: GraphView, node: fx.Node) -> bool:

@@ -35,7 +35,7 @@ def scores_of(view: GraphView, softmax: Call, dim: int) -> Scores:
     """The scores before the largest was taken off (which changes no weight) and before a sink joined them."""
     given, time = _before_casts(view, softmax.get("input"), view.time[softmax.get("read_by", softmax.node)])
     node, time = _before_shift(view, given, dim, time)
-    shifted = node is not given
+    shifted = node is not given or softmax.get("shifted", False)
     joined, when = _before_casts(view, node, time)
     call = _unchanged(view, joined, when)
     if call is None or call.name != "cat":

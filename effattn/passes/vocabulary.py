@@ -93,6 +93,7 @@ ROWS: tuple[tuple[str, tuple[Spelling, ...]], ...] = (
     _row("max", "input other keepdim", (torch.max,), "max"),
     _row("amax", "input dim keepdim", (torch.amax,), "amax"),
     _row("min", "input other keepdim", (torch.min,), "min"),
+    _row("logsumexp", "input dim keepdim", (torch.logsumexp,), "logsumexp"),
     _row("clamp", "input min max", (torch.clamp, torch.clip), "clamp clip clamp_"),
     # comparison and logic
     *(

@@ -113,7 +113,7 @@ class Swin(nn.Module):
         return mask.masked_fill(mask != 0, -100.0).masked_fill(mask == 0, 0.0)
 
     def attention(self, x, mask):
-        batch, length, width = x.shape
+        batch, length, _ = x.shape
         qkv = self.qkv(x).reshape(batch, length, 3, HEADS, -1).permute(2, 0, 3, 1, 4)
         q, k, v = qkv.unbind(0)
         bias = self.table[self.index.view(-1)].view(length, length, -1).permute(2, 0, 1).contiguous().unsqueeze(0)
@@ -381,6 +381,7 @@ class Deformable(nn.Module):
 
 image = tokens(4, 8, 8, WIDTH)
 padded = lambda: (torch.randn(2, 13, WIDTH), torch.arange(13) >= torch.tensor([[13], [6]]))  # noqa: E731
+SEVERAL = "the scores add several products of queries and keys"
 NO_PRODUCT = "the scores do not come from a product of two tensors: not attention"
 
 ROWS = [
@@ -419,11 +420,9 @@ ROWS = [
         name="neighbours-3d",
         symbolic=(0,),
     ),
-    Row(
-        Sam, tokens(2, 4, 4, WIDTH), (), missed=("the scores add several products of queries and keys",), symbolic=(0,)
-    ),
+    Row(Sam, tokens(2, 4, 4, WIDTH), (), missed=(SEVERAL,), symbolic=(0,)),
     Row(CrossCovariance, tokens(), symbolic=(0,)),
-    Row(Axial, tokens(2, 5, 6, WIDTH), ("true", "true"), symbolic=(0,)),
+    Row(Axial, tokens(2, 5, 6, WIDTH), (), missed=("the layout of query is not understood",) * 2, symbolic=(0,)),
     Row(Grid, tokens(2, 6, 6, WIDTH), symbolic=(0,)),
     Row(Perceiver, tokens()),
     Row(lambda: Perceiver(), padded, "~padding[b, k]", name="perceiver-padded"),

@@ -168,7 +168,7 @@ class TorchTune(nn.Module):
 class XTransformers(nn.Module):
     """lucidrains: einsum, one key head for all, memory keys in front, a causal mask that starts at the diagonal."""
 
-    def __init__(self, one_kv_head: bool, memories: int = 0, talking: bool = False):
+    def __init__(self, one_kv_head: bool, memories: int = 0, talking: str = ""):
         super().__init__()
         self.memories, self.one, self.talking = memories, one_kv_head, talking
         kv = 8 if one_kv_head else WIDTH
@@ -176,7 +176,7 @@ class XTransformers(nn.Module):
         if memories:
             self.mem_k, self.mem_v = (nn.Parameter(torch.randn(HEADS, memories, 8)) for _ in range(2))
         if talking:
-            self.mix = nn.Conv2d(HEADS, HEADS, 1, bias=False)
+            self.mix = nn.Linear(HEADS, HEADS) if talking == "linear" else nn.Conv2d(HEADS, HEADS, 1, bias=False)
 
     def forward(self, x, mask=None):
         b, n, _ = x.shape
@@ -191,7 +191,11 @@ class XTransformers(nn.Module):
                 mask = F.pad(mask, (self.memories, 0), value=True)
         kv_pattern = "b j d" if self.one else "b h j d"
         dots = torch.einsum(f"b h i d, {kv_pattern} -> b h i j", q, k) * 8**-0.5
-        if self.talking:
+        if self.talking == "einsum":
+            dots = torch.einsum("b h i j, g h -> b g i j", dots, self.mix.weight[:, :, 0, 0])
+        elif self.talking == "linear":
+            dots = self.mix(dots.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        elif self.talking:
             dots = self.mix(dots)
         value = -torch.finfo(dots.dtype).max
         if mask is not None:
@@ -655,6 +659,16 @@ class ByHand(nn.Module):
         if self.how == "exp":
             weights = torch.exp(scores - scores.amax(dim=-1, keepdim=True))
             weights = weights / weights.sum(dim=-1, keepdim=True)
+        elif self.how == "max":
+            weights = (scores - scores.max(dim=-1, keepdim=True).values.detach()).exp()
+            weights = weights.div(torch.sum(weights, -1, True))
+        elif self.how == "unsafe":
+            weights = scores.exp()
+            weights = weights / weights.sum(dim=-1, keepdim=True)
+        elif self.how == "returned":
+            weights = torch.exp(scores - scores.amax(dim=-1, keepdim=True))
+            weights = weights / weights.sum(dim=-1, keepdim=True)
+            return (weights @ v).transpose(1, 2).flatten(2), weights
         elif self.how == "logsumexp":
             weights = torch.exp(scores - torch.logsumexp(scores, dim=-1, keepdim=True))
         else:
@@ -664,6 +678,16 @@ class ByHand(nn.Module):
 
 def padded(length: int = 13):
     return lambda: (torch.randn(2, length, WIDTH), (torch.arange(length) >= torch.tensor([[0], [4]])).long())
+
+
+def pairs():
+    return torch.randn(2, 13, WIDTH), torch.rand(2, 13, 13) > 0.3
+
+
+def alignment():
+    """Sequences of an alignment, pairs of residues, and which residues there are."""
+    seen = torch.arange(5) < torch.tensor([[5] * 3, [4, 5, 2]])[..., None]
+    return torch.randn(2, 3, 5, WIDTH), torch.randn(2, 5, 5, 6), seen.float()
 
 
 CAUSAL = "k <= q"
@@ -697,12 +721,13 @@ ROWS = [
         "k <= 3 + q & (k < 3 | padding[b, -3 + k])",
         name="x-transformers-memories-padded",
     ),
-    Row(
-        lambda: XTransformers(False, talking=True),
-        tokens(),
-        (),
-        missed=("conv2d mixes the heads",),
-        name="talking-heads",
+    *(
+        Row(lambda how=how: XTransformers(False, talking=how), tokens(), (), missed=(why,), name=f"talking-{how}")
+        for how, why in (
+            ("conv2d", "conv2d mixes the scores of several heads before softmax"),
+            ("linear", "linear mixes the scores of several heads before softmax"),
+            ("einsum", "the layout of value is not understood"),
+        )
     ),
     Row(
         LocalAttention,
@@ -711,7 +736,7 @@ ROWS = [
         "(-k < -3 | (0 <= -1 + h & (-1 + h < 0 | -4 + k + 4*h != -1)))",
         symbolic=(0,),
     ),
-    Row(AlibiMpt, tokens(), CAUSAL),
+    Row(AlibiMpt, tokens(), (), missed=("and data is added that may mask too",)),
     Row(AlibiBloom, padded(), "k <= q & padding[b, k]", score="slopes[h]"),
     Row(AlibiFalcon, padded(), (), missed=("a row may attend to nothing",)),
     Row(T5, tokens(), "true", score="bias"),
@@ -742,19 +767,12 @@ ROWS = [
     Row(Bahdanau, tokens(), (), missed=(NO_PRODUCT,)),
     Row(Linformer, tokens(), symbolic=(0,)),
     Row(SetTransformer, tokens()),
-    Row(
-        PairBias,
-        lambda: (
-            torch.randn(2, 3, 5, WIDTH),
-            torch.randn(2, 5, 5, 6),
-            (torch.arange(5) < torch.tensor([[5] * 3, [4, 5, 2]])[..., None]).float(),
-        ),
-        "true",
-        score="bias",
-        symbolic=(0,),
-    ),
+    Row(PairBias, alignment, (), missed=("the layout of query is not understood",), symbolic=(0,)),
     Row(OffByOne, tokens(), (), missed=("getitem stands between softmax and value",)),
     Row(lambda: ByHand("exp"), tokens(), CAUSAL, name="softmax-by-exp"),
     Row(lambda: ByHand("logsumexp"), tokens(), CAUSAL, name="softmax-by-logsumexp"),
+    Row(lambda: ByHand("max"), tokens(), CAUSAL, name="softmax-by-max"),
+    Row(lambda: ByHand("unsafe"), tokens(), (), name="softmax-without-max"),
+    Row(lambda: ByHand("returned"), tokens(), (), missed=("the attention weights are used",), name="softmax-returned"),
     Row(lambda: ByHand("special"), tokens(), CAUSAL, name="softmax-special"),
 ]

@@ -1,0 +1,123 @@
+"""A softmax that is written out is found where it surely is one, and stays as it is written everywhere else."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from compiled import compiled
+
+B, H, N, D = 2, 3, 9, 8
+
+
+def qkv():
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(B, H, N, D, generator=generator) for _ in range(3)]
+
+
+def amax(q, k, v):
+    scores = q @ k.mT
+    weights = torch.exp(scores - scores.amax(-1, keepdim=True))
+    return (weights / weights.sum(-1, keepdim=True)) @ v
+
+
+def greatest(q, k, v):
+    scores = q @ k.mT
+    weights = (scores - torch.max(scores, dim=-1, keepdim=True)[0]).exp()
+    return (weights / torch.sum(weights, dim=-1, keepdim=True)) @ v
+
+
+def detached(q, k, v):
+    scores = q @ k.mT
+    weights = (scores - scores.max(-1, True).values.detach()).exp()
+    return weights.div(weights.sum(dim=[-1], keepdim=True)) @ v
+
+
+def logsumexp(q, k, v):
+    scores = q @ k.mT
+    return torch.exp(scores - scores.logsumexp(-1, True)) @ v
+
+
+def without_gradient(q, k, v):
+    with torch.no_grad():
+        scores = q @ k.mT
+        weights = torch.exp(scores - scores.amax(-1, keepdim=True))
+        weights = weights / weights.sum(-1, keepdim=True)
+    return weights @ v
+
+
+def another_maximum(q, k, v):
+    scores = q @ k.mT
+    weights = torch.exp(scores - scores.amax(-2, keepdim=True))
+    return (weights / weights.sum(-1, keepdim=True)) @ v
+
+
+def another_sum(q, k, v):
+    weights = torch.exp(q @ k.mT - (q @ k.mT).amax(-1, keepdim=True))
+    return (weights / weights.sum(-2, keepdim=True)) @ v
+
+
+def no_maximum(q, k, v):
+    weights = torch.exp(q @ k.mT)
+    return (weights / weights.sum(-1, keepdim=True)) @ v
+
+
+def written_between(q, k, v):
+    scores = q @ k.mT
+    weights = torch.exp(scores - scores.amax(-1, keepdim=True))
+    total = weights.sum(-1, keepdim=True)
+    weights[..., 0] = 0
+    return (weights / total) @ v
+
+
+def weights_returned(q, k, v):
+    scores = q @ k.mT
+    weights = torch.exp(scores - scores.amax(-1, keepdim=True))
+    weights = weights / weights.sum(-1, keepdim=True)
+    return weights @ v, weights
+
+
+def more_than_the_sum(q, k, v):
+    scores = q @ k.mT
+    weights = torch.exp(scores - scores.amax(-1, keepdim=True))
+    return (weights / (1 + weights.sum(-1, keepdim=True))) @ v
+
+
+@pytest.mark.parametrize("function", [amax, greatest, detached, logsumexp, no_maximum], ids=lambda function: function.__name__)
+def test_found(function):
+    report, _ = compiled(function, *qkv(), lengths=(0, 2))
+    assert [site.found_as for site in report.sites] == ["softmax"]
+    for name in ("exp", "sum", "amax", "logsumexp"):
+        assert f".{name}(" not in report.graph()
+
+
+def test_another_number_is_data_of_the_score():
+    report, _ = compiled(another_maximum, *qkv())
+    assert [site.found_as for site in report.sites] == ["softmax"]
+    assert ".amax(" in report.graph()
+
+
+LEFT = [another_sum, written_between, weights_returned, more_than_the_sum]
+
+
+@pytest.mark.parametrize("function", LEFT, ids=lambda function: function.__name__)
+def test_the_author_code_stays(function):
+    report, _ = compiled(function, *qkv())
+    assert report.sites == []
+    assert "exp(" in report.graph()
+    assert "softmax" not in report.graph()
+
+
+@pytest.mark.parametrize("function", [amax, detached, logsumexp, without_gradient], ids=lambda f: f.__name__)
+def test_gradients(function):
+    torch._dynamo.reset()
+    fast = torch.compile(function, backend="effattn", options={"rest": "eager", "strict": True})
+    results = []
+    for run in (function, fast):
+        given = [x.requires_grad_() for x in qkv()]
+        out = run(*given)
+        (out * torch.linspace(-1, 1, out.numel()).view_as(out)).sum().backward()
+        results.append([x.grad for x in given])
+    for actual, expected in zip(*results, strict=True):
+        assert (actual is None) == (expected is None)
+        if actual is not None:
+            torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
