@@ -139,7 +139,7 @@ def _from_sdpa(view: GraphView, call: Call, readers: dict[tuple, Reader]) -> Dra
     reader = reader_for(view, readers, False, batch, heads, q_len, k_len)
     time = view.time[call.node]
 
-    def operand(node: fx.Node, shape: tuple, name: str, length) -> Operand:
+    def operand(node: fx.Node, shape: tuple, name: str, length, whole: bool) -> Operand:
         if len(shape) != len(q_shape):
             raise Refused("shapes", f"{name} has {len(shape)} dimensions where query has {len(q_shape)}")
         inside = list(index)
@@ -152,12 +152,15 @@ def _from_sdpa(view: GraphView, call: Call, readers: dict[tuple, Reader]) -> Dra
                 inside[dim] = expr.FloorDiv(h, full / size)
             else:
                 raise Refused("shapes", f"{name} of shape {shape} does not fit query of shape {q_shape}")
-        return traced(view, node, (*inside, row, depth), time, name, (batch, heads, length, shape[-1]))
+        return traced(view, node, (*inside, row, depth), time, name, (batch, heads, length, shape[-1]), whole=whole)
 
     scale = call.get("scale")
     factor = sympy.Float(1 / math.sqrt(int(head_dim))) if scale is None else reader.read(scale, time).at(())
-    operands = [operand(query, q_shape, "query", q_len), operand(key, k_shape, "key", k_len)]
-    operands.append(operand(value, v_shape, "value", k_len))
+    given = ((query, q_shape, "query", q_len), (key, k_shape, "key", k_len), (value, v_shape, "value", k_len))
+    for whole in (False, True):  # heads are folded back if they can be in both key and value
+        operands = [operand(*one, whole) for one in given]
+        if operands[1].heads_in(view) == operands[2].heads_in(view):
+            break
     term = factor * operands[0].factor * operands[1].factor * s
     notes: list[str] = []
     mask = call.get("attn_mask")
@@ -241,16 +244,18 @@ def _from_softmax(view: GraphView, call: Call, readers: dict[tuple, Reader], apa
     weights = _follow_weights(view, call.node, tuple(index), reader, found.sink is not None)
     replaced, value_product, placed, zeroed = weights
     head_dim, dtype = view.shape(product.left)[product.left_labels.index(product.summed)], view.held(replaced).dtype
-    operands = []
-    for name, side, length, free in (("query", roles[0], q_len, q), ("key", roles[1], k_len, k)):
-        node, labels = product.operand(side)
-        at = dict(zip(product.out_labels, inside, strict=True))
-        entries = operand_index(view, node, labels, {**at, product.summed: depth}, {free: row})
-        sizes = (batch, heads, length, head_dim)
-        operands.append(traced(view, node, entries, view.time[product.node], name, sizes, dtype))
+    for whole in (False, True):  # heads are folded back if they can be in both key and value
+        operands = []
+        for name, side, length, free in (("query", roles[0], q_len, q), ("key", roles[1], k_len, k)):
+            node, labels = product.operand(side)
+            at = dict(zip(product.out_labels, inside, strict=True))
+            entries = operand_index(view, node, labels, {**at, product.summed: depth}, {free: row})
+            sizes = (batch, heads, length, head_dim)
+            operands.append(traced(view, node, entries, view.time[product.node], name, sizes, dtype, whole))
+        value, out_index, value_dim = value_of(view, value_product, placed, (batch, heads, k_len), whole)
+        if operands[1].heads_in(view) == value.heads_in(view):
+            break
     term = term.subs(s, operands[0].factor * operands[1].factor * s)
-
-    value, out_index, value_dim = value_of(view, value_product, placed, (batch, heads, k_len))
     notes: list[str] = []
     note_folding([*operands, value], notes)
     if view.held(product.node).dtype == view.held(replaced).dtype != view.held(product.left).dtype:

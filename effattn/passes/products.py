@@ -57,11 +57,13 @@ def batch_index(sizes: tuple) -> tuple[tuple[Any, ...], Any, Any]:
     return (b, *reversed(index)), sizes[0], sympy.prod(sizes[1:])
 
 
-def traced(view: GraphView, node: fx.Node, index: tuple, time: int, name: str, sizes: tuple, dtype=None) -> Operand:
+def traced(
+    view: GraphView, node: fx.Node, index: tuple, time: int, name: str, sizes: tuple, dtype=None, whole: bool = False
+) -> Operand:
     """The operand behind ``node``. Raises: Refused: its dimensions are not plainly batch, head, row and depth."""
     batch, heads, length, width = sizes
     bounds = Reader(view, {b: batch, h: heads, row: length, depth: width})
-    found = trace(view, bounds, node, index, time, dtype, whole=name == "query")
+    found = trace(view, bounds, node, index, time, dtype, whole=whole or name == "query")
     if found is None:
         raise Refused("operands", f"the layout of {name} is not understood: {node.name} at {index}")
     return found
@@ -232,7 +234,7 @@ def adds_nothing(call: Call) -> bool:
     return call.get("beta", 1) == 0 and call.get("alpha", 1) == 1
 
 
-def value_of(view: GraphView, product: Contraction, placed: tuple, sizes: tuple):
+def value_of(view: GraphView, product: Contraction, placed: tuple, sizes: tuple, whole: bool = False):
     """(value, index of the product's result, value_dim) for weights ``placed`` as (node, index) in ``product``."""
     weights, index = placed
     side = "left" if product.left is weights else "right"
@@ -248,7 +250,8 @@ def value_of(view: GraphView, product: Contraction, placed: tuple, sizes: tuple)
     at[widths[0]] = depth
     entries = operand_index(view, node, value_labels, at, {k: row})
     batch, heads, k_len = sizes
-    value = traced(view, node, entries, view.time[product.node], "value", (batch, heads, k_len, value_dim))
+    sizes = (batch, heads, k_len, value_dim)
+    value = traced(view, node, entries, view.time[product.node], "value", sizes, whole=whole)
     return value, tuple(at[label] for label in product.out_labels), value_dim
 
 

@@ -2,8 +2,9 @@
 
     holds_triangle(table, rows, diagonal, inside, outside) -> bool, 0-d
 
-``table`` is [..., R, C]; row r holds ``inside`` up to column ``rows[r] + diagonal`` and ``outside`` beyond. Buffers can
-be written at any time, so it is looked at in every call, in the part that the call reads, without waiting for the device.
+``table`` is [..., R, C]; row r holds ``inside`` up to column ``rows[r] + diagonal`` and ``outside`` beyond. Buffers
+can be written at any time, so it is looked at in every call, in the part that the call reads, without waiting for the
+device.
 """
 
 from __future__ import annotations

@@ -422,7 +422,7 @@ ROWS = [
     ),
     Row(Sam, tokens(2, 4, 4, WIDTH), (), missed=(SEVERAL,), symbolic=(0,)),
     Row(CrossCovariance, tokens(), symbolic=(0,)),
-    Row(Axial, tokens(2, 5, 6, WIDTH), (), missed=("the layout of query is not understood",) * 2, symbolic=(0,)),
+    Row(Axial, tokens(2, 5, 6, WIDTH), ("true", "true"), symbolic=(0,)),
     Row(Grid, tokens(2, 6, 6, WIDTH), symbolic=(0,)),
     Row(Perceiver, tokens()),
     Row(lambda: Perceiver(), padded, "~padding[b, k]", name="perceiver-padded"),

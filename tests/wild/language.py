@@ -767,7 +767,7 @@ ROWS = [
     Row(Bahdanau, tokens(), (), missed=(NO_PRODUCT,)),
     Row(Linformer, tokens(), symbolic=(0,)),
     Row(SetTransformer, tokens()),
-    Row(PairBias, alignment, (), missed=("the layout of query is not understood",), symbolic=(0,)),
+    Row(PairBias, alignment, score="bias", symbolic=(0,)),
     Row(OffByOne, tokens(), (), missed=("getitem stands between softmax and value",)),
     Row(lambda: ByHand("exp"), tokens(), CAUSAL, name="softmax-by-exp"),
     Row(lambda: ByHand("logsumexp"), tokens(), CAUSAL, name="softmax-by-logsumexp"),
