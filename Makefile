@@ -49,6 +49,7 @@ lint: $(VENV)/.dev
 zoo: $(VENV)/.dev
 	$(BIN)/python -m tests.zoo $(ZOO) || true
 	$(BIN)/python -m tests.zoo.coverage
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST) -m slow
 
 fuzz: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz --cases 2000 --seed 1 --record tests/fuzz/recorded.json $(FUZZ)

@@ -40,7 +40,6 @@ class Row:
     train: bool = True
     name: str = ""
     while_symbolic: tuple[str, ...] | str | None = None  # the predicates with symbolic lengths, where they differ
-    notes: str = ""
 
     def __str__(self) -> str:
         return self.name or getattr(self.build, "__name__", "row")

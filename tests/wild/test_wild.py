@@ -1,4 +1,8 @@
-"""Attention as it is written outside transformers: each row found and read, or left alone with its reason."""
+"""Attention as it is written outside transformers: each row found and read, or left alone with its reason.
+
+Every row runs in CI without gradients; those of ``WITH_GRADIENTS`` with them too, with symbolic lengths. The others are
+marked slow: ``make zoo`` runs them, or ``pytest -m slow tests/wild``.
+"""
 
 from __future__ import annotations
 
@@ -14,16 +18,34 @@ import language
 import layouts
 import masking
 import modules
-from row import check
+from row import Row, check
 
 ROWS = [row for module in (images, language, diffusion, masking, modules, layouts) for row in module.ROWS]
+# one row of each kind: ways to make scores, to mask, to place heads, to leave attention alone
+WITH_GRADIENTS = {
+    *("vit-normed", "swin-shifted", "SwinV2", "Sam", "Axial", "neighbours-2d", "perceiver-padded", "windows-split"),
+    *("nanogpt", "llama-reference-later", "whisper", "x-transformers-one-kv-head", "x-transformers-memories-padded"),
+    *("T5", "TransformerXl", "differential-outputs", "GptOss", "mla", "Fairseq", "PairBias", "softmax-by-exp"),
+    *("talking-linear", "baddbmm-mask", "VaeBlock", "Joint", "float-from-caller-eager", "by_lengths", "stacked"),
+    *("mha-both", "transformer-padded", "grouped-eager", "groups_apart", "192-and-128", "fewer-queries"),
+}
+
+
+def test_names_are_unique():
+    names = [str(row) for row in ROWS]
+    assert len(set(names)) == len(names)
+    assert set(names) > WITH_GRADIENTS
 
 
 @pytest.mark.parametrize("row", ROWS, ids=str)
-def test_found_read_and_unchanged(row):
+def test_found_read_and_unchanged(row: Row):
     check(row, train=False)
 
 
-@pytest.mark.parametrize("row", [row for row in ROWS if row.train], ids=str)
-def test_gradients_with_symbolic_lengths(row):
+def sampled(row: Row):
+    return pytest.param(row, marks=() if str(row) in WITH_GRADIENTS else pytest.mark.slow, id=str(row))
+
+
+@pytest.mark.parametrize("row", [sampled(row) for row in ROWS if row.train])
+def test_gradients_with_symbolic_lengths(row: Row):
     check(row, train=True)
