@@ -106,8 +106,9 @@ def query_key_product(
         query_side = "left" if key_side[0] == "right" else "right"
         rows = [n for n, x in enumerate(symbols) if x in free[query_side] - free[key_side[0]]]
         if rows:
-            plain = {symbols[dim], symbols[rows[-1]]} <= set(entries.values())
-            candidates[product.node] = (product, rows[-1], plain)
+            row = _query_row(rows, symbols, shape, dim, term, reader)
+            plain = {symbols[dim], symbols[row]} <= set(entries.values())
+            candidates[product.node] = (product, row, plain)
         else:
             wrong_axis = True
     if not candidates:
@@ -116,6 +117,21 @@ def query_key_product(
         reason = _mixing(view, reader, term, symbols[dim]) or _why_no_product(view, reader, term)
         raise Refused(NOT_ATTENTION if reason == NO_PRODUCT else "no product", reason)
     return _main_product(view, list(candidates.values()), time)
+
+
+def _query_row(rows: list[int], symbols: list, shape: tuple, dim: int, term, reader: Reader) -> int:
+    """Which dimension is the query's row, where all heads share one key: rows and heads are the query's alone.
+
+    It is the one that the mask compares with the keys, else one whose length is not fixed, else the last one.
+    """
+    compared = [
+        atom
+        for atom in term.atoms(sympy.core.relational.Relational, expr.Load)
+        if atom.has(symbols[dim]) and not any(load.name in reader.raw for load in expr.loads_of(atom))
+    ]
+    masked = [n for n in rows if any(atom.has(symbols[n]) for atom in compared)]
+    lengths = [n for n in rows if not sympy.sympify(shape[n]).is_Integer]
+    return next((found[0] for found in (masked, lengths) if len(found) == 1), rows[-1])
 
 
 def _main_product(

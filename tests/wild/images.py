@@ -381,7 +381,6 @@ class Deformable(nn.Module):
 
 image = tokens(4, 8, 8, WIDTH)
 padded = lambda: (torch.randn(2, 13, WIDTH), torch.arange(13) >= torch.tensor([[13], [6]]))  # noqa: E731
-SEVERAL = "the scores add several products of queries and keys"
 NO_PRODUCT = "the scores do not come from a product of two tensors: not attention"
 
 ROWS = [
@@ -420,7 +419,7 @@ ROWS = [
         name="neighbours-3d",
         symbolic=(0,),
     ),
-    Row(Sam, tokens(2, 4, 4, WIDTH), (), missed=(SEVERAL,), symbolic=(0,)),
+    Row(Sam, tokens(2, 4, 4, WIDTH), score="bias2[b, q//4, q%4, k%4]", symbolic=(0,)),
     Row(CrossCovariance, tokens(), symbolic=(0,)),
     Row(Axial, tokens(2, 5, 6, WIDTH), ("true", "true"), symbolic=(0,)),
     Row(Grid, tokens(2, 6, 6, WIDTH), symbolic=(0,)),

@@ -692,7 +692,6 @@ def alignment():
 
 CAUSAL = "k <= q"
 NO_PRODUCT = "the scores do not come from a product of two tensors: not attention"
-SEVERAL = "the scores add several products of queries and keys"
 
 ROWS = [
     Row(lambda: NanoGpt(False), tokens(), CAUSAL, name="nanogpt"),
@@ -736,11 +735,13 @@ ROWS = [
         "(-k < -3 | (0 <= -1 + h & (-1 + h < 0 | -4 + k + 4*h != -1)))",
         symbolic=(0,),
     ),
-    Row(AlibiMpt, tokens(), (), missed=("and data is added that may mask too",)),
+    Row(
+        AlibiMpt, tokens(), score="Where(0 < k - q, -3.4028235e+38, 0.35355339*s + bias[0, h, 0, 11 + k])", train=False
+    ),
     Row(AlibiBloom, padded(), "k <= q & padding[b, k]", score="slopes[h]"),
     Row(AlibiFalcon, padded(), (), missed=("a row may attend to nothing",)),
     Row(T5, tokens(), "true", score="bias"),
-    Row(Deberta, tokens(), score="bias2[b, h, k, q]"),
+    Row(Deberta, tokens(), score="bias2[b, h, k, 24 + k - q]"),
     Row(TransformerXl, tokens(), CAUSAL, score="bias[b, h, "),
     Row(
         lambda: Differential(True),
@@ -752,7 +753,7 @@ ROWS = [
     Row(lambda: Differential(False), tokens(), (CAUSAL, CAUSAL), name="differential-outputs"),
     Row(GptOss, tokens(13, WIDTH), "k <= q & q - k < 4", symbolic=(0,)),
     Row(lambda: Mla(False), tokens(), CAUSAL, name="mla"),
-    Row(lambda: Mla(True), tokens(), (), missed=(SEVERAL,), name="mla-absorbed"),
+    Row(lambda: Mla(True), tokens(), CAUSAL, score="bias[b, q, h, k]", name="mla-absorbed"),
     Row(Fairseq, lambda: (padded()()[0], 1 - padded()()[1].flip(1)), "k <= q & ~padding[b//4, k]"),
     Row(Annotated, lambda: (padded()()[0], padded()()[1].unsqueeze(1)), "padding[b, 0, k]"),
     Row(

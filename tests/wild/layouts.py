@@ -61,6 +61,18 @@ def groups_apart(q, k, v):
     return torch.einsum("bhgqk,bkhd->bqhgd", weights, v).flatten(2, 3)
 
 
+def rows_before_heads(q, k, v):
+    """One key head, and scores as [batch, rows, heads, keys]: only the mask, or the length, tells rows from heads."""
+    weights = torch.einsum("bqhd,bkd->bqhk", q * 0.2, k[:, :, 0]).softmax(-1)
+    return torch.einsum("bqhk,bkd->bqhd", weights, v[:, :, 0])
+
+
+def rows_before_heads_causal(q, k, v):
+    scores = torch.einsum("bqhd,bkd->bqhk", q * 0.2, k[:, :, 0])
+    scores = scores + torch.full((q.shape[1], k.shape[1]), float("-inf")).triu(1)[:, None, :]
+    return torch.einsum("bqhk,bkd->bqhd", scores.softmax(-1), v[:, :, 0])
+
+
 def heads_in_batch(q, k, v):
     batch, rows, heads, _ = q.shape
     q, k, v = (t.transpose(1, 2).reshape(batch * heads, t.shape[1], -1) for t in (q, k, v))
@@ -94,6 +106,8 @@ ROWS = [
     of(rows_first, Shape(kv_heads=2), name="rows-first"),
     of(rows_first, Shape(queries=3, keys=12), name="cross"),
     of(groups_apart, Shape(kv_heads=2)),
+    of(rows_before_heads, Shape(kv_heads=1)),
+    of(rows_before_heads_causal, Shape(kv_heads=1), CAUSAL),
     of(heads_in_batch, Shape()),
     of(packed, Shape()),
     of(heads_first, Shape(width=192, value_width=128), CAUSAL, "192-and-128"),
