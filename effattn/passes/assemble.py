@@ -452,7 +452,7 @@ def module_path(node: fx.Node) -> tuple[str, tuple[str, ...]]:
 
 
 def _class_of_self() -> tuple[str, ...]:
-    """The class of the module that is compiled: what Dynamo records of nodes begins below it. () where it is unknown."""
+    """The class of the module that is compiled: what Dynamo records of nodes begins below it. (): it is unknown."""
     from torch._dynamo.symbolic_convert import InstructionTranslator  # takes a second to import
 
     try:

@@ -184,8 +184,9 @@ def _mixing(view: GraphView, reader: Reader, term, key) -> str:
         if load.name in reader.raw:
             continue
         node = reader.loads[load.name].node
-        place = {F.linear: len(load.indices) - 1, torch.conv2d: 1, F.conv2d: 1}.get(node.target)
-        if place is None or key not in load.indices or load.indices.index(key) == place:
+        if node.target not in (F.linear, F.conv2d) or key not in load.indices:
+            continue
+        if load.indices.index(key) == (len(load.indices) - 1 if node.target is F.linear else 1):  # its features
             continue
         if any(_product_above(view, source) for source in node.all_input_nodes[:1]):
             return f"{spelled(node)} mixes the scores of several heads before softmax"
