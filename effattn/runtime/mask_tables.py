@@ -19,7 +19,7 @@ CHANGED = (
     "a mask in a buffer of the model is no longer the triangle that it was when the model was compiled: "
     "call torch._dynamo.reset() after writing to it"
 )
-_AT_ONCE = 1 << 22  # elements that are compared together
+_AT_ONCE = 1 << 24  # elements that are compared together
 
 
 def holds_triangle(table: Tensor, rows: Tensor | None, diagonal: int, inside: float, outside: float) -> Tensor:
