@@ -82,7 +82,9 @@ def more_than_the_sum(q, k, v):
     return (weights / (1 + weights.sum(-1, keepdim=True))) @ v
 
 
-@pytest.mark.parametrize("function", [amax, greatest, detached, logsumexp, no_maximum], ids=lambda function: function.__name__)
+@pytest.mark.parametrize(
+    "function", [amax, greatest, detached, logsumexp, no_maximum], ids=lambda function: function.__name__
+)
 def test_found(function):
     report, _ = compiled(function, *qkv(), lengths=(0, 2))
     assert [site.found_as for site in report.sites] == ["softmax"]
