@@ -19,6 +19,7 @@ from effattn.ir.expr import Nk, Nq, b, h, k, q
 from effattn.ir.plan import EmptyRows, LoadSpec
 from effattn.ir.site import Layout, Site, Stage
 from effattn.passes import masks
+from effattn.passes.contraction import contraction
 from effattn.passes.draft import Anchors, Draft, Match, Refused, SizeSource, require_fixed
 from effattn.passes.graph import GraphView, as_sympy, hint
 from effattn.passes.operands import Operand
@@ -198,18 +199,24 @@ def _masks_that_are_data(view: GraphView, score, loads: dict[str, LoadSource]) -
 
 
 def _may_mask(view: GraphView, node: fx.Node) -> bool:
-    """Whether floats of an input that is no parameter, or a fill, reach ``node`` through arithmetic and views."""
-    waiting, seen = [node], {node}
+    """Whether floats of an input that is no parameter, or a fill, reach ``node`` through arithmetic and views.
+
+    One number alone does not come out of a product of tensors as a mask: it is a scale or a limit of an operand.
+    """
+    waiting = [(node, False)]
+    seen = set(waiting)
     while waiting:
-        node = waiting.pop()
+        node, multiplied = waiting.pop()
         tensor = view.tensor(node)
         if node.op == "placeholder" and tensor is not None:
-            if tensor.is_floating_point() and not isinstance(tensor, torch.nn.Parameter):
+            masks_some = tensor.dim() > 0 or not multiplied
+            if tensor.is_floating_point() and masks_some and not isinstance(tensor, torch.nn.Parameter):
                 return True
         elif view.call(node) is not None:
             if any(_is_huge(arg) for arg in (*node.args, *node.kwargs.values())):
                 return True
-            new = [source for source in node.all_input_nodes if source not in seen]
+            multiplied = multiplied or contraction(view, node) is not None
+            new = [(source, multiplied) for source in node.all_input_nodes if (source, multiplied) not in seen]
             seen.update(new)
             waiting += new
     return False

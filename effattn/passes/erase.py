@@ -29,7 +29,7 @@ def erase_unused(graph: fx.Graph) -> int:
 
 
 def _has_effect(call: Call) -> bool:
-    """Whether a call that writes nothing changes what others compute: draws random numbers, or asks for a gradient."""
+    """Whether a call that writes nothing still does something: draw random numbers, or ask for a gradient."""
     if call.name == "dropout":
         return not is_dead_dropout(call)
     return call.get("dropout_p", 0.0) != 0.0 or call.node.target == "requires_grad_"

@@ -118,6 +118,29 @@ def test_gathered_pairs_are_not_made():
     assert "gather" in report.graph(before=True)
 
 
+def test_a_limit_of_the_query_is_no_mask():
+    """Rows that see nothing would depend on data that is added, if that could hide keys as well."""
+
+    class Limited(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table = torch.nn.Parameter(tensors()[3])
+            self.project = torch.nn.Linear(D, D)
+            self.register_buffer("limit", torch.tensor(2.0))
+
+        def forward(self, x, k, v, seen):
+            q = torch.clamp(self.project(x), max=self.limit)
+            scores = q @ k.mT + q @ self.table[:N].mT
+            return scores.masked_fill(~seen, -1e9).softmax(-1) @ v
+
+    module = Limited()
+    seen = torch.ones(B, 1, N, N, dtype=torch.bool).tril()
+    seen[0, :, :4] = False
+    with torch.no_grad():
+        report, _ = compiled(module, *tensors()[:3], seen)
+    assert [site.empty_rows for site in report.sites] == ["mean"], report.missed
+
+
 def test_no_copy_of_what_is_added_in_place():
     report, _ = compiled(added_to_the_narrower_in_place, *tensors())
     assert "clone" not in report.graph()
