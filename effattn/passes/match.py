@@ -72,6 +72,11 @@ def _match(view: GraphView, call: Call, readers: dict[tuple, Reader], order: int
         except Unreadable as unreadable:
             refusal = Refused("reading", str(unreadable)).refusal
     assert refusal is not None
+    if refusal.rule == "rows without keys" and call.name == "softmax":
+        try:
+            return assemble(view, _from_softmax(view, call, readers, mask_is_data=True), order)
+        except (Refused, Unreadable):
+            pass
     return refusal
 
 
@@ -210,7 +215,10 @@ def _with_heads_apart(view: GraphView, call: Call, readers: dict[tuple, Reader])
     return _from_softmax(view, call, readers, apart=True)
 
 
-def _from_softmax(view: GraphView, call: Call, readers: dict[tuple, Reader], apart: bool = False) -> Draft:
+def _from_softmax(
+    view: GraphView, call: Call, readers: dict[tuple, Reader], apart: bool = False, mask_is_data: bool = False
+) -> Draft:
+    """``apart``: batch and heads are one dimension. ``mask_is_data``: what is added last to the scores is not looked into."""
     scores = call.get("input")
     if not isinstance(scores, fx.Node) or view.tensor(scores) is None or not isinstance(call.get("dim"), int):
         raise Refused("arguments", "softmax without a constant dim over a tensor")
@@ -234,7 +242,7 @@ def _from_softmax(view: GraphView, call: Call, readers: dict[tuple, Reader], apa
     index[q_dim], index[dim] = q, k
     q_len, k_len = shape[q_dim], shape[dim]
     reader = reader_for(view, readers, True, batch, heads, q_len, k_len)
-    term, inside = scores_at(view, reader, scores, tuple(index), time, product)
+    term, inside = scores_at(view, reader, scores, tuple(index), time, product, mask_is_data)
 
     roles = sides(product, inside)
     if roles is None:

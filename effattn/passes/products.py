@@ -15,7 +15,10 @@ from effattn.passes.contraction import Contraction, contraction
 from effattn.passes.draft import NOT_ATTENTION, Refused
 from effattn.passes.graph import GraphView, hint
 from effattn.passes.operands import Operand, depth, row, trace
-from effattn.passes.reading import Reader
+from effattn.passes.reading import Reader, Reading
+from effattn.passes.reading.elementwise import aligned
+from effattn.passes.reading.reader import generic_index
+from effattn.passes.sink_column import before_casts
 from effattn.passes.vocabulary import Call
 
 NO_PRODUCT = "the scores do not come from a product of two tensors: not attention"
@@ -208,9 +211,21 @@ def _product_above(view: GraphView, node: fx.Node) -> bool:
     return False
 
 
-def scores_at(view: GraphView, reader: Reader, scores: fx.Node, index: tuple, time: int, product: Contraction):
-    """The scores at ``index`` with s for the product, and the product's own index."""
-    term = reader.read(scores, time).at(index)
+def scores_at(
+    view: GraphView,
+    reader: Reader,
+    scores: fx.Node,
+    index: tuple,
+    time: int,
+    product: Contraction,
+    mask_is_data: bool = False,
+):
+    """The scores at ``index`` with s for the product, and the product's own index.
+
+    ``mask_is_data``: what is added last is read as the tensor that it is, so that it is added as the author adds it.
+    """
+    reading = _with_data_added(view, reader, scores, time) if mask_is_data else reader.read(scores, time)
+    term = reading.at(index)
     raws = [load for load in expr.loads_of(term) if load.name in reader.raw]
     ours = [load for load in raws if reader.raw[load.name].node is product.node]
     if len(ours) != 1:
@@ -223,6 +238,32 @@ def scores_at(view: GraphView, reader: Reader, scores: fx.Node, index: tuple, ti
                 raise Refused("several products", "the scores add several products, one of them by baddbmm")
             swap[other] = reader.as_data(node, view.time[node] + 1).at(other.indices)  # before anyone writes to it
     return term.xreplace(swap), ours[0].indices
+
+
+def _with_data_added(view: GraphView, reader: Reader, scores: fx.Node, time: int) -> Reading:
+    """``x + mask`` with the mask as data.
+
+    Raises: Refused: the last operation is no sum, in float32, of the scores and a tensor that does not depend on them.
+    """
+    node, time = before_casts(view, scores, time)
+    call, shape = view.call(node), view.shape(node)
+    plain = call is not None and call.name == "add" and call.get("alpha", 1) == 1
+    if call is None or not plain or view.writes_between(node, view.time[node], time):
+        raise Refused("no mask", "the last operation before softmax adds no mask")
+    parts = [call.get(name) for name in ("input", "other")]
+    if any(view.tensor(part) is None or view.held(part).dtype != torch.float32 for part in (node, *parts)):
+        raise Refused("no mask", "what is added to the scores last is no mask in float32")
+    readings = [reader.argument(call, name) for name in ("input", "other")]
+    masks = [not _holds_product(reader, reading) for reading in readings]
+    if sum(masks) != 1:
+        raise Refused("no mask", "what is added to the scores last depends on them")
+    readings[masks.index(True)] = reader.as_data(parts[masks.index(True)], view.time[node])
+    one, other = readings
+    return Reading(shape, "float", lambda i: one.at(aligned(one, i, shape)) + other.at(aligned(other, i, shape)))
+
+
+def _holds_product(reader: Reader, reading: Reading) -> bool:
+    return any(load.name in reader.raw for load in expr.loads_of(reading.at(generic_index(len(reading.shape)))))
 
 
 def sides(product: Contraction, inside: tuple) -> tuple[str, str] | None:

@@ -33,10 +33,10 @@ class Scores:
 
 def scores_of(view: GraphView, softmax: Call, dim: int) -> Scores:
     """The scores before the largest was taken off (which changes no weight) and before a sink joined them."""
-    given, time = _before_casts(view, softmax.get("input"), view.time[softmax.get("read_by", softmax.node)])
+    given, time = before_casts(view, softmax.get("input"), view.time[softmax.get("read_by", softmax.node)])
     node, time = _before_shift(view, given, dim, time)
     shifted = node is not given or softmax.get("shifted", False)
-    joined, when = _before_casts(view, node, time)
+    joined, when = before_casts(view, node, time)
     call = _unchanged(view, joined, when)
     if call is None or call.name != "cat":
         return Scores(node, time, shifted=shifted)
@@ -88,7 +88,7 @@ def _before_shift(view: GraphView, node: fx.Node, dim: int, time: int) -> tuple[
     return source, view.time[node]
 
 
-def _before_casts(view: GraphView, node: fx.Node, time: int) -> tuple[fx.Node, int]:
+def before_casts(view: GraphView, node: fx.Node, time: int) -> tuple[fx.Node, int]:
     """What was cast to a type that holds all its values, and when it is read."""
     while (call := _unchanged(view, node, time)) is not None:
         source = call.get("input")

@@ -491,6 +491,24 @@ def billion_added(q, k, v, seen):
     return (q @ k.mT + torch.where(seen, 0.0, -1e9)[:, None, None, :]).softmax(-1) @ v
 
 
+def billion_added_and_cast(q, k, v, seen):
+    mask = (1 - seen[:, None, None, :].to(q.dtype)) * -1e9
+    return (mask + q @ k.mT).float().softmax(-1).to(q.dtype) @ v
+
+
+def billion_added_in_place(q, k, v, seen):
+    """As LongT5: a bias of positions and a mask in one, added in place."""
+    bias = torch.arange(N) * 0.1 - torch.arange(N)[:, None] * 0.2 + torch.where(seen, 0.0, -1e9)[:, None, None, :]
+    scores = (q @ k.mT) * 0.3
+    scores += bias
+    return scores.float().softmax(-1) @ v
+
+
+def billion_added_twice(q, k, v, seen):
+    scores = q @ k.mT + torch.full((N, N), -1e9).triu(1)
+    return (scores + torch.where(seen, 0.0, -1e9)[:, None, None, :]).softmax(-1) @ v
+
+
 def lowest_of_half(q, k, v, seen):
     return (q @ k.mT).masked_fill(~seen[:, None, None, :], torch.finfo(q.dtype).min).softmax(-1) @ v
 
@@ -535,7 +553,11 @@ ROWS = [
     (billion_filled_and_divided_by_hand, "nan", EMPTY, torch.float32),
     (billion_filled_and_shifted_by_hand, "mean", EMPTY, torch.float32),
     (billion_filled_and_shifted, "mean", EMPTY, torch.float32),
-    (billion_added, None, EMPTY, torch.float32),
+    (billion_added, "nan", EMPTY, torch.float32),  # a mean, as the numbers themselves give
+    (billion_added_and_cast, "nan", EMPTY, torch.float32),
+    (billion_added_and_cast, None, EMPTY, torch.bfloat16),
+    (billion_added_in_place, "nan", EMPTY, torch.float32),
+    (billion_added_twice, None, EMPTY, torch.float32),
     (lowest_filled_and_added, "nan", EMPTY, torch.float32),
     (lowest_filled_and_added, "nan", torch.arange(N) >= torch.tensor([[0], [5]]), torch.float32),
     (billion_filled_and_added, None, EMPTY, torch.float32),
