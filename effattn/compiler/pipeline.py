@@ -34,7 +34,7 @@ class Outcome:
     choices: list[Choice] = field(default_factory=list)
     linear: list[LinearMatch] = field(default_factory=list)  # attention without a softmax, all of it replaced
     original: fx.Graph | None = None  # the graph as Dynamo made it; None if nothing was replaced
-    normalized: fx.Graph | None = None  # after normalize; only to verify, and only if that changed anything
+    normalized: fx.Graph | None = None  # as it was matched; only to verify, and only where it is not the original
     erased: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
 
@@ -58,7 +58,7 @@ def run_passes(gm: fx.GraphModule, options: Options, inputs: Sequence[Any] = ())
             written_out, left_alone = normalize(gm)
         with clock("mask buffers"):
             masks = mask_buffers.write_out(gm, inputs)
-        if options.verify and (written_out or masks):
+        if options.verify and (written_out or masks or len(gm.graph.nodes) != len(original.nodes)):
             outcome.normalized = copy.deepcopy(gm.graph)
         view = GraphView(gm.graph)
         with clock("match"):

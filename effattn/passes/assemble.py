@@ -277,9 +277,17 @@ def _expand_shared(view: GraphView, draft: Draft) -> None:
 
 def _check_operands(view: GraphView, draft: Draft, layout: Layout) -> None:
     end = view.time[draft.replaced]
-    for name, operand in (("query", draft.query), ("key", draft.key), ("value", draft.value)):
+    named = (
+        ("query", draft.query, layout.q_len),
+        ("key", draft.key, layout.k_len),
+        ("value", draft.value, layout.k_len),
+    )
+    for name, operand, length in named:
         if view.writes_between(operand.node, operand.time - 1, end):
             raise Refused("memory", f"{name} is written between the scores and the output")
+        rows = view.shape(operand.node)[operand.dims[2]]
+        if sympy.expand(rows - length) != 0:  # scores that are put together of several products
+            raise Refused("lengths", f"{name} has {rows} rows where the scores have {length}")
         size = layout.batch if operand.dims[0] is None else view.shape(operand.node)[operand.dims[0]]
         if sympy.expand(size - layout.batch) != 0:
             raise Refused("batch", f"{name} has a batch of {size} where the scores have {layout.batch}")

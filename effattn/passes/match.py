@@ -315,7 +315,7 @@ def _heads_beside_batch(
     for side in ("left", "right"):
         node, labels = product.operand(side)
         entries = operand_index(view, node, labels, {**at, product.summed: depth}, {})
-        heads = heads_beside_batch(view, bounds, node, entries, view.time[product.node], view.held(node).dtype)
+        heads = heads_beside_batch(view, bounds, node, entries, view.held(node).dtype)
         if heads is not None and sympy.cancel(size / heads).is_integer:
             return sympy.Integer(heads)
     raise Refused("heads", "nothing tells batch and heads apart")

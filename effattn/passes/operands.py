@@ -93,9 +93,7 @@ def _lacks_heads(reader: Reader, operand: Operand) -> bool:
     return reader.sizes[expr.h] != 1 and (not operand.dims[1] or operand.groups != 1)
 
 
-def heads_beside_batch(
-    view: GraphView, reader: Reader, node: fx.Node, index: Index, time: int, dtype: Any
-) -> int | None:
+def heads_beside_batch(view: GraphView, reader: Reader, node: fx.Node, index: Index, dtype: Any) -> int | None:
     """How many heads the dimension at index b holds beside the batch, as a view on the way to the inputs tells."""
     while True:
         for dim, entry in enumerate(index):

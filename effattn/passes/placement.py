@@ -17,7 +17,7 @@ from effattn.passes.operands import depth
 
 @dataclass(frozen=True)
 class Placement:
-    """First drop size-1 dimensions, then split heads, permute, merge batch, heads or rows, put in size-1 dimensions."""
+    """First drop size-1 dimensions, then split heads, permute, merge neighbours, and put in size-1 dimensions."""
 
     drops: tuple[int, ...]
     heads: tuple[int, ...]  # sizes of the dimensions that heads lie in; () if it is at most one

@@ -34,9 +34,8 @@ def _finite_fill(case: Case) -> bool:
 
 def _adds_data(case: Case) -> bool:
     """Data that is added to the scores might mask, for all that the graph tells."""
-    return (
-        any(part in case.score for part in ("bias", "relative", "alibi", "table")) or case.product == "baddbmm, alibi"
-    )
+    added = ("bias", "relative", "alibi", "table")
+    return any(part in case.score for part in added) or case.product == "baddbmm, alibi"
 
 
 REFUSALS = (

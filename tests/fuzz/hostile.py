@@ -123,7 +123,7 @@ def second_product(q, k, v, given):
 
 
 def shaw(q, k, v, given):
-    """Relative positions that meet the query: a second product."""
+    """Relative positions that meet the query: a second product, of data."""
     place = (torch.arange(q.shape[2])[:, None] - torch.arange(k.shape[2])).clamp(-7, 7) + 7
     table = given["relative"].repeat(1, q.shape[-1])[:, : q.shape[-1]]
     return (scores(q, k) + torch.einsum("bhid,ijd->bhij", q, table[place])).softmax(-1) @ v
@@ -411,8 +411,8 @@ HOSTILE: dict[str, Hostile] = {
     "log softmax": Hostile(log_softmax, sites=0, found_or_refused=True),
     "sigmoid": Hostile(sigmoid, sites=0),
     "rectified": Hostile(rectified, sites=0),
-    "second product": Hostile(second_product, "several products", equal_widths=True),
-    "relative positions of the query": Hostile(shaw, "several products", data=("relative",)),
+    "second product": Hostile(second_product, equal_widths=True),
+    "relative positions of the query": Hostile(shaw, data=("relative",)),
     "talking heads": Hostile(talking_heads, ""),
     "talking weights": Hostile(talking_weights, ""),
     "best scores": Hostile(best_scores, found_or_refused=True),

@@ -133,6 +133,14 @@ def scores_in_eight_bits(q, k, v):
     return (q @ k.mT).to(torch.float8_e4m3fn).to(torch.float32).softmax(-1) @ v
 
 
+def scores_of_pieces(q, k, v):
+    return torch.cat([q @ k[:, :, :5].mT, q @ k[:, :, 5:].mT], dim=-1).softmax(-1) @ v
+
+
+def scores_of_pieces_of_rows(q, k, v):
+    return torch.cat([q[:, :, :5] @ k.mT, q[:, :, 5:] @ k.mT], dim=-2).softmax(-1) @ v
+
+
 def scores_set(q, k, v):
     scores = q @ k.mT
     scores[..., 0] = -INF
@@ -238,6 +246,8 @@ LEFT_ALONE = {
     rounded_scores: "round stands between",
     scores_as_bits: "view stands between",
     scores_in_eight_bits: "to stands between",
+    scores_of_pieces: "rows where the scores have",
+    scores_of_pieces_of_rows: "rows where the scores have",
     scores_set: "setitem writes into the scores before softmax",
     scores_changed_through_a_view: "mul_ writes into the scores before softmax",
     scores_changed_by_a_function_in_place: "relu writes into the scores before softmax",
