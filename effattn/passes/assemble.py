@@ -275,19 +275,23 @@ def _expand_shared(view: GraphView, draft: Draft) -> None:
         draft.query = replace(draft.query, heads=int(draft.heads))
 
 
+def _check_lengths(view: GraphView, draft: Draft) -> None:
+    """Scores that are put together of several products have more rows or keys than one of them."""
+    if draft.scores is None:
+        return
+    sizes = dict(zip(draft.scores_index, view.held(draft.scores.node).shape, strict=True))
+    for name, operand, symbol in (("query", draft.query, q), ("key", draft.key, k), ("value", draft.value, k)):
+        rows = view.held(operand.node).shape[operand.dims[2]]
+        if hint(rows) != hint(sizes[symbol]):  # symbolic lengths may have several names
+            raise Refused("lengths", f"{name} has {rows} rows where the scores have {sizes[symbol]}")
+
+
 def _check_operands(view: GraphView, draft: Draft, layout: Layout) -> None:
+    _check_lengths(view, draft)
     end = view.time[draft.replaced]
-    named = (
-        ("query", draft.query, layout.q_len),
-        ("key", draft.key, layout.k_len),
-        ("value", draft.value, layout.k_len),
-    )
-    for name, operand, length in named:
+    for name, operand in (("query", draft.query), ("key", draft.key), ("value", draft.value)):
         if view.writes_between(operand.node, operand.time - 1, end):
             raise Refused("memory", f"{name} is written between the scores and the output")
-        rows = view.shape(operand.node)[operand.dims[2]]
-        if sympy.expand(rows - length) != 0:  # scores that are put together of several products
-            raise Refused("lengths", f"{name} has {rows} rows where the scores have {length}")
         size = layout.batch if operand.dims[0] is None else view.shape(operand.node)[operand.dims[0]]
         if sympy.expand(size - layout.batch) != 0:
             raise Refused("batch", f"{name} has a batch of {size} where the scores have {layout.batch}")
