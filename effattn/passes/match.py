@@ -218,7 +218,7 @@ def _with_heads_apart(view: GraphView, call: Call, readers: dict[tuple, Reader])
 def _from_softmax(
     view: GraphView, call: Call, readers: dict[tuple, Reader], apart: bool = False, mask_is_data: bool = False
 ) -> Draft:
-    """``apart``: batch and heads are one dimension. ``mask_is_data``: what is added last to the scores is not looked into."""
+    """``apart``: batch and heads are one dimension. ``mask_is_data``: what is added last is not looked into."""
     scores = call.get("input")
     if not isinstance(scores, fx.Node) or view.tensor(scores) is None or not isinstance(call.get("dim"), int):
         raise Refused("arguments", "softmax without a constant dim over a tensor")

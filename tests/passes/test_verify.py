@@ -135,8 +135,8 @@ def test_it_notices(name, swap):
 def test_heads_and_batch_mixed_up(swap):
     original = match.traced
 
-    def mixed_up(view, node, index, time, name, sizes, dtype=None):
-        found = original(view, node, index, time, name, sizes, dtype)
+    def mixed_up(view, node, index, time, name, *more):
+        found = original(view, node, index, time, name, *more)
         batch, (heads,), rows, depth = found.dims
         return dataclasses.replace(found, dims=(heads, (batch,), rows, depth)) if name == "key" else found
 
