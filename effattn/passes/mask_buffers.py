@@ -9,7 +9,6 @@ calls may bring others.
 from __future__ import annotations
 
 import operator
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -22,7 +21,6 @@ from effattn.passes.insert import Inserter
 from effattn.passes.known import Known, Unknown
 from effattn.runtime.mask_tables import CHANGED, holds_triangle  # registers torch.ops.effattn.holds_triangle
 
-_BUFFER = re.compile(r"(^|_)buffers_")
 _FULL = slice(None)
 
 
@@ -117,8 +115,9 @@ def settle(graph: fx.Graph, written: list[WrittenOut], relied_on: bool) -> None:
 
 
 def _may_be_mask(node: fx.Node) -> bool:
-    held = node.meta.get("example_value")
-    if not _BUFFER.search(str(node.target)) or not isinstance(held, torch.Tensor) or held.dim() < 2:
+    held, source = node.meta.get("example_value"), getattr(node.meta.get("grapharg"), "source", None)
+    is_buffer = getattr(getattr(source, "base", None), "member", None) == "_buffers"
+    if not is_buffer or not isinstance(held, torch.Tensor) or held.dim() < 2:
         return False
     return not held.requires_grad and not held.is_complex() and all(size == 1 for size in held.shape[:-2])
 

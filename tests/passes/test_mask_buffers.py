@@ -155,5 +155,5 @@ def test_a_buffer_that_the_graph_writes_stays_data():
 
 
 def test_a_mask_from_the_caller_stays_data():
-    report, _ = compiled(lambda q, k, v, m: filled(q, k, v, m[:N, :N]), *inputs(""), LOWER)
+    report, _ = compiled(lambda q, k, v, buffers_m: filled(q, k, v, buffers_m[:N, :N]), *inputs(""), LOWER)
     assert [site.predicate for site in report.sites] == ["mask[q, k] != 0"]
