@@ -187,7 +187,7 @@ ROWS = [
     Row(Sliced, tokens(), ("true", "true"), symbolic=(1,)),
     Row(AttnProcessor2, crossed(None)),
     Row(AttnProcessor2, crossed(torch.where(SEEN, 0.0, -10000.0)[:, None]), score="bias", name="sdpa-mask"),
-    Row(CompVis, crossed(SEEN), "padding[b//4, k]"),
+    Row(CompVis, crossed(SEEN), "padding[b, k]"),
     Row(VaeBlock, tokens(2, WIDTH, 3, 4), symbolic=(0,)),
     Row(Guided, tokens(2, WIDTH, 11), symbolic=(0, 2)),
     Row(Joint, lambda: (torch.randn(2, 9, WIDTH), torch.randn(2, 5, WIDTH))),

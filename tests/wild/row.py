@@ -28,7 +28,7 @@ TOLERANCE = 5e-5  # of the largest value; float32
 class Row:
     """What is expected of one model: a predicate a site in order, the reason of each softmax that is left alone.
 
-    ``predicate``, ``score`` and ``missed`` may hold less than the report does: each is a part of what is reported.
+    ``score`` and ``missed`` are parts of what is reported.
     """
 
     build: Callable[[], Callable]

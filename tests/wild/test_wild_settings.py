@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import sys
 import warnings
@@ -21,7 +20,9 @@ from images import Vit
 from modules import HIDDEN, Nested
 from row import assert_close, check_gradients, compiled, seeded
 
+from effattn.compiler import collect
 from effattn.compiler.backend import effattn
+from effattn.compiler.options import Options
 
 
 def model(**options) -> Model:
@@ -151,17 +152,16 @@ def test_lengths_and_batches_compile_no_more_often_than_without_us():
 
 
 def by_layer(policy=None):
-    """The report of a model whose blocks are compiled one by one, and its output."""
+    """The report of a model whose blocks are compiled one by one, its output, and what it was before."""
     module = model()
     expected = module(x())
-    fast, listening, settings = compiled(module, **({"policy": policy} if policy else {}))
-    del fast
     options = {"rest": "eager", "strict": True, **({"policy": policy} if policy else {})}
-    with listening as heard:
+    torch._dynamo.reset()
+    with collect.listening() as heard:
         for block in module.blocks:
             block.compile(backend="effattn", options=options)
         actual = module(x())
-    return heard.report(settings), actual, expected
+    return heard.report(Options.read(options)), actual, expected
 
 
 def policy_of(**rule):
@@ -321,7 +321,7 @@ def test_transformations_of_torch_func_around(name):
     """Around a compiled function torch runs the author's code."""
     module = Attention().eval()
     fast, _, _ = compiled(module)
-    with contextlib.nullcontext() if name == "grad" else torch.no_grad():
+    with torch.set_grad_enabled(name == "grad"):
         assert_close(TRANSFORMED[name](fast)(x()), TRANSFORMED[name](module)(x()), 1e-4)
 
 
