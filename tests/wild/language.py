@@ -773,7 +773,7 @@ ROWS = [
     Row(lambda: ByHand("exp"), tokens(), CAUSAL, name="softmax-by-exp"),
     Row(lambda: ByHand("logsumexp"), tokens(), CAUSAL, name="softmax-by-logsumexp"),
     Row(lambda: ByHand("max"), tokens(), CAUSAL, name="softmax-by-max"),
-    Row(lambda: ByHand("unsafe"), tokens(), (), name="softmax-without-max"),
+    Row(lambda: ByHand("unsafe"), tokens(), CAUSAL, name="softmax-without-max"),
     Row(lambda: ByHand("returned"), tokens(), (), missed=("the attention weights are used",), name="softmax-returned"),
     Row(lambda: ByHand("special"), tokens(), CAUSAL, name="softmax-special"),
 ]
