@@ -62,16 +62,16 @@ def find(view: GraphView) -> tuple[list[Match], list[Missed]]:
 
 
 def _match(view: GraphView, call: Call, readers: dict[tuple, Reader], order: int) -> Match | Refusal:
-    """The first reading of an anchor that makes a site, or why the last does not."""
-    refusal: Refusal | None = None
+    """The first reading of an anchor that makes a site, or why the first that applies does not."""
+    refusals: list[Refusal] = []
     for draft in _DRAFTS[call.name]:
         try:
             return assemble(view, draft(view, call, readers), order)
         except Refused as refused:
-            refusal = refused.refusal
+            refusals.append(refused.refusal)
         except Unreadable as unreadable:
-            refusal = Refused("reading", str(unreadable)).refusal
-    assert refusal is not None
+            refusals.append(Refused("reading", str(unreadable)).refusal)
+    refusal = next((refusal for refusal in refusals if refusal.rule != _NOT_APART), refusals[-1])
     if refusal.rule == "rows without keys" and call.name == "softmax":
         try:
             return assemble(view, _from_softmax(view, call, readers, mask_is_data=True), order)
@@ -124,6 +124,9 @@ def _anchors(view: GraphView) -> Iterator[Call]:
             yield call
         elif call is not None and (softmax := written_softmax(view, call)) is not None:
             yield softmax
+
+
+_NOT_APART = "heads apart"  # the rule that scores fail in which batch and heads are not one dimension
 
 
 # -- SDPA ---------------------------------------------------------------------------------------------------------
@@ -230,7 +233,7 @@ def _from_softmax(
     rest = [n for n in range(len(shape)) if n not in (dim, q_dim)]
     if apart:
         if len(rest) != 1:
-            raise Refused("heads", "batch and heads are not one dimension")
+            raise Refused(_NOT_APART, "batch and heads are not one dimension")
         heads = _heads_beside_batch(view, readers, found, (dim, q_dim), product)
         batch = sympy.cancel(shape[rest[0]] / heads)
         leading = (h if batch == 1 else b * heads + h,)
@@ -318,7 +321,7 @@ def _heads_beside_batch(
         heads = heads_beside_batch(view, bounds, node, entries, view.held(node).dtype)
         if heads is not None and sympy.cancel(size / heads).is_integer:
             return sympy.Integer(heads)
-    raise Refused("heads", "nothing tells batch and heads apart")
+    raise Refused(_NOT_APART, "nothing tells batch and heads apart")
 
 
 def _follow_weights(view: GraphView, softmax: fx.Node, index: tuple, reader: Reader, sink: bool):
