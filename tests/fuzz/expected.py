@@ -56,6 +56,8 @@ def problem(case: Case, sites: int, reasons: list[str], graphs: int) -> str:
     """What is wrong with the number of sites and the reasons of refusals in ``graphs``; "" if nothing is."""
     if case.core == "hostile":
         return _hostile(case, sites, reasons, graphs)
+    if not sites and not reasons and case.keys == 1 and "by hand" in case.softmax:
+        return ""  # no quotient of one number tells that it is a softmax
     if sites + len(reasons) != graphs:
         return f"{sites} sites and {len(reasons)} refusals of one attention: {reasons}"
     for reason in reasons:

@@ -280,6 +280,7 @@ MASKS: dict[str, Mask] = {
     ),
     "product of booleans": Mask(
         lambda i, j, given: (j <= i) * (j != i - 2), lambda b, h, i, j, given, n: (j <= i) & (j + 2 != i),
+        rows_may_be_empty=True,
     ),
     "counted conditions": Mask(
         lambda i, j, given: (j <= i).int() + (j >= 2).int() >= 1,
