@@ -174,6 +174,11 @@ def double(q, k, v):
     return (q.double() @ k.double().mT).softmax(-1) @ v.double()
 
 
+def double_with_batch_and_heads_in_one(q, k, v):
+    q, k, v = (x.double() for x in (q, k, v))
+    return (q @ k.mT).flatten(0, 1).softmax(-1).unflatten(0, (B, H)) @ v
+
+
 def mixed_types(q, k, v):
     return (q @ k.mT).softmax(-1).bfloat16() @ v.bfloat16()
 
@@ -254,6 +259,7 @@ LEFT_ALONE = {
     scores_changed_through_a_piece: "add_ writes into the scores before softmax",
     whole_numbers: "the layout of query is not understood",
     double: "attention in torch.float64 is not supported",
+    double_with_batch_and_heads_in_one: "attention in torch.float64 is not supported",
     mixed_types: "query, key and value mix torch.bfloat16, torch.float32",
     no_keys: "a length is 0",
     key_written_before_the_product_with_value: "key is written between the scores and the output",
