@@ -13,6 +13,8 @@ from torch import fx
 from effattn.passes.graph import GraphView
 from effattn.passes.vocabulary import Call
 
+CONTRACTIONS = ("matmul", "baddbmm", "einsum")
+
 
 @dataclass(frozen=True)
 class Contraction:

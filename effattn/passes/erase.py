@@ -11,19 +11,31 @@ from collections import defaultdict
 from torch import fx
 
 from effattn.passes.block_mask import is_block_mask_code
+from effattn.passes.contraction import CONTRACTIONS
 from effattn.passes.graph import GraphView, writes
 from effattn.passes.reading.elementwise import is_dead_dropout
 from effattn.passes.vocabulary import Call, canonical
 
 
-def erase_unused(graph: fx.Graph) -> int:
-    """Erase what the author computed and nobody reads: weights that a model returns only to some of its callers.
+def erase_unused_weights(graph: fx.Graph) -> int:
+    """Erase what nobody reads of attention weights, as a model returns them only to some of its callers.
 
-    Only where the operation has no effect but its value. Returns how many nodes went.
+    Only what is made of a softmax before its product with value: an unread state of linear attention, say, tells how
+    fast it decays. Only where an operation has no effect but its value. Returns how many nodes went.
     """
+    weights: set[fx.Node] = set()
+    for node in graph.nodes:
+        call = canonical(node)
+        from_weights = (
+            call is not None and call.name not in CONTRACTIONS and not weights.isdisjoint(node.all_input_nodes)
+        )
+        if call is not None and (call.name == "softmax" or from_weights):
+            weights.add(node)
     before = len(graph.nodes)
     for node in reversed(graph.nodes):
-        if not node.users and not writes(node) and (call := canonical(node)) is not None and not _has_effect(call):
+        call = canonical(node)
+        if node in weights and not node.users and call is not None and not writes(node) and not _has_effect(call):
+            weights.update(node.all_input_nodes)  # what only they needed goes too
             graph.erase_node(node)
     return before - len(graph.nodes)
 

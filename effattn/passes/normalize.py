@@ -1,4 +1,4 @@
-"""Before matching: calls that hide a whole attention in one node are written out, and what nobody reads is erased.
+"""Before matching: calls that hide a whole attention in one node are written out, and weights that nobody reads go.
 
 Everything else is left as the author wrote it: the vocabulary already gives every spelling one name.
 """
@@ -15,7 +15,7 @@ from torch import fx
 from effattn.passes import multihead
 from effattn.passes.assemble import location, module_path
 from effattn.passes.draft import Missed, Refused
-from effattn.passes.erase import erase_orphans, erase_unused
+from effattn.passes.erase import erase_orphans, erase_unused_weights
 from effattn.passes.graph import GraphView
 from effattn.passes.insert import Inserter
 
@@ -28,7 +28,7 @@ RULES: dict[Any, Callable[[Inserter, fx.Node], None]] = {
 
 
 def normalize(gm: fx.GraphModule) -> tuple[int, list[Missed]]:
-    """Expand compound calls in place and erase the unused: how many nodes, and calls left alone, with the reason."""
+    """Expand compound calls in place and erase unread weights: how many nodes, and calls left alone, with the reason."""
     missed: list[Missed] = []
     sources: list[fx.Node] = []
     expanded = 0
@@ -52,4 +52,4 @@ def normalize(gm: fx.GraphModule) -> tuple[int, list[Missed]]:
     unused = [source for source in dict.fromkeys(sources) if not source.users]
     if unused:  # a mask that the causal hint makes superfluous
         erase_orphans(GraphView(gm.graph), unused)
-    return expanded + erase_unused(gm.graph), missed
+    return expanded + erase_unused_weights(gm.graph), missed
