@@ -28,7 +28,7 @@ RULES: dict[Any, Callable[[Inserter, fx.Node], None]] = {
 
 
 def normalize(gm: fx.GraphModule) -> tuple[int, list[Missed]]:
-    """Expand compound calls in place and erase unread weights: how many nodes, and calls left alone, with the reason."""
+    """Expand compound calls in place, erase unread weights: how many nodes, and calls left alone, with the reason."""
     missed: list[Missed] = []
     sources: list[fx.Node] = []
     expanded = 0
