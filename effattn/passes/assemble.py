@@ -60,6 +60,14 @@ def assemble(view: GraphView, draft: Draft, order: int) -> Match:
     position = masks.query_position(predicate, lengths)
     if position is None and predicate == sympy.true and layout.q_len == 1 and _appended(view, draft.key):
         position = q + Nk - 1  # a decode step without a mask: the query is the last of the keys
+    if draft.scores is not None and view.held(draft.scores.node).dtype in (torch.float16, torch.bfloat16):
+        shown = sympy.And(*masks.not_lowered(score))
+        if shown != sympy.true and not masks.every_row_sees_a_key(masks.simplify(shown), lengths, position):
+            raise Refused(
+                "rows without keys",
+                "a row may attend to nothing, and a large number that is added in half precision takes its digits",
+                "fill with -inf, or add in float32",
+            )
     dtype = _score_dtype(view, draft)
     try:
         empty = masks.empty_rows(

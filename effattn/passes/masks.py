@@ -23,6 +23,7 @@ FILL = -1e8
 # Adding a fill this low to any score gives the fill itself in float32, so that a masked row is uniform.
 ABSORBS = -1e30
 LOWEST = 3.4028234663852886e38  # -finfo(float32).min
+LARGE = 1000.0  # half precision has no digits of a score of a few units left beside larger numbers
 HALF_FILL = -65504.0  # finfo(float16).min
 INFINITE = sympy.S.NegativeInfinity
 
@@ -153,6 +154,19 @@ def _peel_sum(parts: list[_Part]) -> _Part:
         # a key that several masks drop holds the sum of their fills
         fills.add(Fill(sympy.Add(*[min(fill.value for fill in part.fills) for part in masked]), False))
     return _Part(score, allowed, frozenset(fills))
+
+
+def not_lowered(score) -> list[Any]:
+    """Where a score that takes large numbers as summands takes none: half precision loses its digits elsewhere."""
+    sums = [term for term in sympy.preorder_traversal(score) if isinstance(term, sympy.Add)]
+    choices = {part for term in sums for part in term.args if isinstance(part, Where)}
+    found: list[Any] = []
+    for condition, yes, no in (choice.args for choice in choices):
+        if no.is_number and abs(no) > LARGE:
+            found.append(condition)
+        elif yes.is_number and abs(yes) > LARGE:
+            found.append(sympy.Not(condition))
+    return found
 
 
 def empty_rows(found: Split, layout: Layout, position, *, sdpa: bool, dtype: str, data: frozenset[str]) -> EmptyRows:
