@@ -41,7 +41,10 @@ def run(name: str, folder: pathlib.Path, options: list[str]) -> dict:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-@pytest.mark.parametrize("name", BENCHMARKS)
+SLOW = ("selectors", "decode_static", "train_step")  # most of their time is Inductor's
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in SLOW)) for n in BENCHMARKS])
 def test_runs_and_variants_agree(name, tmp_path):
     options, tolerance = BENCHMARKS[name]
     result = run(name, tmp_path, options)

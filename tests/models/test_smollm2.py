@@ -61,6 +61,7 @@ def test_padding_and_the_default_policy(smollm2):
     assert difference.abs().max() < 1e-3
 
 
+@pytest.mark.slow  # tests/evaluate has a smaller model
 def test_evaluate(smollm2):
     from effattn.evaluate import evaluate
 
