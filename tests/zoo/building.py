@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sysconfig
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -79,7 +80,8 @@ def with_attention(built: Built, attention: str) -> Built:
     try:
         model = _model(AutoModel, built.name, built.sizes, attention)
     except Exception as error:
-        raise NotBuilt(f"{type(error).__name__}: {str(error)[:160]}") from error
+        told = str(error).replace(f"{sysconfig.get_path('purelib')}/", "")  # results name no place of a machine
+        raise NotBuilt(f"{type(error).__name__}: {told[:160]}") from error
     model.load_state_dict(built.model.state_dict())
     return replace(built, attention=attention, model=model)
 
