@@ -33,9 +33,7 @@ class Anchors:
 
     replaced: fx.Node
     anchor: str  # name of the softmax or SDPA node
-    scores: (
-        LoadSource | None
-    )  # what the softmax is taken of, without a sink and before any shift; None: of an SDPA call
+    scores: LoadSource | None  # what the softmax is taken of, before a sink and any shift; None: of an SDPA call
     scores_index: tuple[Any, ...]  # index of its scores' dimensions in b, h, q, k
     query: Operand
     key: Operand

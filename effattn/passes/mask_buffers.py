@@ -103,8 +103,9 @@ def _write(graph: fx.Graph, part: fx.Node, readers: list[fx.Node], dims: tuple, 
 
 def settle(graph: fx.Graph, written: list[WrittenOut], relied_on: bool) -> None:
     """Where the model still reads a mask, it reads its buffer again. Checks stay if some site was replaced."""
+    present = set(graph.nodes)
     for one in written:
-        alive = [node for node in one.inserted if node in set(graph.nodes)]
+        alive = [node for node in one.inserted if node in present]
         if one.mask in alive:
             one.mask.replace_all_uses_with(one.part)
         keep = {one.check, *one.check.all_input_nodes} if relied_on else set()

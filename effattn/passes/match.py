@@ -229,11 +229,11 @@ def _from_softmax(
     dim = call.get("dim") % len(shape)
     found = scores_of(view, call, dim)
     scores, shape, time = found.node, view.shape(found.node), found.time
+    if apart and len(shape) != 3:
+        raise Refused(_NOT_APART, "batch and heads are not one dimension")
     product, q_dim = query_key_product(view, readers, scores, shape, dim, time)
     rest = [n for n in range(len(shape)) if n not in (dim, q_dim)]
     if apart:
-        if len(rest) != 1:
-            raise Refused(_NOT_APART, "batch and heads are not one dimension")
         heads = _heads_beside_batch(view, readers, found, (dim, q_dim), product)
         batch = sympy.cancel(shape[rest[0]] / heads)
         leading = (h if batch == 1 else b * heads + h,)

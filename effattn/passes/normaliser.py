@@ -10,6 +10,7 @@ from effattn.passes.contraction import Contraction
 from effattn.passes.draft import Refused
 from effattn.passes.graph import GraphView
 from effattn.passes.reading.elementwise import is_dead_dropout
+from effattn.passes.vocabulary import one_dim
 
 
 def divided(view: GraphView, weights: fx.Node, dim: int, time: int) -> tuple[fx.Node, float | None, int]:
@@ -95,6 +96,4 @@ def _is_sum(view: GraphView, node: Any, weights: fx.Node, dim: int, rank: int) -
     call = view.call(node) if isinstance(node, fx.Node) else None
     if call is None or call.name != "sum" or call.get("input") is not weights:
         return False
-    dims = call.get("dim")
-    dims = dims if isinstance(dims, (tuple, list)) else (dims,)
-    return len(dims) == 1 and isinstance(dims[0], int) and dims[0] % rank == dim
+    return one_dim(call.get("dim"), rank) == dim

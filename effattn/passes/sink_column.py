@@ -18,7 +18,7 @@ from torch import fx
 from effattn.passes.draft import Refused
 from effattn.passes.graph import GraphView
 from effattn.passes.reading import LoadSource
-from effattn.passes.vocabulary import Call
+from effattn.passes.vocabulary import Call, one_dim
 
 
 @dataclass(frozen=True)
@@ -81,8 +81,7 @@ def _before_shift(view: GraphView, node: fx.Node, dim: int, time: int) -> tuple[
     over = values.get("dim", values.get("other")) if values is not None else None
     if values is None or values.name not in ("max", "amax") or values.get("input") is not source:
         return node, time
-    over = over[0] if isinstance(over, (tuple, list)) and len(over) == 1 else over
-    same = isinstance(over, int) and over % len(view.shape(source)) == dim and values.get("keepdim") is True
+    same = one_dim(over, len(view.shape(source))) == dim and values.get("keepdim") is True
     if not same or view.writes_between(source, view.time[values.node], view.time[node]):
         return node, time
     return source, view.time[node]

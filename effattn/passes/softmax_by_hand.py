@@ -7,13 +7,11 @@ and ours is.
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import fx
 
 from effattn.passes.graph import GraphView
 from effattn.passes.normaliser import sum_of
-from effattn.passes.vocabulary import Call
+from effattn.passes.vocabulary import Call, one_dim
 
 
 def written_softmax(view: GraphView, call: Call) -> Call | None:
@@ -52,21 +50,14 @@ def _difference(view: GraphView, call: Call) -> Call | None:
     scores, total = difference.get("input"), view.call(difference.get("other"))
     if total is None or total.name != "logsumexp" or total.get("input") is not scores:
         return None
-    if total.get("keepdim", False) is not True or (dim := _only(total.get("dim"))) is None:
+    dim = one_dim(total.get("dim"), len(view.shape(scores)))
+    if dim is None or total.get("keepdim", False) is not True:
         return None
     nodes = (scores, total.node, difference.node)
     start, end = view.time[total.node], view.time[call.node]
     if any(view.writes_between(node, max(start, view.time[node]), end) for node in nodes) or view.writes(total.node):
         return None
-    dim %= len(view.shape(scores))
     return Call("softmax", call.node, {"input": scores, "dim": dim, "read_by": total.node, "shifted": True})
-
-
-def _only(dim: Any) -> int | None:
-    """The one dimension that a reduction names."""
-    if isinstance(dim, (tuple, list)) and len(dim) == 1:
-        dim = dim[0]
-    return dim if isinstance(dim, int) else None
 
 
 def may_hold_written_softmax(graph: fx.Graph) -> bool:

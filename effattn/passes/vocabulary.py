@@ -231,3 +231,9 @@ def canonical(node: fx.Node) -> Call | None:
             args[f"_{extra}"] = value  # arguments that the result's shape and dtype already tell
     args.update(node.kwargs)
     return Call(name, node, args)
+
+
+def one_dim(dim: Any, rank: int) -> int | None:
+    """The one dimension that a reduction names, counted from the first; None if it names none or several."""
+    dims = dim if isinstance(dim, (tuple, list)) else (dim,)
+    return dims[0] % rank if len(dims) == 1 and isinstance(dims[0], int) else None
