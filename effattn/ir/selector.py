@@ -126,9 +126,13 @@ class Tokens(Piece):
 
 
 class Coverage(Piece):
-    """As many units as hold ``gamma`` of the mass that a score of each head finds; at least ``least`` tokens."""
+    """As many units as hold ``gamma`` of the mass that a score of each head finds; at least ``least`` tokens.
+
+    ``ranks_last``: the last query block is ranked by that mass too, by the largest of a list's heads.
+    """
 
     kind: Literal["coverage"] = "coverage"
+    ranks_last: bool = False
     gamma: float = Field(gt=0, le=1)
     least: int = Field(default=0, ge=0)
     score: Score

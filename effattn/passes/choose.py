@@ -24,6 +24,7 @@ from effattn.runtime.attend import triton_is_importable
 
 Route = Literal["keep", "sdpa", "op", "linear"]
 SDPA_MAX_HEAD_DIM = 256  # beyond it SDPA has no kernel that avoids N x N scores
+GROUPED_ONLY_IN_HALF = ("cuda",)  # where no kernel of SDPA that avoids them takes grouped heads in float32
 SDPA_MAX_HEADS = 65535  # its kernels are launched with heads as the second or third dimension of a grid
 
 
@@ -202,18 +203,24 @@ def _exact(match: Match, candidates: tuple[Candidate, ...], why: str, target: st
 
 def exact_route(site: Site, anchors: Anchors) -> tuple[Route, str]:
     """How exact attention is computed at a site, and why."""
-    if anchors.is_plain_sdpa and not anchors.key.folded:
+    if anchors.is_plain_sdpa and not anchors.key.folded and not needs_all_heads(site):
         return "keep", "already an SDPA call without a mask: its own fast kernels run"
     if _one_small_row(site):
         return "keep", "one query over few keys, too wide for a kernel: its weights are smaller than the query itself"
     if anchors.lse is None and not site.sink and sdpa_takes(site):
         causal = "the mask is causal" if site.predicate != sympy.true else "there is no mask"
-        return "sdpa", f"{causal}: SDPA's own fast kernels, no mask tensor" + _grouped(site)
+        heads = ", which take grouped heads expanded in float32" if needs_all_heads(site) else _grouped(site)
+        return "sdpa", f"{causal}: SDPA's own fast kernels, no mask tensor" + heads
     if (refusals := _cannot_lower(site, "exact")) != ():
         return "keep", f"left as it was: {'; '.join(map(str, refusals))}"
     if anchors.is_sdpa and is_opaque(site):
         return "keep", "the mask is a tensor with a value for every pair: SDPA reads it as it is"
     return "op", "a kernel specialised on predicate and score, no mask tensor" + _grouped(site)
+
+
+def needs_all_heads(site: Site) -> bool:
+    """Whether SDPA avoids N x N scores only if key and value have as many heads as query."""
+    return site.layout.groups > 1 and site.device in GROUPED_ONLY_IN_HALF and site.dtype == "float32"
 
 
 def _grouped(site: Site) -> str:

@@ -16,7 +16,7 @@ from effattn.errors import RewriteError
 from effattn.ir.expr import plain_scale
 from effattn.lowering.forms.linear import LinearParams
 from effattn.passes.block_mask import erase_empty_brackets, unused_batch_dims
-from effattn.passes.choose import Choice
+from effattn.passes.choose import Choice, needs_all_heads
 from effattn.passes.draft import Anchors, SizeSource
 from effattn.passes.erase import erase_orphans
 from effattn.passes.graph import GraphView
@@ -99,9 +99,12 @@ def _attention(writer: Writer, choice: Choice, saved: SavedLoads) -> fx.Node:
 def _sdpa(writer: Writer, choice: Choice) -> fx.Node:
     site, anchors = choice.match.site, choice.match.anchors
     kwargs: dict[str, Any] = {"is_causal": site.predicate != sympy.true, "scale": _scale(choice)}
-    if site.layout.groups > 1:
+    query, key, value = _operands(writer, anchors)
+    if needs_all_heads(site):
+        key, value = (writer.method("repeat_interleave", node, site.layout.groups, 1) for node in (key, value))
+    elif site.layout.groups > 1:
         kwargs["enable_gqa"] = True
-    return writer.call(F.scaled_dot_product_attention, *_operands(writer, anchors), **kwargs)
+    return writer.call(F.scaled_dot_product_attention, query, key, value, **kwargs)
 
 
 def _scale(choice: Choice) -> Any:

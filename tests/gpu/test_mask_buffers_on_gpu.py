@@ -1,4 +1,4 @@
-"""A mask that a model keeps in a buffer: read as positions, and held against the buffer in every call, replayed or not."""
+"""A mask that a model keeps in a buffer is read as positions, and held against the buffer in every call."""
 
 from __future__ import annotations
 

@@ -83,9 +83,10 @@ def test_dynamic_cache(dtype):
             assert_as_good(*[out.logits for out in outs])
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=IDS)
 @pytest.mark.parametrize("padded", [False, True], ids=["whole", "padded"])
-def test_one_compilation_serves_every_length(padded):
-    model = build(torch.bfloat16)
+def test_one_compilation_serves_every_length(padded, dtype):
+    model = build(dtype)
     true = exact(model)
 
     def over_lengths(function):
@@ -106,6 +107,24 @@ def test_one_compilation_serves_every_length(padded):
             where = left_padding(got[..., 0], got.shape[1] // 3)[..., None] > 0 if padded else None
             assert_as_good(got, eager, wanted, where)
     assert graphs <= without_us
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=IDS)
+def test_a_length_that_was_marked_stays_free_and_no_scores_are_held(dtype):
+    """Grouped heads in float32 have no fast kernel of SDPA."""
+    model = build(dtype)
+    fast = compiled(model.model, dynamic=None)
+    ids = tokens(1, 4096)
+    scores = model.config.num_attention_heads * ids.shape[1] ** 2 * dtype.itemsize
+    torch._dynamo.mark_dynamic(ids, 1)
+    with torch.no_grad():
+        for _ in range(2):
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            fast(ids, use_cache=False)
+        assert torch.cuda.max_memory_allocated() - before < scores / 2
+        fast(tokens(1, 1000), use_cache=False)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=IDS)

@@ -103,6 +103,28 @@ def test_the_graph_is_as_accepted(function):
     assert found == path.read_text(encoding="utf-8")
 
 
+def given_grouped(q, k, v):
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+
+
+def given_grouped_in_half(q, k, v):
+    return given_grouped(q.half(), k.half(), v.half())
+
+
+@pytest.mark.parametrize(
+    ("function", "expands"), [(grouped_heads, True), (given_grouped, True), (given_grouped_in_half, False)]
+)
+def test_grouped_heads_are_expanded_where_sdpa_would_hold_all_scores(function, expands, monkeypatch):
+    """A GPU's kernels of SDPA take grouped heads in half precision alone."""
+    from effattn.passes import choose
+
+    monkeypatch.setattr(choose, "GROUPED_ONLY_IN_HALF", ("cpu",))
+    report, _ = compiled(function, *qkv(H, H // 2, H // 2), tolerance=2e-5 if expands else 2e-3)
+    code = report.graph()
+    assert ("repeat_interleave(2, 1)" in code, "enable_gqa = True" in code) == (expands, not expands)
+    assert ("grouped heads expanded in float32" in report.sites[0].reason) == expands
+
+
 def test_a_graph_without_attention_stays_as_it_is():
     report, _ = compiled(not_attention, *qkv())
     assert report.sites == []

@@ -59,6 +59,7 @@ def select(params: ProxyParams) -> Selector:
         least=params.least,
         score=Score(query=Last(size=params.block), key=Every(), softmax=True),
         reduce=Reduce(rows="mean", columns="sum"),
+        ranks_last=True,
     )
     return Selector(
         score=Score(
@@ -77,7 +78,8 @@ def reference(params: ProxyParams, query, key, allowed, scale):
     """The recipe in float64, block by block; the diagonal and the first block are always kept.
 
     What the published description leaves open: a block is 128 tokens, the diagonal and the first block are forced, a
-    head's budget is the same in all rows, and of equal blocks the later comes first.
+    head's budget is the same in all rows, of equal blocks the later comes first, and the last block of rows, of which
+    all probabilities are known, is ranked by them.
     """
     batch, heads, q_len, dim = query.shape
     kv_heads, k_len = key.shape[1], key.shape[2]
@@ -109,6 +111,8 @@ def reference(params: ProxyParams, query, key, allowed, scale):
             continue
         rows = shares[:, :, start // params.rows_apart : -(-stop // params.rows_apart)]
         best = torch.stack([part.amax((-1, -2)) for part in rows.split(cells, -1)], -1)[..., : last_unit + 1]
+        if stop == q_len:
+            best = by_unit.unflatten(1, (groups, -1)).amax(2)[..., : last_unit + 1]
         best[..., 0] = 2.0
         best[..., first:] = 3.0
         order = last_unit - best.flip(-1).argsort(dim=-1, descending=True, stable=True)

@@ -62,10 +62,13 @@ def _units(plan: Plan, query: Tensor, key: Tensor, given: tuple, places: Places,
     assert selector is not None
     pick, unit = selector.pick, selector.expand.unit
     scorer = steps.Scorer(plan, selector.score, selector.reduce, query, key, *given)
+    of_last: Tensor | None = None
     if isinstance(pick.budget, Coverage):
         mass = steps.Scorer(plan, pick.budget.score, pick.budget.reduce, query, key, *given).of(0, 1)
         count = steps.covering_counts(pick.budget, mass, pick, unit, places)
         width = places.units  # heads differ in how much they take of one list
+        if pick.budget.ranks_last:
+            of_last = mass.squeeze(2).unflatten(1, (scorer.lists, -1)).amax(2)
     else:
         budget = budget_units(pick, unit, key.shape[2])
         count = counts(budget, pick, unit, places).expand(query.shape[0], scorer.lists, -1).contiguous()
@@ -74,7 +77,10 @@ def _units(plan: Plan, query: Tensor, key: Tensor, given: tuple, places: Places,
     shape = (query.shape[0], scorer.lists, places.blocks, width)
     order = torch.empty(shape, dtype=torch.int32, device=query.device)
     for first, last in scorer.chunks(places.blocks):
-        steps.choose_into(order, slice(first, last), scorer.of(first, last), count, pick, unit, places)
+        scores = scorer.of(first, last)
+        if of_last is not None and last == places.blocks:
+            scores[:, :, -1] = of_last
+        steps.choose_into(order, slice(first, last), scores, count, pick, unit, places)
     return order, count
 
 
