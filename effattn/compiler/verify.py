@@ -185,7 +185,11 @@ def _compare(expected: Any, actual: Any) -> None:
             continue
         error = (want - got).nan_to_num().abs().max().item()
         limit = TOLERANCES.get(actual_dtype(actual, number), 1e-3) * max(1.0, want.nan_to_num().abs().max().item())
-        if error > limit or not torch.equal(want.isnan(), got.isnan()):
+        if not torch.equal(want.isnan(), got.isnan()):
+            raise VerificationError(
+                f"output {number} of the graph is NaN where the untouched graph is not, or not where it is"
+            )
+        if error > limit:
             raise VerificationError(
                 f"output {number} of the graph differs by {error:.3g} from the untouched graph (limit {limit:.3g})"
             )

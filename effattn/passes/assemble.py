@@ -62,7 +62,7 @@ def assemble(view: GraphView, draft: Draft, order: int) -> Match:
         position = q + Nk - 1  # a decode step without a mask: the query is the last of the keys
     if draft.scores is not None and view.held(draft.scores.node).dtype in (torch.float16, torch.bfloat16):
         shown = sympy.And(*masks.not_lowered(score))
-        if shown != sympy.true and not masks.every_row_sees_a_key(masks.simplify(shown), lengths, position):
+        if shown != sympy.true and not masks.every_row_sees_a_key(masks.simplify(shown), lengths):
             raise Refused(
                 "rows without keys",
                 "a row may attend to nothing, and a large number that is added in half precision takes its digits",
@@ -73,7 +73,6 @@ def assemble(view: GraphView, draft: Draft, order: int) -> Match:
         empty = masks.empty_rows(
             masks.Split(score, predicate, found.fills),
             lengths,
-            position,
             sdpa=draft.zero_when_empty,
             dtype=dtype,
             data=_masks_that_are_data(view, score, draft.reader.loads),

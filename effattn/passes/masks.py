@@ -159,7 +159,7 @@ def _peel_sum(parts: list[_Part]) -> _Part:
 def not_lowered(score) -> list[Any]:
     """Where a score that takes large numbers as summands takes none: half precision loses its digits elsewhere."""
     sums = [term for term in sympy.preorder_traversal(score) if isinstance(term, sympy.Add)]
-    choices = {part for term in sums for part in term.args if isinstance(part, Where)}
+    choices = {choice for term in sums for part in term.args for choice in part.atoms(Where)}
     found: list[Any] = []
     for condition, yes, no in (choice.args for choice in choices):
         if no.is_number and abs(no) > LARGE:
@@ -169,7 +169,7 @@ def not_lowered(score) -> list[Any]:
     return found
 
 
-def empty_rows(found: Split, layout: Layout, position, *, sdpa: bool, dtype: str, data: frozenset[str]) -> EmptyRows:
+def empty_rows(found: Split, layout: Layout, *, sdpa: bool, dtype: str, data: frozenset[str]) -> EmptyRows:
     """What a row that may attend to nothing yields, as the author wrote it.
 
     Args:
@@ -184,10 +184,10 @@ def empty_rows(found: Split, layout: Layout, position, *, sdpa: bool, dtype: str
     masks_by_data = any(load.name in data for load in expr.loads_of(found.score))
     values = {fill.value for fill in found.fills}
     if values <= {INFINITE}:
-        never = not masks_by_data and (not values or every_row_sees_a_key(found.predicate, layout, position))
+        never = not masks_by_data and (not values or every_row_sees_a_key(found.predicate, layout))
         return "never" if never else nothing
     if not masks_by_data:
-        if every_row_sees_a_key(found.predicate, layout, position):
+        if every_row_sees_a_key(found.predicate, layout):
             return "never"
         if len(values) == 1 and all(fill.replaces or _absorbs(fill.value, dtype) for fill in found.fills):
             return "mean"
@@ -218,13 +218,11 @@ def _spelled(fill: Fill) -> str:
     return f"{float(fill.value):.4g}" + ("" if fill.replaces else " added")
 
 
-def every_row_sees_a_key(predicate, layout: Layout, position) -> bool:
-    """Whether a key that each row keeps can be named: the first one, the row's own, or the one at its position."""
+def every_row_sees_a_key(predicate, layout: Layout) -> bool:
+    """Whether a key that each row keeps can be named: the first one, or the row's own, counted from either end."""
     candidates = [sympy.Integer(0)]
     if _at_most(layout.q_len, layout.k_len):
-        candidates.append(q)
-        if position is not None and sympy.expand(position - q - (layout.k_len - layout.q_len)) == 0:
-            candidates.append(position)
+        candidates += [q, q + layout.k_len - layout.q_len]
     return any(simplify(predicate.subs(k, candidate)) == sympy.true for candidate in candidates)
 
 

@@ -98,8 +98,12 @@ def _attention(writer: Writer, choice: Choice, saved: SavedLoads) -> fx.Node:
 
 def _sdpa(writer: Writer, choice: Choice) -> fx.Node:
     site, anchors = choice.match.site, choice.match.anchors
-    kwargs: dict[str, Any] = {"is_causal": site.predicate != sympy.true, "scale": _scale(choice)}
     query, key, value = _operands(writer, anchors)
+    scale = _scale(choice)
+    if not isinstance(scale, float) or scale <= 0:
+        # SDPA fixes a number of the graph, and its kernels mask, and find the largest score, before they scale
+        query, scale = writer.call(operator.mul, query, scale), 1.0
+    kwargs: dict[str, Any] = {"is_causal": site.predicate != sympy.true, "scale": scale}
     if needs_all_heads(site):
         key, value = (writer.method("repeat_interleave", node, site.layout.groups, 1) for node in (key, value))
     elif site.layout.groups > 1:

@@ -21,7 +21,9 @@ class Refusal:
 
 def rows_may_be_empty(case: Case) -> bool:
     """Whether the author's mask, seen without values, may hide a whole row."""
-    return case.core in ("written", "sdpa") and MASKS[case.mask].rows_may_be_empty
+    mask = MASKS[case.mask]
+    not_known_here = "lengths" in mask.data or (mask.at_most and case.shapes != "static")
+    return case.core in ("written", "sdpa") and (mask.rows_may_be_empty or not_known_here)
 
 
 def _fill_rounds(case: Case) -> bool:

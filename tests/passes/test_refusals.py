@@ -222,6 +222,11 @@ def fill_scaled_by_data_in_float16(q, k, v):
     return (scores * q[0, :, :1, :1].half().exp()).softmax(-1) @ v.half()
 
 
+def ten_thousand_added_and_scaled_in_float16(q, k, v):
+    hidden = (torch.arange(N) > torch.arange(N)[:, None] - 3).half() * -10000.0
+    return ((q.half() @ k.half().mT + hidden) / 3.0).softmax(-1) @ v.half()
+
+
 def ten_thousand_added_in_bfloat16(q, k, v):
     q, k, v = (x.bfloat16() for x in (q, k, v))
     seen = (torch.arange(N) < torch.tensor([[N], [0]]))[:, None, None]
@@ -274,6 +279,7 @@ LEFT_ALONE = {
     live_dropout: "attention dropout p=0.5 is live",
     live_dropout_in_sdpa: "attention dropout p=0.5 is live",
     fill_scaled_by_data_in_float16: "a fill value is scaled by data in float16",
+    ten_thousand_added_and_scaled_in_float16: "a row may attend to nothing, and a large number",
     ten_thousand_added_in_bfloat16: "a row may attend to nothing, and a large number",
     fills_of_two_kinds: "a row may attend to nothing",
 }

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from compiled import compiled
 
+from effattn.compiler.backend import effattn
+
 B, H, N, D = 2, 3, 17, 16
 
 
@@ -199,6 +201,41 @@ def test_batch_and_heads_are_told_apart_in_one_dimension(qkv, batch, predicate):
     (site,) = report.sites
     assert site.predicate == predicate
     assert f"B {batch}, heads {H}/1" in site.layout
+
+
+class Scaled(torch.nn.Module):
+    """Its scale is a number that Dynamo keeps as a constant, or as a symbol once it has changed."""
+
+    def __init__(self, scale):
+        super().__init__()
+        self.scale = scale
+
+    def forward(self, q, k, v):
+        mask = torch.full((q.shape[2], k.shape[2]), float("-inf")).triu(1)
+        return (q @ k.mT * self.scale + mask).softmax(-1) @ v
+
+
+@pytest.mark.parametrize("scale", [0.3, -0.3])
+def test_kernels_that_mask_before_they_scale_get_a_positive_scale(scale, qkv):
+    report, _ = compiled(Scaled(scale), *qkv)
+    assert report.sites[0].predicate == "k <= q"
+    assert f"scale = {scale if scale > 0 else 1.0}" in report.graph()
+
+
+def test_a_scale_that_changes_is_no_constant(qkv):
+    torch._dynamo.reset()
+    graphs = []
+
+    def backend(gm, inputs):
+        graphs.append(effattn(gm, inputs, options={"rest": "eager", "strict": True}))
+        return graphs[-1]
+
+    model = Scaled(0.3)
+    fast = torch.compile(model, backend=backend)
+    for scale, compilations in ((0.3, 1), (0.7, 2), (0.9, 2), (-0.2, 2), (0.0, 2)):
+        model.scale = scale
+        torch.testing.assert_close(fast(*qkv), model(*qkv), rtol=2e-5, atol=2e-5)
+        assert len(graphs) == compilations
 
 
 CAUSAL = [boolean_causal, triu_of_inf, in_place, masked_in_place, baddbmm_alibi, sdpa, sdpa_3d]
