@@ -121,7 +121,11 @@ def _run(trial: Trial, built: Built, seen: Built) -> None:
         with flex_without_compiler():
             expected, _ = _uncompiled(call)
     executed = Executed(count_inductor=(trial.attention, trial.setting) == ("eager", "whole"))
-    actual = _compiled(call, executed.backend)
+    try:
+        actual = _compiled(call, executed.backend)
+    except Exception:
+        _check_compiles(call)
+        raise
     executed.fill(trial)
     trial.difference = _rounded(largest_difference(actual, expected))
     if not trial.difference <= TOLERANCE:
@@ -134,6 +138,14 @@ def _compiled(call: Call, backend: Any) -> Any:
     torch._dynamo.reset()
     with torch.no_grad(), torch._dynamo.config.patch(recompile_limit=MOST_COMPILATIONS):
         return _called(call, torch.compile(call.target, backend=backend))
+
+
+def _check_compiles(call: Call) -> None:
+    """Raises: NotBuilt: torch.compile cannot do it whatever the backend."""
+    try:
+        _compiled(call, "eager")
+    except Exception as error:
+        raise NotBuilt(f'with backend "eager": {_told(error)}') from error
 
 
 def _rounded(difference: float) -> float:
