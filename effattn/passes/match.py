@@ -18,7 +18,7 @@ from torch import fx
 from effattn.ir import expr
 from effattn.ir.expr import Where, b, h, k, q, s
 from effattn.ir.site import Refusal
-from effattn.passes.assemble import assemble, location, module_path
+from effattn.passes.assemble import assemble
 from effattn.passes.contraction import Contraction, contraction
 from effattn.passes.draft import FOUND_AS, NOT_ATTENTION, Draft, Match, Missed, Refused, require_fixed
 from effattn.passes.flex import from_flex
@@ -37,6 +37,7 @@ from effattn.passes.products import (
     traced,
     value_of,
 )
+from effattn.passes.provenance import location, module_path
 from effattn.passes.reading import LoadSource, Reader
 from effattn.passes.reading.elementwise import aligned, is_dead_dropout
 from effattn.passes.reading.reader import Unreadable

@@ -18,12 +18,13 @@ from torch.fx.experimental.symbolic_shapes import guard_or_false
 
 from effattn.ir.expr import Where, b, h, k, q, s
 from effattn.ir.site import Stage
-from effattn.passes.assemble import assemble, location, module_path
+from effattn.passes.assemble import assemble
 from effattn.passes.blocks import Block, NoLoop, find_loops, linked
 from effattn.passes.draft import Draft, Missed, Refused
 from effattn.passes.graph import GraphView, as_sympy, hint
 from effattn.passes.match_linear import LinearMatch, Loop, finished
 from effattn.passes.operands import Operand, depth
+from effattn.passes.provenance import location, module_path
 from effattn.passes.reading.decay import DecayReader
 from effattn.passes.reading.reader import Unreadable
 

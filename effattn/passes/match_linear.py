@@ -14,11 +14,12 @@ import sympy
 from torch import fx
 
 from effattn.ir.expr import k, q, s
-from effattn.passes.assemble import MAX_TERMS, assemble, location, module_path
+from effattn.passes.assemble import assemble
 from effattn.passes.contraction import Contraction, contraction
 from effattn.passes.draft import Draft, Match, Missed, Refused
 from effattn.passes.graph import GraphView
 from effattn.passes.linear_terms import LinearTerm, NotLinear, interpret, plain_loads, written
+from effattn.passes.meaning import MAX_TERMS
 from effattn.passes.normaliser import divided, divided_later
 from effattn.passes.operands import depth, row
 from effattn.passes.products import (
@@ -32,6 +33,7 @@ from effattn.passes.products import (
     traced,
     value_of,
 )
+from effattn.passes.provenance import location, module_path
 from effattn.passes.reading import Reader
 from effattn.passes.reading.decay import DecayReader
 from effattn.passes.reading.reader import Unreadable

@@ -13,11 +13,11 @@ import torch.nn.functional as F
 from torch import fx
 
 from effattn.passes import multihead
-from effattn.passes.assemble import location, module_path
 from effattn.passes.draft import Missed, Refused
 from effattn.passes.erase import erase_orphans, erase_unused_weights
 from effattn.passes.graph import GraphView
 from effattn.passes.insert import Inserter
+from effattn.passes.provenance import location, module_path
 
 # a function that Dynamo keeps whole -> what writes it out and gives its users the parts
 RULES: dict[Any, Callable[[Inserter, fx.Node], None]] = {
