@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import sympy
@@ -72,7 +73,13 @@ def traced(
     return found
 
 
-def note_folding(operands: list[Operand], notes: list[str]) -> None:
+def folded_alike(view: GraphView, read: Callable[[bool], tuple[Any, ...]]) -> tuple[Any, ...]:
+    """What ``read(whole)`` gives, query, key and value first: heads are folded back if they can be in key and value."""
+    found = read(False)
+    return found if found[1].heads_in(view) == found[2].heads_in(view) else read(True)
+
+
+def note_folding(operands: Sequence[Operand], notes: list[str]) -> None:
     if any(what in operand.folded for operand in operands[1:] for what in ("expand", "repeat_interleave")):
         notes.append("grouped heads folded back: key and value are not expanded")
     if any("scale" in operand.folded for operand in operands):

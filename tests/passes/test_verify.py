@@ -12,7 +12,7 @@ from compiled import compiled
 
 from effattn.errors import VerificationError
 from effattn.ir import expr
-from effattn.passes import masks, match
+from effattn.passes import masks, match_softmax
 from effattn.passes.reading import elementwise, reader
 
 B, H, N, D = 2, 4, 13, 8
@@ -131,7 +131,7 @@ def test_it_notices(name, swap):
 
 
 def test_heads_and_batch_mixed_up(swap):
-    original = match.traced
+    original = match_softmax.traced
 
     def mixed_up(view, node, index, time, name, *more):
         found = original(view, node, index, time, name, *more)
@@ -143,7 +143,7 @@ def test_heads_and_batch_mixed_up(swap):
 
     given = [x[:, :B] for x in qkv()]  # as many heads as sequences
     compiled(function, *given)
-    swap(match, "traced", mixed_up)
+    swap(match_softmax, "traced", mixed_up)
     with pytest.raises(VerificationError, match="output 0"):
         compiled(function, *given)
 

@@ -1,0 +1,147 @@
+"""From a softmax to a draft: scores are read down to the product of query and key, weights followed to value."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import sympy
+from torch import fx
+
+from effattn.ir.expr import b, h, k, q, s
+from effattn.passes.contraction import Contraction
+from effattn.passes.draft import FOUND_AS, Draft, Refused
+from effattn.passes.graph import GraphView
+from effattn.passes.operands import depth, heads_beside_batch, row
+from effattn.passes.products import (
+    batch_index,
+    folded_alike,
+    note_folding,
+    operand_index,
+    query_key_product,
+    reader_for,
+    scores_at,
+    sides,
+    traced,
+    value_of,
+)
+from effattn.passes.reading import LoadSource, Reader
+from effattn.passes.sink_column import Scores, require_plain, scores_of
+from effattn.passes.vocabulary import Call
+from effattn.passes.weights import follow_weights
+
+NOT_APART = "heads apart"  # the rule that scores fail in which batch and heads are not one dimension
+
+
+def with_heads_apart(view: GraphView, call: Call, readers: dict[tuple, Reader]) -> Draft:
+    """A softmax over scores [B * H, Nq, Nk], batch and heads told apart by what query or key were before.
+
+    Raises: Refused: also where the scores have another shape, or nothing tells them apart.
+    """
+    return from_softmax(view, call, readers, apart=True)
+
+
+def from_softmax(
+    view: GraphView, call: Call, readers: dict[tuple, Reader], apart: bool = False, mask_is_data: bool = False
+) -> Draft:
+    """``apart``: batch and heads are one dimension. ``mask_is_data``: what is added last is not looked into."""
+    scores = call.get("input")
+    if not isinstance(scores, fx.Node) or view.tensor(scores) is None or not isinstance(call.get("dim"), int):
+        raise Refused("arguments", "softmax without a constant dim over a tensor")
+    shape, time = view.shape(scores), view.time[call.node]
+    dim = call.get("dim") % len(shape)
+    found = scores_of(view, call, dim)
+    scores, shape, time = found.node, view.shape(found.node), found.time
+    if apart and len(shape) != 3:
+        raise Refused(NOT_APART, "batch and heads are not one dimension")
+    product, q_dim = query_key_product(view, readers, scores, shape, dim, time)
+    rest = [n for n in range(len(shape)) if n not in (dim, q_dim)]
+    if apart:
+        heads = _heads_beside_batch(view, readers, found, (dim, q_dim), product)
+        batch = sympy.cancel(shape[rest[0]] / heads)
+        leading = (h if batch == 1 else b * heads + h,)
+    else:
+        leading, batch, heads = batch_index(tuple(shape[n] for n in rest))
+    index: list[Any] = [None] * len(shape)
+    for n, entry in zip(rest, leading, strict=True):
+        index[n] = entry
+    index[q_dim], index[dim] = q, k
+    q_len, k_len = shape[q_dim], shape[dim]
+    reader = reader_for(view, readers, True, batch, heads, q_len, k_len)
+    term, inside = scores_at(view, reader, scores, tuple(index), time, product, mask_is_data)
+
+    roles = sides(product, inside)
+    if roles is None:
+        raise Refused("product", "query and key cannot be told apart in the product before softmax")
+    if found.sink is not None:
+        require_plain(tuple(index), (b, h, q, k))
+    weights = follow_weights(view, call.node, tuple(index), reader, found.sink is not None)
+    replaced, value_product, placed, zeroed = weights
+    head_dim, dtype = view.shape(product.left)[product.left_labels.index(product.summed)], view.held(replaced).dtype
+
+    def read(whole: bool) -> tuple[Any, ...]:
+        operands = []
+        for name, side, length, free in (("query", roles[0], q_len, q), ("key", roles[1], k_len, k)):
+            node, labels = product.operand(side)
+            at = dict(zip(product.out_labels, inside, strict=True))
+            entries = operand_index(view, node, labels, {**at, product.summed: depth}, {free: row})
+            sizes = (batch, heads, length, head_dim)
+            operands.append(traced(view, node, entries, view.time[product.node], name, sizes, dtype, whole))
+        return *operands, *value_of(view, value_product, placed, (batch, heads, k_len), whole)
+
+    *operands, out_index, value_dim = folded_alike(view, read)
+    term = term.subs(s, operands[0].factor * operands[1].factor * s)
+    notes: list[str] = []
+    note_folding(operands, notes)
+    if view.held(product.node).dtype == view.held(replaced).dtype != view.held(product.left).dtype:
+        notes.append("autocast")
+    if found.sink is not None:
+        notes.append("a sink takes part in the softmax: the result is multiplied by sigmoid(lse - sink)")
+    return Draft(
+        anchor=call.node,
+        replaced=replaced,
+        found_as=call.node.meta.get(FOUND_AS, "softmax"),
+        query=operands[0],
+        key=operands[1],
+        value=operands[2],
+        batch=batch,
+        heads=heads,
+        q_len=q_len,
+        k_len=k_len,
+        head_dim=head_dim,
+        value_dim=value_dim,
+        term=term,
+        scores_index=tuple(index),
+        out_index=out_index,
+        reader=reader,
+        zero_when_empty=False,
+        nan_when_empty=view.call(call.node) != call and not found.shifted,
+        scores=LoadSource(found.node, found.time),
+        sink=found.sink,
+        zeroed=zeroed,
+        notes=notes,
+    )
+
+
+def _heads_beside_batch(
+    view: GraphView, readers: dict, found: Scores, dims: tuple[int, int], product: Contraction
+) -> Any:
+    """How many heads the one leading dimension of the scores holds.
+
+    Raises: Refused: no view of query or key tells.
+    """
+    shape, (dim, q_dim) = view.shape(found.node), dims
+    (leading,) = (n for n in range(3) if n not in dims)
+    index = [b, b, b]
+    index[q_dim], index[dim] = q, k
+    size, q_len, k_len = shape[leading], shape[q_dim], shape[dim]
+    reader = reader_for(view, readers, True, size, sympy.Integer(1), q_len, k_len)
+    _, inside = scores_at(view, reader, found.node, tuple(index), found.time, product)
+    at = dict(zip(product.out_labels, inside, strict=True))
+    bounds = Reader(view, {b: size, h: sympy.Integer(1), q: q_len, k: k_len})
+    for side in ("left", "right"):
+        node, labels = product.operand(side)
+        entries = operand_index(view, node, labels, {**at, product.summed: depth}, {})
+        heads = heads_beside_batch(view, bounds, node, entries, view.held(node).dtype)
+        if heads is not None and sympy.cancel(size / heads).is_integer:
+            return sympy.Integer(heads)
+    raise Refused(NOT_APART, "nothing tells batch and heads apart")
