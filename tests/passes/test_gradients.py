@@ -1,0 +1,123 @@
+"""Gradients flow and stop where the author lets them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from compiled import compiled
+from small import INF, B, D, H, N, qkv
+
+
+def detached_weights(q, k, v):
+    return (q @ k.mT).softmax(-1).detach() @ v
+
+
+def detached_scores(q, k, v):
+    return (q @ k.mT).detach().softmax(-1) @ v
+
+
+def detached_key(q, k, v):
+    return (q @ k.detach().mT * 0.5).softmax(-1) @ v
+
+
+def weights_without_gradient(q, k, v):
+    with torch.no_grad():
+        weights = (q @ k.mT).softmax(-1)
+    return weights @ v
+
+
+def query_without_gradient(q, k, v):
+    with torch.no_grad():
+        scaled = q * 0.5
+    return (scaled @ k.mT).softmax(-1) @ v
+
+
+def all_without_gradient(q, k, v):
+    with torch.no_grad():
+        out = (q @ k.mT).softmax(-1) @ v
+    return out + v
+
+
+def learned_bias(q, k, v):
+    return (q @ k.mT + v[:, :, :, :1]).softmax(-1) @ v
+
+
+def learned_scale(q, k, v):
+    return (q @ k.mT * k[0, 0, 0, 0]).softmax(-1) @ v
+
+
+def score_twice(q, k, v):
+    scores = q @ k.mT
+    return (scores + scores.detach()).softmax(-1) @ v
+
+
+def soft_cap_and_causal(q, k, v):
+    scores = torch.tanh(q @ k.mT / 4) * 4
+    return scores.masked_fill(torch.ones(N, N).triu(1) > 0, -INF).softmax(-1) @ v
+
+
+def shared_heads(q, k, v):
+    return (q @ k[:, :1].expand(B, H, N, D).mT).softmax(-1) @ v[:, :1].expand(B, H, N, D)
+
+
+def result_changed_in_place(q, k, v):
+    """A product does not need its result for the gradient; attention does."""
+    out = (q @ k.mT * 0.5).softmax(-1) @ v
+    out += 1
+    out.transpose(1, 2)[:, 0] = 0
+    return out
+
+
+def result_of_a_mask_changed_in_place(q, k, v):
+    scores = (q @ k.mT).masked_fill(torch.arange(N) > torch.arange(N)[:, None] + 2, -INF)
+    return (scores.softmax(-1) @ v).mul_(q)
+
+
+GRADIENTS = [
+    (result_changed_in_place, None),
+    (result_of_a_mask_changed_in_place, None),
+    (detached_weights, "detach stops the gradient between softmax and value"),
+    (detached_scores, "detach stops the gradient between the product of query and key and softmax"),
+    (detached_key, None),
+    (weights_without_gradient, ""),
+    (query_without_gradient, None),
+    (all_without_gradient, None),
+    (learned_bias, ""),
+    (learned_scale, ""),
+    (score_twice, ""),
+    (soft_cap_and_causal, None),
+    (shared_heads, None),
+]
+
+
+@pytest.mark.parametrize(("function", "reason"), GRADIENTS, ids=[function.__name__ for function, _ in GRADIENTS])
+def test_gradients(function, reason):
+    from effattn.compiler.backend import effattn
+
+    report, _ = compiled(function, *[x.requires_grad_() for x in qkv()], verify=False)
+    if reason:
+        assert reason in report.missed[0].reason
+    if reason is None:
+        assert report.missed == []
+
+    torch._dynamo.reset()
+    fast = torch.compile(function, backend=lambda gm, given: effattn(gm, given, options={"rest": "eager"}))
+    grads = []
+    for run in (function, fast):
+        given = [x.requires_grad_() for x in qkv()]
+        out = run(*given)
+        (out * torch.linspace(-1, 1, out.numel()).view_as(out)).sum().backward()
+        grads.append([x.grad for x in given])
+    for actual, expected in zip(grads[1], grads[0], strict=True):
+        assert (actual is None) == (expected is None)
+        if actual is not None:
+            torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_symbolic_heads_are_left_alone():
+    """``dynamic=True`` makes heads and head_dim of a function's arguments symbolic too."""
+    report, _ = compiled(lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True), *qkv(), dynamic=True)
+    assert [missed.reason for missed in report.missed] == ["the number of heads or head_dim is a symbolic size"]
+    report, _ = compiled(lambda q, k, v: (q @ k.mT).softmax(-1) @ v, *qkv(), dynamic=True)
+    assert [missed.reason for missed in report.missed] == ["the number of heads or head_dim is a symbolic size"]

@@ -1,0 +1,158 @@
+"""A row that may attend to nothing gives what the author's arithmetic gives, or is left alone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from compiled import compiled
+from small import INF, MIN, N, qkv
+
+EMPTY = torch.arange(N) < torch.tensor([[N], [0]])  # nothing to see in the second sequence
+
+
+def bool_in_sdpa(q, k, v, seen):
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=seen[:, None, None, :])
+
+
+def infinity_in_sdpa(q, k, v, seen):
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=torch.where(seen, 0.0, -INF)[:, None, None, :])
+
+
+def lowest_in_sdpa(q, k, v, seen):
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=torch.where(seen, 0.0, MIN)[:, None, None, :])
+
+
+def infinity_filled(q, k, v, seen):
+    return (q @ k.mT).masked_fill(~seen[:, None, None, :], -INF).softmax(-1) @ v
+
+
+def infinity_added(q, k, v, seen):
+    return (q @ k.mT + torch.where(seen, 0.0, -INF)[:, None, None, :]).softmax(-1) @ v
+
+
+def lowest_filled(q, k, v, seen):
+    return (q @ k.mT).masked_fill(~seen[:, None, None, :], MIN).softmax(-1) @ v
+
+
+def lowest_added(q, k, v, seen):
+    return (q @ k.mT + torch.where(seen, 0.0, MIN)[:, None, None, :]).softmax(-1) @ v
+
+
+def billion_filled_and_divided_by_hand(q, k, v, seen):
+    e = (q @ k.mT).masked_fill(~seen[:, None, None], -1e9).exp()
+    return e / e.sum(-1, keepdim=True) @ v
+
+
+def billion_filled_and_shifted_by_hand(q, k, v, seen):
+    scores = (q @ k.mT).masked_fill(~seen[:, None, None], -1e9)
+    e = (scores - scores.amax(-1, keepdim=True)).exp()
+    return e / e.sum(-1, keepdim=True) @ v
+
+
+def billion_filled_and_shifted(q, k, v, seen):
+    scores = (q @ k.mT).masked_fill(~seen[:, None, None], -1e9)
+    return (scores - scores.max(-1, keepdim=True).values).softmax(-1) @ v
+
+
+def billion_filled(q, k, v, seen):
+    return (q @ k.mT).masked_fill(~seen[:, None, None, :], -1e9).softmax(-1) @ v
+
+
+def billion_added(q, k, v, seen):
+    return (q @ k.mT + torch.where(seen, 0.0, -1e9)[:, None, None, :]).softmax(-1) @ v
+
+
+def billion_added_and_cast(q, k, v, seen):
+    mask = (1 - seen[:, None, None, :].to(q.dtype)) * -1e9
+    return (mask + q @ k.mT).float().softmax(-1).to(q.dtype) @ v
+
+
+def billion_added_in_place(q, k, v, seen):
+    """As LongT5: a bias of positions and a mask in one, added in place."""
+    bias = torch.arange(N) * 0.1 - torch.arange(N)[:, None] * 0.2 + torch.where(seen, 0.0, -1e9)[:, None, None, :]
+    scores = (q @ k.mT) * 0.3
+    scores += bias
+    return scores.float().softmax(-1) @ v
+
+
+def billion_added_twice(q, k, v, seen):
+    scores = q @ k.mT + torch.full((N, N), -1e9).triu(1)
+    return (scores + torch.where(seen, 0.0, -1e9)[:, None, None, :]).softmax(-1) @ v
+
+
+def lowest_of_half(q, k, v, seen):
+    return (q @ k.mT).masked_fill(~seen[:, None, None, :], torch.finfo(q.dtype).min).softmax(-1) @ v
+
+
+def lowest_of_float_in_half(q, k, v, seen):
+    mask = torch.where(seen, 0.0, MIN).to(q.dtype)[:, None, None, :]
+    return (q @ k.mT + mask).softmax(-1) @ v
+
+
+def lowest_filled_and_added(q, k, v, seen):
+    """As GPT-2 was written: a row that sees nothing takes the mean of what only one of its masks hides."""
+    scores = torch.where(torch.ones(N, N).tril() > 0, q @ k.mT, MIN)
+    return (scores + torch.where(seen, 0.0, MIN)[:, None, None, :]).softmax(-1) @ v
+
+
+def billion_filled_and_added(q, k, v, seen):
+    scores = torch.where(torch.ones(N, N).tril() > 0, q @ k.mT, -1e9)
+    return (scores + torch.where(seen, 0.0, -1e9)[:, None, None, :]).softmax(-1) @ v
+
+
+def infinite_data(q, k, v, seen):
+    return (q @ k.mT + seen[:, None, None, :]).softmax(-1) @ v
+
+
+def infinite_data_in_sdpa(q, k, v, seen):
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=seen[:, None, None, :])
+
+
+def is_the_data_infinite(q, k, v, seen):
+    return (q @ k.mT).masked_fill((seen == -INF)[:, None, None, :], MIN).softmax(-1) @ v
+
+
+ROWS = [
+    (bool_in_sdpa, "zero", EMPTY, torch.float32),
+    (infinity_in_sdpa, "zero", EMPTY, torch.float32),
+    (lowest_in_sdpa, "mean", EMPTY, torch.float32),
+    (infinity_filled, "nan", EMPTY, torch.float32),
+    (infinity_added, "nan", EMPTY, torch.float32),
+    (lowest_filled, "mean", EMPTY, torch.float32),
+    (lowest_added, "mean", EMPTY, torch.float32),
+    (billion_filled, "mean", EMPTY, torch.float32),
+    (billion_filled_and_divided_by_hand, "nan", EMPTY, torch.float32),
+    (billion_filled_and_shifted_by_hand, "mean", EMPTY, torch.float32),
+    (billion_filled_and_shifted, "mean", EMPTY, torch.float32),
+    (billion_added, "nan", EMPTY, torch.float32),  # a mean, as the numbers themselves give
+    (billion_added_and_cast, "nan", EMPTY, torch.float32),
+    (billion_added_and_cast, None, EMPTY, torch.bfloat16),
+    (billion_added_in_place, "nan", EMPTY, torch.float32),
+    (billion_added_twice, None, EMPTY, torch.float32),
+    (lowest_filled_and_added, "nan", EMPTY, torch.float32),
+    (lowest_filled_and_added, "nan", torch.arange(N) >= torch.tensor([[0], [5]]), torch.float32),
+    (billion_filled_and_added, None, EMPTY, torch.float32),
+    (lowest_of_half, "mean", EMPTY, torch.float16),
+    (lowest_of_half, "mean", EMPTY, torch.bfloat16),
+    (lowest_of_float_in_half, "nan", EMPTY, torch.float16),  # the lowest float32 is -inf in half precision
+    (lowest_of_float_in_half, "nan", EMPTY, torch.bfloat16),
+    (infinite_data, "nan", torch.where(EMPTY, 0.0, -INF), torch.float32),
+    (infinite_data, "nan", torch.where(EMPTY, 0.0, MIN), torch.float32),  # a mean, as the numbers themselves give
+    (infinite_data_in_sdpa, "zero", torch.where(EMPTY, 0.0, -INF), torch.float32),
+    (infinite_data_in_sdpa, "zero", torch.where(EMPTY, 0.0, MIN), torch.float32),
+    (is_the_data_infinite, "mean", torch.where(EMPTY, 0.0, -INF), torch.float32),
+]
+
+
+@pytest.mark.parametrize(
+    ("function", "rows", "seen", "dtype"), ROWS, ids=lambda value: getattr(value, "__name__", str(value)[:14])
+)
+def test_rows_without_keys(function, rows, seen, dtype):
+    given = [x.to(dtype) for x in qkv()]
+    tolerance = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}[dtype]
+    report, _ = compiled(function, *given, seen, tolerance=tolerance)
+    if rows is None:
+        assert "a row may attend to nothing" in report.missed[0].reason
+    else:
+        assert [site.empty_rows for site in report.sites] == [rows], report.missed
