@@ -171,3 +171,16 @@ RIGHT = [
 def test_found_and_right(function):
     report, _ = compiled(function, *qkv(), tolerance=1e-2 if "float32" in function.__name__ else 2e-5)
     assert len(report.sites) == 1, report.missed
+
+
+def test_the_last_rows_see_themselves_wherever_they_stand():
+    """Positions are data, but a row's own key is its own whatever they hold: no row is empty."""
+
+    def call(q, k, v, places):
+        hidden = (places[:, None, :] > places[:, -q.shape[2] :, None])[:, None]
+        q, k, v = q.bfloat16(), k.bfloat16(), v.bfloat16()
+        return (q @ k.mT + hidden.to(q.dtype) * -10000.0).softmax(-1) @ v
+
+    q, k, v = qkv()
+    report, _ = compiled(call, q[:, :, :4], k, v, torch.arange(N).repeat(B, 1) + 7, tolerance=2e-2)
+    assert len(report.sites) == 1, report.missed
