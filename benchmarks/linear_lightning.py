@@ -147,8 +147,8 @@ def run(argv: list[str] | None) -> int:
                 sweep(suite, given, case)
         suite.bar(case, EFFATTN, FLA, 0.8)
     lengths = options.both_lengths or (TINY_BOTH if options.tiny else BOTH_LENGTHS)
-    ways = {name: partial(with_gradients, build) for name, build in {**peers, EFFATTN: ours}.items()}
-    for name, way in ({**ways, GRAPH: partial(captured, ours)} if on_gpu else ways).items():
+    ways = {EFFATTN: partial(with_gradients, ours)} | ({GRAPH: partial(captured, ours)} if on_gpu else {})
+    for name, way in (ways | {name: partial(with_gradients, build) for name, build in peers.items()}).items():
         case = f"forward and backward, {name}"
         for length in lengths:
             given = inputs(options, sizes, length, True)
