@@ -24,7 +24,7 @@ from effattn.runtime.attend import triton_is_importable
 
 Route = Literal["keep", "sdpa", "op", "linear"]
 SDPA_MAX_HEAD_DIM = 256  # beyond it SDPA has no kernel that avoids N x N scores
-GROUPED_ONLY_IN_HALF = ("cuda",)  # where no kernel of SDPA that avoids them takes grouped heads in float32
+GROUPED_ONLY_IN_HALF = ("cuda",)  # devices whose fast kernels of SDPA take grouped heads only in half precision
 SDPA_MAX_HEADS = 65535  # its kernels are launched with heads as the second or third dimension of a grid
 
 

@@ -8,7 +8,7 @@ import sympy
 from torch import fx
 
 from effattn.ir.expr import b, h, k, q, s
-from effattn.passes.contraction import Contraction
+from effattn.passes.contraction import Contraction, contraction
 from effattn.passes.draft import FOUND_AS, Draft, Refused
 from effattn.passes.graph import GraphView
 from effattn.passes.operands import depth, heads_beside_batch, row
@@ -74,8 +74,7 @@ def from_softmax(
         raise Refused("product", "query and key cannot be told apart in the product before softmax")
     if found.sink is not None:
         require_plain(tuple(index), (b, h, q, k))
-    weights = follow_weights(view, call.node, tuple(index), reader, found.sink is not None)
-    replaced, value_product, placed, zeroed = weights
+    replaced, value_product, placed, zeroed = _to_value(view, call, tuple(index), reader, found.sink is not None)
     head_dim, dtype = view.shape(product.left)[product.left_labels.index(product.summed)], view.held(replaced).dtype
 
     def read(whole: bool) -> tuple[Any, ...]:
@@ -97,7 +96,7 @@ def from_softmax(
     if found.sink is not None:
         notes.append("a sink takes part in the softmax: the result is multiplied by sigmoid(lse - sink)")
     return Draft(
-        anchor=call.node,
+        anchor=call.get("read_by") if call.get("product") is not None else call.node,
         replaced=replaced,
         found_as=call.node.meta.get(FOUND_AS, "softmax"),
         query=operands[0],
@@ -120,6 +119,15 @@ def from_softmax(
         zeroed=zeroed,
         notes=notes,
     )
+
+
+def _to_value(view: GraphView, call: Call, index: tuple, reader: Reader, sink: bool):
+    """As :func:`follow_weights`; where the sum divides the product, the quotient is what is replaced."""
+    if (product := call.get("product")) is None:
+        return follow_weights(view, call.node, index, reader, sink)
+    if sink:
+        raise Refused("sink", "the product with value is divided by a sum that holds a sink")
+    return call.node, contraction(view, product), (call.get("weights"), index), ()
 
 
 def _heads_beside_batch(

@@ -30,7 +30,7 @@ def divided(view: GraphView, weights: fx.Node, dim: int, time: int) -> tuple[fx.
             continue
         if call.name == "div" and isinstance(call.get("input"), fx.Node):
             above = call.get("input")
-            eps = sum_of(view, call.get("other"), above, dim)
+            eps = sum_of(view, call.get("other"), above, dim, view.time[node])
             if eps is not None:
                 return above, eps, view.time[node]
         break
@@ -48,7 +48,7 @@ def divided_later(view: GraphView, product: Contraction, side: str) -> tuple[fx.
     call = view.call(user)
     if call is None or call.name != "div" or call.get("input") is not product.node or view.writes(user):
         return None
-    eps = sum_of(view, call.get("other"), weights, place)
+    eps = sum_of(view, call.get("other"), weights, place, view.time[user])
     return None if eps is None else (user, eps)
 
 
@@ -56,13 +56,16 @@ def is_dead(call: Any) -> bool:
     return call.name == "dropout" and is_dead_dropout(call)
 
 
-def sum_of(view: GraphView, divisor: Any, weights: fx.Node, dim: int) -> float | None:
-    """eps where ``divisor`` is the sum of ``weights`` over ``dim`` plus eps, with that dimension kept; else None."""
+def sum_of(view: GraphView, divisor: Any, weights: fx.Node, dim: int, time: int) -> float | None:
+    """eps where ``divisor``, read at ``time``, is the sum of ``weights`` plus eps, with the dimension ``dim`` kept.
+
+    None where it is not, or where the gradient stops on the way.
+    """
     eps = 0.0
     rank = len(view.shape(weights))
     kept = False
     while isinstance(divisor, fx.Node) and (call := view.call(divisor)) is not None:
-        if view.writes(divisor):
+        if view.writes(divisor) or view.cuts_gradient(divisor, time):
             return None
         source = call.get("input")
         if call.name == "add" and not kept and call.get("alpha", 1) == 1:

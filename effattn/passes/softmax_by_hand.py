@@ -1,5 +1,7 @@
 """A softmax that the author wrote out: ``exp(x - max) / sum(exp(x - max))``, or ``exp(x - logsumexp(x))``.
 
+The division may also come after the product with value.
+
 It is the anchor of an attention like any other softmax. Without the shift by the largest, a row of which every key is
 masked is 0 / 0 whatever number masks; and where exp() leaves the range of its type, the author's result is not finite,
 and ours is.
@@ -7,8 +9,10 @@ and ours is.
 
 from __future__ import annotations
 
+import torch
 from torch import fx
 
+from effattn.passes.contraction import contraction
 from effattn.passes.graph import GraphView
 from effattn.passes.normaliser import sum_of
 from effattn.passes.vocabulary import Call, one_dim
@@ -24,22 +28,53 @@ def written_softmax(view: GraphView, call: Call) -> Call | None:
 
 
 def _quotient(view: GraphView, call: Call) -> Call | None:
-    """``e / e.sum(dim, keepdim=True)`` with ``e = exp(x)``."""
+    """``e / e.sum(dim, keepdim=True)`` with ``e = exp(x)``, or the same after the product: ``(e @ v) / e.sum(...)``."""
     above, divisor = call.get("input"), call.get("other")
-    exponential = view.call(above)
-    if exponential is None or exponential.name != "exp" or view.writes(above) or not isinstance(divisor, fx.Node):
+    if call.get("rounding_mode") is not None or not all(isinstance(node, fx.Node) for node in (above, divisor)):
         return None
-    if call.get("rounding_mode") is not None:
+    product = contraction(view, above)
+    if product is None:
+        return _of_exponential(view, call, above)
+    for side in ("left", "right"):
+        weights, labels = product.operand(side)
+        # the divisor has one number for each row of the product, if rows are placed alike in both
+        if labels[-1] == product.summed and product.out_labels[:-1] == labels[:-1]:
+            return _divided_later(view, call, product.node, weights)
+    return None
+
+
+def _of_exponential(view: GraphView, call: Call, above: fx.Node) -> Call | None:
+    exponential, divisor, end = view.call(above), call.get("other"), view.time[call.node]
+    if exponential is None or exponential.name != "exp" or view.writes(above):
         return None
-    scores, (start, end) = exponential.get("input"), (view.time[above], view.time[call.node])
+    scores, start = exponential.get("input"), view.time[above]
     if not isinstance(scores, fx.Node) or view.writes_between(scores, start, end):
         return None
     if view.writes_between(above, start, end):
         return None
     for dim in range(len(view.shape(above))):
-        if sum_of(view, divisor, above, dim) == 0:
+        if sum_of(view, divisor, above, dim, end) == 0:
             return Call("softmax", call.node, {"input": scores, "dim": dim, "read_by": above})
     return None
+
+
+def _divided_later(view: GraphView, call: Call, product: fx.Node, weights: fx.Node) -> Call | None:
+    """``product`` is that of ``weights``, cast or not, and value; nobody else may read any of what lies between."""
+    chain, node = [product], weights
+    while (cast := view.call(node)) is not None and (cast.name == "to" or cast.name.startswith("cast_")):
+        chain.append(node)
+        node = cast.get("input")
+    end = view.time[call.node]
+    if any(view.writes(link) or view.cuts_gradient(link, end) for link in chain):
+        return None
+    if any(view.held(link).dtype not in (torch.float32, torch.float16, torch.bfloat16) for link in chain):
+        return None
+    found = _of_exponential(view, call, node)
+    if found is None or found.get("dim") != len(view.shape(node)) - 1:
+        return None
+    if len(node.users) != 2 or any(len(link.users) != 1 for link in (*chain, call.get("other"))):
+        return None
+    return Call(found.name, call.node, {**found.args, "product": product, "weights": weights})
 
 
 def _difference(view: GraphView, call: Call) -> Call | None:

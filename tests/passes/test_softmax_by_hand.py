@@ -37,6 +37,39 @@ def logsumexp(q, k, v):
     return torch.exp(scores - scores.logsumexp(-1, True)) @ v
 
 
+def divided_after_the_product(q, k, v):
+    scores = q @ k.mT
+    weights = torch.exp(scores - scores.amax(-1, keepdim=True))
+    return (weights @ v) / weights.sum(-1, keepdim=True)
+
+
+def divided_after_a_cast(q, k, v):
+    scores = (q @ k.mT).masked_fill(torch.ones(N, N).triu(1) > 0, -torch.inf).float()
+    weights = torch.exp(scores - scores.amax(-1, keepdim=True))
+    return torch.einsum("bhqk,bhkd->bhqd", weights.to(v.dtype), v).div(weights.sum(-1)[..., None])
+
+
+def sum_without_gradient(q, k, v):
+    scores = q @ k.mT
+    weights = torch.exp(scores - scores.amax(-1, keepdim=True))
+    with torch.no_grad():
+        total = weights.sum(-1, keepdim=True)
+    return (weights / total) @ v
+
+
+def sum_detached_after_the_product(q, k, v):
+    scores = q @ k.mT
+    weights = torch.exp(scores - scores.amax(-1, keepdim=True))
+    return (weights @ v) / weights.sum(-1, keepdim=True).detach()
+
+
+def weights_without_gradient_after_the_product(q, k, v):
+    with torch.no_grad():
+        scores = q @ k.mT
+        weights = torch.exp(scores - scores.amax(-1, keepdim=True))
+    return (weights @ v) / weights.sum(-1, keepdim=True)
+
+
 def without_gradient(q, k, v):
     with torch.no_grad():
         scores = q @ k.mT
@@ -76,6 +109,24 @@ def weights_returned(q, k, v):
     return weights @ v, weights
 
 
+def sum_returned(q, k, v):
+    scores = q @ k.mT
+    weights = torch.exp(scores - scores.amax(-1, keepdim=True))
+    total = weights.sum(-1, keepdim=True)
+    return (weights @ v) / total, total
+
+
+def divided_by_the_sum_of_another_row(q, k, v):
+    scores = q @ k.mT
+    weights = torch.exp(scores - scores.amax(-1, keepdim=True))
+    return (weights @ v) / weights.sum(-1)[:, :, None, :D]
+
+
+def features_that_are_exponentials(q, k, v):
+    weights = q.exp()
+    return (weights @ v[:, :, :D]) / weights.sum(-1, keepdim=True)
+
+
 def more_than_the_sum(q, k, v):
     scores = q @ k.mT
     weights = torch.exp(scores - scores.amax(-1, keepdim=True))
@@ -83,7 +134,9 @@ def more_than_the_sum(q, k, v):
 
 
 @pytest.mark.parametrize(
-    "function", [amax, greatest, detached, logsumexp, no_maximum], ids=lambda function: function.__name__
+    "function",
+    [amax, greatest, detached, logsumexp, no_maximum, divided_after_the_product, divided_after_a_cast],
+    ids=lambda function: function.__name__,
 )
 def test_found(function):
     report, _ = compiled(function, *qkv(), lengths=(0, 2))
@@ -98,7 +151,14 @@ def test_another_number_is_data_of_the_score():
     assert ".amax(" in report.graph()
 
 
-LEFT = [another_sum, written_between, weights_returned, more_than_the_sum]
+LEFT = [
+    another_sum, written_between, weights_returned, more_than_the_sum, sum_returned, divided_by_the_sum_of_another_row,
+    features_that_are_exponentials,
+]  # fmt: skip
+GRADIENTS = [
+    amax, detached, logsumexp, without_gradient, divided_after_the_product, divided_after_a_cast, sum_without_gradient,
+    sum_detached_after_the_product, weights_without_gradient_after_the_product,
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("function", LEFT, ids=lambda function: function.__name__)
@@ -109,7 +169,7 @@ def test_the_author_code_stays(function):
     assert "softmax" not in report.graph()
 
 
-@pytest.mark.parametrize("function", [amax, detached, logsumexp, without_gradient], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("function", GRADIENTS, ids=lambda f: f.__name__)
 def test_gradients(function):
     torch._dynamo.reset()
     fast = torch.compile(function, backend="effattn", options={"rest": "eager", "strict": True})
