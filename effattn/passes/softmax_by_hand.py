@@ -92,6 +92,8 @@ def _difference(view: GraphView, call: Call) -> Call | None:
     start, end = view.time[total.node], view.time[call.node]
     if any(view.writes_between(node, max(start, view.time[node]), end) for node in nodes) or view.writes(total.node):
         return None
+    if view.cuts_gradient(total.node, end):
+        return None
     return Call("softmax", call.node, {"input": scores, "dim": dim, "read_by": total.node, "shifted": True})
 
 

@@ -57,6 +57,13 @@ def sum_without_gradient(q, k, v):
     return (weights / total) @ v
 
 
+def logsumexp_without_gradient(q, k, v):
+    scores = q @ k.mT
+    with torch.no_grad():
+        total = scores.logsumexp(-1, True)
+    return torch.exp(scores - total) @ v
+
+
 def sum_detached_after_the_product(q, k, v):
     scores = q @ k.mT
     weights = torch.exp(scores - scores.amax(-1, keepdim=True))
@@ -157,7 +164,7 @@ LEFT = [
 ]  # fmt: skip
 GRADIENTS = [
     amax, detached, logsumexp, without_gradient, divided_after_the_product, divided_after_a_cast, sum_without_gradient,
-    sum_detached_after_the_product, weights_without_gradient_after_the_product,
+    logsumexp_without_gradient, sum_detached_after_the_product, weights_without_gradient_after_the_product,
 ]  # fmt: skip
 
 
