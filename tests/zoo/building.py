@@ -91,7 +91,10 @@ def with_head(built: Built) -> nn.Module:
     has_encoder = getattr(built.model.config, "is_encoder_decoder", False)
     for mapping, auto in _HEADS_AFTER_AN_ENCODER if has_encoder else _HEADS:
         if built.name in mapping:
-            return _model(auto, built.name, built.sizes, built.attention)
+            try:
+                return _model(auto, built.name, built.sizes, built.attention)
+            except Exception as error:  # some generate only with another setting
+                raise NotBuilt(f"its model that generates text: {type(error).__name__}: {error}") from error
     raise NotBuilt("transformers has no model of it that generates text from text")
 
 
