@@ -15,6 +15,7 @@ from torch import fx
 from effattn.passes.contraction import contraction
 from effattn.passes.graph import GraphView
 from effattn.passes.normaliser import sum_of
+from effattn.passes.products import adds_nothing
 from effattn.passes.vocabulary import Call, one_dim
 
 
@@ -35,6 +36,9 @@ def _quotient(view: GraphView, call: Call) -> Call | None:
     product = contraction(view, above)
     if product is None:
         return _of_exponential(view, call, above)
+    multiplied = view.call(above)
+    if multiplied is not None and multiplied.name == "baddbmm" and not adds_nothing(multiplied):
+        return None
     for side in ("left", "right"):
         weights, labels = product.operand(side)
         # the divisor has one number for each row of the product, if rows are placed alike in both

@@ -129,6 +129,21 @@ def divided_by_the_sum_of_another_row(q, k, v):
     return (weights @ v) / weights.sum(-1)[:, :, None, :D]
 
 
+def value_added_to_the_product(q, k, v):
+    q, k, v = (x.flatten(0, 1) for x in (q, k, v))
+    scores = q @ k.mT
+    weights = torch.exp(scores - scores.amax(-1, keepdim=True))
+    return torch.baddbmm(v, weights, v) / weights.sum(-1, keepdim=True)
+
+
+def product_written_before_the_division(q, k, v):
+    scores = q @ k.mT
+    weights = torch.exp(scores - scores.amax(-1, keepdim=True))
+    out, total = weights @ v, weights.sum(-1, keepdim=True)
+    out[..., 0] = 1.0
+    return out / total
+
+
 def features_that_are_exponentials(q, k, v):
     weights = q.exp()
     return (weights @ v[:, :, :D]) / weights.sum(-1, keepdim=True)
@@ -160,7 +175,7 @@ def test_another_number_is_data_of_the_score():
 
 LEFT = [
     another_sum, written_between, weights_returned, more_than_the_sum, sum_returned, divided_by_the_sum_of_another_row,
-    features_that_are_exponentials,
+    features_that_are_exponentials, value_added_to_the_product, product_written_before_the_division,
 ]  # fmt: skip
 GRADIENTS = [
     amax, detached, logsumexp, without_gradient, divided_after_the_product, divided_after_a_cast, sum_without_gradient,
