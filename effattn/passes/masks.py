@@ -157,15 +157,18 @@ def _peel_sum(parts: list[_Part]) -> _Part:
 
 
 def not_lowered(score) -> list[Any]:
-    """Where a score that takes large numbers as summands takes none: half precision loses its digits elsewhere."""
+    """Where a score that takes large numbers as summands takes none: half precision loses its digits elsewhere.
+
+    Nowhere, if they raise it: then the scores without digits are those that count.
+    """
     sums = [term for term in sympy.preorder_traversal(score) if isinstance(term, sympy.Add)]
-    choices = {choice for term in sums for part in term.args for choice in part.atoms(Where)}
+    parts = [(part.as_coeff_Mul()[0], part.atoms(Where)) for term in sums for part in term.args]
     found: list[Any] = []
-    for condition, yes, no in (choice.args for choice in choices):
+    for factor, (condition, yes, no) in ((factor, choice.args) for factor, choices in parts for choice in choices):
         if no.is_number and abs(no) > LARGE:
-            found.append(condition)
+            found.append(condition if factor * no < 0 else sympy.false)
         elif yes.is_number and abs(yes) > LARGE:
-            found.append(sympy.Not(condition))
+            found.append(sympy.Not(condition) if factor * yes < 0 else sympy.false)
     return found
 
 

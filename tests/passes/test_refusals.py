@@ -209,6 +209,11 @@ def ten_thousand_added_and_scaled_in_float16(q, k, v):
     return ((q.half() @ k.half().mT + hidden) / 3.0).softmax(-1) @ v.half()
 
 
+def ten_thousand_added_and_turned_in_bfloat16(q, k, v):
+    hidden = (torch.arange(N) > torch.arange(N)[:, None]).bfloat16() * -10000.0
+    return ((q.bfloat16() @ k.bfloat16().mT + hidden) * -0.3).softmax(-1) @ v.bfloat16()
+
+
 def ten_thousand_added_in_bfloat16(q, k, v):
     q, k, v = (x.bfloat16() for x in (q, k, v))
     seen = (torch.arange(N) < torch.tensor([[N], [0]]))[:, None, None]
@@ -262,6 +267,7 @@ LEFT_ALONE = {
     live_dropout_in_sdpa: "attention dropout p=0.5 is live",
     fill_scaled_by_data_in_float16: "a fill value is scaled by data in float16",
     ten_thousand_added_and_scaled_in_float16: "a row may attend to nothing, and a large number",
+    ten_thousand_added_and_turned_in_bfloat16: "a row may attend to nothing, and a large number",
     ten_thousand_added_in_bfloat16: "a row may attend to nothing, and a large number",
     fills_of_two_kinds: "a row may attend to nothing",
 }
