@@ -31,6 +31,11 @@ class Contraction:
     def summed(self) -> str:
         return next(label for label in self.left_labels if label in self.right_labels and label not in self.out_labels)
 
+    def keeps_rows(self, side: str) -> bool:
+        """Whether this operand is summed over its last dimension, and its others stand alike in the result."""
+        labels = self.operand(side)[1]
+        return labels[-1] == self.summed and self.out_labels[:-1] == labels[:-1]
+
     def operand(self, side: str) -> tuple[fx.Node, tuple[str, ...]]:
         return (self.left, self.left_labels) if side == "left" else (self.right, self.right_labels)
 

@@ -21,16 +21,14 @@ from effattn.passes.graph import GraphView
 from effattn.passes.linear_terms import LinearTerm, NotLinear, interpret, plain_loads, written
 from effattn.passes.meaning import MAX_TERMS
 from effattn.passes.normaliser import divided, divided_later
-from effattn.passes.operands import depth, row
 from effattn.passes.products import (
     batch_index,
     note_folding,
-    operand_index,
+    query_and_key,
     query_key_product,
     reader_for,
     scores_at,
     sides,
-    traced,
     value_of,
 )
 from effattn.passes.provenance import location, module_path
@@ -160,13 +158,7 @@ def _match(view: GraphView, product: Contraction, side: str, readers: dict, orde
     if roles is None:
         raise Refused("product", "query and key cannot be told apart in their product")
     head_dim, dtype = view.shape(inner.left)[inner.left_labels.index(inner.summed)], view.held(replaced).dtype
-    operands = []
-    for name, role, length, free in (("query", roles[0], q_len, q), ("key", roles[1], k_len, k)):
-        node, node_labels = inner.operand(role)
-        at = dict(zip(inner.out_labels, inside, strict=True))
-        entries = operand_index(view, node, node_labels, {**at, inner.summed: depth}, {free: row})
-        sizes = (batch, heads, length, head_dim)
-        operands.append(traced(view, node, entries, view.time[inner.node], name, sizes, dtype))
+    operands = query_and_key(view, inner, roles, inside, (batch, heads, q_len, k_len), dtype)
     value, out_index, value_dim = value_of(view, product, (weights, tuple(index)), (batch, heads, k_len))
     if any(len(operand.dims[1]) > 1 for operand in (*operands, value)):
         raise Refused("heads", "heads lie in several dimensions: the author computes it in chunks already")

@@ -11,17 +11,17 @@ from effattn.ir.expr import b, h, k, q, s
 from effattn.passes.contraction import Contraction, contraction
 from effattn.passes.draft import FOUND_AS, Draft, Refused
 from effattn.passes.graph import GraphView
-from effattn.passes.operands import depth, heads_beside_batch, row
+from effattn.passes.operands import depth, heads_beside_batch
 from effattn.passes.products import (
     batch_index,
     folded_alike,
     note_folding,
     operand_index,
+    query_and_key,
     query_key_product,
     reader_for,
     scores_at,
     sides,
-    traced,
     value_of,
 )
 from effattn.passes.reading import LoadSource, Reader
@@ -78,13 +78,8 @@ def from_softmax(
     head_dim, dtype = view.shape(product.left)[product.left_labels.index(product.summed)], view.held(replaced).dtype
 
     def read(whole: bool) -> tuple[Any, ...]:
-        operands = []
-        for name, side, length, free in (("query", roles[0], q_len, q), ("key", roles[1], k_len, k)):
-            node, labels = product.operand(side)
-            at = dict(zip(product.out_labels, inside, strict=True))
-            entries = operand_index(view, node, labels, {**at, product.summed: depth}, {free: row})
-            sizes = (batch, heads, length, head_dim)
-            operands.append(traced(view, node, entries, view.time[product.node], name, sizes, dtype, whole))
+        sizes = (batch, heads, q_len, k_len)
+        operands = query_and_key(view, product, roles, inside, sizes, dtype, whole)
         return *operands, *value_of(view, value_product, placed, (batch, heads, k_len), whole)
 
     *operands, out_index, value_dim = folded_alike(view, read)

@@ -40,15 +40,13 @@ def divided(view: GraphView, weights: fx.Node, dim: int, time: int) -> tuple[fx.
 def divided_later(view: GraphView, product: Contraction, side: str) -> tuple[fx.Node, float] | None:
     """(the quotient, what is added to the sum) where the product's one user is ``(w @ v) / (w.sum(-1) + eps)``."""
     weights, labels = product.operand(side)
-    place = labels.index(product.summed)
-    aligned = place == len(labels) - 1 and product.out_labels[:-1] == labels[:-1]
-    if not aligned or len(product.node.users) != 1:
+    if not product.keeps_rows(side) or len(product.node.users) != 1:
         return None
     (user,) = product.node.users
     call = view.call(user)
     if call is None or call.name != "div" or call.get("input") is not product.node or view.writes(user):
         return None
-    eps = sum_of(view, call.get("other"), weights, place, view.time[user])
+    eps = sum_of(view, call.get("other"), weights, len(labels) - 1, view.time[user])
     return None if eps is None else (user, eps)
 
 

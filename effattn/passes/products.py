@@ -299,6 +299,31 @@ def adds_nothing(call: Call) -> bool:
     return call.get("beta", 1) == 0 and call.get("alpha", 1) == 1
 
 
+def query_and_key(
+    view: GraphView,
+    product: Contraction,
+    roles: tuple[str, str],
+    inside: tuple,
+    sizes: tuple,
+    dtype,
+    whole: bool = False,
+) -> list[Operand]:
+    """Query and key of the product whose sides are ``roles``, at the index ``inside`` of its result.
+
+    ``sizes``: (batch, heads, q_len, k_len).
+    """
+    batch, heads, *lengths = sizes
+    width = view.shape(product.left)[product.left_labels.index(product.summed)]
+    at = {**dict(zip(product.out_labels, inside, strict=True)), product.summed: depth}
+    operands = []
+    for name, side, length, free in zip(("query", "key"), roles, lengths, (q, k), strict=True):
+        node, labels = product.operand(side)
+        entries = operand_index(view, node, labels, at, {free: row})
+        time = view.time[product.node]
+        operands.append(traced(view, node, entries, time, name, (batch, heads, length, width), dtype, whole))
+    return operands
+
+
 def value_of(view: GraphView, product: Contraction, placed: tuple, sizes: tuple, whole: bool = False):
     """(value, index of the product's result, value_dim) for weights ``placed`` as (node, index) in ``product``."""
     weights, index = placed

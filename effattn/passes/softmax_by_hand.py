@@ -9,9 +9,9 @@ and ours is.
 
 from __future__ import annotations
 
-import torch
 from torch import fx
 
+from effattn.passes.admissible import SUPPORTED_DTYPES
 from effattn.passes.contraction import contraction
 from effattn.passes.graph import GraphView
 from effattn.passes.normaliser import sum_of
@@ -40,10 +40,8 @@ def _quotient(view: GraphView, call: Call) -> Call | None:
     if multiplied is not None and multiplied.name == "baddbmm" and not adds_nothing(multiplied):
         return None
     for side in ("left", "right"):
-        weights, labels = product.operand(side)
-        # the divisor has one number for each row of the product, if rows are placed alike in both
-        if labels[-1] == product.summed and product.out_labels[:-1] == labels[:-1]:
-            return _divided_later(view, call, product.node, weights)
+        if product.keeps_rows(side):  # so that the divisor has one number for each row of the product
+            return _divided_later(view, call, product.node, product.operand(side)[0])
     return None
 
 
@@ -71,7 +69,7 @@ def _divided_later(view: GraphView, call: Call, product: fx.Node, weights: fx.No
     end = view.time[call.node]
     if any(view.writes(link) or view.cuts_gradient(link, end) for link in chain):
         return None
-    if any(view.held(link).dtype not in (torch.float32, torch.float16, torch.bfloat16) for link in chain):
+    if any(view.held(link).dtype not in SUPPORTED_DTYPES for link in chain):
         return None
     found = _of_exponential(view, call, node)
     if found is None or found.get("dim") != len(view.shape(node)) - 1:

@@ -12,7 +12,7 @@ from compiled import compiled
 
 from effattn.errors import VerificationError
 from effattn.ir import expr
-from effattn.passes import masks, match_softmax
+from effattn.passes import masks, products
 from effattn.passes.reading import elementwise, reader
 
 B, H, N, D = 2, 4, 13, 8
@@ -131,10 +131,10 @@ def test_it_notices(name, swap):
 
 
 def test_heads_and_batch_mixed_up(swap):
-    original = match_softmax.traced
+    original = products.traced
 
-    def mixed_up(view, node, index, time, name, *more):
-        found = original(view, node, index, time, name, *more)
+    def mixed_up(view, node, index, time, name, *more, **named):
+        found = original(view, node, index, time, name, *more, **named)
         batch, (heads,), rows, depth = found.dims
         return dataclasses.replace(found, dims=(heads, (batch,), rows, depth)) if name == "key" else found
 
@@ -143,7 +143,7 @@ def test_heads_and_batch_mixed_up(swap):
 
     given = [x[:, :B] for x in qkv()]  # as many heads as sequences
     compiled(function, *given)
-    swap(match_softmax, "traced", mixed_up)
+    swap(products, "traced", mixed_up)
     with pytest.raises(VerificationError, match="output 0"):
         compiled(function, *given)
 
