@@ -156,6 +156,7 @@ def run(argv: list[str] | None) -> int:
             if row is not None and row.ms is not None:
                 row.more["ns per token"] = row.ms * 1e6 / length
             del given
+    case = f"forward and backward, {GRAPH}"
     first, *others = (f"{GRAPH}, N {length:,}" for length in lengths)
     for other in others if on_gpu else ():  # flat: neither dearer nor cheaper by more than a tenth
         suite.bar(case, other, first, 1.1, "ns per token")

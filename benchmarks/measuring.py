@@ -20,6 +20,7 @@ from torch import Tensor
 GIB = 1 << 30
 LONGEST = 4.0  # seconds of repeats after which a function has been timed well enough
 FEWEST = 3
+SHORTEST = 0.1  # seconds of repeats on a GPU, whatever was asked for: a few calls of a millisecond are mostly noise
 REST = 3.0  # seconds of idling before a GPU is timed: what ran before must not leave it hotter for what comes after
 CHUNK = 1 << 26  # elements compared at once
 
@@ -35,7 +36,10 @@ class Timing:
 
 
 def timed(function: Callable[[], Any], device: torch.device, repeats: int) -> Timing:
-    """Call ``function`` once to warm up, then up to ``repeats`` times (for LONGEST seconds, FEWEST times at least)."""
+    """Call ``function`` once to warm up, then up to ``repeats`` times (for LONGEST seconds, FEWEST times at least).
+
+    On a GPU short functions are called more often, for SHORTEST seconds.
+    """
     once, _ = wall_seconds(function, device)
     runs = max(FEWEST, min(repeats, int(LONGEST / max(once, 1e-6))))
     if device.type != "cuda":
@@ -43,6 +47,7 @@ def timed(function: Callable[[], Any], device: torch.device, repeats: int) -> Ti
         return Timing(statistics.median(times), min(times), runs, None)
     if once > 1e-2:
         time.sleep(REST)
+    runs = max(runs, int(SHORTEST / max(once, 1e-3)))
     torch.cuda.reset_peak_memory_stats(device)
     times = _event_times(function, device, runs)
     return Timing(statistics.median(times), min(times), runs, torch.cuda.max_memory_allocated(device) / GIB)
