@@ -48,7 +48,10 @@ _ROWS: tuple[tuple[str, Any], ...] = (
      "decoder_num_key_value_heads", KV_HEADS),
     ("head_dim d_kv attention_head_dim attention_head_size kv_channels d_head v_head_dim qk_nope_head_dim "
      "qk_rope_head_dim head_dim_text global_head_dim", HEAD_DIM),
-    ("vocab_size text_vocab_size decoder_vocab_size src_vocab_size tgt_vocab_size char_vocab_size", VOCABULARY),
+    ("vocab_size text_vocab_size decoder_vocab_size src_vocab_size tgt_vocab_size char_vocab_size "
+     "vocab_size_per_layer_input", VOCABULARY),
+    ("num_kv_shared_layers", 0),
+    ("hidden_size_per_layer_input", 16),
     ("q_lora_rank kv_lora_rank o_lora_rank", 16),
     ("num_experts n_routed_experts num_local_experts moe_num_experts num_routed_experts", 4),
     ("num_experts_per_tok num_experts_per_token moe_topk moe_k top_k_experts", 2),
@@ -59,6 +62,7 @@ _ROWS: tuple[tuple[str, Any], ...] = (
      512),
     ("num_mel_bins", 16),
     ("type_vocab_size", 2),
+    ("mamba_n_heads mamba_num_heads mamba_d_head mamba_head_dim n_mamba_heads mamba_headdim", 8),
     ("num_queries", 10),
     ("sliding_window attention_window attention_window_size window_size_text local_attention", 8),
 )  # fmt: skip
@@ -81,14 +85,35 @@ _KEPT_TOKENS = (
 )
 
 
+# a model whose layers are of several kinds, and has one attention in four layers, would have none in two
+_LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+_LAYERS_OF: dict[str, dict[str, Any]] = {
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "granitemoehybrid": {"layer_types": ["mamba", "attention"]},
+    "bamba": {"attn_layer_indices": [1]},
+    "zamba": {"num_hidden_layers": 10, "attention_hidden_size": 64, "attention_head_dim": 16},  # two share weights
+    "zamba2": {"num_hidden_layers": 4, "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"]},
+}
+NAMED, ENOUGH, FEW = "one layer of each kind", "layers until every kind has come", "the first two layers"
+
+
 def variants(config_class: type[PretrainedConfig]) -> Iterator[dict[str, Any]]:
     """Arguments for the class, the likeliest first: some sizes depend on others in ways that only trying tells."""
-    plain = _arguments(config_class)
+    seen: list[dict[str, Any]] = []
+    for layers in (NAMED, ENOUGH, FEW):
+        plain = _arguments(config_class, layers)
+        if plain not in seen:
+            seen.append(plain)
+            yield from _around(plain)
+
+
+def _around(plain: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The same sizes, and with fewer of them given."""
     yield plain
     yield {
         name: value for name, value in plain.items() if name not in ("head_dim", "attention_head_dim", "kv_channels")
     }
-    yield {**plain, **{name: HEADS for name in plain if "key_value_heads" in name or name == "num_kv_heads"}}
+    yield _without_groups(plain)
     few = (
         "layers",
         "layer",
@@ -105,8 +130,19 @@ def variants(config_class: type[PretrainedConfig]) -> Iterator[dict[str, Any]]:
     yield {name: value for name, value in plain.items() if any(part in name for part in ("layers", "layer", "_config"))}
 
 
-def _arguments(config_class: type[PretrainedConfig]) -> dict[str, Any]:
-    """A value for every parameter of the class that is a size."""
+def _without_groups(sizes: dict[str, Any]) -> dict[str, Any]:
+    """As many key/value heads as query heads, in the parts of a configuration as well."""
+    found = dict(sizes)
+    for name, value in sizes.items():
+        if isinstance(value, dict):
+            found[name] = _without_groups(value)
+        elif "key_value_heads" in name or name == "num_kv_heads":
+            found[name] = HEADS
+    return found
+
+
+def _arguments(config_class: type[PretrainedConfig], layers: str) -> dict[str, Any]:
+    """A value for every parameter of the class that is a size; ``layers`` is how kinds of layers are chosen."""
     defaults = _defaults(config_class)
     found: dict[str, Any] = {}
     for name, default in defaults.items():
@@ -115,9 +151,34 @@ def _arguments(config_class: type[PretrainedConfig]) -> dict[str, Any]:
         value = _value(name, default)
         if value is not _UNCHANGED:
             found[name] = value
+    found |= _kinds_of_layers(config_class, defaults, found, layers)
     for name, sub_class in _parts(config_class).items():
-        found[name] = {**next(variants(sub_class)), "model_type": sub_class.model_type}
+        found[name] = {**_arguments(sub_class, layers), "model_type": sub_class.model_type}
     return found
+
+
+def _kinds_of_layers(
+    config_class: type[PretrainedConfig], defaults: dict[str, Any], sizes: dict[str, Any], layers: str
+) -> dict[str, Any]:
+    """Arguments with which each kind of layer that the architecture has by default occurs in the small model too."""
+    if layers == NAMED and config_class.model_type in _LAYERS_OF:
+        return _LAYERS_OF[config_class.model_type]
+    kinds = _default_kinds(config_class)
+    distinct = list(dict.fromkeys(kinds))
+    last = max((kinds.index(kind) for kind in distinct), default=0)
+    counts = [name for name in _LAYER_COUNTS if name in sizes]
+    if last < LAYERS:
+        return {}
+    if layers == NAMED and "layer_types" in defaults:
+        return {"layer_types": distinct, **dict.fromkeys(counts, len(distinct))}
+    return {} if layers == FEW else dict.fromkeys(counts, last + 1)
+
+
+def _default_kinds(config_class: type[PretrainedConfig]) -> list[str]:
+    try:
+        return [str(kind) for kind in getattr(config_class(), "layer_types", None) or ()]
+    except Exception:  # it has no defaults
+        return []
 
 
 def _parts(config_class: type[PretrainedConfig]) -> dict[str, type[PretrainedConfig]]:
