@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from patches import patched
 from shrinking import IMAGE, VOCABULARY
 from torch import Tensor, nn
 
@@ -37,6 +38,7 @@ def candidates(model: nn.Module) -> Iterator[dict[str, Any]]:
     def with_tokens(given: dict[str, Any]) -> dict[str, Any]:
         return {"input_ids": tokens(LENGTH), **given} if "input_ids" in asked else given
 
+    yield from patched(model)
     for name in ("pixel_values", "pixel_values_videos"):
         if name not in asked:
             continue
@@ -50,7 +52,18 @@ def candidates(model: nn.Module) -> Iterator[dict[str, Any]]:
         yield from decoded({"input_ids": tokens(LENGTH), **quiet})
         yield {"input_ids": tokens(64), **quiet}
     if "input_features" in asked:
-        bins = _first(config, ("num_mel_bins", "n_mels", "feature_size", "input_dim", "input_feat_per_channel"), 16)
+        bins = _first(
+            config,
+            (
+                "num_mel_bins",
+                "n_mels",
+                "feature_size",
+                "input_dim",
+                "input_feat_per_channel",
+                "feature_projection_input_dim",
+            ),
+            16,
+        )
         for length in (2 * _first(config, ("max_source_positions",), 64), 64):
             for shape in ((BATCH, bins, length), (BATCH, length, bins)):
                 yield from decoded({**with_tokens({"input_features": noise(*shape)}), **quiet})

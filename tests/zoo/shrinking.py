@@ -51,6 +51,8 @@ _ROWS: tuple[tuple[str, Any], ...] = (
     ("vocab_size text_vocab_size decoder_vocab_size src_vocab_size tgt_vocab_size char_vocab_size "
      "vocab_size_per_layer_input", VOCABULARY),
     ("num_kv_shared_layers", 0),
+    ("rotary_dim", HEAD_DIM),
+    ("prediction_length", 12),
     ("hidden_size_per_layer_input", 16),
     ("q_lora_rank kv_lora_rank o_lora_rank", 16),
     ("num_experts n_routed_experts num_local_experts moe_num_experts num_routed_experts", 4),
@@ -90,6 +92,7 @@ _LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 _LAYERS_OF: dict[str, dict[str, Any]] = {
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "granitemoehybrid": {"layer_types": ["mamba", "attention"]},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "bamba": {"attn_layer_indices": [1]},
     "zamba": {"num_hidden_layers": 10, "attention_hidden_size": 64, "attention_head_dim": 16},  # two share weights
     "zamba2": {"num_hidden_layers": 4, "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"]},
@@ -152,6 +155,7 @@ def _arguments(config_class: type[PretrainedConfig], layers: str) -> dict[str, A
         if value is not _UNCHANGED:
             found[name] = value
     found |= _kinds_of_layers(config_class, defaults, found, layers)
+    found |= _rotated_axes(config_class, defaults)
     for name, sub_class in _parts(config_class).items():
         found[name] = {**_arguments(sub_class, layers), "model_type": sub_class.model_type}
     return found
@@ -172,6 +176,17 @@ def _kinds_of_layers(
     if layers == NAMED and "layer_types" in defaults:
         return {"layer_types": distinct, **dict.fromkeys(counts, len(distinct))}
     return {} if layers == FEW else dict.fromkeys(counts, last + 1)
+
+
+def _rotated_axes(config_class: type[PretrainedConfig], defaults: dict[str, Any]) -> dict[str, Any]:
+    """Rotations by frame, row and column share a head's pairs: as many of each as a small head has room for."""
+    if "mrope_section" not in getattr(config_class, "ignore_keys_at_rope_validation", ()):
+        return {}
+    default = getattr(config_class, "default_theta", 10000.0)
+    share = getattr(config_class, "default_partial_rotary_factor", None) or defaults.get("partial_rotary_factor") or 1.0
+    pairs = int(HEAD_DIM * share) // 2
+    of_each = [pairs - 2 * (pairs // 3), pairs // 3, pairs // 3]
+    return {"rope_parameters": {"rope_type": "default", "rope_theta": default, "mrope_section": of_each}}
 
 
 def _default_kinds(config_class: type[PretrainedConfig]) -> list[str]:
