@@ -3,7 +3,7 @@
     python -m benchmarks.train_step --out benchmarks/results/train_step.json
 
 Without a mask the attention is SDPA's own, gradients included; with left padding it is a generated kernel with a
-generated gradient, where Inductor makes a mask of N x N.
+generated gradient, where Inductor makes a mask of N x N. Checkpointed, each layer is computed again for the gradient.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from benchmarks import harness, llama
 from benchmarks.harness import EAGER, EFFATTN, INDUCTOR
 
 LAYERS = 2
-NO_MASK, PADDED = "no mask", "left padding"
+NO_MASK, PADDED, CHECKPOINTED = "no mask", "left padding", "left padding, checkpointed"
+KINDS = (NO_MASK, PADDED, CHECKPOINTED)
 LENGTHS, TINY_LENGTHS = (8192, 4096), (48,)
 LEARNT = ("q_proj", "k_proj", "v_proj")  # what gradients of attention flow into
 IGNORED = -100  # the label of a token that the loss leaves out
@@ -27,7 +28,7 @@ def inputs(suite: harness.Suite, kind: str, length: int) -> dict[str, Any]:
     """Keyword arguments of one step: two sequences, the second one padded on the left if asked for."""
     ids = llama.tokens(suite.options, 2, length)
     given: dict[str, Any] = {"input_ids": ids, "labels": ids.clone(), "use_cache": False}
-    if kind == PADDED:
+    if kind != NO_MASK:
         given["attention_mask"] = torch.ones_like(ids)
         given["attention_mask"][1:, : length // 4] = 0
         given["labels"][1:, : length // 4] = IGNORED
@@ -53,6 +54,9 @@ def attention_gradients(model: Any) -> torch.Tensor:
 
 def measure(suite: harness.Suite, model: Any, kind: str, length: int) -> None:
     case, given = f"{kind}, N {length:,}", inputs(suite, kind, length)
+    model.gradient_checkpointing_disable()
+    if kind == CHECKPOINTED:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     for backend in (EAGER, INDUCTOR, EFFATTN):
         suite.measure(case, backend, lambda backend=backend: step(model, suite.compiled(model, backend), given))
         model.zero_grad(set_to_none=True)
@@ -63,12 +67,12 @@ def measure(suite: harness.Suite, model: Any, kind: str, length: int) -> None:
 def run(argv: list[str] | None) -> int:
     parser = harness.parser(__doc__.split("\n")[0])
     parser.add_argument("--lengths", type=int, nargs="+")
-    parser.add_argument("--kinds", nargs="+", choices=(NO_MASK, PADDED), default=[NO_MASK, PADDED])
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
     options = parser.parse_args(argv)
     lengths = options.lengths or (TINY_LENGTHS if options.tiny else LENGTHS)
     setting = {**llama.setting(options, LAYERS), "batch": 2}
     suite = harness.Suite("train_step", options, setting, against=(EAGER, INDUCTOR))
-    model = llama.model(options, max(lengths), LAYERS)  # in evaluation mode: no dropout; gradients flow all the same
+    model = llama.model(options, max(lengths), LAYERS).train()  # it has no dropout; only then are parts checkpointed
     for length in lengths:
         for kind in options.kinds:
             measure(suite, model, kind, length)

@@ -11,7 +11,7 @@ from typing import Any
 from torch import fx
 
 from effattn.compiler.options import Options
-from effattn.passes import mask_buffers
+from effattn.passes import checkpoints, mask_buffers
 from effattn.passes.check import check
 from effattn.passes.choose import Choice, choose
 from effattn.passes.draft import Match, Missed
@@ -23,6 +23,8 @@ from effattn.passes.match_linear import LinearMatch, find_linear, may_hold_linea
 from effattn.passes.normalize import normalize
 from effattn.passes.rewrite import rewrite
 from effattn.passes.rewrite_linear import rewrite_linear
+
+SOURCE = "_dynamo_source"
 
 
 @dataclass
@@ -52,13 +54,14 @@ def run_passes(gm: fx.GraphModule, options: Options, inputs: Sequence[Any] = ())
     clock = _Clock(outcome.seconds)
     if not mentions_attention(gm.graph) and not may_hold_linear(gm.graph):
         return outcome
-    original = copy.deepcopy(gm.graph)
+    original = _copy(gm.graph)
     try:
+        regions = checkpoints.lay_open(gm)
         with clock("normalize"):
             written_out, left_alone = normalize(gm)
         with clock("mask buffers"):
             masks = mask_buffers.write_out(gm, inputs)
-        if options.verify and (written_out or masks or len(gm.graph.nodes) != len(original.nodes)):
+        if options.verify and (regions or written_out or masks or len(gm.graph.nodes) != len(original.nodes)):
             outcome.normalized = copy.deepcopy(gm.graph)
         view = GraphView(gm.graph)
         with clock("match"):
@@ -78,6 +81,10 @@ def run_passes(gm: fx.GraphModule, options: Options, inputs: Sequence[Any] = ())
             outcome.missed += left_loops + missed + left
             outcome.erased += erased
         mask_buffers.settle(gm.graph, masks, outcome.changed)
+        if regions and not outcome.changed:
+            gm.graph = original
+            return outcome
+        checkpoints.close(gm, regions)
         with clock("check"):
             check(gm.graph, original)
         gm.recompile()
@@ -86,6 +93,15 @@ def run_passes(gm: fx.GraphModule, options: Options, inputs: Sequence[Any] = ())
         raise
     outcome.original = original
     return outcome
+
+
+def _copy(graph: fx.Graph) -> fx.Graph:
+    """A copy that can take the graph's place: Inductor asks each input where Dynamo found it."""
+    copied = copy.deepcopy(graph)
+    for old, new in zip(graph.find_nodes(op="placeholder"), copied.find_nodes(op="placeholder"), strict=True):
+        if hasattr(old, SOURCE):
+            setattr(new, SOURCE, getattr(old, SOURCE))
+    return copied
 
 
 class _Clock:

@@ -12,7 +12,8 @@ from torch.utils import _pytree as pytree
 from effattn.errors import RewriteError
 from effattn.passes.graph import as_sympy
 
-PROVENANCE = ("nn_module_stack", "stack_trace", "source_fn_stack", "custom")
+REGION = "effattn_checkpoint"  # the number of the checkpoint that a node is part of
+PROVENANCE = ("nn_module_stack", "stack_trace", "source_fn_stack", "custom", REGION)
 
 
 class Inserter:

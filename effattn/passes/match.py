@@ -71,7 +71,7 @@ def _hides_attention(node: fx.Node) -> bool:
 
 
 def _inside(node: fx.Node) -> Missed:
-    hint = "disable gradient checkpointing to have it replaced" if "checkpoint" in spelled(node) else ""
+    hint = "use plain checkpoints, neither nested nor with a context_fn" if "checkpoint" in spelled(node) else ""
     reason = f"it is inside {spelled(node)}, and graphs within the graph are not looked into"
     return Missed(node.name, location(node), Refused("higher order", reason, hint).refusal)
 

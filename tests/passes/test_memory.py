@@ -197,21 +197,6 @@ def test_a_foreign_function_may_do_anything():
     assert report.sites == []
 
 
-def test_checkpointing_is_found_or_left_alone_and_right():
-    from torch.utils.checkpoint import checkpoint
-
-    def attention(q, k, v):
-        return (q @ k.mT).softmax(-1) @ v
-
-    def function(q, k, v):
-        return checkpoint(attention, q, k, v, use_reentrant=False)
-
-    report, _ = compiled(function, *[x.requires_grad_() for x in qkv()], verify=False)
-    (missed,) = report.missed
-    assert missed.reason.startswith("it is inside tag_activation_checkpoint")
-    assert "checkpointing" in missed.hint
-
-
 @pytest.mark.parametrize("spelling", ["softmax", "sdpa"])
 @pytest.mark.parametrize("transform", ["vmap", "grad", "vjp"])
 def test_attention_under_torch_func_does_not_keep_other_attention_from_being_found(spelling, transform):

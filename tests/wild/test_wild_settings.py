@@ -104,12 +104,10 @@ def test_training_with_dropout():
     assert reasons(heard.report(settings)) == ["attention dropout p=0.3 is live"] * 2
 
 
-def test_gradient_checkpointing_is_left_alone_and_gradients_are_right():
-    report = check_gradients(model(checkpointed=True).train(), (x(),))
-    assert (
-        reasons(report)
-        == ["it is inside tag_activation_checkpoint, and graphs within the graph are not looked into"] * 2
-    )
+def test_gradient_checkpointing():
+    report = check_gradients(model(checkpointed=True).train(), (x(),), symbolic=(0, 1))
+    assert found(report) == [PREDICATE] * 2
+    assert {site.stage for site in report.sites} == {"train"}
 
 
 @pytest.mark.parametrize(
