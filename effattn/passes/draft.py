@@ -47,7 +47,7 @@ class Anchors:
     is_sdpa: bool = False  # the scores are those of an SDPA call
     before: fx.Node | None = None  # where the replacement goes, if not where ``replaced`` is
     lse: fx.Node | None = None  # the node of the LSE in base 2, if it is used
-    sink: LoadSource | None = None  # one more score of each row, [B, H, Nq, 1]: takes weight, has no value
+    sink: LoadSource | float | None = None  # one more score of each row, [B, H, Nq, 1]: takes weight, has no value
 
 
 @dataclass(frozen=True)
@@ -116,6 +116,6 @@ class Draft:
     is_sdpa: bool = False
     before: fx.Node | None = None
     lse: fx.Node | None = None
-    sink: LoadSource | None = None
+    sink: LoadSource | float | None = None
     zeroed: tuple[Any, ...] = ()  # where weights are set to zero after softmax: booleans in b, h, q, k
     notes: list[str] = field(default_factory=list)

@@ -128,13 +128,18 @@ def _op(writer: Writer, choice: Choice, saved: SavedLoads) -> fx.Node:
     both = writer.call(torch.ops.effattn.attend.default, *args)
     out = writer.call(operator.getitem, both, 0)
     sink = choice.match.anchors.sink
-    return out if sink is None else _beside_sink(writer, both, out, saved.at(sink, _when(writer, choice.match.anchors)))
+    if sink is None:
+        return out
+    if isinstance(sink, float):
+        return _beside_sink(writer, both, out, sink)
+    score = saved.at(sink, _when(writer, choice.match.anchors))
+    return _beside_sink(writer, both, out, writer.method("float", score))
 
 
-def _beside_sink(writer: Writer, both: fx.Node, out: fx.Node, sink: fx.Node) -> fx.Node:
-    """``out`` with the weight that a sink [B, H, Nq, 1] leaves to the keys of each row."""
+def _beside_sink(writer: Writer, both: fx.Node, out: fx.Node, sink: fx.Node | float) -> fx.Node:
+    """``out`` with the weight that a sink, [B, H, Nq, 1] in float32 or one number, leaves to the keys of each row."""
     lse = writer.method("unsqueeze", writer.call(operator.getitem, both, 1), -1)
-    share = writer.call(torch.sigmoid, writer.call(operator.sub, lse, writer.method("float", sink)))
+    share = writer.call(torch.sigmoid, writer.call(operator.sub, lse, sink))
     return writer.method("to", writer.call(operator.mul, out, share), out.meta["example_value"].dtype)
 
 

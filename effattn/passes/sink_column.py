@@ -1,6 +1,7 @@
 """Attention sinks as gpt-oss has them: one more column of the softmax, with a score of its own and no value.
 
     weights = softmax(cat([scores, sink], -1))[..., :-1]
+    weights = softmax(pad(scores, (0, 1)), -1)[..., :-1]         # one more in the denominator: a sink of score 0
 
 The other weights are those of a softmax without the column, times ``sigmoid(lse - sink)`` with the logarithm of the sum
 of their exponentials: attention as ever, and one factor for each row. (OpenAI, gpt-oss-120b & gpt-oss-20b model card,
@@ -9,6 +10,7 @@ arXiv 2508.10925, section 2.2; Agarwal et al.)
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +29,7 @@ class Scores:
 
     node: fx.Node
     time: int
-    sink: LoadSource | None = None
+    sink: LoadSource | float | None = None
     shifted: bool = False  # the largest was taken off by the author
 
 
@@ -38,10 +40,14 @@ def scores_of(view: GraphView, softmax: Call, dim: int) -> Scores:
     shifted = node is not given or softmax.get("shifted", False)
     joined, when = before_casts(view, node, time)
     call = _unchanged(view, joined, when)
+    rank = len(view.shape(joined))
+    if call is not None and call.name == "pad" and dim == rank - 1 and call.get("pad") in ((0, 1), [0, 1]):
+        value = call.get("value", 0) or 0
+        if call.get("mode", "constant") == "constant" and isinstance(value, int | float) and math.isfinite(value):
+            return Scores(call.get("input"), view.time[joined], float(value), shifted)
     if call is None or call.name != "cat":
         return Scores(node, time, shifted=shifted)
     parts = call.get("tensors")
-    rank = len(view.shape(joined))
     both = isinstance(parts, (list, tuple)) and len(parts) == 2
     if not both or call.get("dim", 0) % rank != dim or view.shape(parts[1])[dim] != 1:
         return Scores(node, time, shifted=shifted)

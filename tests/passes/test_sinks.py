@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from compiled import compiled
 
 B, H, KV, N, D = 2, 4, 2, 21, 8
@@ -50,12 +51,20 @@ def joined_before_a_cast(q, k, v, sinks):
     return finished(both.softmax(-1)[..., :-1].to(q.dtype), v)
 
 
+def padded(q, k, v, sinks):
+    return finished(F.pad(logits(q, k), (0, 1)).softmax(-1)[..., :-1], v) + sinks.sum()
+
+
+def padded_by_a_value(q, k, v, sinks):
+    return finished(F.pad(logits(q, k), [0, 1], value=-1.5).softmax(-1)[..., :-1], v) + sinks.sum()
+
+
 def without_a_sink(q, k, v, sinks):
     scores = logits(q, k)
     return finished((scores - torch.amax(scores, 3, True)).softmax(-1), v) + sinks.sum()
 
 
-SPELLINGS = (plain, shifted, shifted_by_amax, joined_before_a_cast, without_a_sink)
+SPELLINGS = (plain, shifted, shifted_by_amax, joined_before_a_cast, padded, padded_by_a_value, without_a_sink)
 
 
 @pytest.mark.parametrize("spelling", SPELLINGS, ids=lambda spelling: spelling.__name__)
@@ -135,7 +144,15 @@ def rounded_after_joining(q, k, v, sinks):
     return finished(both.softmax(-1)[..., :-1], v)
 
 
-NO_SINKS = [kept, first, two_dropped, rounded_after_joining]
+def padded_in_front(q, k, v, sinks):
+    return finished(F.pad(logits(q, k), (1, 0)).softmax(-1)[..., 1:], v)
+
+
+def padded_by_two(q, k, v, sinks):
+    return finished(F.pad(logits(q, k), (0, 2)).softmax(-1)[..., :-2], v)
+
+
+NO_SINKS = [kept, first, two_dropped, rounded_after_joining, padded_in_front, padded_by_two]
 
 
 @pytest.mark.parametrize("spelling", NO_SINKS, ids=lambda spelling: spelling.__name__)
