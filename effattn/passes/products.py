@@ -149,8 +149,9 @@ def _main_product(
 ) -> tuple[Contraction, int]:
     """The product that a kernel computes: the widest one of a row and a column. Others are added as data.
 
-    In attention with relative positions the others depend on rows and distances, or are gathered at them. Data that is
-    written to before ``time`` would have to be copied: such a product is preferred.
+    In attention with relative positions the others depend on rows and distances, or are gathered at them; where each
+    pair has a vector of its own (wav2vec2-bert), only heads are the query's alone, which stand further in front. Data
+    that is written to before ``time`` would have to be copied: such a product is preferred.
     """
     plain = [(product, rows) for product, rows, is_plain in candidates if is_plain]
     if len(candidates) == 1:
@@ -158,11 +159,11 @@ def _main_product(
     if not plain:
         raise Refused("several products", "the scores add several products of queries and keys", "not supported yet")
 
-    def preference(candidate: tuple[Contraction, int]) -> tuple[bool, int, int]:
-        product, _ = candidate
+    def preference(candidate: tuple[Contraction, int]) -> tuple[bool, int, int, int]:
+        product, row = candidate
         made = view.time[product.node]
         width = view.held(product.left).shape[product.left_labels.index(product.summed)]
-        return bool(view.writes_between(product.node, made, time)), hint(width), -made
+        return bool(view.writes_between(product.node, made, time)), hint(width), row, -made
 
     return max(plain, key=preference)
 

@@ -83,6 +83,19 @@ def decomposed(q, k, v, table):
     return (q @ k.mT * 0.3 + bias).softmax(-1) @ v
 
 
+def a_vector_for_each_pair(q, k, v, table):
+    """wav2vec2-bert: the first product has a row of its own for each query, which is no head of the attention."""
+    pairs = table[(torch.arange(N)[None] - torch.arange(N)[:, None]).clamp(-4, 4) + 4]
+    bias = torch.einsum("bhld,lrd->bhlr", q, pairs) * 0.3
+    return (q @ k.mT * 0.3 + bias).softmax(-1) @ v
+
+
+def a_vector_for_each_pair_and_few_keys(q, k, v, table):
+    pairs = table[(torch.arange(N)[None] - torch.arange(N)[:, None]).clamp(-4, 4) + 4]
+    bias = torch.einsum("bhld,lrd->bhlr", q, pairs)
+    return ((q @ k[:, :1].mT + bias) * 0.3).softmax(-1) @ v[:, :1]
+
+
 def biased_query_and_position(q, k, v, table):
     """(q + u) k + (q + w) r, as Conformer has it."""
     return (((q + table[0]) @ k.mT + (q + table[1]) @ table[:N].mT) * 0.3).softmax(-1) @ v
@@ -100,6 +113,8 @@ FOUND = {
     shifted: "bias",
     decomposed: "[h + 3*b, q//3, q%3, k//3]",
     biased_query_and_position: "bias[b, h, q, k]",
+    a_vector_for_each_pair: "0.3*s + 0.3*bias[b, h, q, k]",
+    a_vector_for_each_pair_and_few_keys: "0.3*s + 0.3*bias[b, h, q, k]",
 }
 
 
