@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -249,7 +250,7 @@ def scores_at(
 
 
 def _with_data_added(view: GraphView, reader: Reader, scores: fx.Node, time: int) -> Reading:
-    """``x + mask`` with the mask as data.
+    """``x + mask``, or ``x + mask + bias`` in that order, with all that is added as data.
 
     Raises: Refused: the last operation is no sum, in float32, of the scores and a tensor that does not depend on them.
     """
@@ -266,8 +267,16 @@ def _with_data_added(view: GraphView, reader: Reader, scores: fx.Node, time: int
     if sum(masks) != 1:
         raise Refused("no mask", "what is added to the scores last depends on them")
     readings[masks.index(True)] = reader.as_data(parts[masks.index(True)], view.time[node])
+    with contextlib.suppress(Refused):  # what was added before that
+        readings[masks.index(False)] = _grouped(
+            _with_data_added(view, reader, parts[masks.index(False)], view.time[node])
+        )
     one, other = readings
     return Reading(shape, "float", lambda i: one.at(aligned(one, i, shape)) + other.at(aligned(other, i, shape)))
+
+
+def _grouped(sum_: Reading) -> Reading:
+    return Reading(sum_.shape, sum_.kind, lambda index: expr.Group(sum_.at(index)))
 
 
 def _holds_product(reader: Reader, reading: Reading) -> bool:

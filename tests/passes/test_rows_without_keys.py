@@ -81,6 +81,24 @@ def billion_added_twice(q, k, v, seen):
     return (scores + torch.where(seen, 0.0, -1e9)[:, None, None, :]).softmax(-1) @ v
 
 
+def billion_added_before_a_bias(q, k, v, seen):
+    """As AlphaFold: the numbers of a row that sees nothing have no digits left, and the bias is added to what is."""
+    scores = q @ k.mT * 0.3
+    scores = scores + 1e9 * (seen.float() - 1)[:, None, None, :]
+    scores = scores + 40 * torch.sin(torch.arange(N)[:, None] * 3.0 + torch.arange(N))
+    return scores.softmax(-1) @ v
+
+
+def billion_added_between_biases(q, k, v, seen):
+    wave = torch.sin(torch.arange(N)[:, None] * 3.0 + torch.arange(N))
+    return ((70 * wave + q @ k.mT) + torch.where(seen, 0.0, -1e9)[:, None, None, :] + 40 * wave.mT).softmax(-1) @ v
+
+
+def billion_added_and_scaled(q, k, v, seen):
+    scores = (q @ k.mT + torch.where(seen, 0.0, -1e9)[:, None, None, :]) * 0.3
+    return (scores + 40 * torch.sin(torch.arange(N) * 3.0)).softmax(-1) @ v
+
+
 def lowest_of_half(q, k, v, seen):
     return (q @ k.mT).masked_fill(~seen[:, None, None, :], torch.finfo(q.dtype).min).softmax(-1) @ v
 
@@ -129,7 +147,10 @@ ROWS = [
     (billion_added_and_cast, "nan", EMPTY, torch.float32),
     (billion_added_and_cast, None, EMPTY, torch.bfloat16),
     (billion_added_in_place, "nan", EMPTY, torch.float32),
-    (billion_added_twice, None, EMPTY, torch.float32),
+    (billion_added_twice, "nan", EMPTY, torch.float32),
+    (billion_added_before_a_bias, "nan", EMPTY, torch.float32),
+    (billion_added_between_biases, "nan", EMPTY, torch.float32),
+    (billion_added_and_scaled, None, EMPTY, torch.float32),
     (lowest_filled_and_added, "nan", EMPTY, torch.float32),
     (lowest_filled_and_added, "nan", torch.arange(N) >= torch.tensor([[0], [5]]), torch.float32),
     (billion_filled_and_added, None, EMPTY, torch.float32),
