@@ -11,7 +11,7 @@ from typing import Any
 from torch import fx
 
 from effattn.compiler.options import Options
-from effattn.passes import checkpoints, mask_buffers
+from effattn.passes import checkpoints, differences, mask_buffers
 from effattn.passes.check import check
 from effattn.passes.choose import Choice, choose
 from effattn.passes.draft import Match, Missed
@@ -45,10 +45,11 @@ class Outcome:
         return bool(self.linear) or any(choice.route != "keep" for choice in self.choices)
 
 
-def run_passes(gm: fx.GraphModule, options: Options, inputs: Sequence[Any] = ()) -> Outcome:
+def run_passes(gm: fx.GraphModule, options: Options, inputs: Sequence[Any] = (), distribute: bool = True) -> Outcome:
     """Find attention in ``gm`` and rewrite it in place. On an exception the graph is as it was before.
 
     ``inputs`` are the tensors that the graph is compiled for; tables of decay and masks in buffers are looked at.
+    ``distribute``: products of a sum of attention weights are taken apart, unless that turns out to be of no use.
     """
     outcome = Outcome()
     clock = _Clock(outcome.seconds)
@@ -61,7 +62,10 @@ def run_passes(gm: fx.GraphModule, options: Options, inputs: Sequence[Any] = ())
             written_out, left_alone = normalize(gm)
         with clock("mask buffers"):
             masks = mask_buffers.write_out(gm, inputs)
-        if options.verify and (regions or written_out or masks or len(gm.graph.nodes) != len(original.nodes)):
+        products = differences.write_out(gm) if distribute else []
+        if options.verify and (
+            products or regions or written_out or masks or len(gm.graph.nodes) != len(original.nodes)
+        ):
             outcome.normalized = copy.deepcopy(gm.graph)
         view = GraphView(gm.graph)
         with clock("match"):
@@ -69,6 +73,9 @@ def run_passes(gm: fx.GraphModule, options: Options, inputs: Sequence[Any] = ())
         outcome.missed += left_alone
         with clock("choose"):
             outcome.choices = choose(outcome.matches, options.policy, strict=options.strict, target=options.target)
+        if products and not differences.all_found(products, [c.match for c in outcome.choices if c.route != "keep"]):
+            gm.graph = original
+            return run_passes(gm, options, inputs, distribute=False)
         with clock("rewrite"):
             outcome.erased = rewrite(view, outcome.choices)
         if may_hold_linear(gm.graph):

@@ -389,9 +389,9 @@ class TransformerXl(nn.Module):
 class Differential(nn.Module):
     """Microsoft: the difference of two attentions, as weights or as outputs."""
 
-    def __init__(self, of_weights: bool):
+    def __init__(self, how: str):
         super().__init__()
-        self.of_weights, self.qkv = of_weights, nn.Linear(WIDTH, 3 * WIDTH)
+        self.how, self.qkv = how, nn.Linear(WIDTH, 3 * WIDTH)
         self.lambda_q, self.lambda_k = (nn.Parameter(torch.randn(8) * 0.1) for _ in range(2))
 
     def forward(self, x):
@@ -400,7 +400,13 @@ class Differential(nn.Module):
         q, k = (t.view(b, n, HEADS, 8).transpose(1, 2) for t in (q, k))
         v = v.view(b, n, HEADS // 2, 16).transpose(1, 2)
         lam = torch.exp(torch.sum(self.lambda_q * self.lambda_k, dim=-1).float()) + 0.2
-        if self.of_weights:
+        if self.how == "two softmaxes":
+            parts = (t.reshape(b, HEADS // 2, 2, n, 8).unbind(2) for t in (q * 8**-0.5, k))
+            first, second = (
+                F.softmax(q @ k.mT + torch.triu(torch.full((n, n), -INF), 1), -1) for q, k in zip(*parts, strict=True)
+            )
+            out = F.dropout(first - lam * second, 0.1, self.training) @ v
+        elif self.how == "weights":
             scores = q * 8**-0.5 @ k.transpose(-1, -2) + torch.triu(torch.full((n, n), -INF), 1)
             weights = F.softmax(scores, dim=-1, dtype=torch.float32).type_as(scores).view(b, HEADS // 2, 2, n, n)
             out = torch.matmul(weights[:, :, 0] - lam * weights[:, :, 1], v)
@@ -744,13 +750,14 @@ ROWS = [
     Row(Deberta, tokens(), score="bias2[b, h, k, 24 + k - q]"),
     Row(TransformerXl, tokens(), CAUSAL, score="bias[b, h, "),
     Row(
-        lambda: Differential(True),
+        lambda: Differential("weights"),
         tokens(),
         (),
         missed=("the attention weights are used elsewhere (by getitem",),
         name="differential-weights",
     ),
-    Row(lambda: Differential(False), tokens(), (CAUSAL, CAUSAL), name="differential-outputs"),
+    Row(lambda: Differential("outputs"), tokens(), (CAUSAL, CAUSAL), name="differential-outputs"),
+    Row(lambda: Differential("two softmaxes"), tokens(), (CAUSAL, CAUSAL), name="differential-softmaxes"),
     Row(GptOss, tokens(13, WIDTH), "k <= q & q - k < 4", symbolic=(0,)),
     Row(lambda: Mla(False), tokens(), CAUSAL, name="mla"),
     Row(lambda: Mla(True), tokens(), CAUSAL, score="bias[b, q, h, k]", name="mla-absorbed"),

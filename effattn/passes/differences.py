@@ -1,0 +1,155 @@
+"""Weights that are added before the product with value: ``(a1 - x * a2) @ v`` is written as ``a1 @ v - x * (a2 @ v)``.
+
+So Differential Transformer (arXiv 2410.05258, section 2.1) is two attentions over one value. Where one of them turns
+out to be none, the graph stays as it was: two products cost more than one.
+"""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from effattn.passes.contraction import contraction
+from effattn.passes.draft import Match
+from effattn.passes.graph import GraphView
+from effattn.passes.insert import Inserter, difference
+from effattn.passes.reading.elementwise import is_dead_dropout
+
+# what weights pass through between a softmax and a sum
+_PASSED = ("identity", "dropout", "to", "type_as", "reshape", "transpose", "permute", "select", "getitem")
+_SIGNS = {"add": 1, "sub": -1}
+
+
+@dataclass(frozen=True)
+class _Term:
+    """One summand: ``sign * factor * weights``; no factor: None."""
+
+    weights: fx.Node
+    factor: Any = None
+    sign: int = 1
+
+
+def write_out(gm: fx.GraphModule) -> list[fx.Node]:
+    """Distribute every product of a sum of weights, in place; the new products."""
+    if sum(str(getattr(node.target, "__name__", node.target)) == "softmax" for node in gm.graph.nodes) < 2:
+        return []
+    products: list[fx.Node] = []
+    view = GraphView(gm.graph)
+    for node in list(gm.graph.nodes):
+        terms = _terms_of(view, node)
+        if terms:
+            products += _distributed(gm.graph, node, terms)
+    return products
+
+
+def all_found(products: list[fx.Node], matches: list[Match]) -> bool:
+    return set(products) <= {match.anchors.replaced for match in matches}
+
+
+def _terms_of(view: GraphView, node: fx.Node) -> list[_Term]:
+    """The summands of the weights that ``node`` multiplies with value; [] if it does nothing of the kind."""
+    call, product = view.call(node), contraction(view, node)
+    if call is None or call.name != "matmul" or product is None or view.writes(node):
+        return []
+    terms = _summands(view, product.left, view.time[node])
+    return terms if len(terms) > 1 and all(_from_softmax(view, term.weights) for term in terms) else []
+
+
+def _summands(view: GraphView, node: fx.Node, time: int) -> list[_Term]:
+    """``node`` as a sum, read at ``time``; [] if a part of it cannot be moved behind the product."""
+    call = view.call(node)
+    if call is not None and (call.name == "identity" or (call.name == "dropout" and is_dead_dropout(call))):
+        source = call.get("input")
+        plain = isinstance(source, fx.Node) and len(node.users) == 1 and _moves(view, node, time)
+        return _summands(view, source, time) if plain else [_Term(node)]
+    if call is None or call.name not in _SIGNS or len(node.users) != 1 or not _moves(view, node, time):
+        return [_Term(node)]
+    if call.get("alpha", 1) != 1:
+        return []
+    found: list[_Term] = []
+    for name, sign in (("input", 1), ("other", _SIGNS[call.name])):
+        part = call.get(name)
+        if not isinstance(part, fx.Node) or view.tensor(part) is None or view.shape(part) != view.shape(node):
+            return []
+        inner = [_scaled(view, term, node, time) for term in _summands(view, part, time)]
+        if not inner or None in inner:
+            return []
+        found += [_Term(term.weights, term.factor, sign * term.sign) for term in inner if term is not None]
+    return found
+
+
+def _scaled(view: GraphView, term: _Term, like: fx.Node, time: int) -> _Term | None:
+    """The term with a factor taken off its weights; None if it has one that cannot be."""
+    call = view.call(term.weights)
+    if call is None or call.name != "mul":
+        return term
+    if term.factor is not None or len(term.weights.users) != 1 or not _moves(view, term.weights, time):
+        return None
+    for name, other in (("input", "other"), ("other", "input")):
+        weights, factor = call.get(name), call.get(other)
+        if not isinstance(weights, fx.Node) or view.tensor(weights) is None or not _from_softmax(view, weights):
+            continue
+        if view.shape(weights) == view.shape(like) and _is_factor(view, factor, view.time[term.weights], time):
+            return _Term(weights, factor, term.sign)
+    return None
+
+
+def _is_factor(view: GraphView, factor: Any, read: int, time: int) -> bool:
+    """Whether a factor is the same for all keys of a row, and still the same at ``time``."""
+    if isinstance(factor, (int, float)):
+        return True
+    if not isinstance(factor, fx.Node) or view.tensor(factor) is None:
+        return False
+    return view.shape(factor)[-1:] in ((), (1,)) and not view.writes_between(factor, read, time)
+
+
+def _from_softmax(view: GraphView, node: fx.Node) -> bool:
+    while (call := view.call(node)) is not None:
+        if call.name == "softmax":
+            return True
+        source = call.get("input")
+        if not (call.name in _PASSED or call.name.startswith("cast_")) or not isinstance(source, fx.Node):
+            return False
+        node = source
+    return False
+
+
+def _moves(view: GraphView, node: fx.Node, time: int) -> bool:
+    """Whether what ``node`` computes may as well be computed at ``time``."""
+    if view.writes(node) or view.cuts_gradient(node, time):
+        return False
+    return not any(view.writes_between(part, view.time[node], time) for part in (node, *node.all_input_nodes))
+
+
+def _distributed(graph: fx.Graph, node: fx.Node, terms: list[_Term]) -> list[fx.Node]:
+    """Writes one product for each term and their sum in the place of ``node``; the products, [] if it cannot be."""
+    value = node.args[1] if len(node.args) > 1 else node.kwargs.get("other", node.kwargs.get("mat2"))
+    insert = Inserter(graph, node)
+    products: list[fx.Node] = []
+    with graph.inserting_before(node):
+        total: fx.Node | None = None
+        for term in terms:
+            part = insert.call(torch.matmul, term.weights, value)
+            products.append(part)
+            if term.factor is not None:
+                part = insert.call(operator.mul, part, term.factor)
+            if total is None:
+                total = part if term.sign > 0 else insert.call(operator.neg, part)
+            else:
+                total = insert.call(operator.add if term.sign > 0 else operator.sub, total, part)
+    assert total is not None
+    if difference(node.meta["example_value"], total.meta["example_value"]):
+        insert.undo()
+        return []
+    node.replace_all_uses_with(total)
+    unused = [node]
+    while unused:
+        gone = unused.pop()
+        sources = gone.all_input_nodes
+        graph.erase_node(gone)
+        unused += [source for source in sources if not source.users and source.op != "placeholder"]
+    return products

@@ -1,0 +1,122 @@
+"""Sums of attention weights before the product with value: one attention for each summand."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from compiled import compiled
+
+B, H, N, D = 2, 3, 11, 8
+
+
+def tensors(grad: bool = False):
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(B, H, N, D)] * 5 + [(H, 1, 1)]
+    return [torch.randn(shape, generator=generator).requires_grad_(grad) for shape in shapes]
+
+
+def weights(q, k):
+    return (q @ k.mT * 0.3 + torch.full((N, N), -torch.inf).triu(1)).softmax(-1)
+
+
+def difference(q, k, p, r, v, x):
+    return (weights(q, k) - 0.4 * weights(p, r)) @ v
+
+
+def factor_of_each_head(q, k, p, r, v, x):
+    return torch.matmul(weights(q, k) - weights(p, r) * x, v)
+
+
+def factor_of_each_row(q, k, p, r, v, x):
+    return (weights(q, k) * p[..., :1].sigmoid() + weights(p, r)) @ v
+
+
+def factor_that_is_learned(q, k, p, r, v, x):
+    return torch.matmul(weights(q, k) - torch.exp(x.sum()) * weights(p, r), v)
+
+
+def three(q, k, p, r, v, x):
+    return (0.5 * weights(q, k) + weights(p, r) - weights(q, r)) @ v
+
+
+def dropout_that_does_nothing(q, k, p, r, v, x):
+    return F.dropout(weights(q, k) - weights(p, r), 0.3, training=False) @ v
+
+
+def folded_batch(q, k, p, r, v, x):
+    flat = [part.flatten(0, 1) for part in (q, k, p, r, v)]
+    return torch.bmm(weights(*flat[:2]) - 0.3 * weights(*flat[2:4]), flat[4])
+
+
+SUMS = (
+    difference,
+    factor_of_each_head,
+    factor_of_each_row,
+    factor_that_is_learned,
+    three,
+    dropout_that_does_nothing,
+    folded_batch,
+)
+
+
+@pytest.mark.parametrize("grad", [False, True], ids=["forward", "gradients"])
+@pytest.mark.parametrize("function", SUMS, ids=lambda function: function.__name__)
+def test_each_summand_is_a_site(function, grad):
+    given = tensors(grad)
+    report, _out = compiled(function, *given, verify=not grad)
+    assert report.missed == []
+    assert [site.predicate for site in report.sites] == ["k <= q"] * (3 if function is three else 2)
+    assert "softmax" not in report.graph()
+    if grad:
+        wanted = torch.autograd.grad(function(*given).square().sum(), given, allow_unused=True)
+        fast = torch.compile(function, backend="effattn", options={"rest": "eager", "strict": True})
+        found = torch.autograd.grad(fast(*given).square().sum(), given, allow_unused=True)
+        for got, want in zip(found, wanted, strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+def returned(q, k, p, r, v, x):
+    both = weights(q, k) - weights(p, r)
+    return both @ v, both
+
+
+def factor_of_each_key(q, k, p, r, v, x):
+    return (weights(q, k) - v[..., 0][:, :, None] * weights(p, r)) @ v
+
+
+def no_product(q, k, p, r, v, x):
+    return (weights(q, k) - p[:, :, :, :1].expand(B, H, N, N).softmax(-1)) @ v
+
+
+def a_tensor_added(q, k, p, r, v, x):
+    return (weights(q, k) + x) @ v
+
+
+def factor_that_changes(q, k, p, r, v, x):
+    x = x.clone()
+    both = weights(q, k) - x * weights(p, r)
+    x.mul_(2)
+    return both @ v
+
+
+def multiplied(q, k, p, r, v, x):
+    return (weights(q, k) * weights(p, r)) @ v
+
+
+def added_without_gradients(q, k, p, r, v, x):
+    with torch.no_grad():
+        both = weights(q, k) + 0.3 * weights(p, r)
+    return both @ v
+
+
+LEFT = (returned, factor_of_each_key, no_product, a_tensor_added, factor_that_changes, multiplied)
+
+
+@pytest.mark.parametrize("function", [*LEFT, added_without_gradients], ids=lambda function: function.__name__)
+def test_left_as_it_was(function):
+    given = tensors(function is added_without_gradients)
+    report, _ = compiled(function, *given, verify=False)
+    assert report.sites == []
+    assert report.missed != []
+    assert report.graph() == report.graph(before=True)
