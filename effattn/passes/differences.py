@@ -18,6 +18,8 @@ from effattn.passes.draft import Match
 from effattn.passes.graph import GraphView
 from effattn.passes.insert import Inserter, difference
 from effattn.passes.reading.elementwise import is_dead_dropout
+from effattn.passes.reading.views import reinterprets
+from effattn.passes.vocabulary import Call
 
 # what weights pass through between a softmax and a sum
 _PASSED = ("identity", "dropout", "to", "type_as", "reshape", "transpose", "permute", "select", "getitem")
@@ -34,16 +36,21 @@ class _Term:
 
 
 def write_out(gm: fx.GraphModule) -> list[fx.Node]:
-    """Distribute every product of a sum of weights, in place; the new products."""
-    if sum(str(getattr(node.target, "__name__", node.target)) == "softmax" for node in gm.graph.nodes) < 2:
+    """Distribute every product of a sum of weights, in place; the nodes that have to become sites.
+
+    A softmax that is still used after all is one of them: it then costs as much as it did.
+    """
+    if not any(str(getattr(node.target, "__name__", node.target)) == "softmax" for node in gm.graph.nodes):
         return []
     products: list[fx.Node] = []
+    shared: list[fx.Node | None] = []
     view = GraphView(gm.graph)
     for node in list(gm.graph.nodes):
-        terms = _terms_of(view, node)
-        if terms:
-            products += _distributed(gm.graph, node, terms)
-    return products
+        if terms := _terms_of(view, node):
+            own = [_with_own_softmax(view, term) for term in terms]
+            shared += [_softmax_of(view, old.weights) for old, new in zip(terms, own, strict=True) if new is not old]
+            products += _distributed(gm.graph, node, own)
+    return products + [softmax for softmax in shared if softmax is not None and softmax.users]
 
 
 def all_found(products: list[fx.Node], matches: list[Match]) -> bool:
@@ -56,7 +63,7 @@ def _terms_of(view: GraphView, node: fx.Node) -> list[_Term]:
     if call is None or call.name != "matmul" or product is None or view.writes(node):
         return []
     terms = _summands(view, product.left, view.time[node])
-    return terms if len(terms) > 1 and all(_from_softmax(view, term.weights) for term in terms) else []
+    return terms if len(terms) > 1 and all(_softmax_of(view, term.weights) for term in terms) else []
 
 
 def _summands(view: GraphView, node: fx.Node, time: int) -> list[_Term]:
@@ -91,7 +98,7 @@ def _scaled(view: GraphView, term: _Term, like: fx.Node, time: int) -> _Term | N
         return None
     for name, other in (("input", "other"), ("other", "input")):
         weights, factor = call.get(name), call.get(other)
-        if not isinstance(weights, fx.Node) or view.tensor(weights) is None or not _from_softmax(view, weights):
+        if not isinstance(weights, fx.Node) or view.tensor(weights) is None or _softmax_of(view, weights) is None:
             continue
         if view.shape(weights) == view.shape(like) and _is_factor(view, factor, view.time[term.weights], time):
             return _Term(weights, factor, term.sign)
@@ -107,15 +114,77 @@ def _is_factor(view: GraphView, factor: Any, read: int, time: int) -> bool:
     return view.shape(factor)[-1:] in ((), (1,)) and not view.writes_between(factor, read, time)
 
 
-def _from_softmax(view: GraphView, node: fx.Node) -> bool:
+def _softmax_of(view: GraphView, node: fx.Node) -> fx.Node | None:
+    """The softmax that weights come from through views and casts."""
     while (call := view.call(node)) is not None:
         if call.name == "softmax":
-            return True
+            return node
         source = call.get("input")
         if not (call.name in _PASSED or call.name.startswith("cast_")) or not isinstance(source, fx.Node):
-            return False
+            return None
         node = source
-    return False
+    return None
+
+
+def _with_own_softmax(view: GraphView, term: _Term) -> _Term:
+    """The term with a softmax of its own, where it takes some heads of one: a softmax of some heads of the scores.
+
+    In the published code the two are neighbouring heads: ``w = softmax(s).view(b, h, 2, n, n); w[:, :, 0]``.
+    """
+    chain: list[Call] = []  # from the softmax to the weights
+    call = view.call(term.weights)
+    while call is not None and call.name != "softmax":
+        chain.insert(0, call)
+        call = view.call(call.get("input"))
+    if call is None or not any(link.name in ("getitem", "select") for link in chain):
+        return term
+    scores, rank = call.get("input"), len(view.shape(call.node))
+    dim = call.get("dim")
+    if not isinstance(scores, fx.Node) or not isinstance(dim, int) or dim % rank != rank - 1:
+        return term
+    if view.writes_between(scores, view.time[call.node], view.time[term.weights]):
+        return term
+    if not all(_is_cast(link) or _keeps_rows(view, link) for link in chain):
+        return term
+    insert = Inserter(view.graph, term.weights)
+    with view.graph.inserting_before(term.weights):
+        try:
+            for link in chain:
+                if not _is_cast(link):
+                    scores = _again(insert, link, scores)
+            weights = insert.call(torch.softmax, scores, -1, dtype=call.get("dtype"))
+            for link in chain:
+                if _is_cast(link):
+                    weights = _again(insert, link, weights)
+        except RuntimeError:  # scores that lie in memory in another order than weights, and a view of them
+            insert.undo()
+            return term
+    return _Term(weights, term.factor, term.sign)
+
+
+def _is_cast(call: Call) -> bool:
+    return call.name in ("to", "type_as", "identity") or call.name.startswith("cast_")
+
+
+def _keeps_rows(view: GraphView, call: Call) -> bool:
+    """Whether a view leaves the last two dimensions, queries and keys, alone."""
+    before, after = view.shape(call.get("input")), view.shape(call.node)
+    if len(after) < 2 or before[-2:] != after[-2:]:
+        return False
+    if call.name == "reshape":
+        return not reinterprets(view, call)
+    index = call.get("index")
+    if call.name == "select":
+        return isinstance(call.get("dim"), int) and call.get("dim") % len(before) < len(before) - 2
+    index = index if isinstance(index, tuple) else (index,)
+    plain = all(isinstance(part, int) or part == slice(None) for part in index)
+    return call.name == "getitem" and plain and not any(isinstance(part, int) for part in index[len(before) - 2 :])
+
+
+def _again(insert: Inserter, call: Call, source: fx.Node) -> fx.Node:
+    """The same call of another tensor."""
+    args, kwargs = fx.map_arg((call.node.args, call.node.kwargs), lambda n: source if n is call.get("input") else n)
+    return insert.remember(insert.graph.create_node(call.node.op, call.node.target, args, kwargs))
 
 
 def _moves(view: GraphView, node: fx.Node, time: int) -> bool:

@@ -34,6 +34,24 @@ def digit(entry: Any) -> Digit | None:
     return Digit(inner.divisor * number, None if inner.size is None else inner.size // number)
 
 
+def in_steps(entry: Any) -> tuple[Digit, int, int] | None:
+    """(digit, first, step) of ``first + step * digit``; None if ``entry`` is anything else."""
+    first, rest = sympy.sympify(entry).as_coeff_Add()
+    step, inner = rest.as_coeff_Mul()
+    part = digit(inner)
+    if part is None or not (first.is_Integer and step.is_Integer and first >= 0 and step > 0):
+        return None
+    return part, int(first), int(step)
+
+
+def how_many(part: Digit, heads: Any) -> int | None:
+    """How many values a digit of a number below ``heads`` takes; None if that is not known."""
+    if part.size is not None:
+        return part.size
+    count = sympy.sympify(heads) / part.divisor
+    return int(count) if count.is_Integer else None
+
+
 def in_order(digits: list[Digit], heads: Any) -> list[int] | None:
     """Places of ``digits``, the slowest varying first; None if together they are not ``h // smallest divisor``."""
     order = sorted(range(len(digits)), key=lambda place: -digits[place].divisor)

@@ -7,6 +7,7 @@ the node nearest to the inputs whose dimensions are still plainly batch, head, r
 from __future__ import annotations
 
 import math
+import operator
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import fx
 
 from effattn.ir import expr
 from effattn.passes.graph import GraphView
-from effattn.passes.heads import Digit, digit, in_order
+from effattn.passes.heads import Digit, how_many, in_order, in_steps
 from effattn.passes.reading import Reader
 from effattn.passes.reading.elementwise import is_dead_dropout
 from effattn.passes.reading.reader import Index
@@ -32,8 +33,9 @@ class Operand:
     """A tensor node and how to see it as [B, H, N, D].
 
     ``dims`` gives for batch, head, row and depth the dimension of the node: None where it has no batch, and none to
-    several of heads, the slowest varying first. ``picks`` fixes other dimensions at an index. ``groups`` is the number
-    of query heads per head of this operand.
+    several of heads, the slowest varying first. ``picks`` fixes other dimensions at an index, ``some`` takes
+    the heads of a dimension from one on in steps: (dimension, first, step, how many). ``groups`` is the number of query
+    heads per head of this operand.
     """
 
     node: fx.Node
@@ -45,11 +47,12 @@ class Operand:
     folded: tuple[str, ...] = ()
     batch: Any = None  # what it is expanded to where all batches share it: an int, or (node, dimension)
     heads: int | None = None  # the same for heads
+    some: tuple[tuple[int, int, int, int], ...] = ()
 
     def heads_in(self, view: GraphView) -> Any:
-        """How many heads the node holds."""
-        sizes = view.shape(self.node)
-        return sympy.Mul(*[sizes[dim] for dim in self.dims[1]])
+        """How many heads of the node are the operand's."""
+        sizes, taken = view.shape(self.node), {dim: count for dim, _, _, count in self.some}
+        return sympy.Mul(*[taken.get(dim, sizes[dim]) for dim in self.dims[1]])
 
 
 def trace(
@@ -189,11 +192,18 @@ def _clean(view: GraphView, reader: Reader, node: fx.Node, index: Index, factor,
     roles: dict[Any, int] = {}
     heads: list[tuple[Digit, int]] = []
     picks: list[tuple[int, int]] = []
+    some: list[tuple[int, int, int, int]] = []
     for dim, entry in enumerate(map(sympy.sympify, index)):
         if entry in (expr.b, row, depth) and entry not in roles:
             roles[entry] = dim
-        elif (part := digit(entry)) is not None:
+        elif (found := in_steps(entry)) is not None:
+            part, first, step = found
+            count, size = how_many(part, reader.sizes[expr.h]), view.shape(node)[dim]
             heads.append((part, dim))
+            if (first, step) != (0, 1) or (count is not None and size.is_Integer and size > count):
+                if count is None:
+                    return None
+                some.append((dim, first, step, count))
         elif entry.is_Integer and int(entry) >= 0:
             picks.append((dim, int(entry)))
         else:
@@ -203,7 +213,7 @@ def _clean(view: GraphView, reader: Reader, node: fx.Node, index: Index, factor,
         return None
     dims = (roles.get(expr.b), tuple(heads[place][1] for place in order), roles[row], roles[depth])
     groups = heads[order[-1]][0].divisor if heads else 1
-    return Operand(node, dims, tuple(picks), groups, factor, time, folded)
+    return Operand(node, dims, tuple(picks), groups, factor, time, folded, some=tuple(some))
 
 
 def emit(graph: fx.Graph, operand: Operand, remember) -> fx.Node:
@@ -211,6 +221,9 @@ def emit(graph: fx.Graph, operand: Operand, remember) -> fx.Node:
     node = operand.node
     batch, heads, *last = operand.dims
     keep = [*([] if batch is None else [batch]), *heads, *last]
+    for dim, first, step, count in operand.some:
+        index = (*[slice(None)] * dim, slice(first, first + step * count, step))
+        node = remember(graph.call_function(operator.getitem, (node, index)))
     for dim, position in sorted(operand.picks, reverse=True):
         node = remember(graph.call_function(torch.select, (node, dim, position)))
         keep = [d - 1 if d > dim else d for d in keep]

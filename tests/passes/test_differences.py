@@ -49,7 +49,28 @@ def folded_batch(q, k, p, r, v, x):
     return torch.bmm(weights(*flat[:2]) - 0.3 * weights(*flat[2:4]), flat[4])
 
 
+def neighbouring_heads(q, k, p, r, v, x):
+    """The published code: one softmax, of which every second head is subtracted from the one before."""
+    w = weights(torch.cat([q, p], 1), torch.cat([k, r], 1)).float().type_as(q).view(B, H, 2, N, N)
+    return torch.matmul(w[:, :, 0] - x * w[:, :, 1], v)
+
+
+def halves_of_the_heads(q, k, p, r, v, x):
+    w = F.softmax(torch.cat([q, p], 1) @ torch.cat([k, r], 1).mT + torch.full((N, N), -torch.inf).triu(1), dim=-1)
+    w = w.unflatten(1, (2, H))
+    return (w.select(1, 0) - 0.3 * w.select(1, 1)) @ v
+
+
+def grouped(q, k, p, r, v, x):
+    key = torch.cat([k, r], 1)[:, :2].repeat_interleave(3, 1)  # heads in threes, taken apart in twos
+    w = weights(torch.cat([q, p], 1), key).view(B, H, 2, N, N)
+    return (w[:, :, 0] - w[:, :, 1]) @ v
+
+
 SUMS = (
+    neighbouring_heads,
+    grouped,
+    halves_of_the_heads,
     difference,
     factor_of_each_head,
     factor_of_each_row,
@@ -104,13 +125,32 @@ def multiplied(q, k, p, r, v, x):
     return (weights(q, k) * weights(p, r)) @ v
 
 
+def one_of_two_is_returned(q, k, p, r, v, x):
+    w = weights(torch.cat([q, p], 1), torch.cat([k, r], 1)).view(B, H, 2, N, N)
+    return (w[:, :, 0] - w[:, :, 1]) @ v, w[:, :, 1]
+
+
+def of_rows(q, k, p, r, v, x):
+    w = weights(q, k)
+    return (w[:, :, :5] - w[:, :, 5:10]) @ v
+
+
 def added_without_gradients(q, k, p, r, v, x):
     with torch.no_grad():
         both = weights(q, k) + 0.3 * weights(p, r)
     return both @ v
 
 
-LEFT = (returned, factor_of_each_key, no_product, a_tensor_added, factor_that_changes, multiplied)
+LEFT = (
+    returned,
+    factor_of_each_key,
+    no_product,
+    a_tensor_added,
+    factor_that_changes,
+    multiplied,
+    one_of_two_is_returned,
+    of_rows,
+)
 
 
 @pytest.mark.parametrize("function", [*LEFT, added_without_gradients], ids=lambda function: function.__name__)
