@@ -11,6 +11,8 @@ from torch import nn
 
 WIDTH, HEADS, LONGEST = 32, 4, 24
 INF = float("inf")
+CAUSAL = "k <= q"
+NO_PRODUCT = "the scores do not come from a product of two tensors: not attention"
 
 
 class NanoGpt(nn.Module):
@@ -239,153 +241,6 @@ class LocalAttention(nn.Module):
         return out.reshape(b, HEADS, n, 8).transpose(1, 2).reshape(b, n, -1)
 
 
-class AlibiMpt(nn.Module):
-    """MosaicML: a bias over keys, sliced to the lengths, then a causal mask of the larger length."""
-
-    def __init__(self):
-        super().__init__()
-        self.Wqkv = nn.Linear(WIDTH, 3 * WIDTH)
-        bias = torch.arange(1 - LONGEST, 1, dtype=torch.int32).view(1, 1, 1, LONGEST)
-        slopes = 1.0 / torch.pow(2, torch.arange(1, HEADS + 1).float().mul(8 / HEADS)).view(1, HEADS, 1, 1)
-        self.register_buffer("attn_bias", bias * slopes, persistent=False)
-
-    def forward(self, x):
-        b, n, _ = x.shape
-        q, k, v = (t.view(b, n, HEADS, 8).transpose(1, 2) for t in self.Wqkv(x).chunk(3, dim=2))
-        attn_weight = q.matmul(k.transpose(2, 3)) * 8**-0.5
-        s_q, s_k = q.size(-2), k.size(-2)
-        bias = self.attn_bias[:, :, max(0, self.attn_bias.size(2) - s_q) :, max(0, self.attn_bias.size(3) - s_k) :]
-        attn_weight = attn_weight + bias
-        s = max(s_q, s_k)
-        causal_mask = attn_weight.new_ones(s, s, dtype=torch.float32).tril().to(torch.bool).logical_not()
-        causal_mask = causal_mask[-s_q:, -s_k:]
-        attn_weight = attn_weight.masked_fill(causal_mask.view(1, 1, s_q, s_k), torch.finfo(q.dtype).min)
-        return torch.softmax(attn_weight, dim=-1).to(v.dtype).matmul(v).transpose(1, 2).flatten(2)
-
-
-def alibi_of_mask(attention_mask):
-    """BLOOM and Falcon: positions are counted by the padding mask; [batch * heads, 1, length]."""
-    batch, length = attention_mask.shape
-    slopes = torch.pow(torch.tensor(2 ** (-(2 ** -(math.log2(HEADS) - 3)))), torch.arange(1, 1 + HEADS))
-    places = ((attention_mask.cumsum(dim=-1) - 1) * attention_mask)[:, None, :]
-    return (slopes[..., None] * places).reshape(batch * HEADS, 1, length)
-
-
-class AlibiBloom(nn.Module):
-    """BigScience: baddbmm as a method of the bias, one dimension for batch and heads."""
-
-    def __init__(self):
-        super().__init__()
-        self.query_key_value = nn.Linear(WIDTH, 3 * WIDTH)
-
-    def forward(self, x, attention_mask):
-        batch, length, _ = x.shape
-        fused = self.query_key_value(x).view(batch, length, HEADS, 3, 8)
-        q, k, v = fused[..., 0, :], fused[..., 1, :], fused[..., 2, :]
-        q = q.transpose(1, 2).reshape(batch * HEADS, length, 8)
-        k = k.permute(0, 2, 3, 1).reshape(batch * HEADS, 8, length)
-        v = v.transpose(1, 2).reshape(batch * HEADS, length, 8)
-        alibi = alibi_of_mask(attention_mask)
-        scores = alibi.baddbmm(batch1=q, batch2=k, beta=1.0, alpha=8**-0.5).view(batch, HEADS, length, length)
-        causal = torch.ones(length, length, dtype=torch.bool).triu(1)[None, None]
-        mask = causal | (attention_mask == 0)[:, None, None, :]
-        weights = torch.masked_fill(scores, mask, torch.finfo(scores.dtype).min)
-        probs = F.softmax(weights, dim=-1, dtype=torch.float32).to(x.dtype).view(batch * HEADS, length, length)
-        context = torch.bmm(probs, v).view(batch, HEADS, length, 8).permute(0, 2, 1, 3)
-        return context.reshape(batch, length, WIDTH)
-
-
-class AlibiFalcon(nn.Module):
-    """TII: one key head, the bias added before the scale, a mask of -1e9 as floats."""
-
-    def __init__(self):
-        super().__init__()
-        self.query_key_value = nn.Linear(WIDTH, WIDTH + 16)
-
-    def forward(self, x, attention_mask):
-        batch, length, _ = x.shape
-        fused = self.query_key_value(x).view(batch, length, HEADS + 2, 8)
-        q, k, v = fused[..., :-2, :], fused[..., [-2], :], fused[..., [-1], :]
-        q = q.transpose(1, 2).reshape(batch, HEADS, length, 8)
-        k, v = (t.transpose(1, 2).reshape(batch, 1, length, 8) for t in (k, v))
-        alibi = alibi_of_mask(attention_mask)
-        hidden = torch.ones(length, length, dtype=torch.bool).triu(1)[None, None]
-        hidden = hidden | ~attention_mask.bool()[:, None, None, :]
-        floats = (hidden * 1.0).masked_fill(hidden, -1e9).to(q.dtype)
-        scores = (q @ k.transpose(-1, -2)).view(batch, HEADS, length, length)
-        probs = F.softmax((scores + alibi.view(batch, HEADS, 1, -1)) * 8**-0.5 + floats, dim=-1, dtype=x.dtype)
-        return (probs @ v).permute(0, 2, 1, 3).reshape(batch, length, WIDTH)
-
-
-class T5(nn.Module):
-    """Mesh TensorFlow's buckets of distances, a learned number for each bucket and head, no scale."""
-
-    def __init__(self):
-        super().__init__()
-        self.q, self.k, self.v, self.o = (nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(4))
-        self.bias = nn.Embedding(8, HEADS)
-
-    @staticmethod
-    def bucket(relative, buckets: int = 8, furthest: int = 20):
-        buckets //= 2
-        found = (relative > 0).to(torch.long) * buckets
-        relative = torch.abs(relative)
-        exact = buckets // 2
-        large = exact + (torch.log(relative.float() / exact) / math.log(furthest / exact) * (buckets - exact)).to(
-            torch.long
-        )
-        large = torch.min(large, torch.full_like(large, buckets - 1))
-        return found + torch.where(relative < exact, relative, large)
-
-    def forward(self, x):
-        b, n, _ = x.shape
-        q, k, v = (layer(x).view(b, -1, HEADS, 8).transpose(1, 2) for layer in (self.q, self.k, self.v))
-        scores = torch.matmul(q, k.transpose(3, 2))
-        places = torch.arange(n)
-        values = self.bias(self.bucket(places[None, :] - places[:, None]))
-        scores += values.permute([2, 0, 1]).unsqueeze(0)
-        weights = F.softmax(scores.float(), dim=-1).type_as(scores)
-        return self.o(torch.matmul(weights, v).transpose(1, 2).contiguous().view(b, -1, WIDTH))
-
-
-class Deberta(nn.Module):
-    """Content to position and position to content: products with tables, gathered by distance."""
-
-    def __init__(self):
-        super().__init__()
-        self.qkv, self.places = nn.Linear(WIDTH, 3 * WIDTH), nn.Parameter(torch.randn(1, HEADS, 2 * LONGEST, 8))
-
-    def forward(self, x):
-        b, n, _ = x.shape
-        q, k, v = (t.view(b, n, HEADS, 8).transpose(1, 2) for t in self.qkv(x).chunk(3, -1))
-        i = torch.arange(n)
-        index = (i[:, None] - i[None, :] + LONGEST).expand(b, HEADS, n, n)
-        c2p = torch.gather(q @ self.places.transpose(-1, -2), -1, index)
-        p2c = torch.gather(k @ self.places.transpose(-1, -2), -1, index).transpose(-1, -2)
-        probs = ((q @ k.transpose(-1, -2) + c2p + p2c) / math.sqrt(24)).softmax(-1)
-        return (probs @ v).transpose(1, 2).reshape(b, n, -1)
-
-
-class TransformerXl(nn.Module):
-    """The relative shift: a product with embedded distances, moved by a reshape."""
-
-    def __init__(self):
-        super().__init__()
-        self.qkv = nn.Linear(WIDTH, 3 * WIDTH)
-        self.r, self.u, self.w = (nn.Parameter(torch.randn(*s)) for s in ((13, HEADS, 8), (HEADS, 8), (HEADS, 8)))
-
-    def forward(self, x):
-        b, n, _ = x.shape
-        q, k, v = (t.view(b, n, HEADS, 8) for t in self.qkv(x).chunk(3, -1))
-        ac = torch.einsum("bind,bjnd->bnij", q + self.u, k)
-        bd = torch.einsum("bind,jnd->bnij", q + self.w, self.r)
-        padded = F.pad(bd, (1, 0)).view(b, HEADS, n + 1, n)
-        bd = padded[:, :, 1:].view_as(bd)
-        scores = (ac + bd) * 0.35
-        scores = scores.masked_fill(torch.ones(n, n).triu(1).bool()[None, None], -1e30)
-        return torch.einsum("bnij,bjnd->bind", scores.softmax(-1), v).flatten(2)
-
-
 class Differential(nn.Module):
     """Microsoft: the difference of two attentions, as weights or as outputs."""
 
@@ -538,150 +393,6 @@ class Gemma(nn.Module):
         return torch.matmul(scores, v).transpose(1, 2).contiguous().view(b, n, -1)
 
 
-class Performer(nn.Module):
-    """Positive random features: no table of all pairs, nothing to replace."""
-
-    def __init__(self):
-        super().__init__()
-        self.qkv = nn.Linear(WIDTH, 3 * WIDTH)
-        self.register_buffer("projection", torch.randn(6, 8))
-
-    def features(self, x):
-        u = torch.einsum("bhnd,md->bhnm", x * 8**-0.25, self.projection)
-        norm = (x**2).sum(-1, keepdim=True) / 2 * 8**-0.5
-        return torch.exp(u - norm - u.amax(dim=-1, keepdim=True).detach()) + 1e-4
-
-    def forward(self, x):
-        b, n, _ = x.shape
-        q, k, v = (t.view(b, n, HEADS, 8).transpose(1, 2) for t in self.qkv(x).chunk(3, -1))
-        q, k = self.features(q), self.features(k)
-        d_inv = 1.0 / torch.einsum("bhnm,bhm->bhn", q, k.sum(dim=-2))
-        context = torch.einsum("bhnm,bhne->bhme", k, v)
-        return torch.einsum("bhme,bhnm,bhn->bhne", context, q, d_inv).transpose(1, 2).flatten(2)
-
-
-class Efficient(nn.Module):
-    """Shen et al.: a softmax of queries over features and of keys over positions, then two small products."""
-
-    def __init__(self):
-        super().__init__()
-        self.qkv = nn.Linear(WIDTH, 3 * WIDTH)
-
-    def forward(self, x):
-        b, n, _ = x.shape
-        q, k, v = (t.view(b, n, HEADS, 8).transpose(1, 2) for t in self.qkv(x).chunk(3, -1))
-        context = k.softmax(dim=-2).transpose(-1, -2) @ v
-        return (q.softmax(dim=-1) @ context).transpose(1, 2).flatten(2)
-
-
-class Bahdanau(nn.Module):
-    """Additive attention: a small network scores each pair."""
-
-    def __init__(self):
-        super().__init__()
-        self.w1, self.w2, self.v = nn.Linear(WIDTH, 8), nn.Linear(WIDTH, 8), nn.Linear(8, 1)
-
-    def forward(self, x):
-        scores = self.v(torch.tanh(self.w1(x)[:, :, None] + self.w2(x)[:, None])).squeeze(-1)
-        return scores.softmax(-1) @ x
-
-
-class Linformer(nn.Module):
-    """Keys and values projected along the text."""
-
-    def __init__(self):
-        super().__init__()
-        self.qkv = nn.Linear(WIDTH, 3 * WIDTH)
-        self.proj_k, self.proj_v = (nn.Parameter(torch.randn(13, 5)) for _ in range(2))
-
-    def forward(self, x):
-        b, n, _ = x.shape
-        q, k, v = self.qkv(x).chunk(3, -1)
-        k, v = torch.einsum("bnd,nk->bkd", k, self.proj_k), torch.einsum("bnd,nk->bkd", v, self.proj_v)
-        q, k, v = (t.reshape(b, -1, HEADS, 8).transpose(1, 2) for t in (q, k, v))
-        attn = torch.einsum("bhnd,bhkd->bhnk", q, k * 0.35).softmax(dim=-1)
-        return torch.einsum("bhnk,bhkd->bhnd", attn, v).transpose(1, 2).reshape(b, n, -1)
-
-
-class SetTransformer(nn.Module):
-    """Lee et al.: heads are split off the width and stacked in the batch."""
-
-    def __init__(self):
-        super().__init__()
-        self.fc_q, self.fc_k, self.fc_v = (nn.Linear(WIDTH, WIDTH) for _ in range(3))
-
-    def forward(self, x):
-        q, k, v = self.fc_q(x), self.fc_k(x), self.fc_v(x)
-        q, k, v = (torch.cat(t.split(8, 2), 0) for t in (q, k, v))
-        weights = torch.softmax(q.bmm(k.transpose(1, 2)) / math.sqrt(WIDTH), 2)
-        return torch.cat((q + weights.bmm(v)).split(x.size(0), 0), 2)
-
-
-class PairBias(nn.Module):
-    """AlphaFold: two batch dimensions, a mask and a bias of pairs that is shared by one of them, a gate."""
-
-    def __init__(self):
-        super().__init__()
-        self.q, self.k, self.v, self.g = (nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(4))
-        self.pair = nn.Linear(6, HEADS, bias=False)
-
-    def forward(self, m, z, mask):
-        q, k, v = (layer(m).unflatten(-1, (HEADS, -1)).transpose(-2, -3) for layer in (self.q, self.k, self.v))
-        q = q / math.sqrt(8)
-        biases = [1e9 * (mask[..., None, None, :] - 1), self.pair(z).permute(0, 3, 1, 2).unsqueeze(-4)]
-        a = torch.matmul(q, k.transpose(-1, -2))
-        for bias in biases:
-            a += bias
-        out = torch.matmul(F.softmax(a, dim=-1), v).transpose(-2, -3)
-        return (out * torch.sigmoid(self.g(m)).unflatten(-1, (HEADS, -1))).flatten(-2)
-
-
-class OffByOne(nn.Module):
-    """Softmax with one more in the denominator, as a column of zeros."""
-
-    def __init__(self):
-        super().__init__()
-        self.qkv = nn.Linear(WIDTH, 3 * WIDTH)
-
-    def forward(self, x):
-        b, n, _ = x.shape
-        q, k, v = (t.view(b, n, HEADS, 8).transpose(1, 2) for t in self.qkv(x).chunk(3, -1))
-        scores = F.pad(q @ k.transpose(-1, -2) * 0.35, (0, 1))
-        return (scores.softmax(-1)[..., :-1] @ v).transpose(1, 2).flatten(2)
-
-
-class ByHand(nn.Module):
-    """The softmax itself written out."""
-
-    def __init__(self, how: str):
-        super().__init__()
-        self.how, self.qkv = how, nn.Linear(WIDTH, 3 * WIDTH)
-
-    def forward(self, x):
-        b, n, _ = x.shape
-        q, k, v = (t.view(b, n, HEADS, 8).transpose(1, 2) for t in self.qkv(x).chunk(3, -1))
-        scores = q @ k.transpose(-1, -2) * 0.35
-        scores = scores.masked_fill(torch.ones(n, n).triu(1).bool(), -INF)
-        if self.how == "exp":
-            weights = torch.exp(scores - scores.amax(dim=-1, keepdim=True))
-            weights = weights / weights.sum(dim=-1, keepdim=True)
-        elif self.how == "max":
-            weights = (scores - scores.max(dim=-1, keepdim=True).values.detach()).exp()
-            weights = weights.div(torch.sum(weights, -1, True))
-        elif self.how == "unsafe":
-            weights = scores.exp()
-            weights = weights / weights.sum(dim=-1, keepdim=True)
-        elif self.how == "returned":
-            weights = torch.exp(scores - scores.amax(dim=-1, keepdim=True))
-            weights = weights / weights.sum(dim=-1, keepdim=True)
-            return (weights @ v).transpose(1, 2).flatten(2), weights
-        elif self.how == "logsumexp":
-            weights = torch.exp(scores - torch.logsumexp(scores, dim=-1, keepdim=True))
-        else:
-            weights = torch.special.softmax(scores, -1)
-        return (weights @ v).transpose(1, 2).flatten(2)
-
-
 def padded(length: int = 13):
     return lambda: (torch.randn(2, length, WIDTH), (torch.arange(length) >= torch.tensor([[0], [4]])).long())
 
@@ -689,15 +400,6 @@ def padded(length: int = 13):
 def pairs():
     return torch.randn(2, 13, WIDTH), torch.rand(2, 13, 13) > 0.3
 
-
-def alignment():
-    """Sequences of an alignment, pairs of residues, and which residues there are."""
-    seen = torch.arange(5) < torch.tensor([[5] * 3, [4, 5, 2]])[..., None]
-    return torch.randn(2, 3, 5, WIDTH), torch.randn(2, 5, 5, 6), seen.float()
-
-
-CAUSAL = "k <= q"
-NO_PRODUCT = "the scores do not come from a product of two tensors: not attention"
 
 ROWS = [
     Row(lambda: NanoGpt(False), tokens(), CAUSAL, name="nanogpt"),
@@ -741,14 +443,6 @@ ROWS = [
         "(-k < -3 | (0 <= -1 + h & (-1 + h < 0 | -4 + k + 4*h != -1)))",
         symbolic=(0,),
     ),
-    Row(
-        AlibiMpt, tokens(), score="Where(0 < k - q, -3.4028235e+38, 0.35355339*s + bias[0, h, 0, 11 + k])", train=False
-    ),
-    Row(AlibiBloom, padded(), "k <= q & padding[b, k]", score="slopes[h]"),
-    Row(AlibiFalcon, padded(), "true", score="bias3[b, 0, q, k]"),  # its fill is a number that rounding tells apart
-    Row(T5, tokens(), "true", score="bias"),
-    Row(Deberta, tokens(), score="bias2[b, h, k, 24 + k - q]"),
-    Row(TransformerXl, tokens(), CAUSAL, score="bias[b, h, "),
     Row(lambda: Differential("weights"), tokens(), (CAUSAL, CAUSAL), name="differential-weights"),
     Row(lambda: Differential("outputs"), tokens(), (CAUSAL, CAUSAL), name="differential-outputs"),
     Row(lambda: Differential("two softmaxes"), tokens(), (CAUSAL, CAUSAL), name="differential-softmaxes"),
@@ -764,17 +458,4 @@ ROWS = [
         name="annotated-pairs",
     ),
     Row(Gemma, tokens(), "k <= q & q - k < 4", score="50*tanh("),
-    Row(Performer, tokens(), ()),
-    Row(Efficient, tokens(), (), missed=(NO_PRODUCT, NO_PRODUCT)),
-    Row(Bahdanau, tokens(), (), missed=(NO_PRODUCT,)),
-    Row(Linformer, tokens(), symbolic=(0,)),
-    Row(SetTransformer, tokens()),
-    Row(PairBias, alignment, score="bias", symbolic=(0,)),
-    Row(OffByOne, tokens()),
-    Row(lambda: ByHand("exp"), tokens(), CAUSAL, name="softmax-by-exp"),
-    Row(lambda: ByHand("logsumexp"), tokens(), CAUSAL, name="softmax-by-logsumexp"),
-    Row(lambda: ByHand("max"), tokens(), CAUSAL, name="softmax-by-max"),
-    Row(lambda: ByHand("unsafe"), tokens(), CAUSAL, name="softmax-without-max"),
-    Row(lambda: ByHand("returned"), tokens(), (), missed=("the attention weights are used",), name="softmax-returned"),
-    Row(lambda: ByHand("special"), tokens(), CAUSAL, name="softmax-special"),
 ]

@@ -18,9 +18,15 @@ import language
 import layouts
 import masking
 import modules
+import positions
+import softmaxes
 from row import Row, check
 
-ROWS = [row for module in (images, language, diffusion, masking, modules, layouts) for row in module.ROWS]
+ROWS = [
+    row
+    for module in (images, language, positions, softmaxes, diffusion, masking, modules, layouts)
+    for row in module.ROWS
+]
 # one row of each kind: ways to make scores, to mask, to place heads, to leave attention alone
 WITH_GRADIENTS = {
     *("vit-normed", "swin-shifted", "SwinV2", "Sam", "Axial", "neighbours-2d", "perceiver-padded", "windows-split"),

@@ -23,7 +23,7 @@ from effattn.ir.text import text
 from effattn.lowering.tiles import KeyWalk, walk
 from effattn.lowering.triton import allowed
 from effattn.lowering.triton.algebra import LONGEST, ROWS, SCALAR, TILE, Lines, Source, Value, tested_dims
-from effattn.lowering.triton.helpers import HELPERS
+from effattn.lowering.triton.device_functions import DEVICE_FUNCTIONS
 from effattn.lowering.triton.ranges import Part, Ranges, flatten, position_offset, visits
 from effattn.lowering.triton.spec import DTYPES, KernelSpec
 
@@ -412,10 +412,10 @@ class Generator:
 def helpers_for(body: str) -> str:
     """Device functions that ``body`` calls, with those that they call themselves."""
     wanted: list[str] = []
-    for name in HELPERS:
-        if f"{name}(" in body or any(f"{name}(" in HELPERS[other] for other in wanted):
+    for name in DEVICE_FUNCTIONS:
+        if f"{name}(" in body or any(f"{name}(" in DEVICE_FUNCTIONS[other] for other in wanted):
             wanted.append(name)
-    return "".join(f"{HELPERS[name].strip()}\n\n\n" for name in reversed(wanted))
+    return "".join(f"{DEVICE_FUNCTIONS[name].strip()}\n\n\n" for name in reversed(wanted))
 
 
 def tidy(source: str) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-HELPERS: dict[str, str] = {
+DEVICE_FUNCTIONS: dict[str, str] = {
     "_listed_from": '''
 @triton.jit
 def _listed_from(tile, block, TILES: tl.constexpr):
