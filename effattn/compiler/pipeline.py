@@ -57,12 +57,13 @@ def run_passes(gm: fx.GraphModule, options: Options, inputs: Sequence[Any] = (),
         return outcome
     original = _copy(gm.graph)
     try:
-        regions = checkpoints.lay_open(gm)
         with clock("normalize"):
+            regions = checkpoints.lay_open(gm)
             written_out, left_alone = normalize(gm)
         with clock("mask buffers"):
             masks = mask_buffers.write_out(gm, inputs)
-        products = differences.write_out(gm) if distribute else []
+        with clock("differences"):
+            products = differences.write_out(gm) if distribute else []
         if options.verify and (
             products or regions or written_out or masks or len(gm.graph.nodes) != len(original.nodes)
         ):
@@ -74,8 +75,7 @@ def run_passes(gm: fx.GraphModule, options: Options, inputs: Sequence[Any] = (),
         with clock("choose"):
             outcome.choices = choose(outcome.matches, options.policy, strict=options.strict, target=options.target)
         if products and not differences.all_found(products, [c.match for c in outcome.choices if c.route != "keep"]):
-            gm.graph = original
-            return run_passes(gm, options, inputs, distribute=False)
+            raise _NoUse
         with clock("rewrite"):
             outcome.erased = rewrite(view, outcome.choices)
         if may_hold_linear(gm.graph):
@@ -95,11 +95,18 @@ def run_passes(gm: fx.GraphModule, options: Options, inputs: Sequence[Any] = (),
         with clock("check"):
             check(gm.graph, original)
         gm.recompile()
+    except _NoUse:
+        gm.graph = original
+        return run_passes(gm, options, inputs, distribute=False)
     except BaseException:
         gm.graph = original
         raise
     outcome.original = original
     return outcome
+
+
+class _NoUse(Exception):
+    """A product was taken apart, and not all of its parts became sites."""
 
 
 def _copy(graph: fx.Graph) -> fx.Graph:

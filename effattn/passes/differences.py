@@ -15,6 +15,7 @@ from torch import fx
 
 from effattn.passes.contraction import contraction
 from effattn.passes.draft import Match
+from effattn.passes.erase import erase_orphans
 from effattn.passes.graph import GraphView
 from effattn.passes.insert import Inserter, difference
 from effattn.passes.reading.elementwise import is_dead_dropout
@@ -45,11 +46,13 @@ def write_out(gm: fx.GraphModule) -> list[fx.Node]:
     products: list[fx.Node] = []
     shared: list[fx.Node | None] = []
     view = GraphView(gm.graph)
-    for node in list(gm.graph.nodes):
-        if terms := _terms_of(view, node):
-            own = [_with_own_softmax(view, term) for term in terms]
-            shared += [_softmax_of(view, old.weights) for old, new in zip(terms, own, strict=True) if new is not old]
-            products += _distributed(gm.graph, node, own)
+    sums = {node: terms for node in gm.graph.nodes if (terms := _terms_of(view, node))}
+    for node, terms in sums.items():
+        own = [_with_own_softmax(view, term) for term in terms]
+        shared += [_softmax_of(view, old.weights) for old, new in zip(terms, own, strict=True) if new is not old]
+        products += _distributed(gm.graph, node, own)
+    if sums:
+        erase_orphans(GraphView(gm.graph), [node for node in sums if not node.users])
     return products + [softmax for softmax in shared if softmax is not None and softmax.users]
 
 
@@ -199,26 +202,22 @@ def _distributed(graph: fx.Graph, node: fx.Node, terms: list[_Term]) -> list[fx.
     value = node.args[1] if len(node.args) > 1 else node.kwargs.get("other", node.kwargs.get("mat2"))
     insert = Inserter(graph, node)
     products: list[fx.Node] = []
-    with graph.inserting_before(node):
-        total: fx.Node | None = None
-        for term in terms:
-            part = insert.call(torch.matmul, term.weights, value)
-            products.append(part)
-            if term.factor is not None:
-                part = insert.call(operator.mul, part, term.factor)
-            if total is None:
-                total = part if term.sign > 0 else insert.call(operator.neg, part)
-            else:
-                total = insert.call(operator.add if term.sign > 0 else operator.sub, total, part)
-    assert total is not None
-    if difference(node.meta["example_value"], total.meta["example_value"]):
+    total: fx.Node | None = None
+    try:
+        with graph.inserting_before(node):
+            for term in terms:
+                part = insert.call(torch.matmul, term.weights, value)
+                products.append(part)
+                if term.factor is not None:
+                    part = insert.call(operator.mul, part, term.factor)
+                if total is None:
+                    total = part if term.sign > 0 else insert.call(operator.neg, part)
+                else:
+                    total = insert.call(operator.add if term.sign > 0 else operator.sub, total, part)
+    except RuntimeError:  # dtypes that only autocast brings together
+        total = None
+    if total is None or difference(node.meta["example_value"], total.meta["example_value"]):
         insert.undo()
         return []
     node.replace_all_uses_with(total)
-    unused = [node]
-    while unused:
-        gone = unused.pop()
-        sources = gone.all_input_nodes
-        graph.erase_node(gone)
-        unused += [source for source in sources if not source.users and source.op != "placeholder"]
     return products

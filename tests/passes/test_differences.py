@@ -17,7 +17,7 @@ def tensors(grad: bool = False):
 
 
 def weights(q, k):
-    return (q @ k.mT * 0.3 + torch.full((N, N), -torch.inf).triu(1)).softmax(-1)
+    return (q @ k.mT * 0.3 + torch.full((N, N), -torch.inf, dtype=q.dtype).triu(1)).softmax(-1)
 
 
 def difference(q, k, p, r, v, x):
@@ -67,7 +67,13 @@ def grouped(q, k, p, r, v, x):
     return (w[:, :, 0] - w[:, :, 1]) @ v
 
 
+def output_multiplied_again(q, k, p, r, v, x):
+    out = (weights(q, k) - 0.4 * weights(p, r)) @ v
+    return out @ v.mT[..., :5], (weights(q, r) + weights(p, k)) @ out
+
+
 SUMS = (
+    output_multiplied_again,
     neighbouring_heads,
     grouped,
     halves_of_the_heads,
@@ -79,6 +85,7 @@ SUMS = (
     dropout_that_does_nothing,
     folded_batch,
 )
+SITES = {three: 3, output_multiplied_again: 4}
 
 
 @pytest.mark.parametrize("grad", [False, True], ids=["forward", "gradients"])
@@ -87,14 +94,37 @@ def test_each_summand_is_a_site(function, grad):
     given = tensors(grad)
     report, _out = compiled(function, *given, verify=not grad)
     assert report.missed == []
-    assert [site.predicate for site in report.sites] == ["k <= q"] * (3 if function is three else 2)
+    assert [site.predicate for site in report.sites] == ["k <= q"] * SITES.get(function, 2)
     assert "softmax" not in report.graph()
     if grad:
-        wanted = torch.autograd.grad(function(*given).square().sum(), given, allow_unused=True)
+        wanted = torch.autograd.grad(total(function(*given)), given, allow_unused=True)
         fast = torch.compile(function, backend="effattn", options={"rest": "eager", "strict": True})
-        found = torch.autograd.grad(fast(*given).square().sum(), given, allow_unused=True)
+        found = torch.autograd.grad(total(fast(*given)), given, allow_unused=True)
         for got, want in zip(found, wanted, strict=True):
             torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+def total(out):
+    return sum(part.square().sum() for part in torch.utils._pytree.tree_leaves(out))
+
+
+def test_autocast_and_half_precision():
+    given = tensors()
+    with torch.autocast("cpu", torch.bfloat16):
+        report, _ = compiled(difference, *given, tolerance=5e-2, verify=False)
+    assert len(report.sites) + len(report.missed) >= 2
+    report, _ = compiled(difference, *[x.bfloat16() for x in given], tolerance=5e-2, verify=False)
+    assert [site.predicate for site in report.sites] == ["k <= q"] * 2
+
+
+def test_a_checkpoint():
+    from torch.utils.checkpoint import checkpoint
+
+    def function(*given):
+        return checkpoint(difference, *given, use_reentrant=False)
+
+    report, _ = compiled(function, *tensors(True), verify=False)
+    assert [site.predicate for site in report.sites] == ["k <= q"] * 2
 
 
 def returned(q, k, p, r, v, x):
