@@ -128,10 +128,13 @@ def test_a_length_that_was_marked_stays_free_and_no_scores_are_held(dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=IDS)
-def test_gradients_with_padding(dtype):
+@pytest.mark.parametrize("checkpointed", [False, True], ids=["", "checkpointed"])
+def test_gradients_with_padding(dtype, checkpointed):
     """Of every parameter; the generated kernel has a generated gradient."""
-    model = build(dtype)
-    true = exact(model)
+    model = build(dtype).train()
+    true = exact(model).train()
+    if checkpointed:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     ids = tokens(2, 300)
     mask = left_padding(ids, 90)
     labels = torch.where(mask > 0, ids, -100)
