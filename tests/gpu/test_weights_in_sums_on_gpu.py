@@ -1,4 +1,4 @@
-"""Kernels over some heads of a tensor: Differential Transformer as published; and a softmax with one more to divide by."""
+"""Kernels over some heads of a tensor: Differential Transformer as published; a softmax with one more to divide by."""
 
 from __future__ import annotations
 
