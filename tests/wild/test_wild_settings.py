@@ -7,6 +7,7 @@ import sys
 import warnings
 from pathlib import Path
 
+import einops
 import pytest
 import torch
 import torch.nn.functional as F
@@ -347,9 +348,7 @@ def test_flex_attention_with_both_mods():
     assert "4*tanh(" in report.sites[0].score
 
 
-def test_einops_where_it_is_installed():
-    einops = pytest.importorskip("einops")
-
+def test_einops():
     def function(x):
         q = einops.rearrange(x, "b n (h d) -> b h n d", h=HEADS)
         weights = torch.einsum("b h i d, b h j d -> b h i j", q * 0.3, q).softmax(-1)
