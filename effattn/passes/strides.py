@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.utils._pytree import tree_leaves
 
 from effattn.passes.graph import GraphView, as_sympy, hint
 from effattn.passes.insert import Inserter
@@ -32,24 +33,36 @@ def _strides(value: torch.Tensor) -> list[Any]:
 
 
 def _relied_on(view: GraphView, inserter: Inserter, old: fx.Node, after: torch.Tensor) -> bool:
-    """Whether other strides would be seen: outside the graph, by a custom kernel, or by a view that they forbid."""
-    values: dict[fx.Node, Any] = {old: after}
+    """Whether other strides would be seen: outside the graph, by a custom kernel, or by a view that they forbid.
+
+    They are followed through views, and through all that gives its result the order of what it is computed from.
+    """
+    values: dict[fx.Node, Any] = {old: after.detach()}  # an operation in place may change what it is given
     waiting = [old]
     while waiting:
         node = waiting.pop(0)
         for user in node.users:
-            if user in values:
+            if user in values or user not in view.time:
                 continue
             if user.op == "output" or _looks(user):
                 return True
-            if user not in view.time or view.memory_of(user) is not view.memory_of(old):
-                continue
             try:
                 values[user] = _evaluate(inserter, user, values)
-            except (RuntimeError, ValueError):
+            except Exception:  # whatever it is that other strides forbid
                 return True
-            waiting.append(user)
+            if _differ(values[user], user.meta.get("example_value")):
+                waiting.append(user)
     return False
+
+
+def _differ(after: Any, before: Any) -> bool:
+    """Whether results of one operation lie in memory in different orders."""
+    pairs = zip(tree_leaves(after), tree_leaves(before), strict=False)
+    return any(
+        _strides(one) != _strides(other)
+        for one, other in pairs
+        if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor)
+    )
 
 
 def _looks(user: fx.Node) -> bool:

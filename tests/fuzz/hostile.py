@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 INF = float("inf")
 ELSEWHERE = "the attention weights are used elsewhere"
@@ -68,6 +69,26 @@ def weights_divided(q, k, v, given):
 
 def weights_added(q, k, v, given):
     return (scores(q, k).softmax(-1) + causal(q @ k.mT)) @ v
+
+
+def weights_subtracted(q, k, v, given):
+    return (scores(q, k).softmax(-1) - 0.4 * scores(q, k.flip(2)).softmax(-1)) @ v
+
+
+def weights_subtracted_twice(q, k, v, given):
+    first = scores(q, k).softmax(-1)
+    return (first - 0.4 * scores(q, k.flip(2)).softmax(-1)) @ v + first @ v
+
+
+def padded_by_one(q, k, v, given):
+    return F.pad(scores(q, k), (0, 1)).softmax(-1)[..., :-1] @ v
+
+
+def checkpointed(q, k, v, given):
+    def attention(q, k, v, hidden):
+        return scores(q, k).masked_fill(hidden, -INF).softmax(-1) @ v
+
+    return checkpoint(attention, q, k, v, ~causal(q @ k.mT), use_reentrant=False)
 
 
 def weights_renormalised(q, k, v, given):
@@ -400,6 +421,10 @@ HOSTILE: dict[str, Hostile] = {
     "weights multiplied": Hostile(weights_multiplied, "mul stands between", data=("pair bias",)),
     "weights divided": Hostile(weights_divided, "div stands between", data=("pair bias",)),
     "weights added": Hostile(weights_added, "add stands between"),
+    "weights subtracted": Hostile(weights_subtracted, sites=2),
+    "weights subtracted, and used": Hostile(weights_subtracted_twice, found_or_refused=True),
+    "padded by one": Hostile(padded_by_one),
+    "checkpointed": Hostile(checkpointed),
     "weights renormalised": Hostile(weights_renormalised, "stands between"),
     "weights masked": Hostile(weights_masked, "where stands between"),
     "weights masked as scores": Hostile(weights_masked_as_scores),

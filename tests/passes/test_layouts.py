@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from compiled import compiled
+from torch.utils._pytree import tree_leaves
 
 B, H, N, D, BLOCKS = 2, 3, 12, 8, 2
 
@@ -174,3 +176,50 @@ def test_attention_over_layers_is_left_as_it_is():
         (site,) = report.sites
         assert ("one query over few keys" not in site.reason) == rewritten
         assert ("softmax" not in report.graph()) == rewritten
+
+
+def _rows_first():
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(2, 9, 3, 8, generator=generator).transpose(1, 2) for _ in range(3)]
+
+
+def _scaled(q, k, v):
+    return (q @ k.mT).softmax(-1) @ v * 2
+
+
+def _added(q, k, v):
+    out = (q @ k.mT).softmax(-1) @ v
+    return out + out.neg().float()
+
+
+def _multiplied_and_viewed(q, k, v):
+    return ((q @ k.mT).softmax(-1) @ v).mul(0.5).view(6, 9, 8)
+
+
+def _activated_and_viewed(q, k, v):
+    return F.gelu((q @ k.mT).softmax(-1) @ v).view(2, 27, 8)
+
+
+def _split_and_viewed(q, k, v):
+    first, second = F.silu((q @ k.mT).softmax(-1) @ v).chunk(2, dim=1)
+    return first.view(2, 18, 8), second
+
+
+@pytest.mark.parametrize(
+    "function",
+    [_scaled, _added, _multiplied_and_viewed, _activated_and_viewed, _split_and_viewed],
+    ids=lambda function: function.__name__,
+)
+def test_memory_order_is_the_authors_also_after_arithmetic(function):
+    report, out = compiled(function, *_rows_first())
+    assert len(report.sites) == 1
+    for one, other in zip(tree_leaves(out), tree_leaves(function(*_rows_first())), strict=True):
+        assert one.stride() == other.stride()
+
+
+def test_nothing_is_copied_where_nobody_can_tell():
+    def function(q, k, v, weight):
+        return F.linear((((q @ k.mT).softmax(-1) @ v) * 0.5 + q).transpose(1, 2).flatten(2), weight)
+
+    report, _ = compiled(function, *_rows_first(), torch.eye(24))
+    assert "contiguous" not in report.graph()
