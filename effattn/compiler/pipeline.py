@@ -62,13 +62,15 @@ def run_passes(gm: fx.GraphModule, options: Options, inputs: Sequence[Any] = (),
             written_out, left_alone = normalize(gm)
         with clock("mask buffers"):
             masks = mask_buffers.write_out(gm, inputs)
+        view = GraphView(gm.graph)
         with clock("differences"):
-            products = differences.write_out(gm) if distribute else []
+            products = differences.write_out(view) if distribute else []
         if options.verify and (
             products or regions or written_out or masks or len(gm.graph.nodes) != len(original.nodes)
         ):
             outcome.normalized = copy.deepcopy(gm.graph)
-        view = GraphView(gm.graph)
+        if products:
+            view = GraphView(gm.graph)
         with clock("match"):
             outcome.matches, outcome.missed = find(view)
         outcome.missed += left_alone

@@ -23,7 +23,7 @@ from effattn.passes.reading.views import reinterprets
 from effattn.passes.vocabulary import Call
 
 # what weights pass through between a softmax and a sum
-_PASSED = ("identity", "dropout", "to", "type_as", "reshape", "transpose", "permute", "select", "getitem")
+_PASSED = ("identity", "dropout", "reshape", "transpose", "permute", "select", "getitem")
 _SIGNS = {"add": 1, "sub": -1}
 
 
@@ -36,24 +36,24 @@ class _Term:
     sign: int = 1
 
 
-def write_out(gm: fx.GraphModule) -> list[fx.Node]:
+def write_out(view: GraphView) -> list[fx.Node]:
     """Distribute every product of a sum of weights, in place; the nodes that have to become sites.
 
-    A softmax that is still used after all is one of them: it then costs as much as it did.
+    A softmax that is still used after all is one of them: it then costs as much as it did. Where there are none, the
+    graph and ``view`` are as before.
     """
-    if not any(str(getattr(node.target, "__name__", node.target)) == "softmax" for node in gm.graph.nodes):
-        return []
     products: list[fx.Node] = []
-    shared: list[fx.Node | None] = []
-    view = GraphView(gm.graph)
-    sums = {node: terms for node in gm.graph.nodes if (terms := _terms_of(view, node))}
+    shared: list[fx.Node] = []
+    sums = {node: terms for node in view.graph.nodes if (terms := _terms_of(view, node))}
     for node, terms in sums.items():
         own = [_with_own_softmax(view, term) for term in terms]
-        shared += [_softmax_of(view, old.weights) for old, new in zip(terms, own, strict=True) if new is not old]
-        products += _distributed(gm.graph, node, own)
-    if sums:
-        erase_orphans(GraphView(gm.graph), [node for node in sums if not node.users])
-    return products + [softmax for softmax in shared if softmax is not None and softmax.users]
+        shared += [
+            _from_softmax(view, old.weights)[0].node for old, new in zip(terms, own, strict=True) if new is not old
+        ]
+        products += _distributed(view.graph, node, own)
+    if products or shared:
+        erase_orphans(GraphView(view.graph), [node for node in sums if not node.users])
+    return products + [softmax for softmax in shared if softmax.users]
 
 
 def all_found(products: list[fx.Node], matches: list[Match]) -> bool:
@@ -66,7 +66,7 @@ def _terms_of(view: GraphView, node: fx.Node) -> list[_Term]:
     if call is None or call.name != "matmul" or product is None or view.writes(node):
         return []
     terms = _summands(view, product.left, view.time[node])
-    return terms if len(terms) > 1 and all(_softmax_of(view, term.weights) for term in terms) else []
+    return terms if len(terms) > 1 and all(_from_softmax(view, term.weights) for term in terms) else []
 
 
 def _summands(view: GraphView, node: fx.Node, time: int) -> list[_Term]:
@@ -101,7 +101,7 @@ def _scaled(view: GraphView, term: _Term, like: fx.Node, time: int) -> _Term | N
         return None
     for name, other in (("input", "other"), ("other", "input")):
         weights, factor = call.get(name), call.get(other)
-        if not isinstance(weights, fx.Node) or view.tensor(weights) is None or _softmax_of(view, weights) is None:
+        if not isinstance(weights, fx.Node) or view.tensor(weights) is None or not _from_softmax(view, weights):
             continue
         if view.shape(weights) == view.shape(like) and _is_factor(view, factor, view.time[term.weights], time):
             return _Term(weights, factor, term.sign)
@@ -117,16 +117,17 @@ def _is_factor(view: GraphView, factor: Any, read: int, time: int) -> bool:
     return view.shape(factor)[-1:] in ((), (1,)) and not view.writes_between(factor, read, time)
 
 
-def _softmax_of(view: GraphView, node: fx.Node) -> fx.Node | None:
-    """The softmax that weights come from through views and casts."""
+def _from_softmax(view: GraphView, node: fx.Node) -> list[Call]:
+    """The softmax that weights come from, and the views and casts after it; [] if they come from none."""
+    chain: list[Call] = []
     while (call := view.call(node)) is not None:
+        chain.insert(0, call)
         if call.name == "softmax":
-            return node
-        source = call.get("input")
-        if not (call.name in _PASSED or call.name.startswith("cast_")) or not isinstance(source, fx.Node):
-            return None
-        node = source
-    return None
+            return chain
+        node = call.get("input")
+        if not (call.name in _PASSED or call.casts) or not isinstance(node, fx.Node):
+            return []
+    return []
 
 
 def _with_own_softmax(view: GraphView, term: _Term) -> _Term:
@@ -134,12 +135,8 @@ def _with_own_softmax(view: GraphView, term: _Term) -> _Term:
 
     In the published code the two are neighbouring heads: ``w = softmax(s).view(b, h, 2, n, n); w[:, :, 0]``.
     """
-    chain: list[Call] = []  # from the softmax to the weights
-    call = view.call(term.weights)
-    while call is not None and call.name != "softmax":
-        chain.insert(0, call)
-        call = view.call(call.get("input"))
-    if call is None or not any(link.name in ("getitem", "select") for link in chain):
+    call, *chain = _from_softmax(view, term.weights)
+    if not any(link.name in ("getitem", "select") for link in chain):
         return term
     scores, rank = call.get("input"), len(view.shape(call.node))
     dim = call.get("dim")
@@ -166,7 +163,7 @@ def _with_own_softmax(view: GraphView, term: _Term) -> _Term:
 
 
 def _is_cast(call: Call) -> bool:
-    return call.name in ("to", "type_as", "identity") or call.name.startswith("cast_")
+    return call.casts or call.name == "identity"
 
 
 def _keeps_rows(view: GraphView, call: Call) -> bool:

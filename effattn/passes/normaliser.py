@@ -23,7 +23,7 @@ def divided(view: GraphView, weights: fx.Node, dim: int, time: int) -> tuple[fx.
     """
     node = weights
     while (call := view.call(node)) is not None:
-        if call.name in ("to", "type_as", "identity") or call.name.startswith("cast_") or is_dead(call):
+        if call.casts or call.name == "identity" or is_dead(call):
             node = call.get("input")
             if not isinstance(node, fx.Node) or view.tensor(node) is None:
                 break
@@ -72,7 +72,7 @@ def sum_of(view: GraphView, divisor: Any, weights: fx.Node, dim: int, time: int)
             if not isinstance(number, (int, float)) or isinstance(number, bool):
                 return None
             divisor, eps = tensor, eps + float(number)
-        elif call.name in ("to", "type_as", "identity") or call.name.startswith("cast_"):
+        elif call.casts or call.name == "identity":
             divisor = source
         elif call.name in ("reshape", "getitem") and _appends_one(view, call, rank, dim):
             divisor, kept = source, True

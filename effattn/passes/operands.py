@@ -122,7 +122,7 @@ def _step(view: GraphView, reader: Reader, call: Call, index: Index, dtype: torc
         return (source, index, 1, "") if is_dead_dropout(call) else None
     if call.name == "identity":
         return source, index, 1, ""
-    if call.name == "to" or call.name == "type_as" or call.name.startswith("cast_"):
+    if call.casts:
         before, after = view.held(source).dtype, view.held(call.node).dtype
         widens = before == dtype and after.is_floating_point and before.itemsize < after.itemsize
         return (source, index, 1, "") if before == after or widens else None

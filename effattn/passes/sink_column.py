@@ -97,7 +97,7 @@ def before_casts(view: GraphView, node: fx.Node, time: int) -> tuple[fx.Node, in
     """What was cast to a type that holds all its values, and when it is read."""
     while (call := _unchanged(view, node, time)) is not None:
         source = call.get("input")
-        casts = call.name in ("to", "type_as", "identity") or call.name.startswith("cast_")
+        casts = call.casts or call.name == "identity"
         if not casts or view.tensor(source) is None:
             break
         before, after = view.held(source).dtype, view.held(node).dtype

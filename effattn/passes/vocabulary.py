@@ -35,6 +35,11 @@ class Call:
     def get(self, name: str, default: Any = None) -> Any:
         return self.args.get(name, default)
 
+    @property
+    def casts(self) -> bool:
+        """Whether the call gives its input in another dtype (or on another device)."""
+        return self.name in ("to", "type_as") or self.name.startswith("cast_")
+
 
 def _row(name: str, params: str, functions: tuple = (), methods: str = "", also: tuple = ()) -> tuple:
     """A row: canonical name, parameter names, functions and methods that share them; ``also`` has (target, params)."""

@@ -75,7 +75,7 @@ def follow_weights(view: GraphView, softmax: fx.Node, index: tuple, reader: Read
             index = tuple(index[old] for old in order)
         elif _fills_with_zeros(reader, call):
             zeroed.append(_mask_at(reader, call, index, view.shape(node)))
-        elif call.name not in ("identity", "dropout", "to", "type_as") and not call.name.startswith("cast_"):
+        elif call.name not in ("identity", "dropout") and not call.casts:
             raise Refused("weights", f"{spelled(user)} stands between softmax and value")
         elif not view.held(user).dtype.is_floating_point or view.held(user).dtype.itemsize < 2:
             raise Refused("weights", f"the weights are cast to {view.held(user).dtype}")

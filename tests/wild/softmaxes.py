@@ -11,6 +11,12 @@ from row import Row, tokens
 from torch import nn
 
 
+def heads(packed):
+    """Query, key and value [B, H, N, D] of what one layer made."""
+    b, n, _ = packed.shape
+    return (part.view(b, n, HEADS, 8).transpose(1, 2) for part in packed.chunk(3, -1))
+
+
 class Performer(nn.Module):
     """Positive random features: no table of all pairs, nothing to replace."""
 
@@ -25,8 +31,7 @@ class Performer(nn.Module):
         return torch.exp(u - norm - u.amax(dim=-1, keepdim=True).detach()) + 1e-4
 
     def forward(self, x):
-        b, n, _ = x.shape
-        q, k, v = (t.view(b, n, HEADS, 8).transpose(1, 2) for t in self.qkv(x).chunk(3, -1))
+        q, k, v = heads(self.qkv(x))
         q, k = self.features(q), self.features(k)
         d_inv = 1.0 / torch.einsum("bhnm,bhm->bhn", q, k.sum(dim=-2))
         context = torch.einsum("bhnm,bhne->bhme", k, v)
@@ -41,8 +46,7 @@ class Efficient(nn.Module):
         self.qkv = nn.Linear(WIDTH, 3 * WIDTH)
 
     def forward(self, x):
-        b, n, _ = x.shape
-        q, k, v = (t.view(b, n, HEADS, 8).transpose(1, 2) for t in self.qkv(x).chunk(3, -1))
+        q, k, v = heads(self.qkv(x))
         context = k.softmax(dim=-2).transpose(-1, -2) @ v
         return (q.softmax(dim=-1) @ context).transpose(1, 2).flatten(2)
 
@@ -98,8 +102,7 @@ class OffByOne(nn.Module):
         self.qkv = nn.Linear(WIDTH, 3 * WIDTH)
 
     def forward(self, x):
-        b, n, _ = x.shape
-        q, k, v = (t.view(b, n, HEADS, 8).transpose(1, 2) for t in self.qkv(x).chunk(3, -1))
+        q, k, v = heads(self.qkv(x))
         scores = F.pad(q @ k.transpose(-1, -2) * 0.35, (0, 1))
         return (scores.softmax(-1)[..., :-1] @ v).transpose(1, 2).flatten(2)
 
@@ -112,8 +115,8 @@ class ByHand(nn.Module):
         self.how, self.qkv = how, nn.Linear(WIDTH, 3 * WIDTH)
 
     def forward(self, x):
-        b, n, _ = x.shape
-        q, k, v = (t.view(b, n, HEADS, 8).transpose(1, 2) for t in self.qkv(x).chunk(3, -1))
+        n = x.shape[1]
+        q, k, v = heads(self.qkv(x))
         scores = q @ k.transpose(-1, -2) * 0.35
         scores = scores.masked_fill(torch.ones(n, n).triu(1).bool(), -INF)
         if self.how == "exp":

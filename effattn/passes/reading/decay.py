@@ -27,7 +27,7 @@ class DecayReader(Reader):
         if call is not None and call.name == "pow":
             return _power(self, call, self.view.shape(node))
         reading = super()._define(node)
-        if reading is None and call is not None and (call.name in ("to", "type_as") or call.name.startswith("cast_")):
+        if reading is None and call is not None and call.casts:
             return self._finished_mask(call)
         return reading
 
