@@ -32,8 +32,12 @@ def narrow(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def tf32() -> bool:
-    """Whether float32 products may round their inputs."""
-    return torch.backends.cuda.matmul.allow_tf32
+    """Whether float32 products may round their inputs, as cuBLAS's may.
+
+    ``allow_tf32`` and ``torch.get_float32_matmul_precision()`` raise where newer settings were used. This one follows
+    whatever was set last, old or new, and where it is "none" what ``torch.backends.fp32_precision`` says.
+    """
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
 @lru_cache(maxsize=64)
