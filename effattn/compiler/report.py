@@ -40,6 +40,7 @@ class SiteReport:
     empty_rows: str
     notes: tuple[str, ...]
     params: dict[str, Any] = field(default_factory=dict)
+    path: str = ""  # of its module in the model, as named_modules() has it
 
 
 @dataclass(frozen=True)
@@ -162,7 +163,7 @@ def graph_report(after: str, outcome: Outcome, failure: Exception | None, before
 def _site(choice: Choice) -> SiteReport:
     site = choice.match.site
     return SiteReport(
-        name=site.module or site.name,
+        name=site.path or site.name,
         layer=site.layer,
         stage=site.stage,
         found_as=site.found_as,
@@ -178,6 +179,7 @@ def _site(choice: Choice) -> SiteReport:
         empty_rows=site.empty_rows,
         notes=site.notes,
         params=choice.params.model_dump(),
+        path=site.path,
     )
 
 
@@ -186,7 +188,7 @@ def _linear_site(one: LinearMatch) -> SiteReport:
     site = one.match.site
     sums = f", each row divided by its sum{f' + {one.eps:g}' if one.eps else ''}" if one.normalised else ""
     return SiteReport(
-        name=site.module or site.name,
+        name=site.path or site.name,
         layer=site.layer,
         stage=site.stage,
         found_as=site.found_as,
@@ -201,6 +203,7 @@ def _linear_site(one: LinearMatch) -> SiteReport:
         layout=str(site.layout),
         empty_rows=site.empty_rows,
         notes=site.notes,
+        path=site.path,
     )
 
 

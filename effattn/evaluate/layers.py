@@ -145,7 +145,7 @@ class Layers:
             length=length,
             number=captured.number,
             layer=site.layer,
-            name=site.module or site.name,
+            name=site.path or site.name,
             heads=heads,
             rows=rows,
             keys=keys,

@@ -62,7 +62,7 @@ def lower(captured: Captured, policy: Policy) -> Lowered:
     choice = choose([captured.match], policy, strict=False, target=None)[0]
     if not FORMS[choice.form].softmax:
         raise EvaluationError(
-            f"policy {policy.name!r} makes {captured.site.module or captured.site.name} {choice.form!r}, which has no "
+            f"policy {policy.name!r} makes {captured.site.path or captured.site.name} {choice.form!r}, which has no "
             "softmax: error and mass by layer say nothing of it; leave out the task errors and measure perplexity"
         )
     plan = choice.plan or plan_of(captured.site, "exact", choice.params, 0, None)

@@ -80,7 +80,7 @@ def assemble(view: GraphView, draft: Draft, order: int) -> Match:
         loads_need_grad=loads_need_grad,
         output_layout=_output_layout(view, draft, place),
         layer=layer_of(path),
-        module=path,
+        path=path,
         module_classes=(*class_of_self(), *classes),
         location=location(draft.anchor),
         sink=draft.sink is not None,

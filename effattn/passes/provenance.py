@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import re
+from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import fx
@@ -11,20 +13,72 @@ from torch import fx
 _TORCH = os.path.dirname(torch.__file__)
 
 
+# what Dynamo writes before the first module: a variable and what was taken out of it, as in L['args'][0] or L['self']
+_ROOT = re.compile(r"[LG]\['([^']*)'\](?:\.__closure__|\.cell_contents|\.__self__|\.__func__|\[[^\]]*\])*\.?")
+_WRAPPERS = re.compile(
+    r"(^|\.)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_modules|_parameters)(?=\.|$)"
+)
+
+
 def module_path(node: fx.Node) -> tuple[str, tuple[str, ...]]:
-    """(dotted path of the innermost module, class names outermost first) from what Dynamo recorded."""
-    stack = node.meta.get("nn_module_stack") or {}
-    entries = list(stack.values())
-    if not entries:
-        return "", ()
-    path = str(entries[-1][0])
-    path = re.sub(r"getattr\((.*?), '(\w+)'\)", r"\1.\2", path)
-    path = re.sub(r"\['(\w+)'\]", r".\1", path)
-    path = re.sub(r"\[(\d+)\]", r".\1", path)
-    path = re.sub(r"(_modules|_parameters)\.", "", path)
-    path = re.sub(r"^L\.?(self\.?)?", "", path).strip(".")
+    """(path of the module that a node is computed in, class names outermost first) from what Dynamo recorded.
+
+    The path is that of ``named_modules()`` of the module that is compiled: ``decoder.layers.3.self_attn``. In a graph
+    that begins inside a module, after a graph break or where layers are compiled one by one, it begins there as well:
+    such a graph may serve several layers. A function may call several modules: their paths begin with the function's
+    names for them.
+    """
+    entries = _entries(node)
     classes = tuple(getattr(entry[1], "__name__", str(entry[1]).rsplit(".", 1)[-1]) for entry in entries)
-    return path, classes
+    while entries and _is_activation(entries[-1][1]):
+        entries.pop()
+    if not entries:
+        return "", classes
+    source = str(entries[-1][0])
+    path = clean(source)
+    name = _variable(source)
+    return (f"{name}.{path}".strip(".") if name in _prefixes(node.graph) else path), classes
+
+
+def clean(source: str) -> str:
+    """The path in what Dynamo writes as a source: ``L['self'].layers[3].attn`` is ``layers.3.attn``."""
+    while "getattr(" in source:
+        source, before = re.sub(r"getattr\(([^()]*), '([^']*)'\)", r"\1.\2", source), source
+        if source == before:
+            break
+    path = _ROOT.sub("", source, count=1)
+    path = re.sub(r"\['([^']*)'\]|\[(\d+)\]", r".\1\2", path)
+    while (shorter := _WRAPPERS.sub("", path)) != path:
+        path = shorter
+    return path.strip(".")
+
+
+def _variable(source: str) -> str:
+    """What a function calls the outermost module: ``encoder``, ``models.0``."""
+    root = _ROOT.search(source)
+    return ".".join(re.findall(r"\['?([^'\]]*)'?\]", root[0])) if root else ""
+
+
+_names: WeakKeyDictionary[fx.Graph, frozenset[str]] = WeakKeyDictionary()
+
+
+def _prefixes(graph: fx.Graph) -> frozenset[str]:
+    """The names that tell modules apart, where a graph calls several that are not parts of one."""
+    if graph not in _names:
+        outermost = {str(entries[0][0]) for node in graph.nodes if (entries := _entries(node))}
+        names = frozenset(map(_variable, outermost))
+        _names[graph] = names - {"self"} if len(names) > 1 else frozenset()
+    return _names[graph]
+
+
+def _entries(node: fx.Node) -> list[Any]:
+    return list((node.meta.get("nn_module_stack") or {}).values())
+
+
+def _is_activation(kind: Any) -> bool:
+    """Whether a module is but a function, as nn.Softmax: what is computed there belongs to the module around it."""
+    module = kind.__module__ if isinstance(kind, type) else str(kind)
+    return "torch.nn.modules.activation" in module and "MultiheadAttention" not in str(kind)
 
 
 def class_of_self() -> tuple[str, ...]:

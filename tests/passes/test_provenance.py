@@ -1,0 +1,88 @@
+"""A site's path is what ``named_modules()`` calls the module that computes it, however the model is called."""
+
+from __future__ import annotations
+
+import torch
+from compiled import compiled
+from torch import nn
+
+from effattn.passes.provenance import clean
+
+
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.softmax = nn.Softmax(-1)
+
+    def forward(self, x):
+        return self.softmax(x @ x.mT) @ x
+
+
+class Layers(nn.Module):
+    def __init__(self, count: int = 2):
+        super().__init__()
+        self.layers = nn.ModuleList([nn.ModuleDict({"self_attn": Attention()}) for _ in range(count)])
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer["self_attn"](x)
+        return x
+
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.encoder, self.decoder = Layers(), Layers(1)
+
+    def forward(self, x):
+        return self.decoder(self.encoder(x))
+
+
+PATHS = ["encoder.layers.0.self_attn", "encoder.layers.1.self_attn", "decoder.layers.0.self_attn"]
+X = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0))
+
+
+def names(function, *args):
+    report, _ = compiled(function, *args)
+    assert all(site.name == site.path for site in report.sites)
+    return [(site.name, site.layer) for site in report.sites]
+
+
+def test_a_module():
+    assert names(Model(), X) == list(zip(PATHS, (0, 1, 0), strict=True))
+
+
+def test_a_function_that_is_given_the_model():
+    assert [name for name, _ in names(lambda *args: args[0](args[1]), Model(), X)] == PATHS
+    assert [name for name, _ in names(lambda model, x: model(x), Model(), X)] == PATHS
+    model = Model()
+    assert [name for name, _ in names(lambda x: model(x), X)] == PATHS
+    assert [name for name, _ in names(model.forward, X)] == PATHS
+
+
+def test_modules_of_a_function_have_its_names():
+    def run(encoder, decoder, x):
+        return decoder(encoder(x))
+
+    assert [name for name, _ in names(run, Layers(), Layers(1), X)] == PATHS
+
+
+def test_wrappers_are_no_part_of_it():
+    model = Model()
+    model.encoder = torch.compile(model.encoder, backend="eager")
+    assert [name for name, _ in names(model, X)] == PATHS
+
+
+def test_sources():
+    found = {
+        "L['self'].layers.3.attn": "layers.3.attn",
+        "L['self']._modules['layers']._modules['3']._parameters['weight']": "layers.3.weight",
+        "getattr(getattr(L['self'], '0').blocks, '1').attn": "0.blocks.1.attn",
+        "L['args'][0].model.layers.0": "model.layers.0",
+        "L['kwargs']['model'].layers.0": "layers.0",
+        "G['net'].plain[2]": "plain.2",
+        "L['run'].__closure__[0].cell_contents.layers.1": "layers.1",
+        "L['self']._fsdp_wrapped_module.layers.0._checkpoint_wrapped_module.attn": "layers.0.attn",
+        "L['self']": "",
+    }
+    assert {source: clean(source) for source in found} == found
