@@ -51,6 +51,21 @@ def test_toml(source, tmp_path):
     assert effattn.Policy.load(path).rules
 
 
+def test_the_report_shown_is_the_report_printed(capsys):
+    """A model of SmolLM2's attention with random weights: the report does not look at weights."""
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 576, "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3}
+    config = transformers.LlamaConfig(vocab_size=97, intermediate_size=16, **sizes)
+    (source,) = (block.values[0] for block in blocks("python") if "effattn.explain(" in block.values[0])
+    (shown,) = re.findall(r"^```\n(effattn: .*?)^```", README.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    torch._dynamo.reset()
+    names = {"model": transformers.LlamaForCausalLM(config), "input_ids": torch.randint(0, 97, (1, 64))}
+    exec(compile(source, str(README), "exec"), names)
+    left_out = ("    at  ", "  passes took")  # the README says so
+    printed = [line for line in capsys.readouterr().out.splitlines() if not line.startswith(left_out)]
+    assert [line for line in printed if line] == [line for line in shown.splitlines() if line]
+
+
 def test_there_are_examples():
     assert len(blocks("python")) >= 3
     assert blocks("toml")

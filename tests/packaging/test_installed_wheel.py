@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import pathlib
+import re
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -34,6 +36,27 @@ for name in ("exact", "power", "window"):
     assert effattn.Policy.named(name).name == name
 """
 
+# torch's builds for the CPU bring no Triton
+WITHOUT_TRITON = """
+import sys
+
+sys.modules["triton"] = None  # cannot be imported, nor be found by find_spec
+import torch
+
+def masked(q, k, v, there):
+    allowed = torch.ones(17, 17, dtype=torch.bool).tril() & there[:, None, None]
+    return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=allowed)
+
+inputs = *torch.randn(3, 2, 2, 17, 16), torch.ones(2, 17, dtype=torch.bool)
+fast = torch.compile(masked, backend="effattn", options={"rest": "eager", "strict": True, "verify": True})
+assert torch.allclose(fast(*inputs), masked(*inputs), atol=1e-5)
+
+import effattn
+
+report = effattn.explain(masked, *inputs)
+assert [site.kernel for site in report.sites] == ["portable (ATen, blockwise)"], report
+"""
+
 
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory):
@@ -56,9 +79,17 @@ def environment(tmp_path_factory):
 
 
 def _run(command, cwd, **variables) -> str:
+    """What a command prints; a list, or a text for the shell."""
     keep = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     result = subprocess.run(
-        command, cwd=cwd, env={**keep, **variables}, capture_output=True, text=True, timeout=300, check=False
+        command,
+        cwd=cwd,
+        env={**keep, **variables},
+        shell=isinstance(command, str),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
     )
     assert result.returncode == 0, f"{command}: {result.stdout}\n{result.stderr}"
     return result.stdout
@@ -66,6 +97,32 @@ def _run(command, cwd, **variables) -> str:
 
 def test_backend_is_found_by_name(environment, tmp_path):
     _run([str(environment / "python"), "-c", USE], cwd=tmp_path)
+
+
+def test_no_triton_is_needed(environment, tmp_path):
+    _run([str(environment / "python"), "-c", WITHOUT_TRITON], cwd=tmp_path)
+
+
+def test_the_commands_of_the_readme_install(environment, tmp_path):
+    """As they stand there, in a checkout. pip is told not to ask a network, and to take hatchling from where we run."""
+    section = (ROOT / "README.md").read_text(encoding="utf-8").partition("\n## Install\n")[2].partition("\n## ")[0]
+    (block,) = re.findall(r"```bash\n(.*?)```", section, re.DOTALL)
+    checkout = tmp_path / "effattn"
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, _folder(checkout) / name)
+    shutil.copytree(ROOT / "effattn", checkout / "effattn", ignore=shutil.ignore_patterns("__pycache__"))
+    offline = {"PIP_NO_INDEX": "1", "PIP_NO_DEPS": "1", "PIP_NO_BUILD_ISOLATION": "0", "PIP_IGNORE_INSTALLED": "1"}
+    path = os.pathsep.join([str(environment), os.environ["PATH"]])
+    for command in block.splitlines():
+        _run(command, cwd=checkout, PATH=path, **offline)
+    assert list((checkout / "dist").glob("effattn-*.whl"))
+    where = _run([str(environment / "python"), "-c", "import effattn; print(effattn.__file__)"], cwd=tmp_path)
+    assert pathlib.Path(where.strip()).is_relative_to(environment.parent)
+
+
+def _folder(path):
+    path.mkdir(exist_ok=True)
+    return path
 
 
 @pytest.mark.parametrize(
