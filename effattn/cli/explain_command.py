@@ -45,7 +45,7 @@ def explain(
     html: pathlib.Path | None = typer.Option(None, dir_okay=False, help="Also write the report as an HTML page."),
     graph: When | None = typer.Option(None, help="Print the FX graph's code before or after the rewrite instead."),
     strict: bool = typer.Option(
-        False, "--strict", help="Exit with 1 if an attention was left alone or a form was refused."
+        False, "--strict", help="Exit with 1 if an attention was left alone, ran in no graph, or a form was refused."
     ),
 ) -> None:
     """Compile a model, run it once, and tell what happened to every attention in it, and why.
@@ -117,7 +117,8 @@ def _problems(report) -> bool:
     body = report.to_dict()
     refused = any(not candidate.get("accepted") for site in body["sites"] for candidate in site.get("candidates", ()))
     failed = any(item.get("failure") for item in body.get("graphs", ()))
-    return any(item.get("attention", True) for item in body["missed"]) or refused or failed
+    left = any(item.get("attention", True) for item in body["missed"]) or bool(body.get("outside"))
+    return left or refused or failed
 
 
 def _first_lines(error: BaseException, count: int = 4) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -10,6 +10,7 @@ from torch import fx
 
 from effattn import settings
 from effattn.compiler.options import Options
+from effattn.compiler.outside import Outside
 from effattn.compiler.pipeline import Outcome
 from effattn.compiler.report import GraphReport, Report, graph_report, merge
 from effattn.passes.choose import Choice
@@ -24,8 +25,8 @@ class Collected:
     graphs: list[GraphReport] = field(default_factory=list)
     choices: list[Choice] = field(default_factory=list)
 
-    def report(self, options: Options) -> Report:
-        return merge(self.graphs, self.choices, options)
+    def report(self, options: Options, outside: Sequence[Outside] = ()) -> Report:
+        return merge(self.graphs, self.choices, options, outside)
 
 
 @contextmanager

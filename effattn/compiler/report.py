@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 
 from effattn.compiler.kernel_path import kernel_path, linear_kernel_path
 from effattn.compiler.options import Options
+from effattn.compiler.outside import Outside
 from effattn.compiler.pipeline import Outcome
 from effattn.ir.text import text
 from effattn.passes.choose import Choice
@@ -65,6 +67,10 @@ class GraphReport:
     erased: int
     seconds: dict[str, float]
     failure: str | None
+    calls: int = 0  # in the call that was explained: the layers of a loop with a break in it share one graph
+
+    def ran(self) -> None:
+        self.calls += 1
 
 
 @dataclass
@@ -75,6 +81,7 @@ class Report:
     policy: str
     policy_toml: str
     stanza: str
+    outside: tuple[Outside, ...] = ()  # attention that ran eagerly: Dynamo made no graph of it
 
     @property
     def sites(self) -> list[SiteReport]:
@@ -105,8 +112,15 @@ class Report:
             "seconds": self.seconds,
             "sites": [asdict(site) for site in self.sites],
             "missed": [asdict(missed) for missed in self.missed],
+            "outside": [asdict(outside) for outside in self.outside],
             "graphs": [
-                {"before": graph.before, "after": graph.after, "erased": graph.erased, "failure": graph.failure}
+                {
+                    "before": graph.before,
+                    "after": graph.after,
+                    "erased": graph.erased,
+                    "failure": graph.failure,
+                    "calls": graph.calls,
+                }
                 for graph in self.graphs
             ],
             "stanza": self.stanza,
@@ -251,13 +265,16 @@ def ranges(numbers: list[int]) -> str:
     return ", ".join("-".join(map(str, part)) for part in parts)
 
 
-def merge(graphs: list[GraphReport], choices: list[Choice], options: Options) -> Report:
+def merge(
+    graphs: list[GraphReport], choices: list[Choice], options: Options, outside: Sequence[Outside] = ()
+) -> Report:
     """One report for all graphs of a model."""
     return Report(
         graphs=graphs,
         policy=options.policy.name,
         policy_toml=options.policy.to_toml(),
         stanza=stanza(choices, options.policy.name),
+        outside=tuple(outside),
     )
 
 

@@ -17,6 +17,8 @@ def render(report: Mapping[str, Any]) -> str:
         sites=sites,
         groups=_groups(sites),
         missed=list(report.get("missed", ())),
+        outside=list(report.get("outside", ())),
+        ran_outside=sum(one.get("calls", 1) for one in report.get("outside", ())),
         approximate=sum(not site.get("exact", True) for site in sites),
         refused=[site for site in sites if any(not c.get("accepted") for c in site.get("candidates", ()))],
         graphs=[graph for graph in report.get("graphs", ()) if graph],

@@ -11,15 +11,19 @@ if TYPE_CHECKING:
 def render(report: Report) -> str:
     """The whole report as text."""
     found = len(report.sites)
-    total = found + sum(miss.attention for miss in report.missed)
+    outside = sum(one.calls for one in report.outside)
+    total = found + sum(miss.attention for miss in report.missed) + outside
     lines = [f"effattn: {found} of {total} attention sites found, policy {report.policy!r}"]
     if not report.graphs:
-        lines = ["effattn: torch.compile made no graph of this call (TORCH_LOGS=graph_breaks tells why)"]
+        tells = "" if outside else " (TORCH_LOGS=graph_breaks tells why)"
+        lines = [f"effattn: torch.compile made no graph of this call{tells}"]
     elif not total and any(graph.failure for graph in report.graphs):
         lines = ["effattn: no attention was replaced, because of an error"]
     elif not total:
         lines = ["effattn: no attention found in this model"]
-    for members in _alike(report):
+    if outside:
+        lines[0] += f"; {outside} ran outside compiled graphs"
+    for members, calls in _alike(report):
         first = members[0]
         lines.append("")
         lines.append(f"  {_layers(members)}  {first.stage}, found as {first.found_as}, {first.layout}")
@@ -30,6 +34,8 @@ def render(report: Report) -> str:
         lines.append(f"    form       {first.form}{f' ({params})' if params else ''}{kind}: {first.reason}")
         if first.kernel:
             lines.append(f"    runs       {first.kernel}")
+        if calls > 1:
+            lines.append(f"    calls      {calls}: one graph, called so often in one call of the model")
         for candidate in first.candidates:
             if not candidate["accepted"]:
                 lines.append(f"    refused    {candidate['form']}: {'; '.join(candidate['reasons'])}")
@@ -39,6 +45,11 @@ def render(report: Report) -> str:
     for miss in report.missed:
         hint = f" ({miss.hint})" if miss.hint else ""
         lines += ["", f"  left alone: {miss.name}: {miss.reason}{hint}", f"    at         {miss.location}"]
+    for one in report.outside:
+        times = f" ({one.calls} times)" if one.calls > 1 else ""
+        lines += ["", f"  outside compiled graphs: {one.called}{times}: {one.reason}"]
+        lines += [f"    hint       {one.hint}"] if one.hint else []
+        lines += [f"    at         {one.location}"]
     for number, graph in enumerate(report.graphs):
         if graph.failure:
             lines += ["", f"  graph {number} was left as it was: {graph.failure}"]
@@ -51,14 +62,14 @@ def render(report: Report) -> str:
     return "\n".join(lines)
 
 
-def _alike(report: Report) -> list[list[SiteReport]]:
-    """Sites that differ in layer only, together."""
+def _alike(report: Report) -> list[tuple[list[SiteReport], int]]:
+    """Sites that differ in layer only, together, and how often their graph was called."""
     groups: dict[tuple, list[SiteReport]] = {}
     for graph_number, graph in enumerate(report.graphs):
         for site in graph.sites:
             key = (graph_number, site.stage, site.found_as, site.layout, site.predicate, site.score, site.form)
             groups.setdefault((*key, site.reason, site.kernel, str(site.params), site.notes), []).append(site)
-    return list(groups.values())
+    return [(members, report.graphs[key[0]].calls) for key, members in groups.items()]
 
 
 def _layers(sites: list[SiteReport]) -> str:

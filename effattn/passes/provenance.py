@@ -10,7 +10,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import fx
 
-_TORCH = os.path.dirname(torch.__file__)
+TORCH = os.path.join(os.path.dirname(torch.__file__), "")  # not the torchvision beside it
 
 
 # what Dynamo writes before the first module: a variable and what was taken out of it, as in L['args'][0] or L['self']
@@ -101,5 +101,5 @@ def layer_of(path: str) -> int | None:
 def location(node: fx.Node) -> str:
     """file:line of the user's code that made the node."""
     frames = re.findall(r'File "(.+?)", line (\d+)', node.meta.get("stack_trace") or "")
-    own = [frame for frame in frames if not frame[0].startswith(_TORCH)] or frames
+    own = [frame for frame in frames if not frame[0].startswith(TORCH)] or frames
     return f"{own[-1][0]}:{own[-1][1]}" if own else ""
