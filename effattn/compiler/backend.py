@@ -16,11 +16,13 @@ from torch import fx
 from effattn.compiler import collect
 from effattn.compiler.options import Options
 from effattn.compiler.pipeline import Outcome, run_passes
+from effattn.compiler.raising import as_they_are
 from effattn.compiler.rest import compile_rest
 from effattn.compiler.verify import verified
 from effattn.settings import warn_once
 
 
+@as_they_are
 def effattn(
     gm: fx.GraphModule, example_inputs: list[Any], *, options: dict[str, Any] | None = None, mode: str | None = None
 ) -> Callable:
@@ -28,6 +30,11 @@ def effattn(
 
     ``options``: see :class:`effattn.compiler.options.Options`. An exception inside the passes leaves the graph as it
     was, with one warning; ``options={"strict": True}`` raises it.
+
+    Raises:
+        OptionError, PolicyError: an option or the policy is not valid. To users of ``torch.compile`` they come as
+            themselves, at the first call of the compiled model.
+        FormRefused: with ``strict``, a form that the policy names does not apply at a site that its rule matches.
     """
     settings = Options.read(options, mode)
     start = time.perf_counter()
