@@ -22,7 +22,8 @@ def as_they_are(backend: Callable) -> Callable:
         try:
             return backend(*args, **kwargs)
         except EffattnError as error:
-            raise _twin(type(error))(str(error), first_useful_frame=inspect.currentframe()) from None
+            kind: Any = type(error)
+            raise _twin(kind)(str(error), first_useful_frame=inspect.currentframe()) from None
 
     return raising
 

@@ -90,5 +90,5 @@ def test_a_failed_verification_comes_as_itself(monkeypatch):
     monkeypatch.setattr(verify, "_compare", different)
     model = Twice()
     fast = torch.compile(model, backend="effattn", options={"rest": "eager", "verify": True})
-    with pytest.raises(effattn.VerificationError, match="^these differ$"), torch.no_grad():
+    with pytest.raises(effattn.VerificationError, match="these differ"), torch.no_grad():
         fast(torch.randn(1, 2, 8, 16))
