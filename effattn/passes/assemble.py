@@ -15,8 +15,9 @@ from effattn.passes.draft import Anchors, Draft, Match, Refused, require_fixed
 from effattn.passes.graph import GraphView, as_sympy, hint
 from effattn.passes.meaning import meaning
 from effattn.passes.naming import load_names, load_spec, number_names, renamed, scalars_of
+from effattn.passes.owner import classes_around
 from effattn.passes.placement import placement
-from effattn.passes.provenance import class_of_self, layer_of, location, module_path
+from effattn.passes.provenance import layer_of, location, module_path
 
 
 def assemble(view: GraphView, draft: Draft, order: int) -> Match:
@@ -52,7 +53,7 @@ def assemble(view: GraphView, draft: Draft, order: int) -> Match:
     if place is None:
         raise Refused("output layout", f"the order of the output's dimensions is not understood: {draft.out_index}")
 
-    path, classes = module_path(draft.anchor)
+    path = module_path(draft.anchor)
     tensor = view.tensor(draft.query.node)
     assert tensor is not None
     loads_need_grad = any(view.held(sources[name].node).requires_grad for name in used)
@@ -81,7 +82,7 @@ def assemble(view: GraphView, draft: Draft, order: int) -> Match:
         output_layout=_output_layout(view, draft, place),
         layer=layer_of(path),
         path=path,
-        module_classes=(*class_of_self(), *classes),
+        module_classes=classes_around(draft.anchor),
         location=location(draft.anchor),
         sink=draft.sink is not None,
         notes=tuple(draft.notes),

@@ -39,7 +39,7 @@ def find(view: GraphView) -> tuple[list[Match], list[Missed]]:
         if isinstance(found, Match):
             matches.append(found)
         elif view.call(call.node) == call or found.rule != NOT_ATTENTION:  # any quotient may look like a softmax
-            missed.append(Missed(module_path(call.node)[0] or call.node.name, location(call.node), found))
+            missed.append(Missed(module_path(call.node) or call.node.name, location(call.node), found))
     missed += [_inside(node) for node in view.graph.nodes if _hides_attention(node)]
     return matches, missed + [_as_operator(node) for node in view.graph.nodes if _is_operator(node)]
 

@@ -51,7 +51,7 @@ def find_blocks(view: GraphView) -> tuple[list[LinearMatch], list[Missed], set[f
             found.append(_match(view, joined, linked(view, turns), len(found)))
         except (NoLoop, Refused, Unreadable) as error:
             refusal = error.refusal if isinstance(error, Refused) else Refused("loop over blocks", str(error)).refusal
-            missed.append(Missed(module_path(joined)[0] or joined.name, location(joined), refusal))
+            missed.append(Missed(module_path(joined) or joined.name, location(joined), refusal))
     return found, missed, seen
 
 

@@ -86,7 +86,7 @@ def find_linear(view: GraphView, skip: Container[fx.Node] = ()) -> tuple[list[Li
             continue  # any two products come here, and sympy raises these where terms cannot be compared
         except (Refused, Unreadable) as error:
             refusal = error.refusal if isinstance(error, Refused) else Refused("reading", str(error)).refusal
-            missed.append(Missed(module_path(product.node)[0] or product.node.name, location(product.node), refusal))
+            missed.append(Missed(module_path(product.node) or product.node.name, location(product.node), refusal))
     return found, missed
 
 

@@ -42,7 +42,7 @@ def normalize(gm: fx.GraphModule) -> tuple[int, list[Missed]]:
                 rule(inserter, node)
         except Refused as refused:
             inserter.undo()
-            missed.append(Missed(module_path(node)[0] or node.name, location(node), refused.refusal))
+            missed.append(Missed(module_path(node) or node.name, location(node), refused.refusal))
             continue
         sources += node.all_input_nodes
         for user in list(node.users):

@@ -20,24 +20,23 @@ _WRAPPERS = re.compile(
 )
 
 
-def module_path(node: fx.Node) -> tuple[str, tuple[str, ...]]:
-    """(path of the module that a node is computed in, class names outermost first) from what Dynamo recorded.
+def module_path(node: fx.Node) -> str:
+    """Path of the module that a node is computed in, from what Dynamo recorded.
 
-    The path is that of ``named_modules()`` of the module that is compiled: ``decoder.layers.3.self_attn``. In a graph
+    It is that of ``named_modules()`` of the module that is compiled: ``decoder.layers.3.self_attn``. In a graph
     that begins inside a module, after a graph break or where layers are compiled one by one, it begins there as well:
     such a graph may serve several layers. A function may call several modules: their paths begin with the function's
     names for them.
     """
     entries = _entries(node)
-    classes = tuple(getattr(entry[1], "__name__", str(entry[1]).rsplit(".", 1)[-1]) for entry in entries)
     while entries and _is_activation(entries[-1][1]):
         entries.pop()
     if not entries:
-        return "", classes
+        return ""
     source = str(entries[-1][0])
     path = clean(source)
     name = _variable(source)
-    return (f"{name}.{path}".strip(".") if name in _prefixes(node.graph) else path), classes
+    return f"{name}.{path}".strip(".") if name in _prefixes(node.graph) else path
 
 
 def clean(source: str) -> str:
@@ -79,17 +78,6 @@ def _is_activation(kind: Any) -> bool:
     """Whether a module is but a function, as nn.Softmax: what is computed there belongs to the module around it."""
     module = kind.__module__ if isinstance(kind, type) else str(kind)
     return "torch.nn.modules.activation" in module and "MultiheadAttention" not in str(kind)
-
-
-def class_of_self() -> tuple[str, ...]:
-    """The class of the module that is compiled: what Dynamo records of nodes begins below it. (): it is unknown."""
-    from torch._dynamo.symbolic_convert import InstructionTranslator  # takes a second to import
-
-    try:
-        owner = InstructionTranslator.current_tx().f_locals.get("self")
-    except AttributeError:  # nothing is being compiled, or Dynamo keeps it elsewhere
-        return ()
-    return (type(owner).__name__,) if isinstance(owner, torch.nn.Module) else ()
 
 
 def layer_of(path: str) -> int | None:

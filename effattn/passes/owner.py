@@ -1,0 +1,107 @@
+"""The classes of the modules around a node, from what Dynamo recorded and the frame that it compiles.
+
+Dynamo records of a node the modules that were called inside the frame. The module whose ``forward`` the frame is, is
+not among them, and need not be called ``self`` there: decorators such as those of transformers take ``*args``.
+Modules further out, which called the frame, are left aside: no guard of Dynamo would notice another one.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Iterator, Mapping
+from types import CodeType
+from typing import Any, NamedTuple
+
+import torch
+from torch import fx
+
+_PART = re.compile(r"\.(\w+)|\['([^']*)'\]|\[(\d+)\]")
+
+
+class _Frame(NamedTuple):
+    """The outermost frame that is being compiled; not one that is inlined in it."""
+
+    code: CodeType
+    variables: Mapping[str, Mapping[str, Any]]  # L: of the function, G: of its Python module
+
+
+def classes_around(node: fx.Node) -> tuple[str, ...]:
+    """Class names of the modules around a node, outermost first, from the one that is compiled on."""
+    frame = _compiled_frame()
+    found: dict[str, None] = {}
+    if frame is not None and (owner := _owner(frame)) is not None:
+        found[owner] = None
+    for source, kind in (node.meta.get("nn_module_stack") or {}).values():
+        for module in _along(str(source), frame):
+            found[type(module).__name__] = None
+        found[getattr(kind, "__name__", str(kind).rsplit(".", 1)[-1])] = None
+    return tuple(found)
+
+
+def _compiled_frame() -> _Frame | None:
+    from torch._dynamo.symbolic_convert import InstructionTranslator  # takes a second to import
+
+    try:
+        frame = InstructionTranslator.current_tx().output.root_tx
+        return _Frame(frame.f_code, {"L": frame.f_locals, "G": frame.f_globals})
+    except AttributeError:  # nothing is being compiled, or Dynamo keeps it elsewhere
+        return None
+
+
+def _owner(frame: _Frame) -> str | None:
+    """The class of which the compiled frame is a method, decorated or not, from its start or after a graph break."""
+    from torch._dynamo.guards import GuardBuilder, install_guard
+    from torch._dynamo.source import GetItemSource, LocalSource, Source
+
+    for name, value in frame.variables["L"].items():
+        source: Source = LocalSource(name, is_input=True)
+        if isinstance(value, tuple) and value:  # *args of a decorator
+            source, value = GetItemSource(source, 0), value[0]
+        if isinstance(value, torch.nn.Module) and any(_within(frame.code, method) for method in _methods(value)):
+            # a method that never looks at its module would otherwise serve those of other classes that inherit it
+            install_guard(source.make_guard(GuardBuilder.TYPE_MATCH))
+            return type(value).__name__
+    return None
+
+
+def _methods(module: torch.nn.Module) -> Iterator[CodeType]:
+    """The methods of a module's class, of its instance (``forward``), and what decorates them."""
+    methods: list[Any] = [vars(module).get("forward")]
+    for base in type(module).__mro__:
+        methods += vars(base).values() if base is not torch.nn.Module else ()
+    while methods:
+        method = methods.pop()
+        if isinstance(code := getattr(method, "__code__", None), CodeType):
+            yield code
+        inner = [getattr(method, name, None) for name in ("__wrapped__", "__func__")]
+        methods += [one for one in inner if one is not None]
+        if isinstance(method, functools.partial):
+            methods.append(method.func)
+
+
+def _within(code: CodeType, method: CodeType) -> bool:
+    """By their text: what Dynamo makes to go on after a graph break is other code, that begins at the break's line."""
+    last = max(line or 0 for _, _, line in method.co_lines())
+    return code.co_filename == method.co_filename and method.co_firstlineno <= code.co_firstlineno <= last
+
+
+def _along(source: str, frame: _Frame | None) -> Iterator[torch.nn.Module]:
+    """The modules on the way from a variable of the frame to what Dynamo calls ``source``: ``L['self'].layers[0]``."""
+    while source != (source := re.sub(r"getattr\(([^()]*), '([^']*)'\)", r"\1.\2", source)):
+        pass
+    value: Any = frame.variables.get(source[:1]) if frame is not None else None
+    for part in _PART.finditer(source):
+        value = _part_of(value, part[part.lastindex or 0])
+        if isinstance(value, torch.nn.Module):
+            yield value
+
+
+def _part_of(value: Any, name: str) -> Any:
+    if isinstance(value, torch.nn.Module) and name in value._modules:
+        return value._modules[name]
+    if isinstance(value, Mapping):
+        return value.get(name)
+    if isinstance(value, (list, tuple)) and name.isdigit():
+        return value[int(name)] if int(name) < len(value) else None
+    return getattr(value, name, None)
