@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sympy
 import torch
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
@@ -10,7 +9,8 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from effattn.ir.expr import k, q
 from effattn.ir.site import Layout
 from effattn.passes.draft import Draft, Refused
-from effattn.passes.graph import GraphView, hint
+from effattn.passes.graph import GraphView
+from effattn.passes.sizes import equal, is_broadcast
 
 SUPPORTED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -49,7 +49,7 @@ def check_operands(view: GraphView, draft: Draft, layout: Layout) -> None:
         if view.writes_between(operand.node, operand.time - 1, end):
             raise Refused("memory", f"{name} is written between the scores and the output")
         size = layout.batch if operand.dims[0] is None else view.shape(operand.node)[operand.dims[0]]
-        if sympy.expand(size - layout.batch) != 0:
+        if is_broadcast(view, size, layout.batch) is not False:  # one batch for all has no dimension
             raise Refused("batch", f"{name} has a batch of {size} where the scores have {layout.batch}")
     if draft.query.groups != 1 or (draft.query.dims[1] and draft.query.heads_in(view) != layout.heads):
         raise Refused("heads", "the query has fewer heads than the scores")
@@ -81,10 +81,10 @@ def _check_lengths(view: GraphView, draft: Draft) -> None:
     """Scores that are put together of several products have more rows or keys than one of them."""
     if draft.scores is None:
         return
-    sizes = dict(zip(draft.scores_index, view.held(draft.scores.node).shape, strict=True))
+    sizes = dict(zip(draft.scores_index, view.shape(draft.scores.node), strict=True))
     for name, operand, symbol in (("query", draft.query, q), ("key", draft.key, k), ("value", draft.value, k)):
-        rows = view.held(operand.node).shape[operand.dims[2]]
-        if hint(rows) != hint(sizes[symbol]):  # symbolic lengths may have several names
+        rows = view.shape(operand.node)[operand.dims[2]]
+        if not equal(view, rows, sizes[symbol]):
             raise Refused("lengths", f"{name} has {rows} rows where the scores have {sizes[symbol]}")
 
 

@@ -17,11 +17,12 @@ from torch import fx
 from effattn.ir import expr
 from effattn.ir.expr import Where, b, h, k, q, s
 from effattn.passes.block_mask import BlockMask
-from effattn.passes.draft import Draft, Refused
+from effattn.passes.draft import Draft, Refused, require_fixed
 from effattn.passes.graph import GraphView
 from effattn.passes.operands import Operand, depth, row, trace
 from effattn.passes.reading import Reader, Reading
 from effattn.passes.reading.reader import Kind
+from effattn.passes.sizes import is_broadcast
 from effattn.passes.vocabulary import Call
 
 
@@ -37,12 +38,16 @@ def from_flex(view: GraphView, call: Call, readers: dict[tuple, Reader]) -> Draf
     q_shape, k_shape, v_shape = (view.shape(node) for node in (query, key, value))
     batch, heads, q_len, head_dim = q_shape
     kv_heads, k_len, value_dim = k_shape[1], k_shape[2], v_shape[3]
+    require_fixed(heads, kv_heads, v_shape[1], head_dim)
     sizes = (batch, heads, q_len, k_len)
     reader = readers.setdefault(sizes, Reader(view, dict(zip((b, h, q, k), sizes, strict=True))))
     time = view.time[call.node]
 
     def operand(node: fx.Node, shape: tuple, name: str) -> Operand:
-        at_batch = b if shape[0] == batch else sympy.Integer(0)
+        shared = is_broadcast(view, shape[0], batch)
+        if shared is None:
+            raise Refused("batch", f"whether {name}'s batch of {shape[0]} is 1 or the query's {batch} is not known")
+        at_batch = sympy.Integer(0) if shared else b
         at_head = h if shape[1] == heads else expr.FloorDiv(h, heads / kv_heads)
         bounds = Reader(view, {b: batch, h: heads, row: shape[2], depth: shape[3]})
         found = trace(view, bounds, node, (at_batch, at_head, row, depth), time)

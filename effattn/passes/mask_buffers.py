@@ -120,7 +120,11 @@ def _may_be_mask(node: fx.Node) -> bool:
     is_buffer = getattr(getattr(source, "base", None), "member", None) == "_buffers"
     if not is_buffer or not isinstance(held, torch.Tensor) or held.dim() < 2:
         return False
-    return not held.requires_grad and not held.is_complex() and all(size == 1 for size in held.shape[:-2])
+    return (
+        not held.requires_grad
+        and not held.is_complex()
+        and all(isinstance(size, int) and size == 1 for size in held.shape[:-2])
+    )
 
 
 def _triangle(table: torch.Tensor) -> Triangle | None:

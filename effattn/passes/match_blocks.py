@@ -14,7 +14,7 @@ from typing import Any
 import sympy
 import torch
 from torch import fx
-from torch.fx.experimental.symbolic_shapes import guard_or_false
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from effattn.ir.expr import Where, b, h, k, q, s
 from effattn.ir.site import Stage
@@ -59,7 +59,7 @@ def same_size(one: Any, other: Any) -> bool:
     """Whether two sizes are equal. Of symbolic ones the guards that Dynamo made say so; none is needed beyond them."""
     if sympy.expand(as_sympy(one) - as_sympy(other)) == 0:
         return True
-    return not (isinstance(one, int) and isinstance(other, int)) and bool(guard_or_false(one == other))
+    return not (isinstance(one, int) and isinstance(other, int)) and statically_known_true(one == other)
 
 
 def _match(view: GraphView, joined: fx.Node, turns: list[Block], order: int) -> LinearMatch:
@@ -163,7 +163,7 @@ def _slice(view: GraphView, node: fx.Node) -> tuple[fx.Node, Any, Any] | None:
     start = view.value(0 if cut.start is None else cut.start)
     stop = view.held(source).shape[2] if cut.stop is None else view.value(cut.stop)
     plain = cut.step in (None, 1) and _is_size(start) and _is_size(stop)
-    return (source, start, stop) if plain and guard_or_false(start >= 0) else None
+    return (source, start, stop) if plain and statically_known_true(start >= 0) else None
 
 
 def _is_size(value: Any) -> bool:

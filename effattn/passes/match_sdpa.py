@@ -21,6 +21,7 @@ from effattn.passes.products import (
 )
 from effattn.passes.reading import Reader
 from effattn.passes.reading.elementwise import aligned
+from effattn.passes.sizes import equal
 from effattn.passes.vocabulary import Call
 
 
@@ -44,7 +45,7 @@ def from_sdpa(view: GraphView, call: Call, readers: dict[tuple, Reader]) -> Draf
             raise Refused("shapes", f"{name} has {len(shape)} dimensions where query has {len(q_shape)}")
         inside = list(index)
         for dim, (size, full) in enumerate(zip(shape[:-2], q_shape[:-2], strict=True)):
-            if size == full:
+            if equal(view, size, full):
                 continue
             if size == 1:
                 inside[dim] = sympy.Integer(0)

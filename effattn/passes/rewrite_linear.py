@@ -18,7 +18,7 @@ from effattn.ir.fold import fold
 from effattn.ir.text import text
 from effattn.passes.draft import Missed, Refused
 from effattn.passes.erase import erase_orphans
-from effattn.passes.graph import GraphView
+from effattn.passes.graph import GraphView, as_sympy
 from effattn.passes.insert import difference
 from effattn.passes.known import Known
 from effattn.passes.match_linear import LinearMatch
@@ -115,7 +115,7 @@ def _per_head(writer: Writer, node: fx.Node, load: expr.Load, heads: int) -> fx.
     for dim, index in reversed(others):
         node = writer.call(torch.select, node, dim, int(index))
     held = node.meta["example_value"]
-    if kept and (held.shape[0] != heads or held.dim() != 1):
+    if kept and (as_sympy(held.shape[0]) != heads or held.dim() != 1):
         raise Refused("decay", f"decay is read from {list(held.shape)} numbers for {heads} heads")
     return node if held.dtype == torch.float32 else writer.method("to", node, torch.float32)
 

@@ -29,7 +29,7 @@ def in_order_of(view: GraphView, inserter: Inserter, old: fx.Node, new: fx.Node)
 
 def _strides(value: torch.Tensor) -> list[Any]:
     """Strides of the dimensions in which there is a step to take."""
-    return [as_sympy(stride) for size, stride in zip(value.shape, value.stride(), strict=True) if size != 1]
+    return [as_sympy(stride) for size, stride in zip(value.shape, value.stride(), strict=True) if as_sympy(size) != 1]
 
 
 def _relied_on(view: GraphView, inserter: Inserter, old: fx.Node, after: torch.Tensor) -> bool:
