@@ -9,6 +9,7 @@ import logging
 import os
 import pathlib
 import sys
+import threading
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -103,6 +104,7 @@ def _read(texts: tuple[str, ...]) -> Settings:
     return Settings(**values)
 
 
+_SPEAKING = threading.Lock()  # among threads, one warns and one finds a handler for what is told
 logger = logging.getLogger("effattn")
 logger.addHandler(logging.NullHandler())
 
@@ -126,10 +128,11 @@ def show(level: int, text: str) -> None:
     if logger.getEffectiveLevel() > logging.INFO:
         logger.setLevel(logging.INFO)
     # an application that has set up logging gets our records there; otherwise they would be dropped
-    if not logging.getLogger().handlers and all(
-        isinstance(handler, logging.NullHandler) for handler in logger.handlers
-    ):
-        logger.addHandler(_StandardError())
+    with _SPEAKING:
+        if not logging.getLogger().handlers and all(
+            isinstance(handler, logging.NullHandler) for handler in logger.handlers
+        ):
+            logger.addHandler(_StandardError())
     logger.info(text)
 
 
@@ -139,7 +142,8 @@ _told: set[str] = set()
 def warn_once(message: str, key: str | None = None) -> None:
     """One ``RuntimeWarning`` per process for each ``key`` (the message itself when none is given)."""
     key = message if key is None else key
-    if key in _told:
-        return
-    _told.add(key)
+    with _SPEAKING:
+        if key in _told:
+            return
+        _told.add(key)
     warnings.warn(message, RuntimeWarning, stacklevel=3)

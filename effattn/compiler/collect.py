@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 
 from torch import fx
@@ -14,8 +15,6 @@ from effattn.compiler.outside import Outside
 from effattn.compiler.pipeline import Outcome
 from effattn.compiler.report import GraphReport, Report, graph_report, merge
 from effattn.passes.choose import Choice
-
-_listeners: list[Collected] = []
 
 
 @dataclass
@@ -29,26 +28,30 @@ class Collected:
         return merge(self.graphs, self.choices, options, outside)
 
 
+# of this thread: what others compile meanwhile is not theirs to hear
+_listeners: ContextVar[tuple[Collected, ...]] = ContextVar("effattn_listeners", default=())
+
+
 @contextmanager
 def listening() -> Iterator[Collected]:
-    """Collect the reports of every graph that is compiled inside."""
+    """Collect the reports of every graph that this thread compiles inside."""
     heard = Collected()
-    _listeners.append(heard)
+    before = _listeners.set((*_listeners.get(), heard))
     try:
         yield heard
     finally:
-        _listeners.remove(heard)
+        _listeners.reset(before)
 
 
 def tell(gm: fx.GraphModule, outcome: Outcome, options: Options, failure: Exception | None) -> None:
     """Report one compiled graph to all listeners, and to the user as EFFATTN_DEBUG asks."""
     debug = settings.current().debug
-    if not _listeners and not debug:
+    if not (listeners := _listeners.get()) and not debug:
         return
     after = str(gm.code)
     before = fx.GraphModule(gm, outcome.original).code if outcome.original is not None else after
     report = graph_report(after, outcome, failure, before)
-    for heard in _listeners:
+    for heard in listeners:
         heard.graphs.append(report)
         heard.choices += outcome.choices
     if debug and (report.sites or report.missed):

@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import lru_cache
+from types import MappingProxyType
 from typing import Any
 
 import torch
 
+Known = Mapping[str, Any]  # what a launcher found out at a first call; never written to afterwards
+
+ALONE = threading.RLock()  # Triton's compiler and its interpreter serve one thread at a time
 MOST_CALLS = 4096
 WIDEST_STRIDE = 1 << 22  # offsets within a tile are 32-bit
 
@@ -17,10 +24,39 @@ def facts(tensor: torch.Tensor) -> tuple:
     return tensor.shape, tensor.stride(), tensor.dtype, tensor.data_ptr() % 16 == 0, tensor.get_device()
 
 
-def remember(calls: dict, known_by: tuple, call: Any) -> None:
-    if len(calls) >= MOST_CALLS:
-        calls.clear()
-    calls[known_by] = call
+class Calls:
+    """Calls by all that they depend on, for many threads.
+
+    The first of its kind runs alone, and is remembered only when it is over, with all that its launcher found out. A
+    call is a frozen dataclass with a field ``known``, None before that.
+    """
+
+    def __init__(self) -> None:
+        self._calls: dict[tuple, Any] = {}
+
+    def __len__(self) -> int:
+        return len(self._calls)
+
+    def clear(self) -> None:
+        self._calls.clear()
+
+    def run(self, known_by: tuple, prepare: Callable[[], Any], start: Callable[[Any], tuple[Any, Known | None]]) -> Any:
+        """The first of what ``start(call)`` returns; the second is what its launcher knows.
+
+        ``prepare()`` makes a call that is not known yet.
+        """
+        call = self._calls.get(known_by)
+        if call is None:
+            with ALONE:
+                call = self._calls.get(known_by)  # another thread may have been the first
+                if call is None:
+                    call = prepare()
+                    result, known = start(call)
+                    if len(self._calls) >= MOST_CALLS:
+                        self._calls.clear()
+                    self._calls[known_by] = replace(call, known=None if known is None else MappingProxyType(known))
+                    return result
+        return start(call)[0]
 
 
 def narrow(tensor: torch.Tensor) -> torch.Tensor:
@@ -57,7 +93,9 @@ def multiprocessors(device: torch.device) -> int:
 
 
 def on_device(device: torch.device):
-    """Kernels start on the current device: make that the tensors' own."""
-    if device.type == "cuda" and device.index != torch.cuda.current_device():
+    """Kernels start on the current device: make that the tensors' own. The interpreter's state is the process's."""
+    if device.type != "cuda":
+        return ALONE
+    if device.index != torch.cuda.current_device():
         return torch.cuda.device(device)
     return contextlib.nullcontext()

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from functools import lru_cache
+from dataclasses import dataclass
+from functools import lru_cache, partial
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,7 +24,7 @@ from effattn.lowering.triton.linear_spec import (
 from effattn.lowering.triton.module import module_from
 from effattn.lowering.triton.spec import DTYPES
 from effattn.runtime.cache import keep_source
-from effattn.runtime.launching import architecture, facts, multiprocessors, narrow, on_device, remember, tf32
+from effattn.runtime.launching import Calls, Known, architecture, facts, multiprocessors, narrow, on_device, tf32
 
 PROGRAMS = 4  # for each multiprocessor; with 8, parts are shorter and 32,768 tokens took 1.1 times as long on an H100
 LEAST_SPAN = 1024  # tokens of a part: its state is read and written as if it were 256 of them
@@ -53,14 +52,14 @@ def load(spec: LinearSpec) -> LinearKernel:
 class _Call:
     """What calls with the same shapes, strides, dtypes and alignment share."""
 
-    launch: Callable[..., None]
+    launch: Callable[..., Known]
     span: int
     parts: int
     states: tuple[int, ...]  # shape of the room to work in
-    known: dict[str, Any] = field(default_factory=dict)
+    known: Known | None = None
 
 
-_CALLS: dict[tuple, _Call] = {}
+_CALLS = Calls()
 
 
 def forget() -> None:
@@ -132,16 +131,15 @@ def _run(
     state = None if state is None else state.contiguous()
     given = [tensor for tensor in (log_decay, state) if tensor is not None]
     known_by = (kind, traits, log_decay is None, state is None, tf32(), *map(facts, (query, key, value, out, *given)))
-    call = _CALLS.get(known_by)
-    if call is None:
-        call = _prepared(kind, traits, query, key, value, log_decay is not None, state is not None)
-        remember(_CALLS, known_by, call)
-    states = query.new_empty(call.states, dtype=torch.float32)
-    with on_device(query.device):
-        call.launch(
-            query, key, value, log_decay, state, out, states, final, call.span, call.parts, scale, eps, call.known
-        )
-    return final
+
+    def started(call: _Call) -> tuple[Tensor, Known]:
+        states = query.new_empty(call.states, dtype=torch.float32)
+        tensors, sizes = (query, key, value, log_decay, state, out, states, final), (call.span, call.parts)
+        with on_device(query.device):
+            return final, call.launch(*tensors, *sizes, scale, eps, call.known)
+
+    prepared = partial(_prepared, kind, traits, query, key, value, log_decay is not None, state is not None)
+    return _CALLS.run(known_by, prepared, started)
 
 
 def _prepared(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -29,7 +29,7 @@ from effattn.lowering.triton.spec import (
     padded,
 )
 from effattn.runtime import kernels
-from effattn.runtime.launching import architecture, facts, multiprocessors, narrow, on_device, remember, tf32
+from effattn.runtime.launching import Calls, Known, architecture, facts, multiprocessors, narrow, on_device, tf32
 from effattn.runtime.select.run import select
 
 MAX_SPLITS = 128
@@ -74,29 +74,34 @@ def run(
     given = [float(number) for number in numbers]
     # a plan is known by its place in memory, which the call keeps for it: to hash its expressions takes longer
     known_by = (id(plan), config, kind, splits, tf32(), *map(facts, tensors), *(scalar >> 31 for scalar in scalars))
-    call = _CALLS.get(known_by)
-    if call is None:
-        call = _prepared(plan, query, key, value, loads, config, kind, splits)
-        remember(_CALLS, known_by, call)
+    return _CALLS.run(
+        known_by,
+        lambda: _prepared(plan, query, key, value, loads, config, kind, splits),
+        lambda call: _started(call, query, key, value, loads, scalars, given),
+    )
+
+
+def _started(call: _Call, query, key, value, loads, scalars, numbers):
+    """(out, LSE) of a call, and what its launcher knows."""
     out = query.new_empty(call.shape)
     if call.transposed:
         out = out.transpose(1, 2)
     lse = query.new_empty(call.lse_shape, dtype=torch.float32)
     if call.launch is None:
-        return out, lse
-    if call.widened:  # the interpreter multiplies no bfloat16 tiles
+        return (out, lse), None
+    if call.widened is not None:  # the interpreter multiplies no bfloat16 tiles
         wide = (query.float(), key.float(), value.float())
-        found, lse = run(call.plan, *wide, loads, scalars, numbers, config=config, kind=kind, splits=splits)
-        return out.copy_(found), lse
+        found, lse = run(call.plan, *wide, loads, scalars, numbers, **call.widened)
+        return (out.copy_(found), lse), None
     if call.narrowed:
         query, key, value = narrow(query), narrow(key), narrow(value)
     extra: tuple = call.splits
     with on_device(query.device):
         if call.plan.select is not None:
-            listed = select(call.plan, query, key, loads, scalars, given, target="triton")
+            listed = select(call.plan, query, key, loads, scalars, numbers, target="triton")
             extra = (listed.order, listed.count, listed.edges)
-        call.launch(query, key, value, out, lse, loads, scalars, given, *extra, call.known)
-    return out, lse
+        known = call.launch(query, key, value, out, lse, loads, scalars, numbers, *extra, call.known)
+    return (out, lse), known
 
 
 @dataclass(frozen=True)
@@ -108,15 +113,22 @@ class _Call:
     shape: tuple[int, ...]  # of the output as it lies in memory
     lse_shape: tuple[int, ...]
     transposed: bool
-    launch: Callable[..., None] | None = None  # None: nothing to compute
-    widened: bool = False
+    launch: Callable[..., Known] | None = None  # None: nothing to compute
+    widened: dict[str, Any] | None = None  # what is asked of the same call in float32
     narrowed: bool = False
     splits: tuple[int, ...] = ()  # one number for decoding
-    known: dict[str, Any] = field(default_factory=dict)  # what the launcher found out the first time
+    known: Known | None = None
 
 
-_CALLS: dict[tuple, _Call] = {}
-_BACKWARD_CALLS: dict[tuple, tuple[Plan, Callable[..., None], dict[str, Any]]] = {}
+@dataclass(frozen=True)
+class _BackwardCall:
+    given: Plan  # as in a call forward
+    launch: Callable[..., Known]
+    known: Known | None = None
+
+
+_CALLS = Calls()
+_BACKWARD_CALLS = Calls()
 
 
 def forget() -> None:
@@ -139,7 +151,7 @@ def _prepared(plan: Plan, query, key, value, loads, config: Tiles | None, kind: 
         return call
     device = query.device
     if device.type == "cpu" and query.dtype == torch.bfloat16:
-        return replace(call, launch=_never, widened=True)
+        return replace(call, launch=_never, widened={"config": config, "kind": kind, "splits": splits})
     groups = heads // kv_heads
     kind = kind or kind_of(plan, q_len, groups)
     tensors = (narrow(query), narrow(key), narrow(value))
@@ -155,7 +167,7 @@ def _prepared(plan: Plan, query, key, value, loads, config: Tiles | None, kind: 
     return replace(call, launch=kernels.load(spec).module.launch, narrowed=narrowed, splits=parts)
 
 
-def _never(*arguments: Any) -> None:
+def _never(*arguments: Any) -> Known:
     raise AssertionError("a call whose tensors are widened first")
 
 
@@ -195,18 +207,20 @@ def run_backward(
     grad_lse = None if grad_lse is None else grad_lse.float().contiguous()
     known_by: tuple = (id(plan), config, tf32(), *map(facts, (*inputs, *loads)), *(scalar >> 31 for scalar in scalars))
     known_by += (None if grad_lse is None else facts(grad_lse),)
-    call = _BACKWARD_CALLS.get(known_by)
-    if call is None:
-        widths = (query.shape[3], value.shape[3])
-        spec = spec_of(plan, query.dtype, query.shape[2], groups, *widths, query.device, "backward", config)
-        call = (plan, kernels.load(spec).module.launch, {})
-        remember(_BACKWARD_CALLS, known_by, call)
-    _, launch, known = call
     of_query, of_key, of_value = (_empty_like(plan, tensor, tensor.dtype) for tensor in (query, key, value))
     grads = (of_query, of_key, of_value)
     given = [float(number) for number in numbers]
-    with on_device(query.device):
-        launch(*inputs, grad_lse, grads, loads, scalars, given, known)
+
+    def prepared() -> _BackwardCall:
+        widths = (query.shape[3], value.shape[3])
+        spec = spec_of(plan, query.dtype, query.shape[2], groups, *widths, query.device, "backward", config)
+        return _BackwardCall(plan, kernels.load(spec).module.launch)
+
+    def started(call: _BackwardCall) -> tuple[None, Known]:
+        with on_device(query.device):
+            return None, call.launch(*inputs, grad_lse, grads, loads, scalars, given, call.known)
+
+    _BACKWARD_CALLS.run(known_by, prepared, started)
     if plan.empty_rows == "mean":
         lost = torch.where(lse[..., None] == -torch.inf, grad_out.float(), 0.0).sum(dim=2)
         of_value.add_(lost.unflatten(1, (-1, groups)).sum(dim=2)[:, :, None] / key.shape[2])

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -16,7 +17,7 @@ from effattn.lowering.triton import score as score_source
 from effattn.lowering.triton.score import ScoreSpec
 from effattn.lowering.triton.spec import canonical
 from effattn.runtime import kernels
-from effattn.runtime.launching import facts, remember, tf32
+from effattn.runtime.launching import Calls, Known, facts, tf32
 from effattn.runtime.select import portable_steps as portable
 from effattn.runtime.select.places import Places
 from effattn.runtime.select.vectors import vectors
@@ -65,10 +66,14 @@ class Scorer(portable.Scorer):
         out = query.new_full((batch, lists, self.blocks, units), nothing, dtype=torch.float32)
         row_start = self.q_len - rows if tail else 0
         divisor = float(rows if tail else height)
-        known = _known(spec, (query, key, *self.given[0]), self.given[1])
-        launch = _score_module(spec).launch
-        launch(query, key, out, row_start, divisor, self.q_len, self.k_len, *self.given, known)
-        return out
+        loads, scalars, _ = self.given
+
+        def started(call: _Call) -> tuple[Tensor, Known]:
+            sizes = (row_start, divisor, self.q_len, self.k_len)
+            return out, call.launch(query, key, out, *sizes, *self.given, call.known)
+
+        known_by = (spec, *map(facts, (query, key, *loads)), *(scalar >> 31 for scalar in scalars))
+        return _CALLS.run(known_by, lambda: _Call(_score_module(spec).launch), started)
 
 
 def splits_for(row_tiles: int, key_vectors: int) -> int:
@@ -79,15 +84,13 @@ def splits_for(row_tiles: int, key_vectors: int) -> int:
     return splits
 
 
-_KNOWN: dict[tuple, dict[str, Any]] = {}
+@dataclass(frozen=True)
+class _Call:
+    launch: Callable[..., Known]
+    known: Known | None = None
 
 
-def _known(spec: ScoreSpec, tensors: Sequence[Tensor], scalars: Sequence[int]) -> dict[str, Any]:
-    """What earlier launches with such tensors found out."""
-    known_by = (spec, *map(facts, tensors), *(scalar >> 31 for scalar in scalars))
-    if known_by not in _KNOWN:
-        remember(_KNOWN, known_by, {})
-    return _KNOWN[known_by]
+_CALLS = Calls()
 
 
 @lru_cache(maxsize=256)
