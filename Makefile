@@ -24,7 +24,7 @@ help:
 	@echo "make test-gpu   the same checks on an NVIDIA GPU"
 	@echo "make lint       ruff and mypy"
 	@echo "make zoo        what tests/zoo/results.jsonl lacks of transformers' architectures, into docs/coverage.md (hours)"
-	@echo "make fuzz       2,000 random attention functions, into tests/fuzz/recorded.json (about an hour)"
+	@echo "make fuzz       2,000 random attention functions on each target, into tests/fuzz/recorded.json (hours on 2 cores)"
 	@echo "make bench      every benchmark into benchmarks/results (without a GPU: tiny sizes, elsewhere)"
 	@echo "make report     docs/performance.md and README.md's table from benchmarks/results"
 	@echo "make clean      removes .venv and everything that was built"
@@ -52,7 +52,11 @@ zoo: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST) -m slow
 
 fuzz: $(VENV)/.dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz --cases 2000 --seed 1 --record tests/fuzz/recorded.json $(FUZZ)
+	for target in portable triton; do \
+	  $(BIN)/python -m tests.fuzz --target $$target --cases 2000 --seed 1 --record tests/fuzz/recorded.json \
+	    --out build/fuzz-$$target.jsonl $(FUZZ) || exit 1; \
+	done
+	$(BIN)/python -m tests.fuzz.page
 
 bench: $(VENV)/.models
 	$(BIN)/python -m benchmarks.gpu_all $(BENCH)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
@@ -18,11 +19,14 @@ from tests.fuzz.flexible import MODS
 from tests.fuzz.hostile import HOSTILE
 from tests.fuzz.layouts import LAYOUTS, Sizes
 from tests.fuzz.masks import MASKS
+from tests.fuzz.where import DEVICE
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
 CORES = ("written", "sdpa", "flex", "hostile")
 SDPA_MASKS = ("bool", "-inf", "lowest", "is_causal")
 SHAPES = ("static", "marked", "automatic")  # dynamic lengths: not, from the first call on, from the second on
+BATCHES = ("same", "other")  # whether the batch changes as lengths do
+LONGER = (0, 4, 9)  # by how much every call's lengths, more than the first one's
 UNUSED = "-"
 
 
@@ -51,6 +55,7 @@ class Case:
     layout: str = "[B, H, N, D]"
     dtype: str = "float32"
     shapes: str = "static"
+    batches: str = "same"
     grad: bool = False
     hidden: bool = False  # data hides whole rows
     batch: int = 2
@@ -60,6 +65,8 @@ class Case:
     keys: int = 9
     width: int = 8
     value_width: int = 8
+    threads: int = 1  # that make each call at once, each with values of its own
+    target: str = "portable"
     seed: int = 0
 
     @property
@@ -67,13 +74,25 @@ class Case:
         return Sizes(*(getattr(self, field.name) for field in fields(Sizes)))
 
     @property
-    def second_sizes(self) -> Sizes:
-        """Of the second call: other lengths where lengths are dynamic."""
+    def calls(self) -> list[Sizes]:
+        """Of every call: the same twice, or other lengths, and another batch, where these are dynamic."""
         if self.shapes == "static":
-            return self.sizes
-        if self.queries == self.keys:
-            return replace(self.sizes, queries=self.queries + 4, keys=self.keys + 4)
-        return replace(self.sizes, queries=self.queries + 2, keys=self.keys + 5)
+            return [self.sizes] * 2
+        found = []
+        for number, more in enumerate(LONGER):
+            lengths = (more, more) if self.queries == self.keys else (more // 2, more + number)
+            batch = self.batch + number if self.batches == "other" else self.batch
+            sizes = replace(self.sizes, batch=batch, queries=self.queries + lengths[0], keys=self.keys + lengths[1])
+            found.append(sizes)
+        return found
+
+    @staticmethod
+    def read(text: str) -> Case:
+        """What :meth:`__str__` writes."""
+        call = ast.parse(text.strip(), mode="eval").body
+        if not isinstance(call, ast.Call):
+            raise ValueError(f"not Case(...): {text!r}")
+        return Case(**{str(keyword.arg): ast.literal_eval(keyword.value) for keyword in call.keywords})
 
     def __str__(self) -> str:
         """As Python: only what differs from the plainest case."""
@@ -104,22 +123,29 @@ class Case:
         found = {*spelling.SCORES[self.score].learned, *spelling.SCALES[self.scale].learned}
         return found | ({"sink"} if self.sink == "column" else set())
 
-    def tensors(self, again: bool = False) -> dict[str, Tensor]:
-        """The arguments of the first or the second call."""
-        sizes = self.second_sizes if again else self.sizes
-        seed, dtype = 2 * self.seed + again, DTYPES[self.dtype]
+    def tensors(self, call: int = 0, thread: int = 0) -> dict[str, Tensor]:
+        """The arguments of a call in a thread."""
+        sizes = self.calls[call]
+        seed, dtype = 100 * self.seed + 10 * thread + call, DTYPES[self.dtype]
         draw = data.Draw(sizes, dtype, seed + 1000, False)
-        given = {name: draw.normal(*shape) for name, shape in LAYOUTS[self.layout].shapes(sizes).items()}
+        shapes = LAYOUTS[self.layout].shapes(sizes)
+        given = {name: draw.normal(*shape).to(DEVICE) for name, shape in shapes.items()}
         return given | data.tensors(self.data, sizes, dtype, seed, self.hidden)
 
     def differentiable(self, given: dict[str, Tensor]) -> list[str]:
         own = set(LAYOUTS[self.layout].lengths) | {"wq", "wk", "wv"} | self.learned
         return [name for name, tensor in given.items() if name in own and tensor.is_floating_point()]
 
-    def lengths(self) -> dict[str, tuple[int, ...]]:
-        """Name of a tensor: its dimensions that are lengths."""
-        own = {name: (dim,) for name, dim in LAYOUTS[self.layout].lengths.items()}
-        return own | {name: data.LENGTHS[name] for name in self.data if name in data.LENGTHS}
+    def dynamic(self) -> dict[str, tuple[int, ...]]:
+        """Name of a tensor: its dimensions that are lengths, or the batch where that changes."""
+        layout = LAYOUTS[self.layout]
+        found = {name: (dim,) for name, dim in layout.lengths.items()}
+        found |= {name: data.LENGTHS[name] for name in self.data if name in data.LENGTHS}
+        if self.batches == "other":
+            batches = dict.fromkeys(layout.lengths, (layout.batch,))
+            batches |= {name: (0,) for name in self.data if name in data.BATCHED}
+            found |= {name: (*found.get(name, ()), *dims) for name, dims in batches.items()}
+        return found
 
     @property
     def changes_its_mask(self) -> bool:
@@ -134,14 +160,18 @@ class Case:
             return None
         oracle = (MODS[self.mod] if self.core == "flex" else MASKS[self.mask]).oracle
         shape = (sizes.batch, sizes.query_heads, sizes.queries, sizes.keys)
-        arrays = {name: given[name].double().numpy() if given[name].is_floating_point() else given[name].numpy()
-                  for name in self.data}  # fmt: skip
+        held = {name: given[name].detach().cpu() for name in self.data}
+        arrays = {name: (x.double() if x.is_floating_point() else x).numpy() for name, x in held.items()}
         grid = np.indices(shape)
         return np.broadcast_to(oracle(*grid, arrays, shape[2:]), shape).astype(bool)
 
     def function(self) -> Callable[[dict[str, Tensor]], Any]:
         """The attention function; its one argument is what :meth:`tensors` gives."""
         return {"written": _written, "sdpa": _sdpa, "flex": _flex, "hostile": _hostile}[self.core](self)
+
+
+def _positions(x: Tensor) -> Tensor:
+    return torch.arange(x.shape[2], device=x.device)
 
 
 def _written(case: Case) -> Callable:
@@ -174,7 +204,7 @@ def _written(case: Case) -> Callable:
         q, k = norm(q, k)
         if group is not None and group.expand is not None:
             k, v = group.expand(k, groups), group.expand(v, groups)
-        i, j = torch.arange(q.shape[2])[:, None], torch.arange(k.shape[2])[None]
+        i, j = _positions(q)[:, None], _positions(k)[None]
         q, k = scale.before(q, k, given)
         s, seen = cast(scores_of(q, k, given)), mask.make(i, j, given)
         if first and fill is not None:
@@ -211,7 +241,7 @@ def _sdpa(case: Case) -> Callable:
         q, k = scale.before(q, k, given)
         if case.sdpa_mask == "is_causal":
             return F.scaled_dot_product_attention(q, k, v, is_causal=True, **options)
-        seen = mask.make(torch.arange(q.shape[2])[:, None], torch.arange(k.shape[2])[None], given)
+        seen = mask.make(_positions(q)[:, None], _positions(k)[None], given)
         if low is not None:
             seen = torch.zeros_like(seen, dtype=q.dtype).masked_fill(~seen, low)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, dropout_p=0.0, **options)
@@ -228,7 +258,7 @@ def _flex(case: Case) -> Callable:
         mask, score, blocks = mod.mask(given), mod.score(given), None
         if mask is not None:
             blocks = create_block_mask(
-                mask, q.shape[0], q.shape[1], q.shape[2], k.shape[2], device="cpu", BLOCK_SIZE=16
+                mask, q.shape[0], q.shape[1], q.shape[2], k.shape[2], device=q.device, BLOCK_SIZE=16
             )
         grouped = sizes.groups > 1
         return flex_attention(q, k, v, score_mod=score, block_mask=blocks, enable_gqa=grouped, scale=0.3)

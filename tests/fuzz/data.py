@@ -9,6 +9,7 @@ from torch import Tensor
 
 from tests.fuzz.layouts import Sizes
 from tests.fuzz.masks import LONGEST
+from tests.fuzz.where import DEVICE
 
 INF = float("inf")
 
@@ -44,6 +45,14 @@ class Draw:
         if self.hidden:
             seen[..., 0, :] = False
         return seen
+
+    def hashes(self) -> Tensor:
+        """[B, Nq]: few values, and two that differ in their upper 32 bits alone."""
+        return self.whole(0, 2, self.z.batch, self.z.queries) + (self.whole(0, 3, self.z.batch, self.z.queries) << 32)
+
+    def times(self) -> Tensor:
+        """[B, Nq]: nanoseconds since 1970, seconds apart."""
+        return 1_764_000_000_000_000_000 + self.whole(0, 2_000_000_000, self.z.batch, self.z.queries).cumsum(-1)
 
     def starts(self) -> Tensor:
         starts = self.coins(self.z.batch, self.z.queries).logical_not().long()
@@ -82,6 +91,10 @@ DATA: dict[str, Callable[[Draw], Tensor]] = {
     "left": lambda draw: draw.whole(0, draw.z.keys, draw.z.batch) if draw.hidden else draw.whole(0, 1, draw.z.batch),
     "padding": Draw.padding,
     "numbers": lambda draw: draw.padding().long(),
+    "int32 ids": lambda draw: draw.whole(0, 40, draw.z.batch, draw.z.keys).int(),
+    "int8 ids": lambda draw: draw.whole(-128, 128, draw.z.batch, draw.z.queries).to(torch.int8),
+    "hashes": Draw.hashes,
+    "times": Draw.times,
     "row padding": lambda draw: draw.coins(draw.z.batch, draw.z.queries),
     "row values": lambda draw: draw.normal(draw.z.batch, draw.z.queries),
     "starts": Draw.starts,
@@ -104,8 +117,14 @@ DATA: dict[str, Callable[[Draw], Tensor]] = {
     "sink": lambda draw: draw.normal(draw.z.query_heads),
     "latent": lambda draw: draw.normal(draw.z.query_heads, 4, draw.z.width),
 }
+BATCHED = {
+    "places", "lengths", "left", "padding", "numbers", "int32 ids", "int8 ids", "hashes", "times", "row padding",
+    "row values", "starts", "positions", "pairs", "all pairs", "key bias", "pair bias", "infinite bias", "low pairs",
+    "ids",
+}  # fmt: skip
 # which dimensions are lengths
 LENGTHS: dict[str, tuple[int, ...]] = {
+    **dict.fromkeys(("int32 ids", "int8 ids", "hashes", "times"), (1,)),
     **dict.fromkeys(("places", "padding", "numbers", "row padding", "row values"), (1,)),
     **dict.fromkeys(("starts", "positions", "key bias"), (1,)),
     **dict.fromkeys(("pairs", "all pairs", "pair bias", "low pairs"), (2, 3)),
@@ -126,4 +145,4 @@ def tensors(names: list[str], sizes: Sizes, dtype: torch.dtype, seed: int, hidde
         else:
             starts = found.get("starts", draw.starts())
         found["ids"] = starts.cumsum(-1)
-    return {name: found[name] for name in names}
+    return {name: found[name].to(DEVICE) for name in names}

@@ -1,19 +1,17 @@
 """Random cases that make sense: a row is drawn from every table that the case uses, then sizes that fit the rows.
 
-Hypothesis draws where a failure is to be shrunk, in the test; the long run draws by numbers, so that each of its cases
-can be had again alone and no two are alike because one was made from the other.
+A case is drawn by its number alone, so that it can be had again, and is the same on every target.
 """
 
 from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any
 
-import hypothesis.strategies as st
-
 from tests.fuzz import spelling
-from tests.fuzz.case import SDPA_MASKS, UNUSED, Case
+from tests.fuzz.case import BATCHES, SDPA_MASKS, UNUSED, Case
 from tests.fuzz.fills import FILLS
 from tests.fuzz.flexible import MODS
 from tests.fuzz.hostile import HOSTILE
@@ -21,10 +19,12 @@ from tests.fuzz.layouts import LAYOUTS
 from tests.fuzz.masks import MASKS
 
 # how often each is drawn is how often it stands there
-CORES = (*["written"] * 9, "sdpa", "sdpa", "hostile", "hostile", "flex")
+CORES = (*["written"] * 9, "sdpa", "sdpa", "hostile", "hostile", "flex", "flex")
 DTYPES = ("float32", "float32", "float32", "float32", "bfloat16", "float16", "float64")
 SHAPES = ("static", "static", "marked", "automatic")
-QUERIES, KEYS = (1, 2, 5, 9, 13, 17), (1, 3, 5, 9, 17, 21)
+# kernels are interpreted with tiles of 32, of which the longest lengths have several
+QUERIES, KEYS = (1, 2, 5, 9, 13, 17, 33, 70), (1, 3, 5, 9, 17, 21, 40, 66)
+SHORT = 21
 _WRITTEN = ("softmax", "score", "product", "output", "scores_are", "rank", "order")  # axes of written attention alone
 SDPA_SCALES = ("none", "times a number", "of the query", "of the key", "of both", "tensor of the query")
 
@@ -32,15 +32,10 @@ SDPA_SCALES = ("none", "times a number", "of the query", "of the key", "of both"
 Pick = Callable[[Iterable[Any]], Any]  # one of the values
 
 
-@st.composite
-def cases(draw: Any) -> Case:
-    return drawn(lambda values: draw(st.sampled_from(list(values))))
-
-
-def numbered(seed: int, number: int) -> Case:
+def numbered(seed: int, number: int, target: str = "portable") -> Case:
     """Case ``number`` of a long run."""
     source = random.Random(f"{seed}/{number}")
-    return drawn(lambda values: source.choice(list(values)))
+    return replace(drawn(lambda values: source.choice(list(values))), target=target)
 
 
 def drawn(pick: Pick) -> Case:
@@ -74,7 +69,9 @@ def _written(pick: Pick) -> dict[str, Any]:
         "grad": pick(range(3)) == 0,
         "hidden": pick((True, False)) and MASKS[mask].rows_may_be_empty and bool(MASKS[mask].data),
     }
-    rows["order"] = "mask first" if mask != "none" and pick(range(6)) == 0 else "mask last"
+    rows["order"] = "mask first" if mask != "none" and pick(range(5)) == 0 else "mask last"
+    if rows["order"] == "mask first" and pick((True, False)):
+        rows["score"] = pick(spelling.CHANGES_FILLS)
     rows["rank"] = "three" if rows["sink"] == "none" and pick(range(5)) == 0 else "four"
     if rows["dtype"] == "float16" and rows["softmax"] == "by hand":
         rows["softmax"] = "by hand, shifted"  # exp() overflows
@@ -138,14 +135,19 @@ def _sizes(pick: Pick, core: str, rows: dict[str, Any], layout: str) -> dict[str
         queries, keys = max(queries, 5), max(keys, 5)
         value_width = width if row.equal_widths else value_width
     keys = queries if square else keys
+    few = max(queries, keys) > SHORT  # of everything else: kernels are interpreted
+    if few:
+        heads, groups = min(heads, 2), min(groups, 2)
     value_width = width if opened.packed else value_width
     group = _group(pick, core, rows, heads, groups)
     if group in ("rows", "broadcast"):
         heads = 1
+    shapes = pick(SHAPES)
     return {
-        "batch": pick((1, 2, 3)), "heads": heads, "groups": groups, "group": group,
+        "batch": pick((1, 2) if few else (1, 2, 3)), "heads": heads, "groups": groups, "group": group,
         "queries": queries, "keys": keys, "width": width, "value_width": value_width,
-        "shapes": pick(SHAPES),
+        "shapes": shapes, "batches": "same" if shapes == "static" else pick(BATCHES),
+        "threads": 3 if pick(range(15)) == 0 else 1,
     }  # fmt: skip
 
 

@@ -36,7 +36,19 @@ def scores(q, k):
 
 
 def causal(s):
-    return torch.ones(s.shape[-2:], dtype=torch.bool).tril()
+    return torch.ones(s.shape[-2:], dtype=torch.bool, device=s.device).tril()
+
+
+def positions(x):
+    return torch.arange(x.shape[2], device=x.device)
+
+
+def distance(q, k):
+    return positions(q)[:, None] - positions(k)
+
+
+def mixed_heads(q):
+    return torch.ones(q.shape[1], q.shape[1], dtype=q.dtype, device=q.device).tril()
 
 
 def weights_returned(q, k, v, given):
@@ -145,19 +157,19 @@ def second_product(q, k, v, given):
 
 def shaw(q, k, v, given):
     """Relative positions that meet the query: a second product, of data."""
-    place = (torch.arange(q.shape[2])[:, None] - torch.arange(k.shape[2])).clamp(-7, 7) + 7
+    place = distance(q, k).clamp(-7, 7) + 7
     table = given["relative"].repeat(1, q.shape[-1])[:, : q.shape[-1]]
     return (scores(q, k) + torch.einsum("bhid,ijd->bhij", q, table[place])).softmax(-1) @ v
 
 
 def talking_heads(q, k, v, given):
-    mixed = torch.einsum("bhij,hg->bgij", scores(q, k), torch.ones(q.shape[1], q.shape[1], dtype=q.dtype).tril())
+    mixed = torch.einsum("bhij,hg->bgij", scores(q, k), mixed_heads(q))
     return mixed.softmax(-1) @ v
 
 
 def talking_weights(q, k, v, given):
     w = scores(q, k).softmax(-1)
-    return torch.einsum("bhij,hg->bgij", w, torch.ones(q.shape[1], q.shape[1], dtype=q.dtype).tril()) @ v
+    return torch.einsum("bhij,hg->bgij", w, mixed_heads(q)) @ v
 
 
 def best_scores(q, k, v, given):
@@ -244,8 +256,8 @@ def padding_written_between(q, k, v, given):
 
 
 def counter_raised_between(q, k, v, given):
-    past, j = given["past"].clone(), torch.arange(k.shape[2])
-    i = torch.arange(q.shape[2])[:, None]
+    past, j = given["past"].clone(), positions(k)
+    i = positions(q)[:, None]
     first = scores(q, k).masked_fill(j > i + past, -INF).softmax(-1) @ v
     past += 2
     return first, scores(q, k).masked_fill(j > i + past, -INF).softmax(-1) @ v, past
@@ -269,14 +281,14 @@ def key_of_another_batch(q, k, v, given):
 
 
 def every_other_key(q, k, v, given):
-    i, j = torch.arange(q.shape[2])[:, None], torch.arange(k.shape[2])
+    i, j = positions(q)[:, None], positions(k)
     seen = (j <= i)[:, ::2]
     return scores(q, k[:, :, ::2]).masked_fill(~seen, torch.finfo(q.dtype).min).softmax(-1) @ v[:, :, ::2]
 
 
 def appended_keys(q, k, v, given):
     k, v = torch.cat([k, k * 0.5], dim=2), torch.cat([v, v + 1], dim=2)
-    i, j = torch.arange(q.shape[2])[:, None], torch.arange(k.shape[2])
+    i, j = positions(q)[:, None], positions(k)
     return scores(q, k).masked_fill(j > i + k.shape[2] // 2, -INF).softmax(-1) @ v
 
 
@@ -284,7 +296,7 @@ def cache_written(q, k, v, given):
     keys, values = torch.zeros_like(k).repeat(1, 1, 2, 1), torch.zeros_like(v).repeat(1, 1, 2, 1)
     keys[:, :, : k.shape[2]] = k
     values[:, :, : v.shape[2]] = v
-    seen = torch.arange(keys.shape[2]) < k.shape[2]
+    seen = positions(keys) < k.shape[2]
     return F.scaled_dot_product_attention(q, keys, values, attn_mask=seen[None].expand(q.shape[2], -1)), keys
 
 
@@ -305,7 +317,7 @@ def infinite_bias(q, k, v, given):
 
 def negative_index(q, k, v, given):
     """An index below zero counts from the end."""
-    place = (torch.arange(q.shape[2])[:, None] - torch.arange(k.shape[2])).clamp(-7, 7)
+    place = distance(q, k).clamp(-7, 7)
     return (scores(q, k) + given["relative"][place].permute(2, 0, 1)).softmax(-1) @ v
 
 
@@ -345,7 +357,7 @@ def value_of_one_row(q, k, v, given):
 
 
 def under_autocast(q, k, v, given):
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(q.device.type, torch.bfloat16):
         return scores(q, k).masked_fill(~causal(q @ k.mT), -INF).softmax(-1) @ v
 
 

@@ -36,6 +36,7 @@ class Layout:
     packed: bool = False  # one tensor: as many keys as queries, all of one width
     grouped: bool = True  # may have fewer key heads
     one_head: bool = False
+    batch: int = 0  # which dimension is the batch, or the batch and heads
 
 
 def _three(query, key, value):
@@ -152,12 +153,13 @@ LAYOUTS: dict[str, Layout] = {
         _three(_bnhd, _bnhd, _bnhd), _each(lambda x: x.transpose(1, 2)), {"q": 1, "k": 1, "v": 1}
     ),
     "[N, B, H, D]": Layout(
-        _three(*[lambda b, h, n, d: (n, b, h, d)] * 3), _each(lambda x: x.permute(1, 2, 0, 3)), {"q": 0, "k": 0, "v": 0}
+        _three(*[lambda b, h, n, d: (n, b, h, d)] * 3), _each(lambda x: x.permute(1, 2, 0, 3)),
+        {"q": 0, "k": 0, "v": 0}, batch=1,
     ),
     "[B, N, HD]": Layout(_three(_merged, _merged, _merged), _open_merged, {"q": 1, "k": 1, "v": 1}),
     "[B, N, HD], copied": Layout(_three(_merged, _merged, _merged), _open_copied, {"q": 1, "k": 1, "v": 1}),
     "[B, N, HD], unflattened": Layout(_three(_merged, _merged, _merged), _unflattened, {"q": 1, "k": 1, "v": 1}),
-    "[N, BH, D]": Layout(_three(_flat, _flat, _flat), _open_flat, {"q": 0, "k": 0, "v": 0}),
+    "[N, BH, D]": Layout(_three(_flat, _flat, _flat), _open_flat, {"q": 0, "k": 0, "v": 0}, batch=1),
     "key [B, H, D, N]": Layout(
         _three(_bhnd, lambda b, h, n, d: (b, h, d, n), _bhnd),
         lambda given, z: (given["q"], given["k"].transpose(2, 3), given["v"]), {"q": 2, "k": 3, "v": 2},

@@ -1,4 +1,4 @@
-"""Masks: how people spell them in torch, beside what each one means, said in numpy.
+"""Masks: how people spell them in torch, beside what each one means, said in numpy. Whole numbers: ``integers.py``.
 
 Nothing is shared between the two sides: ``make`` is traced with the attention, ``oracle`` is what the predicate that
 the backend reads is held against.
@@ -6,37 +6,24 @@ the backend reads is held against.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-
 import torch
 
-LONGEST = 48  # side of the square buffers
+from tests.fuzz.integers import INTEGERS
+from tests.fuzz.mask import Mask
+
+LONGEST = 96  # side of the square buffers
 
 
-@dataclass(frozen=True)
-class Mask:
-    """``make(i, j, given)`` -> bool tensor that broadcasts to [B, H, Nq, Nk]; True: the key is seen.
-
-    i: [Nq, 1], j: [1, Nk]; ``given``: the tensors that the function is called with.
-    ``oracle(b, h, i, j, given, (Nq, Nk))`` says the same of integer grids.
-    ``data``: names of tensors that it reads. ``rows_may_be_empty``: whether data or shape may hide a whole row.
-    """
-
-    make: Callable
-    oracle: Callable
-    data: tuple[str, ...] = ()
-    rows_may_be_empty: bool = False
-    square: bool = False
-    at_most: bool = False  # no more queries than keys
+def _range(start, end, like):
+    return torch.arange(start, end, device=like.device)
 
 
 def _triangle(i, j, given):
-    return torch.ones(i.shape[0], j.shape[1]).tril() > 0
+    return torch.ones(i.shape[0], j.shape[1], device=i.device).tril() > 0
 
 
 def _beyond(i, j, given):
-    return ~torch.triu(torch.ones(i.shape[0], j.shape[1], dtype=torch.bool), diagonal=1)
+    return ~torch.triu(torch.ones(i.shape[0], j.shape[1], device=i.device, dtype=torch.bool), diagonal=1)
 
 
 def _offset(i, j):
@@ -56,7 +43,7 @@ def _cumulated(i, j, given):
 
 
 def _gathered(i, j, given):
-    batch = torch.arange(given["padding"].shape[0])[:, None, None, None]
+    batch = torch.arange(given["padding"].shape[0], device=i.device)[:, None, None, None]
     return given["padding"][batch, j]
 
 
@@ -77,10 +64,10 @@ MASKS: dict[str, Mask] = {
     "causal: tril": Mask(_triangle, _causal),
     "causal: triu": Mask(_beyond, _causal),
     "causal: tril of bool": Mask(
-        lambda i, j, given: torch.tril(torch.ones((i.shape[0], j.shape[1]), dtype=torch.bool)), _causal
+        lambda i, j, given: torch.tril(torch.ones((i.shape[0], j.shape[1]), dtype=torch.bool, device=i.device)), _causal
     ),
     "causal: two ranges": Mask(
-        lambda i, j, given: torch.arange(j.shape[1])[None, :] < torch.arange(1, i.shape[0] + 1)[:, None], _causal
+        lambda i, j, given: _range(0, j.shape[1], i)[None, :] < _range(1, i.shape[0] + 1, i)[:, None], _causal
     ),
     "causal: buffer": Mask(
         lambda i, j, given: given["triangle"][:, :, _offset(i, j) : j.shape[1], : j.shape[1]],
@@ -94,10 +81,10 @@ MASKS: dict[str, Mask] = {
     ),
     "causal: to the last": Mask(lambda i, j, given: j <= i + _offset(i, j), _last, rows_may_be_empty=True),
     "causal: last rows": Mask(
-        lambda i, j, given: j <= torch.arange(j.shape[1] - i.shape[0], j.shape[1])[:, None], _last, at_most=True
+        lambda i, j, given: j <= _range(j.shape[1] - i.shape[0], j.shape[1], i)[:, None], _last, at_most=True
     ),
     "causal: tril of offset": Mask(
-        lambda i, j, given: torch.ones(i.shape[0], j.shape[1], dtype=torch.bool).tril(_offset(i, j)),
+        lambda i, j, given: torch.ones(i.shape[0], j.shape[1], dtype=torch.bool, device=i.device).tril(_offset(i, j)),
         _last, rows_may_be_empty=True,
     ),
     "causal: positions": Mask(
@@ -121,7 +108,7 @@ MASKS: dict[str, Mask] = {
         at_most=True,
     ),
     "window: triangles": Mask(
-        lambda i, j, given: torch.ones(i.shape[0], j.shape[1]).tril().triu(-3).bool(),
+        lambda i, j, given: torch.ones(i.shape[0], j.shape[1], device=i.device).tril().triu(-3).bool(),
         lambda b, h, i, j, given, n: (j <= i) & (j - i >= -3),
         rows_may_be_empty=True,
     ),
@@ -220,7 +207,9 @@ MASKS: dict[str, Mask] = {
         ("padding",), rows_may_be_empty=True,
     ),
     "causal and padding: product": Mask(
-        lambda i, j, given: torch.ones(i.shape[0], j.shape[1]).tril() * given["numbers"][:, None, None] > 0,
+        lambda i, j, given: (
+            torch.ones(i.shape[0], j.shape[1], device=i.device).tril() * given["numbers"][:, None, None] > 0
+        ),
         lambda b, h, i, j, given, n: (j <= i) & (given["numbers"][b, j] == 1),
         ("numbers",), rows_may_be_empty=True,
     ),
@@ -294,11 +283,11 @@ MASKS: dict[str, Mask] = {
         lambda i, j, given: i != j, lambda b, h, i, j, given, n: (i < j) | (i > j), rows_may_be_empty=True
     ),
     "itself and the first": Mask(
-        lambda i, j, given: torch.eye(i.shape[0], j.shape[1], dtype=torch.bool) | (j == 0),
+        lambda i, j, given: torch.eye(i.shape[0], j.shape[1], dtype=torch.bool, device=i.device) | (j == 0),
         lambda b, h, i, j, given, n: (i == j) | (j == 0),
     ),
     "flipped triangle": Mask(
-        lambda i, j, given: torch.ones(i.shape[0], j.shape[1], dtype=torch.bool).triu().flip(-1),
+        lambda i, j, given: torch.ones(i.shape[0], j.shape[1], dtype=torch.bool, device=i.device).triu().flip(-1),
         lambda b, h, i, j, given, n: i <= n[1] - 1 - j,
         rows_may_be_empty=True,
     ),
@@ -364,4 +353,5 @@ MASKS: dict[str, Mask] = {
         lambda b, h, i, j, given, n: (j <= i) | (given["row values"][b, i] > 0),
         ("row values",),
     ),
+    **INTEGERS,
 }  # fmt: skip

@@ -45,7 +45,7 @@ def _bmm_of_views(q, k, given):
 def _baddbmm(beta: float, alpha: float):
     def make(q, k, given):
         batch, heads, rows, keys = *q.shape[:3], k.shape[2]
-        nothing = torch.empty(batch * heads, rows, keys, dtype=q.dtype)
+        nothing = torch.empty(batch * heads, rows, keys, dtype=q.dtype, device=q.device)
         if beta:
             nothing = torch.zeros_like(nothing)
         flat = torch.baddbmm(nothing, q.flatten(0, 1), k.flatten(0, 1).mT, beta=beta, alpha=alpha)
@@ -58,7 +58,7 @@ def _bloom(q, k, given):
     """ALiBi [B * H, 1, Nk] goes into the product."""
     batch, heads, rows, _ = q.shape
     slopes = given["slopes"].to(q.dtype)
-    alibi = (slopes[None, :, None] * torch.arange(k.shape[2], dtype=q.dtype)).expand(batch, -1, -1)
+    alibi = (slopes[None, :, None] * torch.arange(k.shape[2], dtype=q.dtype, device=q.device)).expand(batch, -1, -1)
     alibi = alibi.reshape(batch * heads, 1, -1)
     flat = alibi.baddbmm(q.flatten(0, 1), k.flatten(0, 1).transpose(-1, -2), beta=1.0, alpha=0.5)
     return flat.view(batch, heads, rows, -1)
@@ -193,7 +193,7 @@ SCORES: dict[str, Score] = {
     "alibi of keys": Score(lambda s, i, j, given: s + _slopes(given) * j, ("slopes",)),
     "alibi to the past": Score(lambda s, i, j, given: s + (_slopes(given) * (j - i)).to(s.dtype), ("slopes",)),
     "alibi of numbers": Score(
-        lambda s, i, j, given: s + torch.tensor([[[0.5]]], dtype=s.dtype) * (j - i).clamp(max=0)
+        lambda s, i, j, given: s + torch.tensor([[[0.5]]], dtype=s.dtype, device=s.device) * (j - i).clamp(max=0)
     ),
     "relative table": Score(_relative, ("relative",), ("relative",)),
     "relative table of heads": Score(_relative_of_heads, ("relative",), ("relative",)),
@@ -215,7 +215,18 @@ SCORES: dict[str, Score] = {
     "near": Score(lambda s, i, j, given: torch.where((i - j).abs() < 3, s + 1.0, s)),
     "logarithmic": Score(lambda s, i, j, given: s * (i + 2.0).log(), ()),
     "twice": Score(lambda s, i, j, given: s + s * 0.5),
+    "divided by much": Score(lambda s, i, j, given: s / 3e8),
+    "multiplied by little": Score(lambda s, i, j, given: s * 1e-4 + 0.5),
+    "exponential": Score(lambda s, i, j, given: torch.exp(s.clamp(max=2))),
+    "absolute": Score(lambda s, i, j, given: s.abs()),
+    "at least": Score(lambda s, i, j, given: torch.maximum(s, -0.1 * (i - j).abs().to(s.dtype))),
+    "divided by distance": Score(lambda s, i, j, given: s / (1e5 * (1 + (i - j).abs()))),
 }  # fmt: skip
+# what may make a fill that stands in the scores before it a number like others
+CHANGES_FILLS = (
+    "soft cap", "clamped", "subtracted", "alternating", "divided by much", "multiplied by little", "exponential",
+    "absolute", "at least", "divided by distance",
+)  # fmt: skip
 
 
 # -- softmax --------------------------------------------------------------------------------------------------------
@@ -292,7 +303,7 @@ def _bmm_output(w, v):
 
 
 def _baddbmm_output(w, v):
-    nothing = torch.empty(1, 1, 1, dtype=v.dtype)
+    nothing = torch.empty(1, 1, 1, dtype=v.dtype, device=v.device)
     return torch.baddbmm(nothing, w.flatten(0, 1), v.flatten(0, 1), beta=0).unflatten(0, w.shape[:2])
 
 
@@ -341,7 +352,7 @@ GROUPS: dict[str, Group] = {
     "torch.repeat_interleave": Group(lambda x, n: torch.repeat_interleave(x, repeats=n, dim=-3)),
     "repeat": Group(lambda x, n: x.repeat(1, n, 1, 1)),
     "stacked": Group(lambda x, n: torch.stack([x] * n, dim=2).flatten(1, 2)),
-    "indexed": Group(lambda x, n: x[:, torch.arange(x.shape[1] * n) // n]),
+    "indexed": Group(lambda x, n: x[:, torch.arange(x.shape[1] * n, device=x.device) // n]),
     "five dimensions": Group(kind="five dimensions"),
     "rows": Group(kind="rows"),
     "broadcast": Group(kind="broadcast"),

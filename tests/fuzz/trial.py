@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import threading
 import time
 import traceback
+from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,7 +21,7 @@ from effattn.compiler.backend import effattn
 from effattn.ir import expr
 from tests.fuzz.case import Case
 from tests.fuzz.expected import problem
-from tests.fuzz.watching import Call, Calls, seen
+from tests.fuzz.watching import Call, Calls, one_interpreter_at_a_time, seen
 
 # rounding that is forgiven beside twice the author's own, of values about 1
 EPSILON = {torch.float32: 4e-6, torch.float64: 1e-12, torch.bfloat16: 8e-3, torch.float16: 1e-3}
@@ -35,6 +38,8 @@ class Trial:
     predicates: list[str] = field(default_factory=list)
     reasons: list[str] = field(default_factory=list)
     compared: int = 0  # masks that were compared with the case's own
+    kernels: int = 0  # calls that generated kernels ran
+    graphs: int = 0
     detail: str = ""
     seconds: float = 0.0
 
@@ -65,17 +70,18 @@ def run(case: Case) -> Trial:
 class Watched:
     """The backend with its reports, site records and op calls kept, graph by graph."""
 
-    def __init__(self) -> None:
+    def __init__(self, target: str) -> None:
+        self.options = {"rest": "eager", "strict": True, "verify": True, "target": target}
         self.heard: list[collect.Collected] = []
-        self.calls: list[Call] = []
+        self.calls: dict[int, list[Call]] = defaultdict(list)  # by thread
 
     def __call__(self, gm: Any, inputs: Any) -> Any:
         with collect.listening() as heard:
-            function = effattn(gm, inputs, options={"rest": "eager", "strict": True, "verify": True})
+            function = effattn(gm, inputs, options=self.options)
         self.heard.append(heard)
 
         def run(*args: Any) -> Any:
-            with Calls(self.calls):
+            with Calls(self.calls[threading.get_ident()]):
                 return function(*args)
 
         return run
@@ -83,23 +89,40 @@ class Watched:
 
 def _run(case: Case, trial: Trial) -> None:
     torch._dynamo.reset()
-    watched, function = Watched(), case.function()
+    watched, function = Watched(case.target), case.function()
     compiled = torch.compile(function, backend=watched, dynamic=False if case.shapes == "static" else None)
-    for again in (False, True):
-        given = case.tensors(again)
-        sizes = case.second_sizes if again else case.sizes
-        expected = Outcome.of(case, function, given, torch.float64)
-        eager = Outcome.of(case, function, given)
-        graphs = len(watched.heard)
-        watched.calls.clear()
-        actual = Outcome.of(case, compiled, given, mark=case.shapes == "marked")
-        which = "second call" if again else "first call"
-        if not again or len(watched.heard) > graphs:
+    for call, sizes in enumerate(case.calls):
+        graphs, which = len(watched.heard), f"call {call + 1}"
+        done = _at_once(case, compiled, watched, call)
+        trial.graphs = len(watched.heard)
+        if not call or trial.graphs > graphs:
             _look_at(case, trial, watched.heard[graphs:])
-        allowed = case.allowed(given, sizes)
-        if allowed is not None:
-            _compare_masks(case, trial, watched, allowed, which)
-        _compare(case, actual, eager, expected, which)
+        for given, actual, calls in done:
+            trial.kernels += sum(call.kernels for call in calls)
+            allowed = case.allowed(given, sizes)
+            if allowed is not None:
+                _compare_masks(trial, calls, watched.heard if not call else [], allowed, which)
+            expected = Outcome.of(case, function, given, torch.float64)
+            _compare(actual, Outcome.of(case, function, given), expected, which)
+
+
+def _at_once(case: Case, compiled: Any, watched: Watched, call: int) -> list[tuple[dict, Outcome, list[Call]]]:
+    """A call in every thread, all at once: what each was given, what came of it, and what the op was told."""
+    given = [case.tensors(call, thread) for thread in range(case.threads)]
+    mark = case.shapes == "marked"
+    start = threading.Barrier(case.threads)
+
+    def run(own: dict[str, Tensor]) -> tuple[dict, Outcome, list[Call]]:
+        calls = watched.calls[threading.get_ident()]
+        calls.clear()
+        start.wait()
+        outcome = Outcome.of(case, compiled, own, mark=mark)
+        return own, outcome, list(calls)
+
+    if case.threads == 1:
+        return [run(given[0])]
+    with ThreadPoolExecutor(case.threads) as pool, one_interpreter_at_a_time():
+        return list(pool.map(run, given))
 
 
 def _look_at(case: Case, trial: Trial, heard: list[collect.Collected]) -> None:
@@ -117,15 +140,17 @@ def _look_at(case: Case, trial: Trial, heard: list[collect.Collected]) -> None:
 # -- masks ----------------------------------------------------------------------------------------------------------
 
 
-def _compare_masks(case: Case, trial: Trial, watched: Watched, allowed: np.ndarray, which: str) -> None:
+def _compare_masks(
+    trial: Trial, calls: list[Call], heard: list[collect.Collected], allowed: np.ndarray, which: str
+) -> None:
     """What the op was told, and what the report shows, against the case's own mask."""
-    for call in watched.calls:
+    for call in calls:
         _same_mask(call.allowed(), allowed, f"{which}: the op was given the predicate {call.plan.predicate}")
         trial.compared += 1
-    for choice in watched.heard[-1].choices if watched.heard else []:
+    for choice in heard[-1].choices if heard else []:
         site = choice.match.site
         free = expr.free_symbols(site.predicate, site.score) - {*expr.INDICES, expr.s, expr.Nq, expr.Nk}
-        if site.loads or free or which != "first call":
+        if site.loads or free:
             continue
         hints = [int(getattr(site.hints, name)) for name in ("batch", "heads", "q_len", "k_len")]
         found = seen(site.predicate, sympy.sympify(site.score), tuple(hints), {}, {})
@@ -162,7 +187,7 @@ class Outcome:
         wanted = case.differentiable(given) if case.grad else []
         for name in wanted:
             given[name].requires_grad_()
-        for name, dims in case.lengths().items() if mark else ():
+        for name, dims in case.dynamic().items() if mark else ():
             for dim in dims if name in given else ():
                 torch._dynamo.maybe_mark_dynamic(given[name], dim)
         with torch.set_grad_enabled(case.grad):
@@ -173,16 +198,16 @@ class Outcome:
             loss = sum((leaf.double() * _ramp(leaf)).sum() for leaf in results if leaf.requires_grad)
             assert isinstance(loss, Tensor)
             loss.backward()
-            gradients = {name: given[name].grad for name in wanted if given[name].grad is not None}
-        return Outcome([leaf.detach() for leaf in results], gradients)
+            gradients = {name: given[name].grad.cpu() for name in wanted if given[name].grad is not None}
+        return Outcome([leaf.detach().cpu() for leaf in results], gradients)
 
 
 def _ramp(x: Tensor) -> Tensor:
     """Weights of a loss that no symmetry of the result leaves alone."""
-    return torch.cos(torch.arange(x.numel(), dtype=torch.float64)).view(x.shape)
+    return torch.cos(torch.arange(x.numel(), dtype=torch.float64, device=x.device)).view(x.shape)
 
 
-def _compare(case: Case, actual: Outcome, eager: Outcome, expected: Outcome, which: str) -> None:
+def _compare(actual: Outcome, eager: Outcome, expected: Outcome, which: str) -> None:
     if len(actual.results) != len(eager.results):
         raise Wrong(f"{which}: {len(actual.results)} results instead of {len(eager.results)}")
     for number, triple in enumerate(zip(actual.results, eager.results, expected.results, strict=True)):

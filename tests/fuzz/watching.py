@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +16,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from effattn.ir.fold import fold
 from effattn.ir.plan import Plan
+from effattn.runtime import portable
+from effattn.runtime.attend import _target as target_of
+from tests.fuzz.where import COMPILED
 
 MASKED = -5000.0  # a score of nothing but fills is below, a score of data above
 
@@ -25,6 +32,7 @@ class Call:
     loads: dict[str, np.ndarray]
     scalars: dict[str, int]
     numbers: dict[str, float]
+    kernels: bool  # whether generated kernels run it
 
     def allowed(self) -> np.ndarray:
         """bool [B, H, Nq, Nk]: what its predicate allows and its score does not push out of sight."""
@@ -42,9 +50,10 @@ class Calls(TorchDispatchMode):
 
     def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         if function is torch.ops.effattn.attend.default:
-            query, key, _, loads, scalars, numbers, text = args
+            query, key, value, loads, scalars, numbers, text = args
             plan = Plan.decode(text)
-            held = [load.detach().double() if load.is_floating_point() else load for load in loads]
+            held = [load.detach().cpu() for load in loads]
+            held = [load.double() if load.is_floating_point() else load for load in held]
             self.kept.append(
                 Call(
                     plan,
@@ -52,9 +61,31 @@ class Calls(TorchDispatchMode):
                     {spec.name: load.numpy().copy() for spec, load in zip(plan.loads, held, strict=True)},
                     dict(zip(plan.scalars, scalars, strict=True)),
                     dict(zip(plan.numbers, numbers, strict=True)),
+                    target_of(plan.at(key.shape[2]), query, value) is not portable,
                 )
             )
         return function(*args, **(kwargs or {}))
+
+
+@contextmanager
+def one_interpreter_at_a_time() -> Iterator[None]:
+    """Triton's interpreter replaces functions of ``triton.language`` while a kernel runs: its launches take turns."""
+    if COMPILED or importlib.util.find_spec("triton") is None:
+        yield
+        return
+    from triton.runtime.interpreter import GridExecutor
+
+    lock, launch = threading.Lock(), GridExecutor.__call__
+
+    def in_turn(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with lock:
+            return launch(self, *args, **kwargs)
+
+    GridExecutor.__call__ = in_turn
+    try:
+        yield
+    finally:
+        GridExecutor.__call__ = launch
 
 
 def seen(predicate: Any, score: Any, shape: tuple[int, ...], loads: dict, symbols: dict) -> np.ndarray:
