@@ -56,8 +56,9 @@ def assemble(view: GraphView, draft: Draft, order: int) -> Match:
     path = module_path(draft.anchor)
     tensor = view.tensor(draft.query.node)
     assert tensor is not None
-    loads_need_grad = any(view.held(sources[name].node).requires_grad for name in used)
-    needs_grad = view.gradient_flows(view.time[draft.replaced]) and (
+    flows = view.gradient_flows(view.time[draft.replaced])
+    loads_need_grad = flows and any(view.held(sources[name].node).requires_grad for name in used)
+    needs_grad = flows and (
         loads_need_grad
         or any(view.held(operand.node).requires_grad for operand in (draft.query, draft.key, draft.value))
     )

@@ -18,9 +18,8 @@ from effattn.passes.draft import Match
 from effattn.passes.erase import erase_orphans
 from effattn.passes.graph import GraphView
 from effattn.passes.insert import Inserter, difference
-from effattn.passes.reading.elementwise import is_dead_dropout
 from effattn.passes.reading.views import reinterprets
-from effattn.passes.vocabulary import Call
+from effattn.passes.vocabulary import Call, is_dead_dropout
 
 # what weights pass through between a softmax and a sum
 _PASSED = ("identity", "dropout", "reshape", "transpose", "permute", "select", "getitem")
@@ -72,7 +71,7 @@ def _terms_of(view: GraphView, node: fx.Node) -> list[_Term]:
 def _summands(view: GraphView, node: fx.Node, time: int) -> list[_Term]:
     """``node`` as a sum, read at ``time``; [] if a part of it cannot be moved behind the product."""
     call = view.call(node)
-    if call is not None and (call.name == "identity" or (call.name == "dropout" and is_dead_dropout(call))):
+    if call is not None and (call.name == "identity" or is_dead_dropout(call)):
         source = call.get("input")
         plain = isinstance(source, fx.Node) and len(node.users) == 1 and _moves(view, node, time)
         return _summands(view, source, time) if plain else [_Term(node)]

@@ -7,14 +7,18 @@ into a key/value cache, for dead.
 from __future__ import annotations
 
 from collections import defaultdict
+from typing import Any
 
+import torch
 from torch import fx
+from torch.utils import _pytree as pytree
 
 from effattn.passes.block_mask import is_block_mask_code
 from effattn.passes.contraction import CONTRACTIONS
 from effattn.passes.graph import GraphView, writes
-from effattn.passes.reading.elementwise import is_dead_dropout
-from effattn.passes.vocabulary import Call, canonical
+from effattn.passes.vocabulary import canonical, is_dead_dropout
+
+_KEEP_STATISTICS = ("batch_norm", "instance_norm")  # they write into their arguments, and their schemas do not say so
 
 
 def erase_unused_weights(graph: fx.Graph) -> int:
@@ -26,25 +30,41 @@ def erase_unused_weights(graph: fx.Graph) -> int:
     weights: set[fx.Node] = set()
     for node in graph.nodes:
         call = canonical(node)
-        from_weights = (
-            call is not None and call.name not in CONTRACTIONS and not weights.isdisjoint(node.all_input_nodes)
-        )
-        if call is not None and (call.name == "softmax" or from_weights):
+        multiplies = call is not None and call.name in CONTRACTIONS
+        from_weights = node.op.startswith("call_") and not multiplies and not weights.isdisjoint(node.all_input_nodes)
+        if (call is not None and call.name == "softmax") or from_weights:
             weights.add(node)
     before = len(graph.nodes)
     for node in reversed(graph.nodes):
-        call = canonical(node)
-        if node in weights and not node.users and call is not None and not writes(node) and not _has_effect(call):
+        if node in weights and not node.users and not writes(node) and not _has_effect(node):
             weights.update(node.all_input_nodes)  # what only they needed goes too
             graph.erase_node(node)
     return before - len(graph.nodes)
 
 
-def _has_effect(call: Call) -> bool:
-    """Whether a call that writes nothing still does something: draw random numbers, or ask for a gradient."""
+def _has_effect(node: fx.Node) -> bool:
+    """Whether a node that writes nothing may still do something: draw random numbers, or ask for a gradient."""
+    call = canonical(node)
+    if call is None:
+        leaves = pytree.tree_leaves(GraphView.value(node))
+        plain = bool(leaves) and all(isinstance(leaf, torch.Tensor) for leaf in leaves)
+        return not (plain and _is_pure(node.target))
     if call.name == "dropout":
         return not is_dead_dropout(call)
-    return call.get("dropout_p", 0.0) != 0.0 or call.node.target == "requires_grad_"
+    return call.get("dropout_p", 0.0) != 0.0 or node.target == "requires_grad_"
+
+
+def _is_pure(target: Any) -> bool:
+    """Whether an operation outside the vocabulary is one of ATen by its name, and none that draws, writes or waits."""
+    name = target if isinstance(target, str) else getattr(target, "__name__", "")
+    if not isinstance(target, str) and (getattr(target, "__module__", None) or "torch").split(".")[0] != "torch":
+        return False
+    packet = getattr(torch.ops.aten, name, None) if name.isidentifier() and name not in _KEEP_STATISTICS else None
+    if packet is None:
+        return False
+    operations = [getattr(packet, overload) for overload in packet.overloads()]
+    with_effect = {torch.Tag.nondeterministic_seeded, torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output}
+    return not any(with_effect.intersection(operation.tags) for operation in operations)
 
 
 def erase_orphans(view: GraphView, replaced: list[fx.Node]) -> None:
@@ -71,12 +91,13 @@ def erase_orphans(view: GraphView, replaced: list[fx.Node]) -> None:
 
 def _dead_part(view: GraphView, node: fx.Node, group: list[fx.Node]) -> list[fx.Node]:
     """What can be erased together with ``node``, users first; [] if it must stay."""
-    if not node.users and _only_a_value(view, node) and not view.writes(node):
+    if not node.users and only_a_value(view, node) and not view.writes(node):
         return [node]
     inside = set(group)
-    whole = all(_only_a_value(view, member) and all(user in inside for user in member.users) for member in group)
+    whole = all(only_a_value(view, member) and all(user in inside for user in member.users) for member in group)
     return sorted(group, key=lambda member: -view.time[member]) if whole else []
 
 
-def _only_a_value(view: GraphView, node: fx.Node) -> bool:
+def only_a_value(view: GraphView, node: fx.Node) -> bool:
+    """Whether a node is known to have no effect but its value."""
     return view.call(node) is not None or is_block_mask_code(node)

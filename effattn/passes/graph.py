@@ -24,7 +24,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._sympy import functions
 
 from effattn.ir import expr
-from effattn.passes.vocabulary import Call, canonical
+from effattn.passes.vocabulary import Call, canonical, is_dead_dropout
 
 # operations whose result may share memory with an argument; asked only where Dynamo recorded no value
 _VIEWS = {f"cast_{name}" for name in ("float32", "float64", "float16", "bfloat16", "int32", "int64", "bool")} | {
@@ -243,6 +243,8 @@ def _written_args(node: fx.Node) -> list[fx.Node]:
         return _nodes(node.args[:1]) if inplace else []
     if node.op != "call_function":
         return []
+    if (call := canonical(node)) is not None and is_dead_dropout(call):
+        return []  # its input as it is, also where the flag says in place
     if (schemas := _schemas(node.target)) is not None:
         return _schema_args(node, schemas, lambda info: info is not None and info.is_write)
     if isinstance(node.target, torch._ops.HigherOrderOperator):

@@ -48,10 +48,11 @@ def scalars_of(view: GraphView, draft: Draft, score, predicate) -> list[tuple[An
     known = (*expr.INDICES, expr.s, Nq, Nk)
     wanted = [x for x in expr.free_symbols(score, predicate) if x not in known and not _is_number(x)]
     wanted = sorted(wanted, key=str)
-    return [(symbol, _size_source(view, symbol, view.time[draft.replaced])) for symbol in wanted]
+    return [(symbol, size_source(view, symbol, view.time[draft.replaced])) for symbol in wanted]
 
 
-def _size_source(view: GraphView, symbol, end: int) -> SizeSource:
+def size_source(view: GraphView, symbol, end: int) -> SizeSource:
+    """Where a node at ``end`` finds the number that ``symbol`` is. Raises: Refused: nowhere."""
     for node, time in view.time.items():
         held = view.value(node)
         if time >= end:

@@ -9,8 +9,7 @@ from torch import fx
 from effattn.passes.contraction import Contraction
 from effattn.passes.draft import Refused
 from effattn.passes.graph import GraphView
-from effattn.passes.reading.elementwise import is_dead_dropout
-from effattn.passes.vocabulary import one_dim
+from effattn.passes.vocabulary import is_dead_dropout, one_dim
 
 
 def divided(view: GraphView, weights: fx.Node, dim: int, time: int) -> tuple[fx.Node, float | None, int]:
@@ -23,7 +22,7 @@ def divided(view: GraphView, weights: fx.Node, dim: int, time: int) -> tuple[fx.
     """
     node = weights
     while (call := view.call(node)) is not None:
-        if call.casts or call.name == "identity" or is_dead(call):
+        if call.casts or call.name == "identity" or is_dead_dropout(call):
             node = call.get("input")
             if not isinstance(node, fx.Node) or view.tensor(node) is None:
                 break
@@ -48,10 +47,6 @@ def divided_later(view: GraphView, product: Contraction, side: str) -> tuple[fx.
         return None
     eps = sum_of(view, call.get("other"), weights, len(labels) - 1, view.time[user])
     return None if eps is None else (user, eps)
-
-
-def is_dead(call: Any) -> bool:
-    return call.name == "dropout" and is_dead_dropout(call)
 
 
 def sum_of(view: GraphView, divisor: Any, weights: fx.Node, dim: int, time: int) -> float | None:

@@ -19,10 +19,9 @@ from effattn.ir import expr
 from effattn.passes.graph import GraphView
 from effattn.passes.heads import Digit, how_many, in_order, in_steps
 from effattn.passes.reading import Reader
-from effattn.passes.reading.elementwise import is_dead_dropout
 from effattn.passes.reading.reader import Index
 from effattn.passes.reading.views import permutation, reinterprets, reshape_index
-from effattn.passes.vocabulary import Call
+from effattn.passes.vocabulary import Call, is_dead_dropout
 
 row = sympy.Symbol("row", integer=True, nonnegative=True)  # a query row or a key column, as the operand needs
 depth = sympy.Symbol("d", integer=True, nonnegative=True)  # along head_dim

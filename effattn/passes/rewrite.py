@@ -21,6 +21,7 @@ from effattn.passes.draft import Anchors, SizeSource
 from effattn.passes.erase import erase_orphans
 from effattn.passes.graph import GraphView
 from effattn.passes.insert import Inserter, difference, fake_mode
+from effattn.passes.metadata import leave_stand_ins
 from effattn.passes.operands import Operand, emit
 from effattn.passes.reading import LoadSource
 from effattn.passes.rewrite_features import features_op
@@ -57,7 +58,9 @@ def rewrite(view: GraphView, choices: list[Choice]) -> int:
                 old.replace_all_uses_with(new)
                 replaced.append(old)
         inserted += len(writer.nodes)
-    erase_orphans(view, [*replaced, *unused_batch_dims(view.graph)])
+    written, unread = leave_stand_ins(view, replaced, {choice.match.anchors.anchor for choice in choices})
+    inserted += written
+    erase_orphans(view, [*replaced, *unread, *unused_batch_dims(view.graph)])
     erase_empty_brackets(view.graph)
     return before + inserted + saved.count - len(view.graph.nodes)
 

@@ -139,7 +139,13 @@ ROWS: tuple[tuple[str, tuple[Spelling, ...]], ...] = (
         )
     ),
     _row("identity", "input", (torch.clone, torch.detach), "contiguous clone detach requires_grad_"),
-    _row("dropout", "input p training inplace", (F.dropout,), "", ((torch.dropout, "input p training"),)),
+    _row(
+        "dropout",
+        "input p training inplace",
+        (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout),
+        "",
+        ((torch.dropout, "input p training"),),
+    ),
     # views
     _starred("reshape", "shape", "view reshape", (torch.reshape,)),
     _row(
@@ -236,6 +242,13 @@ def canonical(node: fx.Node) -> Call | None:
             args[f"_{extra}"] = value  # arguments that the result's shape and dtype already tell
     args.update(node.kwargs)
     return Call(name, node, args)
+
+
+def is_dead_dropout(call: Call) -> bool:
+    """Dropout that does nothing, in place or not: p is 0, or the model is not training."""
+    if call.name != "dropout":
+        return False
+    return call.get("p", 0.5) == 0 or call.get("training", True) is False
 
 
 def one_dim(dim: Any, rank: int) -> int | None:

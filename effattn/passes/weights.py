@@ -11,16 +11,17 @@ from effattn.ir.expr import k
 from effattn.passes.contraction import contraction
 from effattn.passes.draft import Refused
 from effattn.passes.graph import GraphView
+from effattn.passes.metadata import reads_no_values, require_stand_in
 from effattn.passes.operands import only_new_dims
 from effattn.passes.products import (
     adds_nothing,
     spelled,
 )
 from effattn.passes.reading import Reader
-from effattn.passes.reading.elementwise import aligned, is_dead_dropout
+from effattn.passes.reading.elementwise import aligned
 from effattn.passes.reading.views import permutation, reinterprets, reshape_index
 from effattn.passes.sink_column import drops_the_sink
-from effattn.passes.vocabulary import Call
+from effattn.passes.vocabulary import Call, is_dead_dropout
 
 
 def follow_weights(view: GraphView, softmax: fx.Node, index: tuple, reader: Reader, sink: bool):
@@ -32,7 +33,7 @@ def follow_weights(view: GraphView, softmax: fx.Node, index: tuple, reader: Read
     node = softmax
     zeroed: list[Any] = []
     while True:
-        users = sorted(node.users, key=lambda user: view.time[user])
+        users = _who_read_values(view, node)
         if users and (call := _zeroing_in_place(view, reader, users[0], node)) is not None:
             zeroed.append(_mask_at(reader, call, index, view.shape(node)))
             users = [*users[0].users, *users[1:]]  # what was written to has two names from here on
@@ -80,6 +81,15 @@ def follow_weights(view: GraphView, softmax: fx.Node, index: tuple, reader: Read
         elif not view.held(user).dtype.is_floating_point or view.held(user).dtype.itemsize < 2:
             raise Refused("weights", f"the weights are cast to {view.held(user).dtype}")
         node = user
+
+
+def _who_read_values(view: GraphView, node: fx.Node) -> list[fx.Node]:
+    """The users of weights, in order, but for those that read only their shape, dtype or device."""
+    users = sorted(node.users, key=lambda user: view.time[user])
+    values = [user for user in users if not reads_no_values(view, user, node)]
+    if len(values) < len(users):
+        require_stand_in(view, node)
+    return values
 
 
 def _used_elsewhere(view: GraphView, users: list[fx.Node]) -> Refused:

@@ -121,3 +121,22 @@ def test_symbolic_heads_are_left_alone():
     assert [missed.reason for missed in report.missed] == ["the number of heads or head_dim is a symbolic size"]
     report, _ = compiled(lambda q, k, v: (q @ k.mT).softmax(-1) @ v, *qkv(), dynamic=True)
     assert [missed.reason for missed in report.missed] == ["the number of heads or head_dim is a symbolic size"]
+
+
+def test_a_learned_bias_needs_no_gradient_where_none_is_recorded():
+    """A parameter says that it requires a gradient also under no_grad."""
+
+    class Learned(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale, self.bias = torch.nn.Parameter(torch.ones(H, 1, 1)), torch.nn.Parameter(torch.randn(H, N, N))
+
+        def forward(self, q, k, v):
+            q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
+            return (q @ k.mT * self.scale.clamp(max=4.6).exp() + self.bias).softmax(-1) @ v
+
+    with torch.no_grad():
+        report, _ = compiled(Learned(), *qkv())
+    assert "softmax" not in report.graph()
+    report, _ = compiled(Learned(), *qkv(), verify=False)
+    assert "a tensor that the score reads needs a gradient itself" in report.sites[0].reason

@@ -166,3 +166,26 @@ def test_a_scale_that_a_tensor_holds(side):
 
     report, _ = compiled(call, *tensors()[:3])
     assert report.sites[0].score == "0.20412415*s"
+
+
+@pytest.mark.parametrize(("p", "training"), [(0.1, False), (0.0, True)])
+def test_dropout_in_place_that_does_nothing(p, training):
+    """``nn.Dropout(inplace=True)`` in eval()."""
+    drop = torch.nn.functional.dropout
+
+    def call(q, k, v):
+        scores = drop(q @ k.mT * 0.3, p, training, True)
+        return drop(scores.softmax(-1), p, training, inplace=True) @ drop(v * 1, p, training, inplace=True)
+
+    report, _ = compiled(call, *tensors()[:3])
+    assert len(report.sites) == 1, report.missed
+    assert "softmax" not in report.graph()
+
+
+def test_dropout_in_place_that_is_live():
+    def call(q, k, v):
+        torch.manual_seed(0)
+        return torch.nn.functional.dropout((q @ k.mT * 0.3).softmax(-1), 0.5, True, inplace=True) @ v
+
+    report, _ = compiled(call, *tensors()[:3])
+    assert report.sites == []

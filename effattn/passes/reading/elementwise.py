@@ -11,7 +11,7 @@ import torch
 
 from effattn.ir import expr
 from effattn.passes.reading.reader import Index, Reader, Reading, Unreadable, generic_index, kind_of, reads
-from effattn.passes.vocabulary import Call
+from effattn.passes.vocabulary import Call, is_dead_dropout
 
 _HALF = (torch.float16, torch.bfloat16)
 _LARGE = 1000.0  # a score of a few units keeps its digits beside numbers up to here
@@ -409,11 +409,6 @@ def identity(reader: Reader, call: Call, shape):
 @reads("dropout")
 def dropout(reader: Reader, call: Call, shape):
     return reader.argument(call, "input") if is_dead_dropout(call) else None
-
-
-def is_dead_dropout(call: Call) -> bool:
-    """Dropout that does nothing: p is 0, or the model is not training."""
-    return call.get("p", 0.5) == 0 or call.get("training", True) is False
 
 
 @reads("tril", "triu")
