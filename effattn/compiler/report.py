@@ -15,9 +15,9 @@ from effattn.compiler.kernel_path import kernel_path, linear_kernel_path
 from effattn.compiler.options import Options
 from effattn.compiler.outside import Outside
 from effattn.compiler.pipeline import Outcome
+from effattn.ir.refusal import Why
 from effattn.ir.text import text
 from effattn.passes.choose import Choice
-from effattn.passes.draft import NOT_ATTENTION
 from effattn.passes.match_linear import LinearMatch
 from effattn.policy import write
 
@@ -54,6 +54,8 @@ class MissedReport:
     reason: str
     hint: str = ""
     attention: bool = True  # False: a softmax over something else, as in a router
+    rule: str = ""  # which of effattn.ir.refusal.Why
+    cause: str = ""  # "file:line: code" of the operation that the reason names
 
 
 @dataclass
@@ -162,7 +164,9 @@ def graph_report(after: str, outcome: Outcome, failure: Exception | None, before
                 missed.location,
                 missed.refusal.reason,
                 missed.refusal.hint,
-                missed.refusal.rule != NOT_ATTENTION,
+                missed.refusal.rule != Why.NOT_ATTENTION,
+                str(missed.refusal.rule),
+                missed.refusal.cause,
             )
             for missed in outcome.missed
         ),

@@ -45,6 +45,7 @@ def render(report: Report) -> str:
     for miss in report.missed:
         hint = f" ({miss.hint})" if miss.hint else ""
         lines += ["", f"  left alone: {miss.name}: {miss.reason}{hint}", f"    at         {miss.location}"]
+        lines += [f"    because of {miss.cause}"] if miss.cause else []
     for one in report.outside:
         times = f" ({one.calls} times)" if one.calls > 1 else ""
         lines += ["", f"  outside compiled graphs: {one.called}{times}: {one.reason}"]

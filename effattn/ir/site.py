@@ -12,18 +12,6 @@ STAGES: tuple[Stage, ...] = ("prefill", "decode", "train", "cross", "encoder")
 
 
 @dataclass(frozen=True)
-class Refusal:
-    """Why something was not done: which rule, about what, and what would help."""
-
-    rule: str
-    reason: str
-    hint: str = ""
-
-    def __str__(self) -> str:
-        return f"{self.reason} ({self.hint})" if self.hint else self.reason
-
-
-@dataclass(frozen=True)
 class Layout:
     """Sizes of one attention. Each is an int or a sympy expression in the graph's symbolic lengths."""
 

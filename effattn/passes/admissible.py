@@ -7,6 +7,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from effattn.ir.expr import k, q
+from effattn.ir.refusal import Why
 from effattn.ir.site import Layout
 from effattn.passes.draft import Draft, Refused
 from effattn.passes.graph import GraphView
@@ -24,10 +25,10 @@ def check_recorded(view: GraphView, draft: Draft) -> None:
     leaves = [leaf for node in nodes for leaf in pytree.tree_leaves(view.value(node))]
     for leaf in leaves:
         if is_traceable_wrapper_subclass(leaf):
-            raise Refused("subclass", f"its tensors are {type(leaf).__name__}s, a subclass that holds other tensors")
+            raise Refused(Why.SUBCLASS, f"its tensors are {type(leaf).__name__}s, a subclass that holds other tensors")
     if any(isinstance(leaf, torch.Tensor) and getattr(leaf, "fake_mode", None) is None for leaf in leaves):
         raise Refused(
-            "torch.func", "it runs inside a transformation of torch.func (vmap, grad, jvp)", "not supported yet"
+            Why.TORCH_FUNC, "it runs inside a transformation of torch.func (vmap, grad, jvp)", "not supported yet"
         )
 
 
@@ -39,7 +40,7 @@ def check_gradients(view: GraphView, draft: Draft) -> None:
     stops = (query or key or value) and not view.held(draft.replaced).requires_grad
     weights = view.tensor(draft.anchor)
     if stops or (draft.anchor is not draft.replaced and weights is not None and (query or key) > weights.requires_grad):
-        raise Refused("gradient", "the gradient is stopped between query and key and the output (detach or no_grad)")
+        raise Refused(Why.GRADIENT, "the gradient is stopped between query and key and the output (detach or no_grad)")
 
 
 def check_operands(view: GraphView, draft: Draft, layout: Layout) -> None:
@@ -47,34 +48,36 @@ def check_operands(view: GraphView, draft: Draft, layout: Layout) -> None:
     end = view.time[draft.replaced]
     for name, operand in (("query", draft.query), ("key", draft.key), ("value", draft.value)):
         if view.writes_between(operand.node, operand.time - 1, end):
-            raise Refused("memory", f"{name} is written between the scores and the output")
+            raise Refused(Why.MEMORY, f"{name} is written between the scores and the output")
         size = layout.batch if operand.dims[0] is None else view.shape(operand.node)[operand.dims[0]]
         if is_broadcast(view, size, layout.batch) is not False:  # one batch for all has no dimension
-            raise Refused("batch", f"{name} has a batch of {size} where the scores have {layout.batch}")
+            raise Refused(Why.BATCH, f"{name} has a batch of {size} where the scores have {layout.batch}")
     if draft.query.groups != 1 or (draft.query.dims[1] and draft.query.heads_in(view) != layout.heads):
-        raise Refused("heads", "the query has fewer heads than the scores")
+        raise Refused(Why.HEADS, "the query has fewer heads than the scores")
     key_heads, value_heads = draft.key.heads_in(view), draft.value.heads_in(view)
     if key_heads != value_heads:
-        raise Refused("heads", f"key has {key_heads} heads and value {value_heads}")
+        raise Refused(Why.HEADS, f"key has {key_heads} heads and value {value_heads}")
     if not (layout.heads.is_Integer and key_heads.is_Integer) or int(layout.heads) % int(key_heads):
-        raise Refused("heads", f"{layout.heads} query heads over {key_heads} key heads")
+        raise Refused(Why.HEADS, f"{layout.heads} query heads over {key_heads} key heads")
     for operand in (draft.key, draft.value):
         grouped = operand.groups if operand.dims[1] else int(layout.heads)
         if grouped * int(key_heads) != int(layout.heads):
-            raise Refused("heads", "query heads do not map to key heads in groups of equal size")
+            raise Refused(Why.HEADS, "query heads do not map to key heads in groups of equal size")
     dtypes = {view.held(operand.node).dtype for operand in (draft.query, draft.key, draft.value)}
     target = view.held(draft.replaced).dtype
     if target not in SUPPORTED_DTYPES:
-        raise Refused("dtype", f"attention in {target} is not supported")
+        raise Refused(Why.DTYPE, f"attention in {target} is not supported")
     scores = (view.tensor(node) for node in (draft.anchor, *draft.anchor.all_input_nodes[:1]))
     if any(tensor is not None and tensor.dtype == torch.float64 for tensor in scores):
-        raise Refused("dtype", "the scores are computed in torch.float64, which is not supported")
-    if dtypes != {target} and not _autocast(view, draft, target):
-        raise Refused("dtype", f"query, key and value mix {', '.join(sorted(map(str, dtypes)))} for a {target} result")
+        raise Refused(Why.DTYPE, "the scores are computed in torch.float64, which is not supported")
+    if dtypes != {target} and not (draft.is_sdpa or draft.autocast):
+        raise Refused(
+            Why.DTYPE, f"query, key and value mix {', '.join(sorted(map(str, dtypes)))} for a {target} result"
+        )
     if not (layout.head_dim.is_Integer and layout.value_dim.is_Integer):
-        raise Refused("head_dim", "head_dim is not a constant")
+        raise Refused(Why.HEAD_DIM, "head_dim is not a constant")
     if any(size == 0 for size in vars(layout).values()):
-        raise Refused("empty", "there is nothing to attend to or from: a length is 0")
+        raise Refused(Why.EMPTY, "there is nothing to attend to or from: a length is 0")
 
 
 def _check_lengths(view: GraphView, draft: Draft) -> None:
@@ -85,9 +88,4 @@ def _check_lengths(view: GraphView, draft: Draft) -> None:
     for name, operand, symbol in (("query", draft.query, q), ("key", draft.key, k), ("value", draft.value, k)):
         rows = view.shape(operand.node)[operand.dims[2]]
         if not equal(view, rows, sizes[symbol]):
-            raise Refused("lengths", f"{name} has {rows} rows where the scores have {sizes[symbol]}")
-
-
-def _autocast(view: GraphView, draft: Draft, target: torch.dtype) -> bool:
-    """Whether the product of query and key already ran in the result's type, as under torch.autocast."""
-    return draft.is_sdpa or "autocast" in draft.notes
+            raise Refused(Why.LENGTHS, f"{name} has {rows} rows where the scores have {sizes[symbol]}")

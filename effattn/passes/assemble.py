@@ -9,6 +9,7 @@ import sympy
 import torch
 
 from effattn.ir import expr
+from effattn.ir.refusal import Why
 from effattn.ir.site import Layout, Site, Stage
 from effattn.passes.admissible import check_gradients, check_operands, check_recorded
 from effattn.passes.draft import Anchors, Draft, Match, Refused, require_fixed
@@ -45,13 +46,13 @@ def assemble(view: GraphView, draft: Draft, order: int) -> Match:
     devices = {name: getattr(view.tensor(sources[name].node), "device", None) for name in used}
     for name, device in devices.items():  # a 0-d tensor may stand on the CPU: PyTorch takes it there, a kernel cannot
         if device != getattr(view.tensor(draft.query.node), "device", None):
-            raise Refused("device", f"{name} ({sources[name].node.name}) is on another device than the query")
+            raise Refused(Why.DEVICE, f"{name} ({sources[name].node.name}) is on another device than the query")
     scalars = scalars_of(view, draft, score, predicate)
     if unknown := set(numbers) - set(draft.reader.numbers):
-        raise Refused("symbolic number", f"no node of the graph holds {', '.join(sorted(unknown))}")
+        raise Refused(Why.SYMBOLIC_NUMBER, f"no node of the graph holds {', '.join(sorted(unknown))}")
     place = placement(draft.out_index, layout.heads, layout.q_len)
     if place is None:
-        raise Refused("output layout", f"the order of the output's dimensions is not understood: {draft.out_index}")
+        raise Refused(Why.OUTPUT_LAYOUT, f"the order of the output's dimensions is not understood: {draft.out_index}")
 
     path = module_path(draft.anchor)
     tensor = view.tensor(draft.query.node)
@@ -119,7 +120,7 @@ def _expand_shared(view: GraphView, draft: Draft) -> None:
             batch = (operand.node, operand.dims[0])
     if draft.batch != 1:
         if all(operand.dims[0] is None for operand in operands.values()):
-            raise Refused("batch", f"query, key and value are shared by the batch of {draft.batch}")
+            raise Refused(Why.BATCH, f"query, key and value are shared by the batch of {draft.batch}")
         shared = {name: operand for name, operand in operands.items() if operand.dims[0] is None}
         for name, operand in shared.items():
             setattr(draft, name, replace(operand, batch=batch))

@@ -16,6 +16,7 @@ from torch import fx
 
 from effattn.ir import expr
 from effattn.ir.expr import b, h
+from effattn.ir.refusal import Why
 from effattn.passes.draft import Refused
 from effattn.passes.graph import GraphView, as_sympy, hint
 from effattn.passes.reading import Reader
@@ -51,7 +52,7 @@ class BlockMask:
         """Raises: Refused: the call carries something else."""
         parts = call.get("block_mask")
         if not isinstance(parts, tuple) or len(parts) < 13 or not isinstance(parts[-1], fx.Node):
-            raise Refused("block mask", "the block mask of the call has an unknown layout")
+            raise Refused(Why.BLOCK_MASK, "the block mask of the call has an unknown layout")
         return BlockMask(*parts[2:6], *parts[-3:])
 
     def notes(self, view: GraphView, allowed: Any, reader: Reader) -> list[str]:
@@ -65,12 +66,12 @@ class BlockMask:
         batch, heads = view.shape(self.counts)[:2]
         for index, size, what in ((b, batch, "batch"), (h, heads, "head")):
             if size == 1 and allowed.has(index) and reader.sizes[index] != 1:
-                raise Refused("block mask", f"mask_mod depends on the {what} index, and the block mask has only one")
+                raise Refused(Why.BLOCK_MASK, f"mask_mod depends on the {what} index, and the block mask has only one")
         if self.counts.op != "placeholder":
             traces = [node.meta.get("stack_trace") or "" for node in (self.counts, self.indices)]
             if not all(MADE_BY in trace for trace in traces):
                 raise Refused(
-                    "block mask",
+                    Why.BLOCK_MASK,
                     "its lists of blocks are computed in the graph and may hide keys that mask_mod allows",
                     "make it with create_block_mask",
                 )
@@ -94,7 +95,9 @@ def _compare(mask: BlockMask, view: GraphView, allowed: Any, reader: Reader) -> 
     loads = {name: _real(node) for name, node in sources.items()}
     lists = [counts, indices] + ([] if mask.full_counts is None else [full_counts, full_indices])
     if any(not isinstance(tensor, torch.Tensor) for tensor in (*lists, *loads.values())):
-        raise Refused("block mask", "its lists of blocks cannot be compared with mask_mod", "make it inside the graph")
+        raise Refused(
+            Why.BLOCK_MASK, "its lists of blocks cannot be compared with mask_mod", "make it inside the graph"
+        )
     q_len, k_len = (_hint(view, reader.sizes[index]) for index in (expr.q, expr.k))
     device = counts.device
     room = max(1, SAMPLE // (q_block * k_len))
@@ -126,7 +129,7 @@ def _compare(mask: BlockMask, view: GraphView, allowed: Any, reader: Reader) -> 
     whole = (blocks | beyond).all(dim=-1).all(dim=3)
     if bool((some & ~(listed | full)).any()) or bool((full & ~whole).any()):
         raise Refused(
-            "block mask",
+            Why.BLOCK_MASK,
             "its lists of blocks do not follow its mask_mod: they were made by hand",
             "express the choice of blocks in mask_mod",
         )

@@ -12,7 +12,8 @@ import torch
 from effattn.errors import FormRefused, PolicyError
 from effattn.ir import expr
 from effattn.ir.plan import Plan
-from effattn.ir.site import Refusal, Site
+from effattn.ir.refusal import Refusal
+from effattn.ir.site import Site
 from effattn.lowering.forms import FORMS
 from effattn.lowering.forms.form import Params, Rule
 from effattn.passes.cheapest import cheapest

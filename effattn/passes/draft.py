@@ -8,15 +8,15 @@ from typing import Any
 import sympy
 from torch import fx
 
-from effattn.ir.site import Refusal, Site
+from effattn.ir.refusal import Refusal, Why
+from effattn.ir.site import Site
 from effattn.passes.masks import FILL
 from effattn.passes.operands import Operand
 from effattn.passes.placement import Placement
+from effattn.passes.provenance import code_line, location, module_path
 from effattn.passes.reading import LoadSource, Reader
 
 FOUND_AS = "effattn_found_as"  # in a node's meta: what the author called, where a pass wrote the node
-
-NOT_ATTENTION = "not attention"  # the rule that a softmax over something else fails: a router, a classifier
 
 
 @dataclass(frozen=True)
@@ -66,13 +66,18 @@ class Missed:
     location: str
     refusal: Refusal
 
+    @classmethod
+    def at(cls, node: fx.Node, refusal: Refusal) -> Missed:
+        """Called by the module that ``node`` is computed in."""
+        return cls(module_path(node) or node.name, location(node), refusal)
+
 
 class Refused(Exception):
-    """Raised inside matching to leave one softmax alone; carries the reason."""
+    """Raised inside matching to leave one softmax alone; carries the reason. ``at``: the node that the reason names."""
 
-    def __init__(self, rule: str, reason: str, hint: str = ""):
+    def __init__(self, rule: str, reason: str, hint: str = "", at: fx.Node | None = None):
         super().__init__(reason)
-        self.refusal = Refusal(rule, reason, hint)
+        self.refusal = Refusal(rule, reason, hint, "" if at is None else code_line(at))
 
 
 def require_fixed(heads: Any, *widths: Any) -> None:
@@ -83,7 +88,7 @@ def require_fixed(heads: Any, *widths: Any) -> None:
     """
     if not all(sympy.sympify(size).is_Integer for size in (heads, *widths)):
         raise Refused(
-            "sizes",
+            Why.SIZES,
             "the number of heads or head_dim is a symbolic size",
             "let only batch and length be dynamic: torch._dynamo.mark_dynamic(tensor, dim) instead of dynamic=True",
         )
@@ -117,5 +122,6 @@ class Draft:
     before: fx.Node | None = None
     lse: fx.Node | None = None
     sink: LoadSource | float | None = None
+    autocast: bool = False  # the product of query and key already ran in the result's type
     zeroed: tuple[Any, ...] = ()  # where weights are set to zero after softmax: booleans in b, h, q, k
     notes: list[str] = field(default_factory=list)

@@ -16,6 +16,7 @@ from torch import fx
 
 from effattn.ir import expr
 from effattn.ir.expr import Where, b, h, k, q, s
+from effattn.ir.refusal import Why
 from effattn.passes.block_mask import BlockMask
 from effattn.passes.draft import Draft, Refused, require_fixed
 from effattn.passes.graph import GraphView
@@ -46,18 +47,18 @@ def from_flex(view: GraphView, call: Call, readers: dict[tuple, Reader]) -> Draf
     def operand(node: fx.Node, shape: tuple, name: str) -> Operand:
         shared = is_broadcast(view, shape[0], batch)
         if shared is None:
-            raise Refused("batch", f"whether {name}'s batch of {shape[0]} is 1 or the query's {batch} is not known")
+            raise Refused(Why.BATCH, f"whether {name}'s batch of {shape[0]} is 1 or the query's {batch} is not known")
         at_batch = sympy.Integer(0) if shared else b
         at_head = h if shape[1] == heads else expr.FloorDiv(h, heads / kv_heads)
         bounds = Reader(view, {b: batch, h: heads, row: shape[2], depth: shape[3]})
         found = trace(view, bounds, node, (at_batch, at_head, row, depth), time)
         if found is None:
-            raise Refused("operands", f"the layout of {name} is not understood: {node.name}")
+            raise Refused(Why.OPERANDS, f"the layout of {name} is not understood: {node.name}")
         return found
 
     operands = [operand(query, q_shape, "query"), operand(key, k_shape, "key"), operand(value, v_shape, "value")]
     if operands[2].factor != 1:
-        raise Refused("value", "value is scaled by a constant on the way to attention")
+        raise Refused(Why.VALUE, "value is scaled by a constant on the way to attention")
     scale = reader.read(call.get("scale"), time).at(())
     raw = scale * operands[0].factor * operands[1].factor * s
     mask = BlockMask.of(call)
@@ -97,15 +98,15 @@ def _outputs(call: Call) -> tuple[fx.Node, fx.Node | None]:
     taken: dict[int, fx.Node] = {}
     for user in call.node.users:
         if user.target is not operator.getitem or not isinstance(user.args[1], int) or user.args[1] in taken:
-            raise Refused("output", f"the outputs are not taken apart by index: {user.name}")
+            raise Refused(Why.OUTPUT, f"the outputs are not taken apart by index: {user.name}")
         if user.users:
             taken[user.args[1]] = user
     if 0 not in taken:
-        raise Refused("output", "nobody uses the output")
+        raise Refused(Why.OUTPUT, "nobody uses the output")
     if 2 in taken:
-        raise Refused("output", "the largest score of each row is used (return_aux max_scores)", "do not ask for it")
+        raise Refused(Why.OUTPUT, "the largest score of each row is used (return_aux max_scores)", "do not ask for it")
     if 1 in taken and (call.get("kernel_options") or {}).get("BACKEND") == "FLASH":
-        raise Refused("output", "the LSE of the FLASH backend is used")
+        raise Refused(Why.OUTPUT, "the LSE of the FLASH backend is used")
     return taken[0], taken.get(1)
 
 
@@ -126,10 +127,10 @@ def _read_mod(view: GraphView, outer: Reader, mod: fx.Node, given: list, name: s
     """
     body = view.graph.owning_module.get_submodule(str(mod.target))  # type: ignore[union-attr]
     if not isinstance(body, fx.GraphModule):
-        raise Refused(name, f"{name} is not a graph")
+        raise Refused(Why.MOD, f"{name} is not a graph")
     inputs = [node for node in body.graph.nodes if node.op == "placeholder"]
     if len(inputs) != len(given):
-        raise Refused(name, f"{name} takes {len(inputs)} inputs, and {len(given)} are known")
+        raise Refused(Why.MOD, f"{name} takes {len(inputs)} inputs, and {len(given)} are known")
     inside = GraphView(body.graph)
     reader = _ModReader(inside, outer, dict(zip(inputs, given, strict=True)))
     (end,) = (node for node in body.graph.nodes if node.op == "output")
@@ -138,12 +139,12 @@ def _read_mod(view: GraphView, outer: Reader, mod: fx.Node, given: list, name: s
         (result,) = result
     value = inside.tensor(result)
     if value is None or value.dim() != 0:
-        raise Refused(name, f"{name} does not return one element")
+        raise Refused(Why.MOD, f"{name} does not return one element")
     found = reader.read(result, inside.time[end])
     found.at(())
     for node in [source.node for source in reader.loads.values()] + list(reader.numbers.values()):
         spelled = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", node.target)
-        raise Refused(name, f"{spelled} in {name}: {reader.reasons.get(node, 'no symbolic meaning')}")
+        raise Refused(Why.MOD, f"{spelled} in {name}: {reader.reasons.get(node, 'no symbolic meaning')}")
     return found
 
 

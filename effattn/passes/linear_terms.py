@@ -9,6 +9,7 @@ import sympy
 
 from effattn.ir import expr
 from effattn.ir.expr import b, h, k, q, s
+from effattn.ir.refusal import Why
 from effattn.ir.text import text
 from effattn.passes.draft import Refused
 
@@ -42,17 +43,19 @@ def interpret(weights: Any) -> LinearTerm:
     if future != 0:
         if future.has(s) and _masks_some(weights) and _at_most_zero_beyond(future):
             raise Refused(
-                "masked weights", f"masked places hold {text(future)}, which is not certainly 0", "mask after the exp()"
+                Why.MASKED_WEIGHTS,
+                f"masked places hold {text(future)}, which is not certainly 0",
+                "mask after the exp()",
             )
         if any(decay.has(k) for decay in weights.atoms(sympy.exp)):
-            raise Refused("both directions", "keys after the query have weights that depend on their distance")
+            raise Refused(Why.BOTH_DIRECTIONS, "keys after the query have weights that depend on their distance")
         raise NotLinear("keys after the query have weights as well")
     if past.has(q, k, b):
-        raise Refused("weights", f"the weights depend on more than distance and head: {text(past)}")
-    factor = _per_score(past, Refused("weights", f"the weights are not a multiple of the scores: {text(past)}"))
+        raise Refused(Why.WEIGHTS, f"the weights depend on more than distance and head: {text(past)}")
+    factor = _per_score(past, Refused(Why.WEIGHTS, f"the weights are not a multiple of the scores: {text(past)}"))
     rate, scale = _split(factor)
     if rate.is_number and rate.is_positive:
-        raise Refused("decay", f"weights grow with distance: exp({text(rate)}) per token")
+        raise Refused(Why.DECAY, f"weights grow with distance: exp({text(rate)}) per token")
     return LinearTerm(_constant(scale), None if rate == 0 else rate, True)
 
 
@@ -92,14 +95,14 @@ def _split(factor: Any) -> tuple[Any, Any]:
     rate = exponent.coeff(_AGE, 1)
     rest = sympy.expand(exponent - rate * _AGE)
     if rest.has(_AGE) or scale.has(_AGE) or rate.has(_AGE):
-        raise Refused("decay", f"the weights are no power of the distance: {text(factor)}")
+        raise Refused(Why.DECAY, f"the weights are no power of the distance: {text(factor)}")
     return rate, scale * sympy.exp(rest)
 
 
 def _constant(scale: Any) -> float:
     if not scale.is_number or not scale.is_finite:
         what = "each head has a factor of its own" if scale.has(h) else "the scores are multiplied by data"
-        raise Refused("scale", f"{what}: {text(scale)}", "multiply the query instead")
+        raise Refused(Why.SCALE, f"{what}: {text(scale)}", "multiply the query instead")
     return float(scale)
 
 

@@ -12,17 +12,18 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import fx
 
-from effattn.ir.site import Refusal
+from effattn.ir.refusal import Refusal, Why
 from effattn.passes.assemble import assemble
-from effattn.passes.draft import NOT_ATTENTION, Draft, Match, Missed, Refused
+from effattn.passes.checkpoints import CHECKPOINT
+from effattn.passes.draft import Draft, Match, Missed, Refused
 from effattn.passes.flex import from_flex
 from effattn.passes.graph import GraphView, bodies_of
 from effattn.passes.match_sdpa import from_sdpa
-from effattn.passes.match_softmax import NOT_APART, from_softmax, with_heads_apart
+from effattn.passes.match_softmax import from_softmax, with_heads_apart
 from effattn.passes.products import (
     spelled,
 )
-from effattn.passes.provenance import location, module_path
+from effattn.passes.provenance import location
 from effattn.passes.reading import Reader
 from effattn.passes.reading.reader import Unreadable
 from effattn.passes.softmax_by_hand import may_hold_written_softmax, written_softmax
@@ -38,8 +39,8 @@ def find(view: GraphView) -> tuple[list[Match], list[Missed]]:
         found = _match(view, call, readers, len(matches))
         if isinstance(found, Match):
             matches.append(found)
-        elif view.call(call.node) == call or found.rule != NOT_ATTENTION:  # any quotient may look like a softmax
-            missed.append(Missed(module_path(call.node) or call.node.name, location(call.node), found))
+        elif view.call(call.node) == call or found.rule != Why.NOT_ATTENTION:  # any quotient may look like a softmax
+            missed.append(Missed.at(call.node, found))
     missed += [_inside(node) for node in view.graph.nodes if _hides_attention(node)]
     return matches, missed + [_as_operator(node) for node in view.graph.nodes if _is_operator(node)]
 
@@ -53,9 +54,9 @@ def _match(view: GraphView, call: Call, readers: dict[tuple, Reader], order: int
         except Refused as refused:
             refusals.append(refused.refusal)
         except Unreadable as unreadable:
-            refusals.append(Refused("reading", str(unreadable)).refusal)
-    refusal = next((refusal for refusal in refusals if refusal.rule != NOT_APART), refusals[-1])
-    if refusal.rule == "rows without keys" and call.name == "softmax":
+            refusals.append(Refused(Why.READING, str(unreadable)).refusal)
+    refusal = next((refusal for refusal in refusals if refusal.rule != Why.NOT_APART), refusals[-1])
+    if refusal.rule == Why.ROWS_WITHOUT_KEYS and call.name == "softmax":
         try:
             return assemble(view, from_softmax(view, call, readers, mask_is_data=True), order)
         except (Refused, Unreadable):
@@ -71,9 +72,9 @@ def _hides_attention(node: fx.Node) -> bool:
 
 
 def _inside(node: fx.Node) -> Missed:
-    hint = "use plain checkpoints, neither nested nor with a context_fn" if "checkpoint" in spelled(node) else ""
+    hint = "use plain checkpoints, neither nested nor with a context_fn" if node.target is CHECKPOINT else ""
     reason = f"it is inside {spelled(node)}, and graphs within the graph are not looked into"
-    return Missed(node.name, location(node), Refused("higher order", reason, hint).refusal)
+    return Missed(node.name, location(node), Refused(Why.HIGHER_ORDER, reason, hint).refusal)
 
 
 def _is_operator(node: fx.Node) -> bool:
@@ -86,7 +87,7 @@ def _is_operator(node: fx.Node) -> bool:
 def _as_operator(node: fx.Node) -> Missed:
     reason = f"it is the operator {node.target} of an exported program, and these are not read"
     return Missed(
-        node.name, location(node), Refused("operator", reason, "compile the module that was exported").refusal
+        node.name, location(node), Refused(Why.OPERATOR, reason, "compile the module that was exported").refusal
     )
 
 

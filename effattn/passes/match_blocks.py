@@ -17,6 +17,7 @@ from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from effattn.ir.expr import Where, b, h, k, q, s
+from effattn.ir.refusal import Why
 from effattn.ir.site import Stage
 from effattn.passes.assemble import assemble
 from effattn.passes.blocks import Block, NoLoop, find_loops, linked
@@ -24,7 +25,6 @@ from effattn.passes.draft import Draft, Missed, Refused
 from effattn.passes.graph import GraphView, as_sympy, hint
 from effattn.passes.match_linear import LinearMatch, Loop, finished
 from effattn.passes.operands import Operand, depth
-from effattn.passes.provenance import location, module_path
 from effattn.passes.reading.decay import DecayReader
 from effattn.passes.reading.reader import Unreadable
 
@@ -50,8 +50,8 @@ def find_blocks(view: GraphView) -> tuple[list[LinearMatch], list[Missed], set[f
         try:
             found.append(_match(view, joined, linked(view, turns), len(found)))
         except (NoLoop, Refused, Unreadable) as error:
-            refusal = error.refusal if isinstance(error, Refused) else Refused("loop over blocks", str(error)).refusal
-            missed.append(Missed(module_path(joined) or joined.name, location(joined), refusal))
+            refusal = error.refusal if isinstance(error, Refused) else Refused(Why.LOOP_OVER_BLOCKS, str(error)).refusal
+            missed.append(Missed.at(joined, refusal))
     return found, missed, seen
 
 
@@ -73,7 +73,7 @@ def _match(view: GraphView, joined: fx.Node, turns: list[Block], order: int) -> 
     _check_used_nowhere_else(view, made, joined, final)
     batch, heads, length, head_dim = view.shape(query)
     if view.shape(key) != view.shape(query) or view.shape(value)[:3] != (batch, heads, length):
-        raise Refused("shapes", f"query {view.shape(query)}, key {view.shape(key)}, value {view.shape(value)}")
+        raise Refused(Why.SHAPES, f"query {view.shape(query)}, key {view.shape(key)}, value {view.shape(value)}")
     initial = _initial(view, turns[0].before, joined, (batch, heads, head_dim, view.shape(value)[3]))
     reader = DecayReader(view, {b: batch, h: heads, q: length, k: length})
     slopes = reader.as_data(rate.slopes, rate.time).at(_per_head(view, rate.slopes, heads))
@@ -135,13 +135,13 @@ def _whole(view: GraphView, parts: list[fx.Node], name: str) -> fx.Node:
     for part in parts:
         cut = _slice(view, part)
         if cut is None or cut[0] is not (source or cut[0]) or not same_size(cut[1], end):
-            raise Refused("blocks", f"the blocks of {name} do not follow one another in one tensor")
+            raise Refused(Why.BLOCKS, f"the blocks of {name} do not follow one another in one tensor")
         source, _, end = cut
         if not same_size(view.held(part).shape[2], end - cut[1]):
-            raise Refused("blocks", f"a block of {name} reaches beyond the end")
+            raise Refused(Why.BLOCKS, f"a block of {name} reaches beyond the end")
     assert source is not None
     if not same_size(view.held(source).shape[2], end):
-        raise Refused("blocks", f"the blocks end at token {end} of {view.held(source).shape[2]}")
+        raise Refused(Why.BLOCKS, f"the blocks end at token {end} of {view.held(source).shape[2]}")
     return source
 
 
@@ -177,10 +177,10 @@ def _one_rate(view: GraphView, turns: list[Block]) -> _Rate:
     rates = [_rate(view, turn) for turn in turns if turn.update is not None]
     if not rates:
         raise Refused(
-            "decay", "one block alone, without a state after it: its decay is data, of which no rate is known"
+            Why.DECAY, "one block alone, without a state after it: its decay is data, of which no rate is known"
         )
     if any((rate.slopes, rate.factor) != (rates[0].slopes, rates[0].factor) for rate in rates):
-        raise Refused("decay", "the state decays at another rate after one block than after another")
+        raise Refused(Why.DECAY, "the state decays at another rate after one block than after another")
     return replace(rates[0], time=min(rate.time for rate in rates))
 
 
@@ -189,7 +189,7 @@ def _rate(view: GraphView, turn: Block) -> _Rate:
     assert turn.update is not None
     call = view.call(turn.update.decay)
     if call is None or call.name != "exp":
-        raise Refused("decay", f"the state is multiplied by {turn.update.decay.name}, which is no exp(rate * tokens)")
+        raise Refused(Why.DECAY, f"the state is multiplied by {turn.update.decay.name}, which is no exp(rate * tokens)")
     node, factor, time = call.get("input"), sympy.Integer(1), view.time[call.node]
     while (step := view.call(node)) is not None and step.name in ("neg", "mul"):
         tensors = [x for x in (step.get("input"), step.get("other")) if view.tensor(x) is not None]
@@ -207,9 +207,11 @@ def _rate(view: GraphView, turn: Block) -> _Rate:
         node, time = tensors[0], view.time[step.node]
     per_token = sympy.cancel(factor / view.shape(turn.query)[2])
     if not per_token.is_number or not per_token.is_finite or per_token == 0:
-        raise Refused("decay", f"the state decays by {factor} times its rate after {view.shape(turn.query)[2]} tokens")
+        raise Refused(
+            Why.DECAY, f"the state decays by {factor} times its rate after {view.shape(turn.query)[2]} tokens"
+        )
     if not view.held(node).is_floating_point():
-        raise Refused("decay", f"the rate of decay is read from {view.held(node).dtype}")
+        raise Refused(Why.DECAY, f"the rate of decay is read from {view.held(node).dtype}")
     return _Rate(node, per_token, time)
 
 
@@ -217,9 +219,9 @@ def _per_head(view: GraphView, slopes: fx.Node, heads: Any) -> tuple[Any, ...]:
     """The index of a head in slopes that are broadcast to states [B, H, F, D]."""
     shape = view.shape(slopes)
     if len(shape) > 4 or any(size != 1 for n, size in enumerate(reversed(shape)) if n != 2):
-        raise Refused("decay", f"decay is not one number per head: {list(shape)}")
+        raise Refused(Why.DECAY, f"decay is not one number per head: {list(shape)}")
     if len(shape) < 3 or shape[-3] != heads:
-        raise Refused("decay", f"decay is read from {list(shape)} for {heads} heads")
+        raise Refused(Why.DECAY, f"decay is read from {list(shape)} for {heads} heads")
     return tuple(h if n == len(shape) - 3 else sympy.Integer(0) for n in range(len(shape)))
 
 
@@ -227,17 +229,17 @@ def _check_tables(view: GraphView, turns: list[Block]) -> None:
     for turn in turns:
         heads, length = view.shape(turn.query)[1:3]
         if any(view.shape(node)[2] != length for node in (turn.key, turn.value)):
-            raise Refused("blocks", "a block of queries meets keys or values of another length")
+            raise Refused(Why.BLOCKS, "a block of queries meets keys or values of another length")
         falling = None if turn.update is None else turn.update.falling
         for node, last in ((turn.rising, 1), (falling, 1), (turn.triangle, length)):
             if node is None:
                 continue
             shape = view.shape(node)
             if shape[-3:] != (heads, length, last) or any(size != 1 for size in shape[:-3]):
-                raise Refused("decay", f"a table of decay {list(shape)} for {heads} heads and {length} tokens")
+                raise Refused(Why.DECAY, f"a table of decay {list(shape)} for {heads} heads and {length} tokens")
             if view.held(node).requires_grad:
                 raise Refused(
-                    "gradient of decay", "decay is learned: it needs a gradient, which the op does not compute"
+                    Why.GRADIENT_OF_DECAY, "decay is learned: it needs a gradient, which the op does not compute"
                 )
 
 
@@ -264,9 +266,9 @@ def _initial(view: GraphView, state: fx.Node, joined: fx.Node, shape: tuple) -> 
     if call is not None and call.name == "zeros" and not written:
         return None
     if view.held(state).dtype != view.held(joined).dtype:
-        raise Refused("dtype", f"the state is {view.held(state).dtype}, the output {view.held(joined).dtype}")
+        raise Refused(Why.DTYPE, f"the state is {view.held(state).dtype}, the output {view.held(joined).dtype}")
     if view.shape(state) != shape:
-        raise Refused("shapes", f"the first state is {list(view.shape(state))}, expected {list(shape)}")
+        raise Refused(Why.SHAPES, f"the first state is {list(view.shape(state))}, expected {list(shape)}")
     return state
 
 
@@ -274,14 +276,14 @@ def _check_memory(view: GraphView, turns: list[Block], made: frozenset[fx.Node],
     """Nothing that the loop reads or makes is written before its outputs are joined."""
     end = view.time[joined]
     if any(view.writes(node) for node in (*made, joined)):
-        raise Refused("memory", "the loop writes in place")
+        raise Refused(Why.MEMORY, "the loop writes in place")
     start = min(view.time[node] for node in made)
     read = {source for node in made for source in node.all_input_nodes if source not in made}
     for node in read | made:
         if view.changes_itself(node) or view.writes_between(node, min(start, view.time[node]), end):
-            raise Refused("memory", f"{node.name} is written while the loop runs")
+            raise Refused(Why.MEMORY, f"{node.name} is written while the loop runs")
     if view.writes_between(rate.slopes, rate.time - 1, end):
-        raise Refused("memory", "the rate of decay is written while the loop runs")
+        raise Refused(Why.MEMORY, "the rate of decay is written while the loop runs")
 
 
 def _check_used_nowhere_else(view: GraphView, made: frozenset[fx.Node], joined: fx.Node, final: fx.Node | None) -> None:
@@ -290,9 +292,9 @@ def _check_used_nowhere_else(view: GraphView, made: frozenset[fx.Node], joined: 
             if user in made or user is joined:
                 continue
             if node is not final:
-                raise Refused("loop over blocks", f"what is computed inside is used elsewhere (by {user.name})")
+                raise Refused(Why.LOOP_OVER_BLOCKS, f"what is computed inside is used elsewhere (by {user.name})")
             if user in view.time and view.time[user] < view.time[joined]:
-                raise Refused("loop over blocks", "the last state is used before all outputs are there")
+                raise Refused(Why.LOOP_OVER_BLOCKS, "the last state is used before all outputs are there")
 
 
 def _needs_grad(
@@ -301,8 +303,8 @@ def _needs_grad(
     """Whether the output needs a gradient. The op's reaches everything from every output: so must the author's."""
     modes = {view.gradient_flows(view.time[node]) for node in (*made, joined)}
     if len(modes) > 1:
-        raise Refused("gradient", "the gradient is stopped inside the loop")
+        raise Refused(Why.GRADIENT, "the gradient is stopped inside the loop")
     needs_grad = operands_do or (initial is not None and view.held(initial).requires_grad and modes == {True})
     if needs_grad != view.held(joined).requires_grad:
-        raise Refused("gradient", "the gradient is stopped between query, key and value and the output")
+        raise Refused(Why.GRADIENT, "the gradient is stopped between query, key and value and the output")
     return needs_grad

@@ -14,6 +14,7 @@ import sympy
 from torch import fx
 
 from effattn.ir.expr import k, q, s
+from effattn.ir.refusal import Why
 from effattn.passes.assemble import assemble
 from effattn.passes.contraction import Contraction, contraction
 from effattn.passes.draft import Draft, Match, Missed, Refused
@@ -31,7 +32,6 @@ from effattn.passes.products import (
     sides,
     value_of,
 )
-from effattn.passes.provenance import location, module_path
 from effattn.passes.reading import Reader
 from effattn.passes.reading.decay import DecayReader
 from effattn.passes.reading.reader import Unreadable
@@ -85,8 +85,8 @@ def find_linear(view: GraphView, skip: Container[fx.Node] = ()) -> tuple[list[Li
         except (NotLinear, TypeError, ValueError, ArithmeticError):
             continue  # any two products come here, and sympy raises these where terms cannot be compared
         except (Refused, Unreadable) as error:
-            refusal = error.refusal if isinstance(error, Refused) else Refused("reading", str(error)).refusal
-            missed.append(Missed(module_path(product.node) or product.node.name, location(product.node), refusal))
+            refusal = error.refusal if isinstance(error, Refused) else Refused(Why.READING, str(error)).refusal
+            missed.append(Missed.at(product.node, refusal))
     return found, missed
 
 
@@ -151,19 +151,19 @@ def _match(view: GraphView, product: Contraction, side: str, readers: dict, orde
     if not meaning.causal and eps is None:
         raise NotLinear("two products in a row")
     if meaning.causal and q_len != k_len:
-        raise Refused("lengths", f"{q_len} queries over {k_len} keys: what came before would have to be a state")
+        raise Refused(Why.LENGTHS, f"{q_len} queries over {k_len} keys: what came before would have to be a state")
     _check_used_nowhere_else(view, inner.node, replaced)
 
     roles = sides(inner, inside)
     if roles is None:
-        raise Refused("product", "query and key cannot be told apart in their product")
+        raise Refused(Why.PRODUCT, "query and key cannot be told apart in their product")
     head_dim, dtype = view.shape(inner.left)[inner.left_labels.index(inner.summed)], view.held(replaced).dtype
     operands = query_and_key(view, inner, roles, inside, (batch, heads, q_len, k_len), dtype)
     value, out_index, value_dim = value_of(view, product, (weights, tuple(index)), (batch, heads, k_len))
     if any(len(operand.dims[1]) > 1 for operand in (*operands, value)):
-        raise Refused("heads", "heads lie in several dimensions: the author computes it in chunks already")
+        raise Refused(Why.HEADS, "heads lie in several dimensions: the author computes it in chunks already")
     if value.factor != 1:
-        raise Refused("value", "value is scaled by a constant on the way to attention")
+        raise Refused(Why.VALUE, "value is scaled by a constant on the way to attention")
     notes: list[str] = []
     note_folding([*operands, value], notes)
     draft = Draft(
@@ -194,7 +194,7 @@ def finished(view: GraphView, match: Match, eps: float | None) -> LinearMatch:
     site = match.site
     term = interpret(site.score)
     if site.loads_need_grad:
-        raise Refused("gradient of decay", "decay is learned: it needs a gradient, which the op does not compute")
+        raise Refused(Why.GRADIENT_OF_DECAY, "decay is learned: it needs a gradient, which the op does not compute")
     if term.rate is not None:
         named = zip(site.loads, match.anchors.loads, strict=True)
         term = replace(term, rate=plain_loads(term.rate, {load.name: view.shape(at.node) for load, at in named}))
@@ -218,7 +218,7 @@ def _check_used_nowhere_else(view: GraphView, product: fx.Node, replaced: fx.Nod
         node = waiting.pop()
         for user in node.users:
             if user not in inside:
-                raise Refused("weights", f"the weights are used elsewhere (by {user.name})")
+                raise Refused(Why.WEIGHTS, f"the weights are used elsewhere (by {user.name})")
             if user not in seen:
                 seen.add(user)
                 waiting.append(user)

@@ -9,6 +9,7 @@ from torch import fx
 
 from effattn.ir import expr
 from effattn.ir.expr import Where, h, k, q, s
+from effattn.ir.refusal import Why
 from effattn.passes.draft import FOUND_AS, Draft, Refused, require_fixed
 from effattn.passes.graph import GraphView
 from effattn.passes.operands import Operand, depth, row
@@ -28,10 +29,10 @@ from effattn.passes.vocabulary import Call
 def from_sdpa(view: GraphView, call: Call, readers: dict[tuple, Reader]) -> Draft:
     query, key, value = (call.get(name) for name in ("query", "key", "value"))
     if any(not isinstance(node, fx.Node) or view.tensor(node) is None for node in (query, key, value)):
-        raise Refused("arguments", "query, key or value is not a tensor of the graph")
+        raise Refused(Why.ARGUMENTS, "query, key or value is not a tensor of the graph")
     if call.get("dropout_p", 0.0) != 0.0:
         raise Refused(
-            "dropout", f"attention dropout p={call.get('dropout_p')} is live", "call model.eval(), or set it to 0"
+            Why.DROPOUT, f"attention dropout p={call.get('dropout_p')} is live", "call model.eval(), or set it to 0"
         )
     q_shape, k_shape, v_shape = (view.shape(node) for node in (query, key, value))
     index, batch, heads = batch_index(q_shape[:-2])
@@ -42,7 +43,7 @@ def from_sdpa(view: GraphView, call: Call, readers: dict[tuple, Reader]) -> Draf
 
     def operand(node: fx.Node, shape: tuple, name: str, length, whole: bool) -> Operand:
         if len(shape) != len(q_shape):
-            raise Refused("shapes", f"{name} has {len(shape)} dimensions where query has {len(q_shape)}")
+            raise Refused(Why.SHAPES, f"{name} has {len(shape)} dimensions where query has {len(q_shape)}")
         inside = list(index)
         for dim, (size, full) in enumerate(zip(shape[:-2], q_shape[:-2], strict=True)):
             if equal(view, size, full):
@@ -52,7 +53,7 @@ def from_sdpa(view: GraphView, call: Call, readers: dict[tuple, Reader]) -> Draf
             elif call.get("enable_gqa") and dim == len(shape) - 3 and (full / size).is_Integer and inside[dim] == h:
                 inside[dim] = expr.FloorDiv(h, full / size)
             else:
-                raise Refused("shapes", f"{name} of shape {shape} does not fit query of shape {q_shape}")
+                raise Refused(Why.SHAPES, f"{name} of shape {shape} does not fit query of shape {q_shape}")
         return traced(view, node, (*inside, row, depth), time, name, (batch, heads, length, shape[-1]), whole=whole)
 
     scale = call.get("scale")
@@ -65,13 +66,13 @@ def from_sdpa(view: GraphView, call: Call, readers: dict[tuple, Reader]) -> Draf
     if mask is not None:
         reading = reader.argument(call, "attn_mask")
         if len(reading.shape) > len(q_shape):
-            raise Refused("shapes", f"the mask has {len(reading.shape)} dimensions where query has {len(q_shape)}")
+            raise Refused(Why.SHAPES, f"the mask has {len(reading.shape)} dimensions where query has {len(q_shape)}")
         at = reading.at(aligned(reading, (*index, q, k), (*q_shape[:-1], k_len)))
         term = Where(at, term, -sympy.oo) if reading.kind == "bool" else term + reader.grouped(at)
     if call.get("is_causal") is True:
         term = Where(k <= q, term, -sympy.oo)
     elif call.get("is_causal", False) is not False:
-        raise Refused("arguments", "is_causal is not a constant")
+        raise Refused(Why.ARGUMENTS, "is_causal is not a constant")
     note_folding(operands, notes)
     return Draft(
         anchor=call.node,

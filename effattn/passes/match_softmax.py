@@ -8,6 +8,7 @@ import sympy
 from torch import fx
 
 from effattn.ir.expr import b, h, k, q, s
+from effattn.ir.refusal import Why
 from effattn.passes.contraction import Contraction, contraction
 from effattn.passes.draft import FOUND_AS, Draft, Refused
 from effattn.passes.graph import GraphView
@@ -29,8 +30,6 @@ from effattn.passes.sink_column import Scores, require_plain, scores_of
 from effattn.passes.vocabulary import Call
 from effattn.passes.weights import follow_weights
 
-NOT_APART = "heads apart"  # the rule that scores fail in which batch and heads are not one dimension
-
 
 def with_heads_apart(view: GraphView, call: Call, readers: dict[tuple, Reader]) -> Draft:
     """A softmax over scores [B * H, Nq, Nk], batch and heads told apart by what query or key were before.
@@ -46,13 +45,13 @@ def from_softmax(
     """``apart``: batch and heads are one dimension. ``mask_is_data``: what is added last is not looked into."""
     scores = call.get("input")
     if not isinstance(scores, fx.Node) or view.tensor(scores) is None or not isinstance(call.get("dim"), int):
-        raise Refused("arguments", "softmax without a constant dim over a tensor")
+        raise Refused(Why.ARGUMENTS, "softmax without a constant dim over a tensor")
     shape, time = view.shape(scores), view.time[call.node]
     dim = call.get("dim") % len(shape)
     found = scores_of(view, call, dim)
     scores, shape, time = found.node, view.shape(found.node), found.time
     if apart and len(shape) != 3:
-        raise Refused(NOT_APART, "batch and heads are not one dimension")
+        raise Refused(Why.NOT_APART, "batch and heads are not one dimension")
     product, q_dim = query_key_product(view, readers, scores, shape, dim, time)
     rest = [n for n in range(len(shape)) if n not in (dim, q_dim)]
     if apart:
@@ -71,7 +70,7 @@ def from_softmax(
 
     roles = sides(product, inside)
     if roles is None:
-        raise Refused("product", "query and key cannot be told apart in the product before softmax")
+        raise Refused(Why.PRODUCT, "query and key cannot be told apart in the product before softmax")
     if found.sink is not None:
         require_plain(tuple(index), (b, h, q, k))
     replaced, value_product, placed, zeroed = _to_value(view, call, tuple(index), reader, found.sink is not None)
@@ -86,7 +85,8 @@ def from_softmax(
     term = term.subs(s, operands[0].factor * operands[1].factor * s)
     notes: list[str] = []
     note_folding(operands, notes)
-    if view.held(product.node).dtype == view.held(replaced).dtype != view.held(product.left).dtype:
+    autocast = view.held(product.node).dtype == view.held(replaced).dtype != view.held(product.left).dtype
+    if autocast:
         notes.append("autocast")
     if found.sink is not None:
         notes.append("a sink takes part in the softmax: the result is multiplied by sigmoid(lse - sink)")
@@ -112,6 +112,7 @@ def from_softmax(
         scores=LoadSource(found.node, found.time),
         sink=found.sink,
         zeroed=zeroed,
+        autocast=autocast,
         notes=notes,
     )
 
@@ -121,7 +122,7 @@ def _to_value(view: GraphView, call: Call, index: tuple, reader: Reader, sink: b
     if (product := call.get("product")) is None:
         return follow_weights(view, call.node, index, reader, sink)
     if sink:
-        raise Refused("sink", "the product with value is divided by a sum that holds a sink")
+        raise Refused(Why.SINK, "the product with value is divided by a sum that holds a sink")
     return call.node, contraction(view, product), (call.get("weights"), index), ()
 
 
@@ -147,4 +148,4 @@ def _heads_beside_batch(
         heads = heads_beside_batch(view, bounds, node, entries, view.held(node).dtype)
         if heads is not None and sympy.cancel(size / heads).is_integer:
             return sympy.Integer(heads)
-    raise Refused(NOT_APART, "nothing tells batch and heads apart")
+    raise Refused(Why.NOT_APART, "nothing tells batch and heads apart")

@@ -13,6 +13,7 @@ from effattn.errors import PlanError
 from effattn.ir import expr, wire
 from effattn.ir.expr import Nk, k, q
 from effattn.ir.plan import EmptyRows
+from effattn.ir.refusal import Why
 from effattn.ir.site import Layout
 from effattn.passes import masks
 from effattn.passes.contraction import contraction
@@ -45,7 +46,7 @@ def meaning(view: GraphView, draft: Draft, layout: Layout) -> Meaning:
     try:
         found = masks.split(draft.term)
     except masks.Unclear as unclear:
-        raise Refused("score and mask", str(unclear)) from unclear
+        raise Refused(Why.SCORE_AND_MASK, str(unclear)) from unclear
     score = with_lengths(found.score, layout)
     predicate = masks.simplify(with_lengths(found.predicate, layout))
     _check_expressions(score, predicate)
@@ -66,7 +67,7 @@ def meaning(view: GraphView, draft: Draft, layout: Layout) -> Meaning:
         )
     except masks.Unclear as unclear:
         if draft.zeroed or not masks.may_stay_in_score(found, draft.term, dtype):
-            raise Refused("rows without keys", str(unclear), "use a boolean mask with SDPA") from unclear
+            raise Refused(Why.ROWS_WITHOUT_KEYS, str(unclear), "use a boolean mask with SDPA") from unclear
         score, predicate, position = with_lengths(draft.term, layout), sympy.true, None
         empty = "zero" if draft.zero_when_empty else "nan"
         draft.notes.append("a row may attend to nothing: the mask's fill values are added as the author adds them")
@@ -80,7 +81,7 @@ def _after_softmax(draft: Draft, layout: Layout, predicate, empty: EmptyRows) ->
         empty = "nan"
     for where in draft.zeroed:
         if masks.simplify(sympy.Not(masks.simplify(with_lengths(where, layout)))) != predicate:
-            raise Refused("weights", "weights are set to zero by another mask than that of the scores")
+            raise Refused(Why.WEIGHTS, "weights are set to zero by another mask than that of the scores")
         empty = "zero"
     return "zero" if draft.sink is not None else empty  # the sink takes all of the weight
 
@@ -88,7 +89,7 @@ def _after_softmax(draft: Draft, layout: Layout, predicate, empty: EmptyRows) ->
 def _check_large_numbers(view: GraphView, draft: Draft, score) -> None:
     scaled_fill = any(_is_huge(number) for number in score.atoms(sympy.Number))
     if scaled_fill and _score_dtype(view, draft) == "float16":
-        raise Refused("score and mask", "a fill value is scaled by data in float16, which may make it infinite")
+        raise Refused(Why.SCORE_AND_MASK, "a fill value is scaled by data in float16, which may make it infinite")
 
 
 def _check_digits(view: GraphView, draft: Draft, score, lengths: Layout) -> None:
@@ -98,7 +99,7 @@ def _check_digits(view: GraphView, draft: Draft, score, lengths: Layout) -> None
     shown = sympy.And(*masks.not_lowered(score))
     if shown != sympy.true and not masks.every_row_sees_a_key(masks.simplify(shown), lengths):
         raise Refused(
-            "rows without keys",
+            Why.ROWS_WITHOUT_KEYS,
             "a row may attend to nothing, and a large number that is added in half precision takes its digits",
             "fill with -inf, or add in float32",
         )
@@ -106,18 +107,18 @@ def _check_digits(view: GraphView, draft: Draft, score, lengths: Layout) -> None
 
 def _check_expressions(score, predicate) -> None:
     if predicate == sympy.false:
-        raise Refused("empty mask", "the mask allows nothing at all")
+        raise Refused(Why.EMPTY_MASK, "the mask allows nothing at all")
     if predicate.has(expr.s):
-        raise Refused("score and mask", "the mask depends on the scores themselves")
+        raise Refused(Why.SCORE_AND_MASK, "the mask depends on the scores themselves")
     if not score.has(expr.s):
-        raise Refused("score and mask", "the scores do not depend on query and key")
+        raise Refused(Why.SCORE_AND_MASK, "the scores do not depend on query and key")
     if sympy.count_ops(score) + sympy.count_ops(predicate, visual=False) > MAX_TERMS:
-        raise Refused("size", "the expression of score and mask is too large to compute in a kernel")
+        raise Refused(Why.SIZE, "the expression of score and mask is too large to compute in a kernel")
     for term in (score, predicate):
         try:
             wire.encode(term)
         except PlanError as error:
-            raise Refused("score and mask", str(error)) from error
+            raise Refused(Why.SCORE_AND_MASK, str(error)) from error
 
 
 def _score_dtype(view: GraphView, draft: Draft) -> str:

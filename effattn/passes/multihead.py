@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
+from effattn.ir.refusal import Why
 from effattn.passes.draft import FOUND_AS, Refused
 from effattn.passes.insert import Inserter, difference
 
@@ -60,23 +61,23 @@ def write_out(insert: Inserter, node: fx.Node) -> None:
 def _check(call: dict[str, Any], outputs: dict[int, fx.Node], node: fx.Node) -> None:
     for name, what in _EXOTIC.items():
         if call[name] is not None:
-            raise Refused("multi_head_attention", f"{what} ({name})")
+            raise Refused(Why.MULTI_HEAD_ATTENTION, f"{what} ({name})")
     if call["add_zero_attn"] is not False:
-        raise Refused("multi_head_attention", "a key of zeros is added (add_zero_attn)")
+        raise Refused(Why.MULTI_HEAD_ATTENTION, "a key of zeros is added (add_zero_attn)")
     if call["training"] is not False and call["dropout_p"] != 0.0:
         raise Refused(
-            "dropout", f"attention dropout p={call['dropout_p']} is live", "call model.eval(), or set it to 0"
+            Why.DROPOUT, f"attention dropout p={call['dropout_p']} is live", "call model.eval(), or set it to 0"
         )
     if 1 in outputs and outputs[1].users:
-        raise Refused("weights", "the attention weights are returned", "call it with need_weights=False")
+        raise Refused(Why.WEIGHTS, "the attention weights are returned", "call it with need_weights=False")
     if 0 not in outputs:
-        raise Refused("output", "nobody uses the output")
+        raise Refused(Why.OUTPUT, "nobody uses the output")
     if not all(isinstance(call[name], bool) for name in ("need_weights", "is_causal", "use_separate_proj_weight")):
-        raise Refused("arguments", "need_weights, is_causal or use_separate_proj_weight is not a constant")
+        raise Refused(Why.ARGUMENTS, "need_weights, is_causal or use_separate_proj_weight is not a constant")
     if not isinstance(call["num_heads"], int) or not isinstance(_value(call["query"]).shape[-1], int):
-        raise Refused("arguments", "the number of heads or the width is not a constant")
+        raise Refused(Why.ARGUMENTS, "the number of heads or the width is not a constant")
     if any(_value(call[name]).is_nested for name in ("query", "key", "value")):
-        raise Refused("arguments", "nested tensors")
+        raise Refused(Why.ARGUMENTS, "nested tensors")
 
 
 def _attention(insert: Inserter, call: dict[str, Any]) -> fx.Node:
@@ -193,9 +194,9 @@ def write_out_encoder_layer(insert: Inserter, node: fx.Node) -> None:
     bound.apply_defaults()
     call = bound.arguments
     if _value(call["src"]).is_nested or _value(call["src"]).dim() != 3:
-        raise Refused("arguments", "nested tensors")
+        raise Refused(Why.ARGUMENTS, "nested tensors")
     if call["mask"] is not None and call["mask_type"] not in (0, 1, 2):
-        raise Refused("arguments", f"mask type {call['mask_type']!r} of the fused encoder layer is not known")
+        raise Refused(Why.ARGUMENTS, f"mask type {call['mask_type']!r} of the fused encoder layer is not known")
     with _as_recorded(node):
         result = _encoder_layer(insert, call)
     _replace({0: node}, result)
@@ -242,7 +243,7 @@ def _seen(insert: Inserter, mask: fx.Node, mask_type: int) -> fx.Node:
 
 def leave_native(insert: Inserter, node: fx.Node) -> None:
     """``torch._native_multi_head_attention``, which Dynamo does not make from nn.MultiheadAttention."""
-    raise Refused("fused call", "torch._native_multi_head_attention hides its attention", "use nn.MultiheadAttention")
+    raise Refused(Why.FUSED_CALL, "torch._native_multi_head_attention hides its attention", "use nn.MultiheadAttention")
 
 
 # -- shared -----------------------------------------------------------------------------------------------------
@@ -265,7 +266,7 @@ def _outputs(node: fx.Node) -> dict[int, fx.Node]:
     found: dict[int, fx.Node] = {}
     for user in node.users:
         if user.target is not operator.getitem or not isinstance(user.args[1], int) or user.args[1] in found:
-            raise Refused("output", f"the outputs are not taken apart by index: {user.name}")
+            raise Refused(Why.OUTPUT, f"the outputs are not taken apart by index: {user.name}")
         found[user.args[1]] = user
     return found
 
@@ -286,5 +287,5 @@ def _as_recorded(node: fx.Node) -> Iterator[None]:
 
 def _replace(outputs: dict[int, fx.Node], result: fx.Node) -> None:
     if wrong := difference(_value(outputs[0]), _value(result)):
-        raise Refused("result", f"written out it gives {wrong}")
+        raise Refused(Why.RESULT, f"written out it gives {wrong}")
     outputs[0].replace_all_uses_with(result)

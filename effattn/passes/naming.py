@@ -14,6 +14,7 @@ import torch
 from effattn.ir import expr
 from effattn.ir.expr import Nk, Nq, b, h, k, q
 from effattn.ir.plan import LoadSpec
+from effattn.ir.refusal import Why
 from effattn.ir.site import Layout
 from effattn.passes.draft import Draft, Refused, SizeSource
 from effattn.passes.graph import GraphView
@@ -62,7 +63,7 @@ def size_source(view: GraphView, symbol, end: int) -> SizeSource:
     for node in view.graph.nodes:
         if node.op == "placeholder" and symbol in view.shape(node):
             return SizeSource(node, view.shape(node).index(symbol))
-    raise Refused("symbolic length", f"no node of the graph holds the length {symbol}")
+    raise Refused(Why.SYMBOLIC_LENGTH, f"no node of the graph holds the length {symbol}")
 
 
 def number_names(score, predicate) -> dict[str, str]:

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import fx
 
+from effattn.ir.refusal import Why
 from effattn.passes.contraction import Contraction
 from effattn.passes.draft import Refused
 from effattn.passes.graph import GraphView
@@ -72,7 +73,7 @@ def sum_of(view: GraphView, divisor: Any, weights: fx.Node, dim: int, time: int)
         elif call.name in ("reshape", "getitem") and _appends_one(view, call, rank, dim):
             divisor, kept = source, True
         elif call.name in ("clamp", "maximum") and _is_sum(view, source, weights, dim, rank):
-            raise Refused("normaliser", "the sum of the weights is limited from below, where the op adds to it")
+            raise Refused(Why.NORMALISER, "the sum of the weights is limited from below, where the op adds to it")
         else:
             keepdim = call.get("keepdim", False) is True
             return eps if keepdim != kept and _is_sum(view, divisor, weights, dim, rank) else None

@@ -17,7 +17,6 @@ from effattn.passes.draft import Missed, Refused
 from effattn.passes.erase import erase_orphans, erase_unused_weights
 from effattn.passes.graph import GraphView
 from effattn.passes.insert import Inserter
-from effattn.passes.provenance import location, module_path
 
 # a function that Dynamo keeps whole -> what writes it out and gives its users the parts
 RULES: dict[Any, Callable[[Inserter, fx.Node], None]] = {
@@ -42,7 +41,7 @@ def normalize(gm: fx.GraphModule) -> tuple[int, list[Missed]]:
                 rule(inserter, node)
         except Refused as refused:
             inserter.undo()
-            missed.append(Missed(module_path(node) or node.name, location(node), refused.refusal))
+            missed.append(Missed.at(node, refused.refusal))
             continue
         sources += node.all_input_nodes
         for user in list(node.users):

@@ -13,8 +13,9 @@ from torch import fx
 
 from effattn.ir import expr
 from effattn.ir.expr import b, h, k, q, s
+from effattn.ir.refusal import Why
 from effattn.passes.contraction import Contraction, contraction
-from effattn.passes.draft import NOT_ATTENTION, Refused
+from effattn.passes.draft import Refused
 from effattn.passes.graph import GraphView, hint
 from effattn.passes.operands import Operand, depth, row, trace
 from effattn.passes.reading import Reader, Reading
@@ -22,8 +23,6 @@ from effattn.passes.reading.elementwise import aligned
 from effattn.passes.reading.reader import generic_index
 from effattn.passes.sink_column import before_casts
 from effattn.passes.vocabulary import Call
-
-NO_PRODUCT = "the scores do not come from a product of two tensors: not attention"
 
 
 def reader_for(
@@ -70,7 +69,7 @@ def traced(
     bounds = Reader(view, {b: batch, h: heads, row: length, depth: width})
     found = trace(view, bounds, node, index, time, dtype, whole=whole or name == "query")
     if found is None:
-        raise Refused("operands", f"the layout of {name} is not understood: {node.name} at {index}")
+        raise Refused(Why.OPERANDS, f"the layout of {name} is not understood: {node.name} at {index}")
     return found
 
 
@@ -124,9 +123,8 @@ def query_key_product(
             wrong_axis = True
     if not candidates:
         if wrong_axis:
-            raise Refused("softmax axis", "the softmax does not run over the keys of a product of queries and keys")
-        reason = _mixing(view, reader, term, symbols[dim]) or _why_no_product(view, reader, term)
-        raise Refused(NOT_ATTENTION if reason == NO_PRODUCT else "no product", reason)
+            raise Refused(Why.AXIS, "the softmax does not run over the keys of a product of queries and keys")
+        raise _mixing(view, reader, term, symbols[dim]) or _no_product(view, reader, term)
     return _main_product(view, list(candidates.values()), time)
 
 
@@ -158,7 +156,7 @@ def _main_product(
     if len(candidates) == 1:
         return candidates[0][:2]
     if not plain:
-        raise Refused("several products", "the scores add several products of queries and keys", "not supported yet")
+        raise Refused(Why.SEVERAL_PRODUCTS, "the scores add several products of queries and keys", "not supported yet")
 
     def preference(candidate: tuple[Contraction, int]) -> tuple[bool, int, int, int]:
         product, row = candidate
@@ -169,29 +167,32 @@ def _main_product(
     return max(plain, key=preference)
 
 
-def _why_no_product(view: GraphView, reader: Reader, term) -> str:
+def _no_product(view: GraphView, reader: Reader, term) -> Refused:
     """What keeps the scores from being read down to a product, if there is one above them."""
+    between = "between the product of query and key and softmax"
     for name in [load.name for load in expr.loads_of(term) if load.name not in reader.raw]:
         node = reader.loads[name].node
         if not _product_above(view, node):
             continue
         if view.cuts_gradient(node, reader.loads[name].time):
-            return f"{spelled(node)} stops the gradient between the product of query and key and softmax"
+            return Refused(Why.GRADIENT, f"{spelled(node)} stops the gradient {between}", at=node)
         writers = view.writes_between(node, view.time[node], reader.loads[name].time)
         if writers:
-            return f"{spelled(writers[-1])} writes into the scores before softmax, which is not understood"
-        return f"{spelled(node)} stands between the product of query and key and softmax and has no symbolic meaning"
+            reason = f"{spelled(writers[-1])} writes into the scores before softmax, which is not understood"
+            return Refused(Why.MEMORY, reason, at=writers[-1])
+        why = f": {reader.reasons[node]}" if node in reader.reasons else ""
+        return Refused(Why.NO_PRODUCT, f"{spelled(node)} stands {between} and has no symbolic meaning{why}", at=node)
     if term.is_number:
-        return "the mask allows nothing at all"
-    return NO_PRODUCT
+        return Refused(Why.EMPTY_MASK, "the mask allows nothing at all")
+    return Refused(Why.NOT_ATTENTION, "the scores do not come from a product of two tensors: not attention")
 
 
 # products with weights: what comes out of one is no product of queries and keys, whatever lies above it
 _LAYERS = (F.linear, F.embedding, F.conv1d, F.conv2d, F.conv3d, F.bilinear, torch.addmm)
 
 
-def _mixing(view: GraphView, reader: Reader, term, key) -> str:
-    """Talking heads: a layer between scores and softmax whose features are not the keys; "" if there is none."""
+def _mixing(view: GraphView, reader: Reader, term, key) -> Refused | None:
+    """Talking heads: a layer between scores and softmax whose features are not the keys; None if there is none."""
     for load in expr.loads_of(term):
         if load.name in reader.raw:
             continue
@@ -201,8 +202,9 @@ def _mixing(view: GraphView, reader: Reader, term, key) -> str:
         if load.indices.index(key) == (len(load.indices) - 1 if node.target is F.linear else 1):  # its features
             continue
         if any(_product_above(view, source) for source in node.all_input_nodes[:1]):
-            return f"{spelled(node)} mixes the scores of several heads before softmax"
-    return ""
+            reason = f"{spelled(node)} mixes the scores of several heads before softmax"
+            return Refused(Why.TALKING_HEADS, reason, at=node)
+    return None
 
 
 def _product_above(view: GraphView, node: fx.Node) -> bool:
@@ -238,13 +240,13 @@ def scores_at(
     raws = [load for load in expr.loads_of(term) if load.name in reader.raw]
     ours = [load for load in raws if reader.raw[load.name].node is product.node]
     if len(ours) != 1:
-        raise Refused("product", "the scores read their product at several places")
+        raise Refused(Why.PRODUCT, "the scores read their product at several places")
     swap: dict[Any, Any] = {ours[0]: s}
     for other in raws:
         if other is not ours[0]:
             node = reader.raw[other.name].node
             if (call := view.call(node)) is not None and call.name == "baddbmm":
-                raise Refused("several products", "the scores add several products, one of them by baddbmm")
+                raise Refused(Why.SEVERAL_PRODUCTS, "the scores add several products, one of them by baddbmm")
             swap[other] = reader.as_data(node, view.time[node] + 1).at(other.indices)  # before anyone writes to it
     return term.xreplace(swap), ours[0].indices
 
@@ -258,14 +260,14 @@ def _with_data_added(view: GraphView, reader: Reader, scores: fx.Node, time: int
     call, shape = view.call(node), view.shape(node)
     plain = call is not None and call.name == "add" and call.get("alpha", 1) == 1
     if call is None or not plain or view.writes_between(node, view.time[node], time):
-        raise Refused("no mask", "the last operation before softmax adds no mask")
+        raise Refused(Why.NO_MASK, "the last operation before softmax adds no mask")
     parts = [call.get(name) for name in ("input", "other")]
     if any(view.tensor(part) is None or view.held(part).dtype != torch.float32 for part in (node, *parts)):
-        raise Refused("no mask", "what is added to the scores last is no mask in float32")
+        raise Refused(Why.NO_MASK, "what is added to the scores last is no mask in float32")
     readings = [reader.argument(call, name) for name in ("input", "other")]
     masks = [not _holds_product(reader, reading) for reading in readings]
     if sum(masks) != 1:
-        raise Refused("no mask", "what is added to the scores last depends on them")
+        raise Refused(Why.NO_MASK, "what is added to the scores last depends on them")
     readings[masks.index(True)] = reader.as_data(parts[masks.index(True)], view.time[node])
     with contextlib.suppress(Refused):  # what was added before that
         readings[masks.index(False)] = _grouped(
@@ -342,10 +344,10 @@ def value_of(view: GraphView, product: Contraction, placed: tuple, sizes: tuple,
     node, value_labels = product.operand("right" if side == "left" else "left")
     at: dict[str, Any] = dict(zip(labels, index, strict=True))
     if at[product.summed] != k:
-        raise Refused("value", "the product after softmax does not run over the keys")
+        raise Refused(Why.VALUE, "the product after softmax does not run over the keys")
     widths = [label for label in value_labels if label not in at]
     if len(widths) != 1:
-        raise Refused("value", "value does not have exactly one dimension of its own")
+        raise Refused(Why.VALUE, "value does not have exactly one dimension of its own")
     value_dim = view.shape(node)[value_labels.index(widths[0])]
     at[widths[0]] = depth
     entries = operand_index(view, node, value_labels, at, {k: row})
@@ -355,5 +357,40 @@ def value_of(view: GraphView, product: Contraction, placed: tuple, sizes: tuple,
     return value, tuple(at[label] for label in product.out_labels), value_dim
 
 
+_SYMBOLS = {
+    "add": "+",
+    "sub": "-",
+    "mul": "*",
+    "truediv": "/",
+    "floordiv": "//",
+    "mod": "%",
+    "pow": "**",
+    "matmul": "@",
+    "iadd": "+=",
+    "isub": "-=",
+    "imul": "*=",
+    "itruediv": "/=",
+    "neg": "-",
+    "and_": "&",
+    "or_": "|",
+    "invert": "~",
+    "lt": "<",
+    "le": "<=",
+    "gt": ">",
+    "ge": ">=",
+    "eq": "==",
+    "ne": "!=",
+    "getitem": "[...]",
+    "setitem": "[...] =",
+}
+
+
 def spelled(node: fx.Node) -> str:
-    return str(node.target) if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
+    """An operation as the user wrote it: ``softmax``, ``+``, ``mT``; "the end of the graph" for its output."""
+    if node.op == "output":
+        return "the end of the graph"
+    if node.target is getattr:
+        return str(node.args[1])
+    name = str(node.target) if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
+    is_operator = getattr(node.target, "__module__", "") == "_operator"
+    return f"'{_SYMBOLS[name]}'" if is_operator and name in _SYMBOLS else name

@@ -88,6 +88,19 @@ def layer_of(path: str) -> int | None:
 
 def location(node: fx.Node) -> str:
     """file:line of the user's code that made the node."""
-    frames = re.findall(r'File "(.+?)", line (\d+)', node.meta.get("stack_trace") or "")
+    file, line, _ = _frame(node)
+    return f"{file}:{line}" if file else ""
+
+
+def code_line(node: fx.Node) -> str:
+    """file:line of the user's code that made the node, and the code; "" where it is not known."""
+    file, line, code = _frame(node)
+    return f"{file}:{line}: {code}" if file else ""
+
+
+def _frame(node: fx.Node) -> tuple[str, str, str]:
+    """(file, line, code) of the innermost frame that is not torch's own."""
+    trace = node.meta.get("stack_trace") or ""
+    frames = re.findall(r'File "(.+?)", line (\d+)[^\n]*(?:\n[ \t]+(?!File ")(.*))?', trace)
     own = [frame for frame in frames if not frame[0].startswith(TORCH)] or frames
-    return f"{own[-1][0]}:{own[-1][1]}" if own else ""
+    return own[-1] if own else ("", "", "")

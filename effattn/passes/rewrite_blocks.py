@@ -8,6 +8,7 @@ import torch
 from torch import fx
 
 import effattn.runtime.linear  # noqa: F401  (registers torch.ops.effattn.linear)
+from effattn.ir.refusal import Why
 from effattn.passes.draft import Refused
 from effattn.passes.known import Known, Unknown
 from effattn.passes.match_blocks import same_size
@@ -28,10 +29,10 @@ def checked_rate(writer: Writer, loop: Loop, rate: fx.Node | None, known: Known)
     try:
         fits = bool(follow(known.value(rate), *known.value(tables)))
     except Unknown as unknown:
-        raise Refused("decay", f"the decay is data that cannot be looked at while compiling: {unknown}") from unknown
+        raise Refused(Why.DECAY, f"the decay is data that cannot be looked at while compiling: {unknown}") from unknown
     if not fits:
         raise Refused(
-            "decay", "the decay tables do not hold the powers of one rate per head: it is not the decay of one state"
+            Why.DECAY, "the decay tables do not hold the powers of one rate per head: it is not the decay of one state"
         )
     return writer.call(torch.ops.effattn.checked_decay.default, rate, *tables)
 

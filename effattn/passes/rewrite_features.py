@@ -12,7 +12,8 @@ from torch._dynamo.source import ConstantSource
 
 import effattn.runtime.window_hybrid  # noqa: F401  (registers torch.ops.effattn.linear and window_linear)
 from effattn.errors import WeightsError
-from effattn.ir.site import Refusal, Site
+from effattn.ir.refusal import Refusal
+from effattn.ir.site import Site
 from effattn.lowering.forms.feature_maps import FEATURE_MAPS
 from effattn.lowering.forms.feature_weights import LayerWeights, load_layer
 from effattn.lowering.forms.linear import LinearParams

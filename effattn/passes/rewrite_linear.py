@@ -15,6 +15,7 @@ from effattn.errors import RewriteError
 from effattn.ir import expr
 from effattn.ir.expr import h
 from effattn.ir.fold import fold
+from effattn.ir.refusal import Why
 from effattn.ir.text import text
 from effattn.passes.draft import Missed, Refused
 from effattn.passes.erase import erase_orphans
@@ -111,12 +112,12 @@ def _per_head(writer: Writer, node: fx.Node, load: expr.Load, heads: int) -> fx.
     kept = [dim for dim, index in enumerate(load.indices) if index == h]
     others = [(dim, index) for dim, index in enumerate(load.indices) if index != h]
     if len(kept) > 1 or not all(index.is_Integer and index >= 0 for _, index in others):
-        raise Refused("decay", f"decay is not one number per head: {text(load)}")
+        raise Refused(Why.DECAY, f"decay is not one number per head: {text(load)}")
     for dim, index in reversed(others):
         node = writer.call(torch.select, node, dim, int(index))
     held = node.meta["example_value"]
     if kept and (as_sympy(held.shape[0]) != heads or held.dim() != 1):
-        raise Refused("decay", f"decay is read from {list(held.shape)} numbers for {heads} heads")
+        raise Refused(Why.DECAY, f"decay is read from {list(held.shape)} numbers for {heads} heads")
     return node if held.dtype == torch.float32 else writer.method("to", node, torch.float32)
 
 
@@ -145,7 +146,7 @@ class _Nodes:
             return self.writer.call(torch.arange, self.heads, dtype=torch.float32, device=self.device)
         if name in self.values:
             return self.values[name]
-        raise Refused("decay", f"decay depends on {name}")
+        raise Refused(Why.DECAY, f"decay depends on {name}")
 
     def load(self, name: str, indices: list[Any]) -> Any:
         raise AssertionError("loads are symbols here")
@@ -153,7 +154,7 @@ class _Nodes:
     def call(self, operation: str, *args: Any) -> Any:
         function = self.CALLS.get(operation)
         if function is None:
-            raise Refused("decay", f"decay is computed with {operation}, which is not understood")
+            raise Refused(Why.DECAY, f"decay is computed with {operation}, which is not understood")
         if not any(isinstance(arg, fx.Node) for arg in args):
             return float(function(*[torch.tensor(float(arg), dtype=torch.float64) for arg in args]))
         return self.writer.call(function, *args)

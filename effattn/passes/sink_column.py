@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from effattn.ir.refusal import Why
 from effattn.passes.draft import Refused
 from effattn.passes.graph import GraphView
 from effattn.passes.reading import LoadSource
@@ -67,7 +68,7 @@ def drops_the_sink(call: Call, dim: int, rank: int) -> bool:
 def require_plain(index: tuple[Any, ...], plain: tuple[Any, ...]) -> None:
     """Raises: Refused: the scores with a sink are laid out in another way than [B, H, Nq, Nk]."""
     if index != plain:
-        raise Refused("sink", "scores with a sink column are not [batch, heads, queries, keys]")
+        raise Refused(Why.SINK, "scores with a sink column are not [batch, heads, queries, keys]")
 
 
 def _before_shift(view: GraphView, node: fx.Node, dim: int, time: int) -> tuple[fx.Node, int]:

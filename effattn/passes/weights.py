@@ -8,6 +8,7 @@ import sympy
 from torch import fx
 
 from effattn.ir.expr import k
+from effattn.ir.refusal import Why
 from effattn.passes.contraction import contraction
 from effattn.passes.draft import Refused
 from effattn.passes.graph import GraphView
@@ -44,25 +45,25 @@ def follow_weights(view: GraphView, softmax: fx.Node, index: tuple, reader: Read
         product = contraction(view, user)
         if product is not None:
             if sink:
-                raise Refused("sink", "the weights of the sink column are not dropped before the product with value")
+                raise Refused(Why.SINK, "the weights of the sink column are not dropped before the product with value")
             if (product.left is node) == (product.right is node):
-                raise Refused("weights", "the weights are multiplied with themselves")
+                raise Refused(Why.WEIGHTS, "the weights are multiplied with themselves")
             if view.writes(user):
-                raise Refused("output", f"{spelled(user)} writes its result into another tensor (out=)")
+                raise Refused(Why.OUTPUT, f"{spelled(user)} writes its result into another tensor (out=)", at=user)
             if (call := view.call(user)) is not None and call.name == "baddbmm" and not adds_nothing(call):
-                raise Refused("output", "baddbmm adds a tensor to the product of weights and value")
+                raise Refused(Why.OUTPUT, "baddbmm adds a tensor to the product of weights and value", at=user)
             return user, product, (node, index), tuple(zeroed)
         call = view.call(user)
         if call is None or view.writes(user):
-            raise Refused("weights", f"{spelled(user)} stands between softmax and value")
+            raise Refused(Why.WEIGHTS, f"{spelled(user)} stands between softmax and value", at=user)
         if view.cuts_gradient(user, view.time[user] + 1):
-            raise Refused("gradient", f"{spelled(user)} stops the gradient between softmax and value")
+            raise Refused(Why.GRADIENT, f"{spelled(user)} stops the gradient between softmax and value", at=user)
         if sink and drops_the_sink(call, index.index(k) if k in index else -1, len(index)):
             node, sink = user, False
             continue
         if call.name == "dropout" and not is_dead_dropout(call):
             raise Refused(
-                "dropout", f"attention dropout p={call.get('p')} is live", "call model.eval(), or set it to 0"
+                Why.DROPOUT, f"attention dropout p={call.get('p')} is live", "call model.eval(), or set it to 0"
             )
         if call.name == "reshape" or (call.name == "getitem" and only_new_dims(call.get("index"))):
             # where an element of the view lies in the weights: read backwards
@@ -70,16 +71,18 @@ def follow_weights(view: GraphView, softmax: fx.Node, index: tuple, reader: Read
                 None if reinterprets(view, call) else reshape_index(reader, view.shape(user), view.shape(node), index)
             )
             if moved is None:
-                raise Refused("weights", f"the view {user.name} of the weights is not understood")
+                raise Refused(
+                    Why.WEIGHTS, f"the dimensions of the weights after {spelled(user)} are not understood", at=user
+                )
             index = moved
         elif (order := permutation(call, len(index))) is not None:
             index = tuple(index[old] for old in order)
         elif _fills_with_zeros(reader, call):
             zeroed.append(_mask_at(reader, call, index, view.shape(node)))
         elif call.name not in ("identity", "dropout") and not call.casts:
-            raise Refused("weights", f"{spelled(user)} stands between softmax and value")
+            raise Refused(Why.WEIGHTS, f"{spelled(user)} stands between softmax and value", at=user)
         elif not view.held(user).dtype.is_floating_point or view.held(user).dtype.itemsize < 2:
-            raise Refused("weights", f"the weights are cast to {view.held(user).dtype}")
+            raise Refused(Why.WEIGHTS, f"the weights are cast to {view.held(user).dtype}", at=user)
         node = user
 
 
@@ -101,7 +104,7 @@ def _used_elsewhere(view: GraphView, users: list[fx.Node]) -> Refused:
         reason += f"; the graph ends there because of a graph break: {end.reason.splitlines()[0]}"
         setting = "torch._dynamo.config.capture_scalar_outputs"
         hint = f"set {setting} = True" if setting in end.reason else "avoid the graph break"
-    return Refused("weights", reason, hint)
+    return Refused(Why.WEIGHTS, reason, hint)
 
 
 def _fills_with_zeros(reader: Reader, call: Call) -> bool:

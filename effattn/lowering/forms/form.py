@@ -10,8 +10,9 @@ import sympy
 from pydantic import BaseModel, ConfigDict
 
 from effattn.ir import expr
+from effattn.ir.refusal import Refusal
 from effattn.ir.selector import Selector
-from effattn.ir.site import Layout, Refusal, Site
+from effattn.ir.site import Layout, Site
 from effattn.lowering.cost import Cost, Work, pairs
 from effattn.lowering.tiles import walk
 
