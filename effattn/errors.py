@@ -15,6 +15,10 @@ class OptionError(EffattnError):
     """``torch.compile(..., options={...})`` holds a name or value that effattn does not know."""
 
 
+class TargetError(OptionError):
+    """Generated kernels were asked for, ``target="triton"``, where none can run."""
+
+
 class FormRefused(EffattnError):
     """A form was asked for (by ``attention(...)`` or under ``strict``) at a place where it does not apply."""
 

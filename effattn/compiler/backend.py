@@ -19,6 +19,7 @@ from effattn.compiler.pipeline import Outcome, run_passes
 from effattn.compiler.raising import as_they_are
 from effattn.compiler.rest import compile_rest
 from effattn.compiler.verify import verified
+from effattn.errors import OptionError
 from effattn.settings import warn_once
 
 
@@ -32,8 +33,8 @@ def effattn(
     was, with one warning; ``options={"strict": True}`` raises it.
 
     Raises:
-        OptionError, PolicyError: an option or the policy is not valid. To users of ``torch.compile`` they come as
-            themselves, at the first call of the compiled model.
+        OptionError, PolicyError: an option or the policy is not valid, or kernels are asked for where none can run. To
+            users of ``torch.compile`` they come as themselves, at the first call of the compiled model.
         FormRefused: with ``strict``, a form that the policy names does not apply at a site that its rule matches.
     """
     settings = Options.read(options, mode)
@@ -41,6 +42,8 @@ def effattn(
     try:
         outcome = run_passes(gm, settings, example_inputs)
         failure = None
+    except OptionError:  # what the user asked for cannot be had here
+        raise
     except Exception as error:
         if settings.strict:
             raise

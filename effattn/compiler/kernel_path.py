@@ -6,7 +6,7 @@ import torch
 
 from effattn.passes.choose import Choice
 from effattn.passes.match_linear import LinearMatch
-from effattn.runtime.attend import triton_is_importable
+from effattn.runtime.targets import triton_is_importable
 
 
 def kernel_path(choice: Choice) -> str:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import sympy
 import torch
 
-from effattn.errors import FormRefused, PolicyError
+from effattn.errors import FormRefused, PolicyError, TargetError
 from effattn.ir import expr
 from effattn.ir.plan import Plan
 from effattn.ir.refusal import Refusal
@@ -21,7 +21,7 @@ from effattn.passes.draft import Anchors, Match
 from effattn.passes.rewrite_features import no_weights
 from effattn.policy import Policy
 from effattn.policy import Rule as PolicyRule
-from effattn.runtime.attend import triton_is_importable
+from effattn.runtime.targets import no_kernels, triton_is_importable
 
 Route = Literal["keep", "sdpa", "op", "linear"]
 SDPA_MAX_HEAD_DIM = 256  # beyond it SDPA has no kernel that avoids N x N scores
@@ -66,9 +66,24 @@ def choose(matches: list[Match], policy: Policy, *, strict: bool, target: str | 
     Raises:
         FormRefused: with ``strict``, a form that the policy names does not apply at a site that its rule matches.
         PolicyError: with ``strict``, a rule names layers that the model does not have.
+        TargetError: ``target`` is "triton", and a site that needs a kernel is where none can run.
     """
     _check_layers(matches, policy, strict)
-    return [_choose(match, policy, strict, target) for match in matches]
+    choices = [_choose(match, policy, strict, target) for match in matches]
+    for choice in choices:
+        if choice.route in ("op", "linear"):
+            check_target(choice.match.site, target if choice.plan is None else choice.plan.target)
+    return choices
+
+
+def check_target(site: Site, target: str | None) -> None:
+    """Refuse kernels that the user asked for at a site, if none can run there.
+
+    Raises:
+        TargetError: says which site, why, and what to do.
+    """
+    if target == "triton" and (why := no_kernels(site.device)) is not None:
+        raise TargetError(f"target={target!r} for {site.name} ({site.location}): {why}")
 
 
 def _check_layers(matches: list[Match], policy: Policy, strict: bool) -> None:

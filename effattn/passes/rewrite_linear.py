@@ -17,6 +17,7 @@ from effattn.ir.expr import h
 from effattn.ir.fold import fold
 from effattn.ir.refusal import Why
 from effattn.ir.text import text
+from effattn.passes.choose import check_target
 from effattn.passes.draft import Missed, Refused
 from effattn.passes.erase import erase_orphans
 from effattn.passes.graph import GraphView, as_sympy
@@ -35,6 +36,7 @@ def rewrite_linear(
 
     Raises:
         RewriteError: a replacement does not have the shape, dtype or device of what it replaces.
+        TargetError: ``target`` is "triton", and a site is where no kernel can run.
     """
     before = len(view.graph.nodes)
     saved = SavedLoads(view)
@@ -44,6 +46,7 @@ def rewrite_linear(
     inserted = 0
     for one in found:
         site, anchors = one.match.site, one.match.anchors
+        check_target(site, target)
         node = anchors.replaced
         with view.graph.inserting_before(node):
             writer = Writer(view, node)

@@ -11,9 +11,7 @@ Importing this module registers the ops; nothing else happens and Triton is not 
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -24,7 +22,7 @@ from effattn.ir.plan import Plan
 from effattn.runtime import portable
 from effattn.runtime.registry import Op, register
 from effattn.runtime.sdpa import sdpa_path
-from effattn.settings import warn_once
+from effattn.runtime.targets import kernels_serve
 
 SCHEMAS = {
     "attend": (
@@ -118,25 +116,18 @@ def _check_shapes(query: Tensor, key: Tensor, value: Tensor) -> None:
         raise ValueError(f"{query.shape[1]} query heads are not a multiple of {key.shape[1]} key/value heads")
 
 
-@lru_cache(maxsize=1)
-def triton_is_importable() -> bool:
-    """Whether there is a Triton to import; does not import it."""
-    return importlib.util.find_spec("triton") is not None
-
-
 def _target(plan: Plan, query: Tensor, value: Tensor) -> Any:
     """The module that runs a plan on these tensors."""
-    wanted = plan.target or ("triton" if query.device.type == "cuda" else "portable")
-    if wanted == "portable":
-        return portable
-    if not triton_is_importable():
-        warn_once("Triton is not installed: using the portable target, which is slower on a GPU", key="no triton")
+
+    def unsupported() -> str | None:
+        from effattn.runtime import triton_target
+
+        return triton_target.unsupported(plan, query.dtype, query.shape[3], value.shape[3])
+
+    if not kernels_serve(plan.target, query.device, unsupported):
         return portable
     from effattn.runtime import triton_target
 
-    if (why := triton_target.unsupported(plan, query.dtype, query.shape[3], value.shape[3])) is not None:
-        warn_once(f"{why}: using the portable target there, which is slower on a GPU")
-        return portable
     return triton_target
 
 

@@ -19,12 +19,12 @@ import torch
 from torch import Tensor
 
 from effattn.runtime import linear_portable
-from effattn.runtime.attend import NoGradient, triton_is_importable
+from effattn.runtime.attend import NoGradient
 from effattn.runtime.linear_backward import run_backward
 from effattn.runtime.linear_portable import state_dtype
 from effattn.runtime.portable import allocate
 from effattn.runtime.registry import Op, register
-from effattn.settings import warn_once
+from effattn.runtime.targets import kernels_serve
 
 _MEANING = (
     "float scale=1.0, bool causal=True, bool normalised=False, float eps=0.0, str layout='bhnd', str? target=None"
@@ -246,17 +246,16 @@ def _check_names(layout: str, target: str | None) -> None:
 
 def _target(wanted: str | None, dtype: torch.dtype, device: torch.device, features: int, value_dim: int) -> Any:
     """The module that runs on such tensors."""
-    wanted = wanted or ("triton" if device.type == "cuda" else "portable")
-    if wanted == "portable":
-        return linear_portable
-    if not triton_is_importable():
-        warn_once("Triton is not installed: using the portable target, which is slower on a GPU", key="no triton")
+
+    def unsupported() -> str | None:
+        from effattn.runtime import linear_triton
+
+        return linear_triton.unsupported(dtype, features, value_dim)
+
+    if not kernels_serve(wanted, device, unsupported):
         return linear_portable
     from effattn.runtime import linear_triton
 
-    if (why := linear_triton.unsupported(dtype, features, value_dim)) is not None:
-        warn_once(f"{why}: using the portable target there, which is slower on a GPU")
-        return linear_portable
     return linear_triton
 
 

@@ -12,11 +12,11 @@ import pytest
 import torch
 from plans import CASES, Call, Sizes, tensors
 
-from effattn.errors import PlanError
+from effattn.errors import PlanError, TargetError
 from effattn.ir.expr import IntLoad, b, k, load, number, q, s, scalar
 from effattn.ir.plan import LoadSpec, Plan
 from effattn.lowering.forms import FORMS
-from effattn.runtime import attend, portable, sdpa
+from effattn.runtime import portable, sdpa, targets
 from effattn.runtime.reference import reference
 
 CPU = torch.device("cpu")
@@ -193,16 +193,42 @@ def test_every_target_that_a_plan_may_name():
         torch.testing.assert_close(out, wanted, atol=1e-5, rtol=1e-5)
 
 
-def test_without_triton_the_portable_target_runs_and_it_is_said_once(monkeypatch):
-    monkeypatch.setattr(attend, "triton_is_importable", lambda: False)
+def test_without_triton_a_gpu_gets_the_portable_target_and_it_is_said_once(monkeypatch):
+    monkeypatch.setattr(targets, "triton_is_importable", lambda: False)
     monkeypatch.setattr("effattn.settings._told", set())
-    made = tensors(Sizes(1, 2, 1, 20, 20))
-    plan = Plan("exact", 0.25 * s, k <= q, target="triton")
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         for _ in range(3):
-            attend_with(Call(plan), *made)
+            assert not targets.kernels_serve(None, torch.device("cuda"), lambda: None)
     assert ["Triton is not installed" in str(warning.message) for warning in told] == [True]
+
+
+@pytest.mark.parametrize("reason", ["Triton is not installed", "on 'cpu', and kernels need"])
+def test_kernels_asked_for_where_none_can_run(monkeypatch, reason):
+    if "installed" in reason:
+        monkeypatch.setattr(targets, "triton_is_importable", lambda: False)
+    else:
+        monkeypatch.setenv("TRITON_INTERPRET", "0")
+    made = tensors(Sizes(1, 2, 1, 20, 20))
+    plan = Plan("exact", 0.25 * s, k <= q, target="triton")
+    with pytest.raises(TargetError, match=reason):
+        attend_with(Call(plan), *made)
+    with pytest.raises(TargetError, match=reason):
+        torch.ops.effattn.linear(*made, target="triton")
+    q_, k_, v_ = made
+    for function in (softmax_attention, linear_attention):
+        compiled = torch.compile(function, backend="effattn", options={"target": "triton", "rest": "eager"})
+        with pytest.raises(TargetError, match=f"{reason}.*(leave target|move the model)"):
+            compiled(q_, k_, v_)
+
+
+def softmax_attention(q_, k_, v_):
+    hidden = torch.ones(20, 20, dtype=torch.bool).triu(3)
+    return (q_ @ k_.mT).masked_fill(hidden, -math.inf).softmax(-1) @ v_
+
+
+def linear_attention(q_, k_, v_):
+    return (q_ @ k_.mT).tril() @ v_
 
 
 def test_a_case_without_a_kernel_runs_portably():
