@@ -16,10 +16,12 @@ def compile_rest(gm: fx.GraphModule, example_inputs: list[Any], options: Options
         return gm.forward
     from torch._inductor.compile_fx import compile_fx
 
-    patches: dict[str, Any] | None = None
+    patches: dict[str, Any] = {}
     if options.mode not in (None, "default"):
         from torch._inductor import list_mode_options
 
-        patches = list_mode_options(options.mode)
+        patches |= list_mode_options(options.mode)
+    if options.verify:
+        patches["fallback_random"] = True  # the same random numbers as the untouched graph, which is run beside it
     compiled: Any = compile_fx(gm, example_inputs, config_patches=patches)
     return compiled

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from effattn.compiler import generators
 from effattn.compiler.options import Options
 from effattn.compiler.pipeline import Outcome
 from effattn.errors import VerificationError
@@ -34,16 +35,17 @@ def verified(compiled: Callable, gm: fx.GraphModule, outcome: Outcome, options: 
     original = fx.GraphModule(gm, outcome.original)
     checked = original if outcome.normalized is None else fx.GraphModule(gm, outcome.normalized)
     exact = all(choice.exact for choice in outcome.choices)
+    devices = generators.devices_of(outcome.original)
 
     def run(*args: Any) -> Any:
-        random = torch.get_rng_state()
+        random = generators.states(devices)
         copies = [_copy(arg) for arg in args]
         with torch.no_grad():
             expected = _Checker(checked, outcome.matches).run(*copies)
             if checked is not original:
-                torch.set_rng_state(random)
+                generators.restore(random)
                 expected = original(*[_copy(arg) for arg in args])
-        torch.set_rng_state(random)
+        generators.restore(random)
         actual = compiled(*args)
         if exact:
             _compare(expected, actual)

@@ -9,7 +9,9 @@ import sympy
 import torch
 import torch.nn.functional as F
 from compiled import compiled
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+from effattn.compiler import generators
 from effattn.errors import VerificationError
 from effattn.ir import expr
 from effattn.passes import masks, products
@@ -157,3 +159,48 @@ def test_transpose_of_a_mask_forgotten(swap):
     swap(reader.HANDLERS, "transpose", lambda reader, call, shape: reader.argument(call, "input"))
     with pytest.raises(VerificationError, match="mask was read as"):
         compiled(function, *qkv())
+
+
+def with_dropout(q, k, v):
+    return F.dropout(window(F.dropout(q, 0.5), k, v), 0.5)
+
+
+@pytest.mark.parametrize("rest", ["eager", "inductor"])
+def test_random_numbers_are_those_of_a_call_without_it(rest):
+    torch.manual_seed(3)
+    expected = with_dropout(*qkv())
+    after = torch.rand(3)
+    for verify in (False, True) if rest == "eager" else (True,):
+        torch._dynamo.reset()
+        options = {"rest": rest, "strict": True, "verify": verify}
+        fast = torch.compile(with_dropout, backend="effattn", options=options)
+        torch.manual_seed(3)
+        torch.testing.assert_close(fast(*qkv()), expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(torch.rand(3), after, rtol=0, atol=0)
+
+
+def test_generators_of_all_devices_of_a_graph_are_restored(monkeypatch):
+    with FakeTensorMode() as mode:
+        values = [torch.empty(2, device=name) for name in ("cpu", "cuda:0", "cuda:1", "meta")]
+    graph = torch.fx.Graph()
+    for number, value in enumerate(values):
+        graph.placeholder(f"x{number}").meta["example_value"] = value if number else (value, mode)
+    devices = generators.devices_of(graph)
+    assert [str(device) for device in devices] == ["cpu", "cuda:0", "cuda:1"]
+
+    held = {"cuda:0": 1, "cuda:1": 2}
+
+    class Cuda:
+        def get_rng_state(self, device):
+            return held[str(device)]
+
+        def set_rng_state(self, state, device):
+            held[str(device)] = state
+
+    monkeypatch.setattr(torch, "get_device_module", lambda device: Cuda())
+    saved = generators.states(devices)
+    drawn = torch.rand(1)
+    held.update({"cuda:0": 5, "cuda:1": 6})
+    generators.restore(saved)
+    assert held == {"cuda:0": 1, "cuda:1": 2}
+    assert torch.equal(torch.rand(1), drawn)

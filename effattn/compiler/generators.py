@@ -1,0 +1,37 @@
+"""The random number generators that a graph may draw from: one for each of its devices."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import fx
+from torch.utils import _pytree as pytree
+
+CPU = torch.device("cpu")
+
+
+def devices_of(graph: fx.Graph) -> tuple[torch.device, ...]:
+    """The CPU, and every device that a value of the graph is on."""
+    values = [leaf for node in graph.nodes for leaf in pytree.tree_leaves(node.meta.get("example_value"))]
+    found = {value.device for value in values if isinstance(value, torch.Tensor)} - {torch.device("meta")}
+    return (CPU, *sorted(found - {CPU}, key=str))
+
+
+def states(devices: tuple[torch.device, ...]) -> dict[torch.device, torch.Tensor]:
+    """What the default generators of ``devices`` would draw next."""
+    return {device: _module(device).get_rng_state(*_which(device)) for device in devices}
+
+
+def restore(saved: Mapping[torch.device, torch.Tensor]) -> None:
+    """Make the generators draw the same once more."""
+    for device, state in saved.items():
+        _module(device).set_rng_state(state, *_which(device))
+
+
+def _module(device: torch.device):
+    return torch.random if device.type == "cpu" else torch.get_device_module(device)
+
+
+def _which(device: torch.device) -> tuple[torch.device, ...]:
+    return () if device.type in ("cpu", "mps") else (device,)  # of these there is one
