@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import fx
 
 from effattn.compiler import collect
@@ -21,6 +22,8 @@ from effattn.compiler.rest import compile_rest
 from effattn.compiler.verify import verified
 from effattn.errors import OptionError
 from effattn.settings import warn_once
+
+torch.compiler.allow_in_graph(torch._safe_softmax)  # where Dynamo would end a graph otherwise
 
 
 @as_they_are

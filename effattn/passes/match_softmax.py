@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import sympy
+import torch
 from torch import fx
 
 from effattn.ir.expr import b, h, k, q, s
@@ -53,6 +54,8 @@ def from_softmax(
     if apart and len(shape) != 3:
         raise Refused(Why.NOT_APART, "batch and heads are not one dimension")
     product, q_dim = query_key_product(view, readers, scores, shape, dim, time)
+    if call.get("refused") is not None:
+        raise call.get("refused")
     rest = [n for n in range(len(shape)) if n not in (dim, q_dim)]
     if apart:
         heads = _heads_beside_batch(view, readers, found, (dim, q_dim), product)
@@ -73,7 +76,7 @@ def from_softmax(
         raise Refused(Why.PRODUCT, "query and key cannot be told apart in the product before softmax")
     if found.sink is not None:
         require_plain(tuple(index), (b, h, q, k))
-    replaced, value_product, placed, zeroed = _to_value(view, call, tuple(index), reader, found.sink is not None)
+    replaced, value_product, placed, zeroed = _to_value(view, call, tuple(index), reader, found.column)
     head_dim, dtype = view.shape(product.left)[product.left_labels.index(product.summed)], view.held(replaced).dtype
 
     def read(whole: bool) -> tuple[Any, ...]:
@@ -107,8 +110,8 @@ def from_softmax(
         scores_index=tuple(index),
         out_index=out_index,
         reader=reader,
-        zero_when_empty=False,
-        nan_when_empty=view.call(call.node) != call and not found.shifted,
+        zero_when_empty=call.node.target is torch._safe_softmax or (found.sink is not None and not found.nan_rows),
+        nan_when_empty=view.call(call.node) != call and not found.shifted and found.sink is None,
         scores=LoadSource(found.node, found.time),
         sink=found.sink,
         zeroed=zeroed,
@@ -117,11 +120,11 @@ def from_softmax(
     )
 
 
-def _to_value(view: GraphView, call: Call, index: tuple, reader: Reader, sink: bool):
+def _to_value(view: GraphView, call: Call, index: tuple, reader: Reader, column: bool):
     """As :func:`follow_weights`; where the sum divides the product, the quotient is what is replaced."""
     if (product := call.get("product")) is None:
-        return follow_weights(view, call.node, index, reader, sink)
-    if sink:
+        return follow_weights(view, call.node, index, reader, column)
+    if column:
         raise Refused(Why.SINK, "the product with value is divided by a sum that holds a sink")
     return call.node, contraction(view, product), (call.get("weights"), index), ()
 

@@ -83,7 +83,7 @@ def _after_softmax(draft: Draft, layout: Layout, predicate, empty: EmptyRows) ->
         if masks.simplify(sympy.Not(masks.simplify(with_lengths(where, layout)))) != predicate:
             raise Refused(Why.WEIGHTS, "weights are set to zero by another mask than that of the scores")
         empty = "zero"
-    return "zero" if draft.sink is not None else empty  # the sink takes all of the weight
+    return empty if draft.sink is None or empty == "nan" else "zero"  # the sink takes all of the weight
 
 
 def _check_large_numbers(view: GraphView, draft: Draft, score) -> None:

@@ -53,7 +53,7 @@ def write_out(insert: Inserter, node: fx.Node) -> None:
     call = bound.arguments
     outputs = _outputs(node)
     _check(call, outputs, node)
-    with _as_recorded(node):
+    with as_recorded(node):
         result = _attention(insert, call)
     _replace(outputs, result)
 
@@ -197,7 +197,7 @@ def write_out_encoder_layer(insert: Inserter, node: fx.Node) -> None:
         raise Refused(Why.ARGUMENTS, "nested tensors")
     if call["mask"] is not None and call["mask_type"] not in (0, 1, 2):
         raise Refused(Why.ARGUMENTS, f"mask type {call['mask_type']!r} of the fused encoder layer is not known")
-    with _as_recorded(node):
+    with as_recorded(node):
         result = _encoder_layer(insert, call)
     _replace({0: node}, result)
 
@@ -272,7 +272,7 @@ def _outputs(node: fx.Node) -> dict[int, fx.Node]:
 
 
 @contextmanager
-def _as_recorded(node: fx.Node) -> Iterator[None]:
+def as_recorded(node: fx.Node) -> Iterator[None]:
     """Grad mode and autocast as they were when Dynamo recorded ``node``, so that inserted values tell the truth."""
     value = node.meta["example_value"]
     out = value[0] if isinstance(value, tuple) else value

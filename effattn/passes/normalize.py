@@ -12,14 +12,29 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
+from effattn.ir.refusal import Why
 from effattn.passes import multihead
-from effattn.passes.draft import Missed, Refused
+from effattn.passes.draft import FOUND_AS, Missed, Refused
 from effattn.passes.erase import erase_orphans, erase_unused_weights
 from effattn.passes.graph import GraphView
 from effattn.passes.insert import Inserter
 
+
+def _write_out_softmin(write: Inserter, node: fx.Node) -> None:
+    """``softmin(x)`` is ``softmax(-x)``, in PyTorch too."""
+    given = dict(zip(("input", "dim", "_stacklevel", "dtype"), node.args, strict=False)) | node.kwargs
+    if not isinstance(given.get("dim"), int):
+        raise Refused(Why.ARGUMENTS, "softmin without a constant dim")
+    with multihead.as_recorded(node):
+        negative = write.method("neg", given["input"])
+        result = write.call(F.softmax, negative, dim=given["dim"], dtype=given.get("dtype"))
+    result.meta[FOUND_AS] = "softmin"
+    node.replace_all_uses_with(result)
+
+
 # a function that Dynamo keeps whole -> what writes it out and gives its users the parts
 RULES: dict[Any, Callable[[Inserter, fx.Node], None]] = {
+    F.softmin: _write_out_softmin,
     F.multi_head_attention_forward: multihead.write_out,
     torch._transformer_encoder_layer_fwd: multihead.write_out_encoder_layer,
     torch._native_multi_head_attention: multihead.leave_native,

@@ -11,7 +11,7 @@ arXiv 2508.10925, section 2.2; Agarwal et al.)
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -32,12 +32,26 @@ class Scores:
     time: int
     sink: LoadSource | float | None = None
     shifted: bool = False  # the largest was taken off by the author
+    column: bool = False  # the sink stands beside the scores, so that its weight has to be dropped
+    nan_rows: bool = False  # a row without keys is NaN in spite of the sink
 
 
 def scores_of(view: GraphView, softmax: Call, dim: int) -> Scores:
-    """The scores before the largest was taken off (which changes no weight) and before a sink joined them."""
+    """The scores before the largest was taken off (which changes no weight) and before a sink joined them.
+
+    Raises: Refused: a sink joined them twice, as a column and in the sum that divides.
+    """
+    found = _before_column(view, softmax, dim)
+    if softmax.get("sink") is None:
+        return found
+    if found.sink is not None:
+        raise Refused(Why.SINK, "a sink joins the scores, and another one the sum of the weights")
+    return replace(found, sink=softmax.get("sink"), nan_rows=softmax.get("nan_rows", False))
+
+
+def _before_column(view: GraphView, softmax: Call, dim: int) -> Scores:
     given, time = before_casts(view, softmax.get("input"), view.time[softmax.get("read_by", softmax.node)])
-    node, time = _before_shift(view, given, dim, time)
+    node, time = before_shift(view, given, dim, time)
     shifted = node is not given or softmax.get("shifted", False)
     joined, when = before_casts(view, node, time)
     call = _unchanged(view, joined, when)
@@ -45,14 +59,14 @@ def scores_of(view: GraphView, softmax: Call, dim: int) -> Scores:
     if call is not None and call.name == "pad" and dim == rank - 1 and call.get("pad") in ((0, 1), [0, 1]):
         value = call.get("value", 0) or 0
         if call.get("mode", "constant") == "constant" and isinstance(value, int | float) and math.isfinite(value):
-            return Scores(call.get("input"), view.time[joined], float(value), shifted)
+            return Scores(call.get("input"), view.time[joined], float(value), shifted, column=True)
     if call is None or call.name != "cat":
         return Scores(node, time, shifted=shifted)
     parts = call.get("tensors")
     both = isinstance(parts, (list, tuple)) and len(parts) == 2
     if not both or call.get("dim", 0) % rank != dim or view.shape(parts[1])[dim] != 1:
         return Scores(node, time, shifted=shifted)
-    return Scores(parts[0], view.time[joined], LoadSource(parts[1], view.time[joined]), shifted)
+    return Scores(parts[0], view.time[joined], LoadSource(parts[1], view.time[joined]), shifted, column=True)
 
 
 def drops_the_sink(call: Call, dim: int, rank: int) -> bool:
@@ -71,7 +85,7 @@ def require_plain(index: tuple[Any, ...], plain: tuple[Any, ...]) -> None:
         raise Refused(Why.SINK, "scores with a sink column are not [batch, heads, queries, keys]")
 
 
-def _before_shift(view: GraphView, node: fx.Node, dim: int, time: int) -> tuple[fx.Node, int]:
+def before_shift(view: GraphView, node: fx.Node, dim: int, time: int) -> tuple[fx.Node, int]:
     """``x`` of ``x - x.max(dim, keepdim=True).values``, and when it is read."""
     call = _unchanged(view, node, time)
     if call is None or call.name != "sub" or call.get("alpha", 1) != 1:

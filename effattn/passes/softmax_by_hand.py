@@ -1,6 +1,7 @@
-"""A softmax that the author wrote out: ``exp(x - max) / sum(exp(x - max))``, or ``exp(x - logsumexp(x))``.
+"""A softmax that the author wrote out: ``exp(x - max) / sum(exp(x - max))``, ``exp(x - logsumexp(x))``,
+``log_softmax(x).exp()``.
 
-The division may also come after the product with value.
+The division may also come after the product with value. The sum may have one more in it, ``sum + exp(-max)``: a sink.
 
 It is the anchor of an attention like any other softmax. Without the shift by the largest, a row of which every key is
 masked is 0 / 0 whatever number masks; and where exp() leaves the range of its type, the author's result is not finite,
@@ -13,8 +14,8 @@ from torch import fx
 
 from effattn.passes.admissible import SUPPORTED_DTYPES
 from effattn.passes.contraction import contraction
+from effattn.passes.denominator import denominator
 from effattn.passes.graph import GraphView
-from effattn.passes.normaliser import sum_of
 from effattn.passes.products import adds_nothing
 from effattn.passes.vocabulary import Call, one_dim
 
@@ -25,7 +26,9 @@ def written_softmax(view: GraphView, call: Call) -> Call | None:
         return None
     if call.name == "div":
         return _quotient(view, call)
-    return _difference(view, call) if call.name == "exp" else None
+    if call.name != "exp":
+        return None
+    return _difference(view, call) or _of_logarithm(view, call)
 
 
 def _quotient(view: GraphView, call: Call) -> Call | None:
@@ -55,8 +58,8 @@ def _of_exponential(view: GraphView, call: Call, above: fx.Node) -> Call | None:
     if view.writes_between(above, start, end):
         return None
     for dim in range(len(view.shape(above))):
-        if sum_of(view, divisor, above, dim, end) == 0:
-            return Call("softmax", call.node, {"input": scores, "dim": dim, "read_by": above})
+        if (found := denominator(view, divisor, exponential, dim, end)) is not None:
+            return Call("softmax", call.node, {"input": scores, "dim": dim, "read_by": above, **found})
     return None
 
 
@@ -97,6 +100,16 @@ def _difference(view: GraphView, call: Call) -> Call | None:
     if view.cuts_gradient(total.node, end):
         return None
     return Call("softmax", call.node, {"input": scores, "dim": dim, "read_by": total.node, "shifted": True})
+
+
+def _of_logarithm(view: GraphView, call: Call) -> Call | None:
+    """``log_softmax(x, dim).exp()``"""
+    logarithm = view.call(call.get("input"))
+    if logarithm is None or logarithm.name != "log_softmax" or view.cuts_gradient(logarithm.node, view.time[call.node]):
+        return None
+    if view.writes_between(logarithm.node, view.time[logarithm.node], view.time[call.node]):
+        return None
+    return Call("softmax", call.node, {**logarithm.args, "read_by": logarithm.node, "shifted": True})
 
 
 def may_hold_written_softmax(graph: fx.Graph) -> bool:

@@ -198,9 +198,16 @@ ROWS: tuple[tuple[str, tuple[Spelling, ...]], ...] = (
     _row(
         "softmax",
         "input dim dtype",
-        (torch.softmax, torch.special.softmax),
+        (torch.softmax, torch.special.softmax, torch._safe_softmax),
         "softmax",
         ((F.softmax, "input dim _stacklevel dtype"),),
+    ),
+    _row(
+        "log_softmax",
+        "input dim dtype",
+        (torch.log_softmax, torch.special.log_softmax),
+        "log_softmax",
+        ((F.log_softmax, "input dim _stacklevel dtype"),),
     ),
     _row(
         "sdpa",

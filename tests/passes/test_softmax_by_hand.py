@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from compiled import compiled
+
+from effattn.ir.refusal import Why
 
 B, H, N, D = 2, 3, 9, 8
 
@@ -155,6 +158,149 @@ def more_than_the_sum(q, k, v):
     return (weights / (1 + weights.sum(-1, keepdim=True))) @ v
 
 
+def logarithm(q, k, v):
+    return torch.log_softmax(q @ k.mT, -1).exp() @ v
+
+
+def logarithm_in_float32(q, k, v):
+    return torch.exp(F.log_softmax(q @ k.mT, dim=-1, dtype=torch.float32)).to(q.dtype) @ v
+
+
+def softmin(q, k, v):
+    return F.softmin(-(q @ k.mT), dim=-1) @ v
+
+
+def softmin_module(q, k, v):
+    return torch.nn.Softmin(-1)(-(q @ k.mT)) @ v
+
+
+def safe(q, k, v):
+    return torch._safe_softmax(q @ k.mT, -1) @ v
+
+
+def special(q, k, v):
+    return torch.special.softmax(q @ k.mT, -1) @ v
+
+
+def too_little_to_count(q, k, v):
+    scores = q @ k.mT
+    weights = torch.exp(scores - scores.amax(-1, keepdim=True))
+    return (weights / (weights.sum(-1, keepdim=True) + 1e-12)) @ v
+
+
+def logarithm_without_gradient(q, k, v):
+    with torch.no_grad():
+        weights = torch.log_softmax(q @ k.mT, -1)
+    return weights.exp() @ v
+
+
+HIDDEN = torch.ones(N, N).tril(-1) < 1  # the first row sees nothing
+
+
+def one_more(q, k, v):
+    scores = q @ k.mT
+    largest = scores.amax(-1, keepdim=True)
+    weights = (scores - largest).exp()
+    return weights / (weights.sum(-1, keepdim=True) + (-largest).exp()) @ v
+
+
+def one_more_and_the_largest_not_below_zero(q, k, v):
+    scores = (q @ k.mT).masked_fill(HIDDEN, -torch.inf)
+    largest = scores.max(-1, keepdim=True)[0].clamp(min=0)
+    weights = torch.exp(scores - largest)
+    return weights / (torch.exp(-largest) + weights.sum(-1, keepdim=True)) @ v
+
+
+def one_more_detached(q, k, v):
+    scores = q @ k.mT
+    largest = scores.amax(-1, keepdim=True).detach()
+    weights = torch.exp(scores - largest)
+    return (weights @ v) / (torch.exp(-largest) + weights.sum(-1, keepdim=True))
+
+
+def one_more_where_a_row_sees_nothing(q, k, v):
+    scores = (q @ k.mT).masked_fill(HIDDEN, -torch.inf)
+    largest = scores.amax(-1, keepdim=True)
+    weights = torch.exp(scores - largest)
+    return weights / (torch.exp(-largest) + weights.sum(-1, keepdim=True)) @ v
+
+
+def one_more_without_a_shift(q, k, v):
+    weights = (q @ k.mT).masked_fill(HIDDEN, -torch.inf).exp()
+    return weights / (1 + weights.sum(-1, keepdim=True)) @ v
+
+
+def half_more_after_the_product(q, k, v):
+    weights = (q @ k.mT).exp()
+    return (weights @ v) / (0.5 + weights.sum(-1, keepdim=True))
+
+
+def a_score_of_its_own(q, k, v):
+    scores, sink = q @ k.mT, q.sum(-1, keepdim=True)
+    largest = torch.amax(scores, -1, keepdim=True)
+    weights = torch.exp(scores - largest)
+    return weights / (weights.sum(-1, keepdim=True) + torch.exp(sink - largest)) @ v
+
+
+EQUAL = [logarithm, logarithm_in_float32, softmin, softmin_module, safe, special, too_little_to_count]
+ONE_MORE = [
+    one_more, one_more_and_the_largest_not_below_zero, one_more_detached, one_more_where_a_row_sees_nothing,
+    one_more_without_a_shift, half_more_after_the_product, a_score_of_its_own,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("function", EQUAL, ids=lambda function: function.__name__)
+def test_what_equals_a_softmax_is_found(function):
+    report, _ = compiled(function, *qkv(), lengths=(0, 2))
+    assert [site.score for site in report.sites] == ["s"]
+    assert report.missed == []
+    for name in ("exp(", "softm"):
+        assert name not in report.graph()
+
+
+@pytest.mark.parametrize("function", ONE_MORE, ids=lambda function: function.__name__)
+def test_one_more_in_the_denominator_is_a_sink(function):
+    report, _ = compiled(function, *qkv(), lengths=(0, 2))
+    (site,) = report.sites
+    assert site.score == "s"
+    assert any("sink" in note for note in site.notes)
+    assert report.missed == []
+
+
+@pytest.mark.parametrize("fill", [-torch.inf, torch.finfo(torch.float32).min])
+@pytest.mark.parametrize("spelling", ["safe", "logarithm"])
+def test_rows_without_keys(spelling, fill):
+    """A safe softmax gives 0 where -inf hides all keys; any other gives NaN."""
+
+    def attention(q, k, v):
+        scores = (q @ k.mT).masked_fill(HIDDEN, fill)
+        weights = torch._safe_softmax(scores, -1) if spelling == "safe" else scores.log_softmax(-1).exp()
+        return weights @ v
+
+    report, _ = compiled(attention, *qkv())
+    nothing = "zero" if spelling == "safe" else "nan"
+    assert [site.empty_rows for site in report.sites] == [nothing if fill == -torch.inf else "mean"]
+
+
+def added_to_the_sum(q, k, v):
+    scores = q @ k.mT
+    weights = torch.exp(scores - scores.amax(-1, keepdim=True))
+    return (weights / (weights.sum(-1, keepdim=True) + 1e-6)) @ v
+
+
+def a_limited_sum(q, k, v):
+    scores = q @ k.mT
+    weights = torch.exp(scores - scores.amax(-1, keepdim=True))
+    return (weights / weights.sum(-1, keepdim=True).clamp(min=1e-6)) @ v
+
+
+@pytest.mark.parametrize("function", [added_to_the_sum, a_limited_sum, more_than_the_sum], ids=lambda f: f.__name__)
+def test_nearly_a_softmax_is_left_alone_with_the_reason(function):
+    report, _ = compiled(function, *qkv())
+    assert [missed.rule for missed in report.missed] == [Why.NORMALISER]
+    assert report.sites == []
+
+
 @pytest.mark.parametrize(
     "function",
     [amax, greatest, detached, logsumexp, no_maximum, divided_after_the_product, divided_after_a_cast],
@@ -179,6 +325,8 @@ LEFT = [
 ]  # fmt: skip
 GRADIENTS = [
     amax, detached, logsumexp, without_gradient, divided_after_the_product, divided_after_a_cast, sum_without_gradient,
+    logarithm, logarithm_without_gradient, softmin, safe, one_more, one_more_and_the_largest_not_below_zero,
+    one_more_detached, one_more_without_a_shift, half_more_after_the_product, a_score_of_its_own,
     logsumexp_without_gradient, sum_detached_after_the_product, weights_without_gradient_after_the_product,
 ]  # fmt: skip
 
