@@ -18,7 +18,7 @@ from effattn.errors import PlanError
 from effattn.ir import expr, wire
 from effattn.ir.selector import Selector
 
-VERSION = 2
+VERSION = 3
 EmptyRows = Literal["never", "zero", "nan", "mean"]
 EMPTY_ROWS: tuple[EmptyRows, ...] = ("never", "zero", "nan", "mean")
 LAYOUTS = ("bhnd", "bnhd")
@@ -55,6 +55,7 @@ class Plan:
     target: str | None = None  # "triton", "portable", or None: by device
     select: Selector | None = None  # what of the rule is visited, decided by data at run time; None: all of it
     below: Plan | None = None  # what is computed below ``min_length``; None: everything that the mask allows
+    lse_is_read: bool = True  # False: the LSE serves the gradient alone, as SDPA's own does
 
     @cached_property
     def rule(self) -> Any:
@@ -71,6 +72,10 @@ class Plan:
         if k_len < self.min_length:
             return self._dense if self.below is None else self.below.at(k_len)
         return self._dense if self.select is not None and self.select.keeps_all(k_len) else self
+
+    def reading_lse(self) -> Plan:
+        """The same where somebody reads the LSE, at every length."""
+        return replace(self, lse_is_read=True, below=None if self.below is None else self.below.reading_lse())
 
     @property
     def selects(self) -> bool:
@@ -98,6 +103,7 @@ class Plan:
             "target": self.target,
             "select": None if self.select is None else self.select.model_dump(mode="json"),
             "below": None if self.below is None else self.below.encode(),
+            "lse": self.lse_is_read,
         }
         return json.dumps(body, separators=(",", ":"))
 
@@ -145,6 +151,7 @@ def _checked(body: dict) -> Plan:
         target=body["target"],
         select=None if body["select"] is None else Selector.decode(body["select"]),
         below=None if body["below"] is None else Plan.decode(body["below"]),
+        lse_is_read=bool(body["lse"]),
     )
     known = {spec.name for spec in loads}
     used = {term.name for term in expr.loads_of(plan.score, plan.predicate, plan.keep)}

@@ -303,6 +303,7 @@ def plan_of(site: Site, form: str, params: Params, min_length: int, target: str 
         min_length=min_length,
         layout=site.output_layout,
         target=target,
+        lse_is_read=False,
     )
     return replace(plan, target="portable") if _kernels_cannot(plan, site) else plan
 

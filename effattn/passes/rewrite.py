@@ -127,7 +127,9 @@ def _scale(choice: Choice) -> Any:
 
 def _op(writer: Writer, choice: Choice, saved: SavedLoads) -> fx.Node:
     assert choice.plan is not None
-    args = (*op_arguments(writer, choice.match.anchors, saved), choice.plan.encode())
+    anchors = choice.match.anchors
+    plan = choice.plan if anchors.lse is None else choice.plan.reading_lse()
+    args = (*op_arguments(writer, anchors, saved), plan.encode())
     both = writer.call(torch.ops.effattn.attend.default, *args)
     out = writer.call(operator.getitem, both, 0)
     sink = choice.match.anchors.sink

@@ -13,7 +13,7 @@ from torch import Tensor
 from effattn.ir.plan import Plan
 from effattn.runtime.algebra import Span, bindings, evaluate
 from effattn.runtime.chunks import Chunk, Walker, walk_of
-from effattn.runtime.sdpa import scale_and_bias
+from effattn.runtime.sdpa import scale_and_bias, widened_for_lse
 
 SCORES = 2**24  # most elements of the blocks of scores that are alive at once: 64 MiB in float32
 ROWS = 128
@@ -268,6 +268,7 @@ def by_flash_kernel(call: Call, piece: Piece) -> tuple[Tensor, Tensor, Tensor | 
     # the groups become rows: k and v are not expanded, and the kernel takes larger tiles of more rows
     query = query.flatten(2, 3)
     mask = None if added is None else added.expand(-1, -1, shape[2], -1, -1).flatten(2, 3)
+    query, key, value = widened_for_lse(call.plan, query, key, value)
     query, key, value = (tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in (query, key, value))
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         query, key, value, 0.0, False, attn_mask=mask, scale=call.scale

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from effattn.ir.plan import Plan
 from effattn.runtime.portable import Call, allocate_output, empty_output
+from effattn.runtime.sdpa import widened_for_lse
 from effattn.runtime.select.block_list import BlockList
 from effattn.runtime.select.run import select
 
@@ -109,6 +110,7 @@ def by_flash_kernel(call: Call, part: Part, query: Tensor, key: Tensor, value: T
     if call.bias != 0:
         added += call.evaluate(call.bias, {**symbols, "k": part.keys})
     added.masked_fill_(~kept, -torch.inf)
+    query, key, value = widened_for_lse(call.plan, query, key, value)
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         query[None], key[None], value[None], 0.0, False, attn_mask=added.view(1, *query.shape[:2], -1), scale=call.scale
     )

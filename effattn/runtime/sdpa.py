@@ -44,11 +44,14 @@ def sdpa_path(
     # they mask before they scale: a scale that is not positive would make +inf or NaN of -inf
     if scale is None or scale <= 0 or kind is None or kernel is None:
         return None
+    dtype = query.dtype
+    if query.device.type == "cpu":
+        query, key, value = widened_for_lse(plan, query, key, value)
     found = kernel(query, key, value, kind == "causal", scale)
     if found is None:
         return None
     out, lse = found
-    return in_layout(out, plan.layout), lse.reshape(query.shape[:3]).float().contiguous()
+    return in_layout(out.to(dtype), plan.layout), lse.reshape(query.shape[:3]).float().contiguous()
 
 
 def _on_cuda(query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor] | None:
@@ -73,6 +76,13 @@ def _on_cpu(query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: floa
         key, value = (tensor.repeat_interleave(groups, dim=1) for tensor in (key, value))
     query, key, value = (tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in (query, key, value))
     return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, 0.0, causal, scale=scale)
+
+
+def widened_for_lse(plan: Plan, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Operands of the CPU flash kernel: in half precision its LSE is off by 1e-4, good for no more than a gradient."""
+    if not plan.lse_is_read or query.dtype not in (torch.bfloat16, torch.float16):
+        return query, key, value
+    return query.float(), key.float(), value.float()
 
 
 KERNELS = {"cuda": _on_cuda, "cpu": _on_cpu}

@@ -65,4 +65,4 @@ def padded(size: int) -> int:
 
 def canonical(plan: Plan) -> Plan:
     """``plan`` without what a kernel does not depend on, so that such plans share one kernel."""
-    return replace(plan, min_length=0, layout="bhnd", target=None, select=None, below=None)
+    return replace(plan, min_length=0, layout="bhnd", target=None, select=None, below=None, lse_is_read=True)
