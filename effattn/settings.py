@@ -25,6 +25,7 @@ DEBUG_LEVELS = {
     3: "and the graph before and after",
     4: "and the Triton source of every kernel",
 }
+DEBUG_PASSES = "passes"
 
 
 @dataclass(frozen=True)
@@ -40,18 +41,27 @@ class Variable:
 
 
 @dataclass(frozen=True)
+class Debug:
+    """What to tell: up to which level, and whether also what each pass does."""
+
+    level: int = 0
+    passes: bool = False
+
+
+@dataclass(frozen=True)
 class Settings:
     """What the environment says, validated."""
 
-    debug: int
+    debug: Debug
     cache_dir: pathlib.Path | None  # None: the platform's own cache directory
 
 
-def _debug(text: str) -> int:
-    level = int(text)
-    if level not in DEBUG_LEVELS:
+def _debug(text: str) -> Debug:
+    words = [word.strip() for word in text.split(",")]
+    levels = [int(word) for word in words if word != DEBUG_PASSES]
+    if len(levels) > 1 or any(level not in DEBUG_LEVELS for level in levels):
         raise ValueError(text)
-    return level
+    return Debug(levels[0] if levels else 0, DEBUG_PASSES in words)
 
 
 def _directory(text: str) -> pathlib.Path:
@@ -65,10 +75,11 @@ VARIABLES = (
         name="EFFATTN_DEBUG",
         field="debug",
         parse=_debug,
-        default=0,
-        allowed="0, 1, 2, 3 or 4",
+        default=Debug(),
+        allowed="0, 1, 2, 3 or 4, passes, or both: 1,passes",
         meaning="how much to tell on standard error: "
-        + "; ".join(f"{level} {text}" for level, text in DEBUG_LEVELS.items()),
+        + "; ".join(f"{level} {text}" for level, text in DEBUG_LEVELS.items())
+        + f"; {DEBUG_PASSES}: what each pass changed in the graph",
     ),
     Variable(
         name="EFFATTN_CACHE_DIR",
@@ -123,8 +134,12 @@ class _StandardError(logging.StreamHandler):
 
 def show(level: int, text: str) -> None:
     """Tell ``text`` on the logger "effattn" if EFFATTN_DEBUG is at least ``level`` (see ``DEBUG_LEVELS``)."""
-    if current().debug < level:
-        return
+    if current().debug.level >= level:
+        tell(text)
+
+
+def tell(text: str) -> None:
+    """Tell ``text`` on the logger "effattn"."""
     if logger.getEffectiveLevel() > logging.INFO:
         logger.setLevel(logging.INFO)
     # an application that has set up logging gets our records there; otherwise they would be dropped

@@ -23,16 +23,22 @@ def _clean(monkeypatch):
 
 
 def test_defaults():
-    assert settings.current() == settings.Settings(debug=0, cache_dir=None)
+    assert settings.current() == settings.Settings(debug=settings.Debug(), cache_dir=None)
 
 
 @pytest.mark.parametrize(("text", "level"), [("0", 0), ("4", 4), (" 2 ", 2), ("", 0), ("  ", 0)])
 def test_debug(monkeypatch, text, level):
     monkeypatch.setenv("EFFATTN_DEBUG", text)
-    assert settings.current().debug == level
+    assert settings.current().debug == settings.Debug(level)
 
 
-@pytest.mark.parametrize("text", ["5", "-1", "yes", "1.0", "0x1"])
+@pytest.mark.parametrize(("text", "level"), [("passes", 0), ("2,passes", 2), ("passes, 1", 1)])
+def test_debug_of_passes(monkeypatch, text, level):
+    monkeypatch.setenv("EFFATTN_DEBUG", text)
+    assert settings.current().debug == settings.Debug(level, passes=True)
+
+
+@pytest.mark.parametrize("text", ["5", "-1", "yes", "1.0", "0x1", "1,2", "passes,yes"])
 def test_wrong_debug(monkeypatch, text):
     monkeypatch.setenv("EFFATTN_DEBUG", text)
     with pytest.raises(OptionError, match=r"EFFATTN_DEBUG='.*' is not valid; allowed: 0, 1, 2, 3 or 4"):

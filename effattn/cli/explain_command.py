@@ -44,6 +44,7 @@ def explain(
     json_: bool = typer.Option(False, "--json", help="Print the report as JSON."),
     html: pathlib.Path | None = typer.Option(None, dir_okay=False, help="Also write the report as an HTML page."),
     graph: When | None = typer.Option(None, help="Print the FX graph's code before or after the rewrite instead."),
+    passes: bool = typer.Option(False, "--passes", help="Print what each pass did to the graph instead."),
     strict: bool = typer.Option(
         False, "--strict", help="Exit with 1 if an attention was left alone, ran in no graph, or a form was refused."
     ),
@@ -61,6 +62,8 @@ def explain(
     effattn explain ./my-model --attention eager --mask
 
     effattn explain bench.py:build --graph after
+
+    effattn explain smollm2 --passes
     """
     from effattn.cli import models
     from effattn.policy import Policy
@@ -69,7 +72,7 @@ def explain(
     with _telling(f"loading {model}"):
         example = models.load(model, length=length, batch=batch, attention=attention and attention.value, mask=mask)
     with _telling(f"compiling and running {type(example.model).__name__} once"):
-        report = _report(example, chosen, train)
+        report = _report(example, chosen, train, passes)
     for note in example.notes:
         typer.echo(f"note: {note}", err=True)
     if html is not None:
@@ -83,6 +86,10 @@ def explain(
         import json
 
         typer.echo(json.dumps(report.to_dict(), indent=2, default=str))
+    elif passes:
+        from effattn.compiler.report_text import render_passes
+
+        typer.echo(render_passes(report))
     elif graph is not None:
         try:
             typer.echo(report.graph(before=graph is When.before))
@@ -95,7 +102,7 @@ def explain(
         raise typer.Exit(1)
 
 
-def _report(example, policy, train: bool):
+def _report(example, policy, train: bool, trace: bool):
     import torch
 
     import effattn
@@ -104,7 +111,8 @@ def _report(example, policy, train: bool):
     example.model.train(train)
     try:
         with torch.enable_grad() if train else torch.no_grad():
-            return effattn.explain(example.model, *example.args, policy=policy, **example.kwargs)
+            options = {"options": {"trace": True}} if trace else {}
+            return effattn.explain(example.model, *example.args, policy=policy, **options, **example.kwargs)
     except EffattnError:
         raise
     except Exception as error:

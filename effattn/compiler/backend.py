@@ -16,11 +16,13 @@ from torch import fx
 
 from effattn.compiler import collect
 from effattn.compiler.options import Options
-from effattn.compiler.pipeline import Outcome, run_passes
+from effattn.compiler.pipeline import run_passes
 from effattn.compiler.raising import as_they_are
 from effattn.compiler.rest import compile_rest
 from effattn.compiler.verify import verified
 from effattn.errors import OptionError
+from effattn.ir.refusal import Why
+from effattn.passes.compilation import Outcome
 from effattn.settings import warn_once
 
 torch.compiler.allow_in_graph(torch._safe_softmax)  # where Dynamo would end a graph otherwise
@@ -32,8 +34,8 @@ def effattn(
 ) -> Callable:
     """Compile a Dynamo graph: attention by effattn, the rest by Inductor.
 
-    ``options``: see :class:`effattn.compiler.options.Options`. An exception inside the passes leaves the graph as it
-    was, with one warning; ``options={"strict": True}`` raises it.
+    ``options``: see :class:`effattn.compiler.options.Options`. An exception over one attention leaves that one alone,
+    one in a pass as a whole leaves the graph as it was, with a warning; ``options={"strict": True}`` raises it.
 
     Raises:
         OptionError, PolicyError: an option or the policy is not valid, or kernels are asked for where none can run. To
@@ -57,6 +59,7 @@ def effattn(
             stacklevel=2,
         )
     outcome.seconds["passes"] = time.perf_counter() - start
+    _tell_errors(outcome)
     _tell_portable(outcome)
     start = time.perf_counter()
     compiled = compile_rest(gm, example_inputs, settings)
@@ -65,6 +68,17 @@ def effattn(
     if settings.verify and outcome.original is not None:
         return verified(compiled, gm, outcome, settings)
     return compiled
+
+
+def _tell_errors(outcome: Outcome) -> None:
+    """An attention that is left alone because of an error is more than a line of the report."""
+    for missed in outcome.missed:
+        if missed.refusal.rule == Why.UNEXPECTED:
+            where = f" ({missed.location})" if missed.location else ""
+            warnings.warn(
+                f"effattn left {missed.name}{where} as it was because of {missed.refusal}. The model still runs.",
+                stacklevel=3,
+            )
 
 
 def _tell_portable(outcome: Outcome) -> None:

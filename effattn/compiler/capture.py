@@ -9,13 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from effattn.compiler.pipeline import mentions_attention
+from effattn.compiler.pipeline import observe_sites
 from effattn.ir.site import Site
 from effattn.passes.draft import Match, Missed
-from effattn.passes.graph import GraphView
-from effattn.passes.match import find
-from effattn.passes.normalize import normalize
-from effattn.passes.tap import tap
 
 
 @dataclass(frozen=True)
@@ -83,20 +79,13 @@ class Tapped:
         return run.reached
 
     def _backend(self, gm: fx.GraphModule, example_inputs: list[Any]) -> Callable:
-        if not mentions_attention(gm.graph):
-            return gm.forward
-        _, left_alone = normalize(gm)
-        view = GraphView(gm.graph)
-        matches, missed = find(view)
-        self.missed += [*missed, *left_alone]
-
         def observe(number: int, query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> None:
             if (run := self._run) is not None:
                 index, run.reached = run.reached, run.reached + 1
-                run.receive(Captured(index, matches[number], query, key, value, *rest))
+                run.receive(Captured(index, outcome.matches[number], query, key, value, *rest))
 
-        tap(view, matches, observe)
-        gm.recompile()
+        outcome = observe_sites(gm, observe, example_inputs)
+        self.missed += outcome.missed
         return gm.forward
 
 

@@ -12,9 +12,9 @@ from torch import fx
 from effattn import settings
 from effattn.compiler.options import Options
 from effattn.compiler.outside import Outside
-from effattn.compiler.pipeline import Outcome
 from effattn.compiler.report import GraphReport, Report, graph_report, merge
 from effattn.passes.choose import Choice
+from effattn.passes.compilation import Outcome
 
 
 @dataclass
@@ -46,7 +46,10 @@ def listening() -> Iterator[Collected]:
 def tell(gm: fx.GraphModule, outcome: Outcome, options: Options, failure: Exception | None) -> None:
     """Report one compiled graph to all listeners, and to the user as EFFATTN_DEBUG asks."""
     debug = settings.current().debug
-    if not (listeners := _listeners.get()) and not debug:
+    if debug.passes:
+        for record in outcome.passes:
+            settings.tell("\n".join([str(record), *record.difference.splitlines()]))
+    if not (listeners := _listeners.get()) and not debug.level:
         return
     after = str(gm.code)
     before = fx.GraphModule(gm, outcome.original).code if outcome.original is not None else after
@@ -54,7 +57,7 @@ def tell(gm: fx.GraphModule, outcome: Outcome, options: Options, failure: Except
     for heard in listeners:
         heard.graphs.append(report)
         heard.choices += outcome.choices
-    if debug and (report.sites or report.missed):
+    if debug.level and (report.sites or report.missed):
         _show(report, options)
 
 

@@ -16,6 +16,7 @@ _CHOICES: dict[str, tuple] = {
     "mode": ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs", None),
     "strict": (True, False),
     "verify": (True, False),
+    "trace": (True, False),
 }
 
 
@@ -27,6 +28,7 @@ class Options:
     rest: str = "inductor"  # what compiles everything that is not attention
     strict: bool = False  # raise instead of falling back
     verify: bool = False  # run the untouched graph too, on every call, and compare
+    trace: bool = False  # keep for the report how each pass changed the graph
     mode: str | None = None  # Inductor's mode
     target: str | None = None  # "triton", "portable", or None: by device
 

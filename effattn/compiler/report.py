@@ -14,10 +14,10 @@ import torch
 from effattn.compiler.kernel_path import kernel_path, linear_kernel_path
 from effattn.compiler.options import Options
 from effattn.compiler.outside import Outside
-from effattn.compiler.pipeline import Outcome
 from effattn.ir.refusal import Why
 from effattn.ir.text import text
 from effattn.passes.choose import Choice
+from effattn.passes.compilation import Outcome, PassRecord
 from effattn.passes.match_linear import LinearMatch
 from effattn.policy import write
 
@@ -69,6 +69,7 @@ class GraphReport:
     erased: int
     seconds: dict[str, float]
     failure: str | None
+    passes: tuple[PassRecord, ...] = ()  # in the order in which they ran
     calls: int = 0  # in the call that was explained: the layers of a loop with a break in it share one graph
 
     def ran(self) -> None:
@@ -122,6 +123,7 @@ class Report:
                     "erased": graph.erased,
                     "failure": graph.failure,
                     "calls": graph.calls,
+                    "passes": [asdict(record) for record in graph.passes],
                 }
                 for graph in self.graphs
             ],
@@ -175,6 +177,7 @@ def graph_report(after: str, outcome: Outcome, failure: Exception | None, before
         erased=outcome.erased,
         seconds=outcome.seconds,
         failure=f"{type(failure).__name__}: {failure}" if failure is not None else None,
+        passes=tuple(outcome.passes),
     )
 
 

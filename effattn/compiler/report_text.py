@@ -63,6 +63,17 @@ def render(report: Report) -> str:
     return "\n".join(lines)
 
 
+def render_passes(report: Report) -> str:
+    """What each pass did to each graph, with the difference of the code where it was kept."""
+    lines: list[str] = []
+    for number, graph in enumerate(report.graphs):
+        lines += [f"graph {number}", *[f"  {record}" for record in graph.passes], ""]
+        for record in graph.passes:
+            if record.difference:
+                lines += [f"-- {record.name}", record.difference, ""]
+    return "\n".join(lines).rstrip()
+
+
 def _alike(report: Report) -> list[tuple[list[SiteReport], int]]:
     """Sites that differ in layer only, together, and how often their graph was called."""
     groups: dict[tuple, list[SiteReport]] = {}

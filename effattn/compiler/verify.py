@@ -14,10 +14,10 @@ from torch import fx
 
 from effattn.compiler import generators
 from effattn.compiler.options import Options
-from effattn.compiler.pipeline import Outcome
 from effattn.errors import VerificationError
 from effattn.ir import expr
 from effattn.ir.text import text
+from effattn.passes.compilation import Outcome
 from effattn.passes.draft import Match
 from effattn.runtime.algebra import evaluate
 
@@ -33,7 +33,7 @@ def verified(compiled: Callable, gm: fx.GraphModule, outcome: Outcome, options: 
     """
     assert outcome.original is not None
     original = fx.GraphModule(gm, outcome.original)
-    checked = original if outcome.normalized is None else fx.GraphModule(gm, outcome.normalized)
+    checked = original if outcome.canonical is None else fx.GraphModule(gm, outcome.canonical)
     exact = all(choice.exact for choice in outcome.choices)
     devices = generators.devices_of(outcome.original)
 

@@ -59,7 +59,7 @@ def lower(captured: Captured, policy: Policy) -> Lowered:
     Raises:
         EvaluationError: the form has no softmax, so that there is nothing that it keeps.
     """
-    choice = choose([captured.match], policy, strict=False, target=None)[0]
+    choice = choose(captured.match, policy, strict=False, target=None)
     if not FORMS[choice.form].softmax:
         raise EvaluationError(
             f"policy {policy.name!r} makes {captured.site.path or captured.site.name} {choice.form!r}, which has no "

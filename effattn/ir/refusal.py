@@ -62,6 +62,7 @@ class Why(StrEnum):
     OPERATOR = "operator"
     MULTI_HEAD_ATTENTION = "multi_head_attention"
     FUSED_CALL = "fused call"
+    UNEXPECTED = "error"  # no property of the attention: a mistake of ours, a file that is not there
     # attention without a softmax
     LOOP_OVER_BLOCKS = "loop over blocks"
     BLOCKS = "blocks"

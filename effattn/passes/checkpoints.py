@@ -15,6 +15,7 @@ import torch
 from torch import fx
 
 from effattn.errors import RewriteError
+from effattn.passes.compilation import Compilation, Pass
 from effattn.passes.insert import REGION
 
 CHECKPOINT = torch.ops.higher_order.tag_activation_checkpoint
@@ -29,6 +30,21 @@ class Region:
     kwargs: dict[str, Any]
     meta: dict[str, Any]  # of the call
     body_meta: dict[str, Any]
+
+
+class InlineCheckpoints(Pass):
+    """Checkpoints are laid open, and made checkpoints again."""
+
+    name = "inline checkpoints"
+    optional = True
+
+    def apply(self, work: Compilation) -> bool:
+        self.regions = lay_open(work.gm)
+        return bool(self.regions)
+
+    def undo(self, work: Compilation) -> bool:
+        close(work.gm, self.regions)
+        return bool(self.regions)
 
 
 def lay_open(gm: fx.GraphModule) -> list[Region]:

@@ -17,7 +17,10 @@ from effattn.ir.site import Site
 from effattn.lowering.forms import FORMS
 from effattn.lowering.forms.form import Params, Rule
 from effattn.passes.cheapest import cheapest
+from effattn.passes.compilation import Compilation, Pass
 from effattn.passes.draft import Anchors, Match
+from effattn.passes.failures import left_alone
+from effattn.passes.match import MatchSoftmax
 from effattn.passes.rewrite_features import no_weights
 from effattn.policy import Policy
 from effattn.policy import Rule as PolicyRule
@@ -60,20 +63,22 @@ class Choice:
         return FORMS[self.form].kind == "exact"
 
 
-def choose(matches: list[Match], policy: Policy, *, strict: bool, target: str | None) -> list[Choice]:
-    """A choice for every match.
+class ChooseForms(Pass):
+    """Every match gets a form and a route."""
 
-    Raises:
-        FormRefused: with ``strict``, a form that the policy names does not apply at a site that its rule matches.
-        PolicyError: with ``strict``, a rule names layers that the model does not have.
-        TargetError: ``target`` is "triton", and a site that needs a kernel is where none can run.
-    """
-    _check_layers(matches, policy, strict)
-    choices = [_choose(match, policy, strict, target) for match in matches]
-    for choice in choices:
-        if choice.route in ("op", "linear"):
-            check_target(choice.match.site, target if choice.plan is None else choice.plan.target)
-    return choices
+    name = "choose forms"
+    needs = (MatchSoftmax,)
+
+    def apply(self, work: Compilation) -> bool:
+        outcome = work.outcome
+        _check_layers(outcome.matches, work.policy, work.strict)
+        for match in outcome.matches:
+            with left_alone(match.anchors.replaced, outcome.missed, work.strict):
+                choice = choose(match, work.policy, strict=work.strict, target=work.target)
+                if choice.route in ("op", "linear"):
+                    check_target(match.site, work.target if choice.plan is None else choice.plan.target)
+                outcome.choices.append(choice)
+        return False
 
 
 def check_target(site: Site, target: str | None) -> None:
@@ -100,7 +105,12 @@ def _check_layers(matches: list[Match], policy: Policy, strict: bool) -> None:
         warnings.warn(f"{error} (counted in one graph of the model)", stacklevel=2)
 
 
-def _choose(match: Match, policy: Policy, strict: bool, target: str | None) -> Choice:
+def choose(match: Match, policy: Policy, *, strict: bool, target: str | None) -> Choice:
+    """What is done with one match.
+
+    Raises:
+        FormRefused: with ``strict``, a form that the policy names does not apply at a site that its rule matches.
+    """
     site = match.site
     found = policy.match(site)
     rule = found.rule

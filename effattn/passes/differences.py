@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from effattn.passes.compilation import Compilation, Pass, RunWithout
 from effattn.passes.contraction import contraction
-from effattn.passes.draft import Match
 from effattn.passes.erase import erase_orphans
 from effattn.passes.graph import GraphView
 from effattn.passes.insert import Inserter, difference
@@ -35,6 +35,22 @@ class _Term:
     sign: int = 1
 
 
+class DistributeSums(Pass):
+    """Products of sums of weights are taken apart; where a part becomes no site, the graph is compiled without it."""
+
+    name = "distribute sums of weights"
+    optional = True
+
+    def apply(self, work: Compilation) -> bool:
+        self.products = write_out(work.view)
+        return bool(self.products)
+
+    def undo(self, work: Compilation) -> bool:
+        if not work.taken.issuperset(self.products):
+            raise RunWithout(DistributeSums)
+        return False
+
+
 def write_out(view: GraphView) -> list[fx.Node]:
     """Distribute every product of a sum of weights, in place; the nodes that have to become sites.
 
@@ -53,10 +69,6 @@ def write_out(view: GraphView) -> list[fx.Node]:
     if products or shared:
         erase_orphans(GraphView(view.graph), [node for node in sums if not node.users])
     return products + [softmax for softmax in shared if softmax.users]
-
-
-def all_found(products: list[fx.Node], matches: list[Match]) -> bool:
-    return set(products) <= {match.anchors.replaced for match in matches}
 
 
 def _terms_of(view: GraphView, node: fx.Node) -> list[_Term]:

@@ -29,6 +29,7 @@ class Inserter:
 
     def remember(self, node: fx.Node) -> fx.Node:
         """Give a node that was just inserted its provenance and the value it has on fake tensors."""
+        self.nodes.append(node)  # first: what raises here is undone too
         node.meta.update({key: self.like.meta[key] for key in PROVENANCE if key in self.like.meta})
         args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta.get("example_value"))
         with self.mode:
@@ -36,7 +37,6 @@ class Inserter:
                 node.meta["example_value"] = getattr(args[0], str(node.target))(*args[1:], **kwargs)
             else:
                 node.meta["example_value"] = node.target(*args, **kwargs)  # type: ignore[operator]
-        self.nodes.append(node)
         return node
 
     def call(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:

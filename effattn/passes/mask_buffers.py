@@ -16,6 +16,7 @@ from typing import Any, cast
 import torch
 from torch import fx
 
+from effattn.passes.compilation import Compilation, Pass
 from effattn.passes.graph import GraphView, as_sympy
 from effattn.passes.insert import Inserter
 from effattn.passes.known import Known, Unknown
@@ -41,6 +42,21 @@ class WrittenOut:
     mask: fx.Node
     check: fx.Node
     inserted: tuple[fx.Node, ...]
+
+
+class DecomposeMaskBuffers(Pass):
+    """Triangles in buffers are written out as positions; where no site reads them, the buffer is read again."""
+
+    name = "decompose mask buffers"
+    optional = True
+
+    def apply(self, work: Compilation) -> bool:
+        self.masks = write_out(work.gm, work.inputs)
+        return bool(self.masks)
+
+    def undo(self, work: Compilation) -> bool:
+        settle(work.graph, self.masks, bool(work.taken))
+        return bool(self.masks)
 
 
 def write_out(gm: fx.GraphModule, inputs: Sequence[Any]) -> list[WrittenOut]:

@@ -7,7 +7,7 @@ long as it can be read; what cannot be read is left alone, with the reason.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 from torch import fx
@@ -15,7 +15,9 @@ from torch import fx
 from effattn.ir.refusal import Refusal, Why
 from effattn.passes.assemble import assemble
 from effattn.passes.checkpoints import CHECKPOINT
+from effattn.passes.compilation import Compilation, Pass
 from effattn.passes.draft import Draft, Match, Missed, Refused
+from effattn.passes.failures import left_alone, refusal_of
 from effattn.passes.flex import from_flex
 from effattn.passes.graph import GraphView, bodies_of
 from effattn.passes.match_sdpa import from_sdpa
@@ -30,17 +32,35 @@ from effattn.passes.softmax_by_hand import may_hold_written_softmax, written_sof
 from effattn.passes.vocabulary import Call
 
 
-def find(view: GraphView) -> tuple[list[Match], list[Missed]]:
-    """Every attention of the graph, in order, and every softmax that is not one or is left alone."""
+class MatchSoftmax(Pass):
+    """Every softmax, SDPA and FlexAttention call becomes a match or has its reason."""
+
+    name = "match softmaxes"
+
+    def apply(self, work: Compilation) -> bool:
+        matches, missed = find(work.view, work.strict)
+        work.outcome.matches += matches
+        work.outcome.missed += missed
+        return False
+
+
+def find(view: GraphView, strict: bool = False) -> tuple[list[Match], list[Missed]]:
+    """Every attention of the graph, in order, and every softmax that is not one or is left alone.
+
+    Raises: with ``strict``, what is no refusal (:mod:`effattn.passes.failures`).
+    """
     readers: dict[tuple, Reader] = {}
     matches: list[Match] = []
     missed: list[Missed] = []
-    for call in _anchors(view):
-        found = _match(view, call, readers, len(matches))
-        if isinstance(found, Match):
-            matches.append(found)
-        elif view.call(call.node) == call or found.rule != Why.NOT_ATTENTION:  # any quotient may look like a softmax
-            missed.append(Missed.at(call.node, found))
+    for node in view.graph.nodes:
+        with left_alone(node, missed, strict):
+            if (call := _anchor(view, node)) is None:
+                continue
+            found = _match(view, call, readers, len(matches))
+            if isinstance(found, Match):
+                matches.append(found)
+            elif view.call(node) == call or found.rule != Why.NOT_ATTENTION:  # any quotient may look like a softmax
+                missed.append(Missed.at(node, found))
     missed += [_inside(node) for node in view.graph.nodes if _hides_attention(node)]
     return matches, missed + [_as_operator(node) for node in view.graph.nodes if _is_operator(node)]
 
@@ -51,10 +71,8 @@ def _match(view: GraphView, call: Call, readers: dict[tuple, Reader], order: int
     for draft in _DRAFTS[call.name]:
         try:
             return assemble(view, draft(view, call, readers), order)
-        except Refused as refused:
-            refusals.append(refused.refusal)
-        except Unreadable as unreadable:
-            refusals.append(Refused(Why.READING, str(unreadable)).refusal)
+        except (Refused, Unreadable) as refused:
+            refusals.append(refusal_of(refused))
     refusal = next((refusal for refusal in refusals if refusal.rule != Why.NOT_APART), refusals[-1])
     if refusal.rule == Why.ROWS_WITHOUT_KEYS and call.name == "softmax":
         try:
@@ -74,7 +92,7 @@ def _hides_attention(node: fx.Node) -> bool:
 def _inside(node: fx.Node) -> Missed:
     hint = "use plain checkpoints, neither nested nor with a context_fn" if node.target is CHECKPOINT else ""
     reason = f"it is inside {spelled(node)}, and graphs within the graph are not looked into"
-    return Missed(node.name, location(node), Refused(Why.HIGHER_ORDER, reason, hint).refusal)
+    return Missed(node.name, location(node), Refusal(Why.HIGHER_ORDER, reason, hint))
 
 
 def _is_operator(node: fx.Node) -> bool:
@@ -86,9 +104,7 @@ def _is_operator(node: fx.Node) -> bool:
 
 def _as_operator(node: fx.Node) -> Missed:
     reason = f"it is the operator {node.target} of an exported program, and these are not read"
-    return Missed(
-        node.name, location(node), Refused(Why.OPERATOR, reason, "compile the module that was exported").refusal
-    )
+    return Missed(node.name, location(node), Refusal(Why.OPERATOR, reason, "compile the module that was exported"))
 
 
 def mentions_attention(graph: fx.Graph) -> bool:
@@ -101,13 +117,10 @@ def mentions_attention(graph: fx.Graph) -> bool:
     ) or may_hold_written_softmax(graph)
 
 
-def _anchors(view: GraphView) -> Iterator[Call]:
-    for node in view.graph.nodes:
-        call = view.call(node)
-        if call is not None and call.name in _DRAFTS:
-            yield call
-        elif call is not None and (softmax := written_softmax(view, call)) is not None:
-            yield softmax
+def _anchor(view: GraphView, node: fx.Node) -> Call | None:
+    """What an attention is looked for from: a call of the table below, or a softmax that is written out."""
+    call = view.call(node)
+    return call if call is None or call.name in _DRAFTS else written_softmax(view, call)
 
 
 # by the anchor's name: what to try, in this order

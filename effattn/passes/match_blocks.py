@@ -22,11 +22,11 @@ from effattn.ir.site import Stage
 from effattn.passes.assemble import assemble
 from effattn.passes.blocks import Block, NoLoop, find_loops, linked
 from effattn.passes.draft import Draft, Missed, Refused
+from effattn.passes.failures import left_alone
 from effattn.passes.graph import GraphView, as_sympy, hint
 from effattn.passes.match_linear import LinearMatch, Loop, finished
 from effattn.passes.operands import Operand, depth
 from effattn.passes.reading.decay import DecayReader
-from effattn.passes.reading.reader import Unreadable
 
 _FULL = slice(None)
 
@@ -40,18 +40,21 @@ class _Rate:
     time: int
 
 
-def find_blocks(view: GraphView) -> tuple[list[LinearMatch], list[Missed], set[fx.Node]]:
-    """(every loop that is linear attention, those that are left alone, the nodes of both)."""
+def find_blocks(view: GraphView, strict: bool = False) -> tuple[list[LinearMatch], list[Missed], set[fx.Node]]:
+    """(every loop that is linear attention, those that are left alone, the nodes of both).
+
+    Raises: with ``strict``, what is no refusal.
+    """
     found: list[LinearMatch] = []
     missed: list[Missed] = []
     seen: set[fx.Node] = set()
     for joined, turns in find_loops(view):
         seen.update(node for turn in turns if turn is not None for node in turn.made)
-        try:
-            found.append(_match(view, joined, linked(view, turns), len(found)))
-        except (NoLoop, Refused, Unreadable) as error:
-            refusal = error.refusal if isinstance(error, Refused) else Refused(Why.LOOP_OVER_BLOCKS, str(error)).refusal
-            missed.append(Missed.at(joined, refusal))
+        with left_alone(joined, missed, strict):
+            try:
+                found.append(_match(view, joined, linked(view, turns), len(found)))
+            except NoLoop as error:
+                raise Refused(Why.LOOP_OVER_BLOCKS, str(error)) from error
     return found, missed, seen
 
 

@@ -7,6 +7,7 @@ term in the indices, as scores are. Whatever made query and key (SiLU, a feature
 from __future__ import annotations
 
 from collections.abc import Container, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,6 +19,7 @@ from effattn.ir.refusal import Why
 from effattn.passes.assemble import assemble
 from effattn.passes.contraction import Contraction, contraction
 from effattn.passes.draft import Draft, Match, Missed, Refused
+from effattn.passes.failures import left_alone
 from effattn.passes.graph import GraphView
 from effattn.passes.linear_terms import LinearTerm, NotLinear, interpret, plain_loads, written
 from effattn.passes.meaning import MAX_TERMS
@@ -69,10 +71,14 @@ class LinearMatch:
     loop: Loop | None = None
 
 
-def find_linear(view: GraphView, skip: Container[fx.Node] = ()) -> tuple[list[LinearMatch], list[Missed]]:
+def find_linear(
+    view: GraphView, skip: Container[fx.Node] = (), strict: bool = False
+) -> tuple[list[LinearMatch], list[Missed]]:
     """Every linear attention of the graph, and what looks like one but is left alone, with the reason.
 
     ``skip`` holds products of which is already known what they are.
+
+    Raises: with ``strict``, what is no refusal.
     """
     readers: dict[tuple, Reader] = {}
     found: list[LinearMatch] = []
@@ -80,13 +86,8 @@ def find_linear(view: GraphView, skip: Container[fx.Node] = ()) -> tuple[list[Li
     for product, side in _candidates(view):
         if product.node in skip:
             continue
-        try:
+        with left_alone(product.node, missed, strict), suppress(NotLinear):  # any two products come here
             found.append(_match(view, product, side, readers, len(found)))
-        except (NotLinear, TypeError, ValueError, ArithmeticError):
-            continue  # any two products come here, and sympy raises these where terms cannot be compared
-        except (Refused, Unreadable) as error:
-            refusal = error.refusal if isinstance(error, Refused) else Refused(Why.READING, str(error)).refusal
-            missed.append(Missed.at(product.node, refusal))
     return found, missed
 
 

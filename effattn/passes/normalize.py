@@ -14,6 +14,7 @@ from torch import fx
 
 from effattn.ir.refusal import Why
 from effattn.passes import multihead
+from effattn.passes.compilation import Compilation, Pass
 from effattn.passes.draft import FOUND_AS, Missed, Refused
 from effattn.passes.erase import erase_orphans, erase_unused_weights
 from effattn.passes.graph import GraphView
@@ -39,6 +40,18 @@ RULES: dict[Any, Callable[[Inserter, fx.Node], None]] = {
     torch._transformer_encoder_layer_fwd: multihead.write_out_encoder_layer,
     torch._native_multi_head_attention: multihead.leave_native,
 }
+
+
+class DecomposeCompound(Pass):
+    """Compound calls are written out and unread weights erased."""
+
+    name = "decompose compound calls"
+    optional = True
+
+    def apply(self, work: Compilation) -> bool:
+        changed, missed = normalize(work.gm)
+        work.outcome.missed += missed
+        return bool(changed)
 
 
 def normalize(gm: fx.GraphModule) -> tuple[int, list[Missed]]:

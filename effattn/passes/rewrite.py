@@ -1,4 +1,4 @@
-"""The rewriting: op nodes in, the nodes that they orphan out. The only pass that changes the graph."""
+"""The rewriting: op nodes in, the nodes that they orphan out."""
 
 from __future__ import annotations
 
@@ -12,70 +12,52 @@ import torch.nn.functional as F
 from torch import fx
 
 import effattn.runtime.attend  # noqa: F401  (registers torch.ops.effattn)
-from effattn.errors import RewriteError
 from effattn.ir.expr import plain_scale
 from effattn.lowering.forms.linear import LinearParams
 from effattn.passes.block_mask import erase_empty_brackets, unused_batch_dims
-from effattn.passes.choose import Choice, needs_all_heads
-from effattn.passes.draft import Anchors, SizeSource
-from effattn.passes.erase import erase_orphans
-from effattn.passes.graph import GraphView
-from effattn.passes.insert import Inserter, difference, fake_mode
-from effattn.passes.metadata import leave_stand_ins
-from effattn.passes.operands import Operand, emit
-from effattn.passes.reading import LoadSource
+from effattn.passes.choose import Choice, ChooseForms, needs_all_heads
+from effattn.passes.compilation import Compilation, Pass
+from effattn.passes.draft import FOUND_AS, Anchors, SizeSource
+from effattn.passes.failures import left_alone
+from effattn.passes.replacing import Rewriting, Writer
 from effattn.passes.rewrite_features import features_op
-from effattn.passes.strides import in_order_of
 
 
-def rewrite(view: GraphView, choices: list[Choice]) -> int:
-    """Apply every choice that is not "keep"; returns the number of nodes that disappeared.
+class RewriteSites(Pass):
+    """Every choice that is not "keep" is applied; one that fails leaves its attention alone."""
 
-    Raises:
-        RewriteError: a replacement does not have the shape, dtype or device of what it replaces.
-    """
-    before = len(view.graph.nodes)
-    saved = SavedLoads(view)
-    replaced: list[fx.Node] = []
-    inserted = 0
-    for choice in choices:
-        if choice.route == "keep":
-            continue
-        anchors = choice.match.anchors
-        node = anchors.replaced
-        with view.graph.inserting_before(anchors.before or node):
-            writer = Writer(view, node)
-            result = _result(writer, choice, saved)
-            pairs = [(node, anchors.placement.emit(view.graph, result, writer.remember))]
-            if anchors.lse is not None:
-                pairs.append((anchors.lse, _lse(writer, result)))
-            for old, new in pairs:
-                if wrong := difference(old.meta["example_value"], new.meta["example_value"]):
-                    raise RewriteError(f"replacement of {old.name} is {wrong}")
-                new = in_order_of(view, writer, old, new)
-                if choice.match.site.needs_grad and view.writes_between(old, view.time[old], len(view.time)):
-                    new = writer.method("clone", new)  # the op keeps its result for the gradient, a product did not
-                old.replace_all_uses_with(new)
-                replaced.append(old)
-        inserted += len(writer.nodes)
-    written, unread = leave_stand_ins(view, replaced, {choice.match.anchors.anchor for choice in choices})
-    inserted += written
-    erase_orphans(view, [*replaced, *unread, *unused_batch_dims(view.graph)])
-    erase_empty_brackets(view.graph)
-    return before + inserted + saved.count - len(view.graph.nodes)
+    name = "rewrite sites"
+    needs = (ChooseForms,)
+
+    def apply(self, work: Compilation) -> bool:
+        outcome, view = work.outcome, work.view
+        rewriting = Rewriting(view)
+        applied: list[Choice] = []
+        for choice in outcome.choices:
+            node = choice.match.anchors.replaced
+            with left_alone(node, outcome.missed, work.strict):
+                if choice.route != "keep":
+                    with rewriting.at(node, choice.match.anchors.before) as writer:
+                        rewriting.replace(writer, _pairs(writer, choice), keeps_result=choice.match.site.needs_grad)
+                applied.append(choice)
+                if FOUND_AS in node.meta:
+                    work.taken.add(node)  # kept as it was decomposed: without its mask, projected once
+        work.taken.update(rewriting.replaced)
+        outcome.choices = applied
+        unread = rewriting.leave_stand_ins({choice.match.anchors.anchor for choice in applied})
+        outcome.erased += rewriting.finish([*unread, *unused_batch_dims(view.graph)])
+        erase_empty_brackets(view.graph)
+        return bool(rewriting.replaced)
 
 
-class Writer(Inserter):
-    """Inserts the replacement of one site."""
-
-    def __init__(self, view: GraphView, like: fx.Node):
-        super().__init__(view.graph, like)
-        self.view = view
-
-    def operand(self, operand: Operand, dtype: torch.dtype) -> fx.Node:
-        """Query, key or value as [B, H, N, D] in the dtype of the result (autocast may have cast it)."""
-        node = emit(self.graph, operand, self.remember)
-        return node if node.meta["example_value"].dtype == dtype else self.method("to", node, dtype)
+def _pairs(writer: Writer, choice: Choice) -> list[tuple[fx.Node, fx.Node]]:
+    """(node, replacement) for what a site computes."""
+    anchors = choice.match.anchors
+    result = _result(writer, choice)
+    pairs = [(anchors.replaced, anchors.placement.emit(writer.graph, result, writer.remember))]
+    if anchors.lse is not None:
+        pairs.append((anchors.lse, _lse(writer, result)))
+    return pairs
 
 
 def _operands(writer: Writer, anchors: Anchors) -> list[fx.Node]:
@@ -83,12 +65,12 @@ def _operands(writer: Writer, anchors: Anchors) -> list[fx.Node]:
     return [writer.operand(operand, dtype) for operand in (anchors.query, anchors.key, anchors.value)]
 
 
-def _result(writer: Writer, choice: Choice, saved: SavedLoads) -> fx.Node:
-    found, factor = _attention(writer, choice, saved), choice.match.anchors.value.factor
+def _result(writer: Writer, choice: Choice) -> fx.Node:
+    found, factor = _attention(writer, choice), choice.match.anchors.value.factor
     return found if factor == 1 else writer.call(operator.mul, found, float(factor))
 
 
-def _attention(writer: Writer, choice: Choice, saved: SavedLoads) -> fx.Node:
+def _attention(writer: Writer, choice: Choice) -> fx.Node:
     if choice.route == "sdpa":
         return _sdpa(writer, choice)
     if choice.route == "linear":
@@ -96,7 +78,7 @@ def _attention(writer: Writer, choice: Choice, saved: SavedLoads) -> fx.Node:
         operands = _operands(writer, choice.match.anchors)
         scale = _scale(choice) if choice.params.window else None
         return features_op(writer, choice.match.site, choice.params, operands, scale, choice.target)
-    return _op(writer, choice, saved)
+    return _op(writer, choice)
 
 
 def _sdpa(writer: Writer, choice: Choice) -> fx.Node:
@@ -125,11 +107,11 @@ def _scale(choice: Choice) -> Any:
     )
 
 
-def _op(writer: Writer, choice: Choice, saved: SavedLoads) -> fx.Node:
+def _op(writer: Writer, choice: Choice) -> fx.Node:
     assert choice.plan is not None
     anchors = choice.match.anchors
     plan = choice.plan if anchors.lse is None else choice.plan.reading_lse()
-    args = (*op_arguments(writer, anchors, saved), plan.encode())
+    args = (*op_arguments(writer, anchors), plan.encode())
     both = writer.call(torch.ops.effattn.attend.default, *args)
     out = writer.call(operator.getitem, both, 0)
     sink = choice.match.anchors.sink
@@ -137,7 +119,7 @@ def _op(writer: Writer, choice: Choice, saved: SavedLoads) -> fx.Node:
         return out
     if isinstance(sink, float):
         return _beside_sink(writer, both, out, sink)
-    score = saved.at(sink, _when(writer, choice.match.anchors))
+    score = writer.load(sink, _when(writer, choice.match.anchors))
     return _beside_sink(writer, both, out, writer.method("float", score))
 
 
@@ -152,10 +134,10 @@ def _when(writer: Writer, anchors: Anchors) -> int:
     return writer.view.time[anchors.before or anchors.replaced]
 
 
-def op_arguments(writer: Writer, anchors: Anchors, saved: SavedLoads) -> tuple[Any, ...]:
+def op_arguments(writer: Writer, anchors: Anchors) -> tuple[Any, ...]:
     """What ``effattn::attend`` takes at a site, all but the plan: query, key, value, loads, scalars, numbers."""
     operands = _operands(writer, anchors)
-    loads = [saved.at(source, _when(writer, anchors)) for source in anchors.loads]
+    loads = [writer.load(source, _when(writer, anchors)) for source in anchors.loads]
     scalars = [_length(writer, source) for source in anchors.scalars]
     return (*operands, loads, scalars, list(anchors.numbers))
 
@@ -167,27 +149,5 @@ def _lse(writer: Writer, result: fx.Node) -> fx.Node:
 
 
 def _length(writer: Writer, source: SizeSource) -> fx.Node:
-    return source.node if source.dim is None else writer.method("size", source.node, source.dim)
-
-
-class SavedLoads:
-    """Loads as the author's code read them. Where memory is written in between, a copy is taken before the write."""
-
-    def __init__(self, view: GraphView):
-        self.view, self.count = view, 0
-        self.copies: dict[tuple[fx.Node, fx.Node], fx.Node] = {}
-
-    def at(self, source: LoadSource, time: int) -> fx.Node:
-        writers = self.view.writes_between(source.node, source.time - 1, time)
-        if not writers:
-            return source.node
-        key = (source.node, writers[0])
-        if key not in self.copies:
-            with self.view.graph.inserting_before(writers[0]):
-                copy = self.view.graph.call_method("clone", (source.node,))
-            copy.meta.update({k: v for k, v in source.node.meta.items() if k in ("stack_trace", "nn_module_stack")})
-            with fake_mode(source.node):
-                copy.meta["example_value"] = source.node.meta["example_value"].clone()
-            self.copies[key] = copy
-            self.count += 1
-        return self.copies[key]
+    node = writer.now(source.node)
+    return node if source.dim is None else writer.method("size", node, source.dim)

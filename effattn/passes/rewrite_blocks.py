@@ -13,7 +13,7 @@ from effattn.passes.draft import Refused
 from effattn.passes.known import Known, Unknown
 from effattn.passes.match_blocks import same_size
 from effattn.passes.match_linear import LinearMatch, Loop
-from effattn.passes.rewrite import Writer
+from effattn.passes.replacing import Writer
 from effattn.runtime.decay_tables import follow  # importing it registers torch.ops.effattn.checked_decay
 
 
@@ -44,7 +44,7 @@ def loop_ops(
     anchors, scale = one.match.anchors, one.term.scale
     dtype = anchors.replaced.meta["example_value"].dtype
     operands = [writer.operand(operand, dtype) for operand in (anchors.query, anchors.key, anchors.value)]
-    state = None if loop.initial is None else _cast(writer, loop.initial, torch.float32)
+    state = None if loop.initial is None else _cast(writer, writer.now(loop.initial), torch.float32)
     if loop.step:
         both = writer.call(torch.ops.effattn.linear_step.default, *operands, state, rate, scale, False, 0.0, target)
     else:

@@ -11,68 +11,61 @@ import torch
 from torch import fx
 
 import effattn.runtime.linear  # noqa: F401  (registers torch.ops.effattn.linear)
-from effattn.errors import RewriteError
 from effattn.ir import expr
 from effattn.ir.expr import h
 from effattn.ir.fold import fold
 from effattn.ir.refusal import Why
 from effattn.ir.text import text
 from effattn.passes.choose import check_target
-from effattn.passes.draft import Missed, Refused
-from effattn.passes.erase import erase_orphans
-from effattn.passes.graph import GraphView, as_sympy
-from effattn.passes.insert import difference
+from effattn.passes.compilation import Compilation, Pass
+from effattn.passes.draft import Refused
+from effattn.passes.failures import left_alone
+from effattn.passes.graph import as_sympy
 from effattn.passes.known import Known
-from effattn.passes.match_linear import LinearMatch
-from effattn.passes.rewrite import SavedLoads, Writer
+from effattn.passes.match_blocks import find_blocks
+from effattn.passes.match_linear import LinearMatch, find_linear, may_hold_linear
+from effattn.passes.replacing import Rewriting, Writer
+from effattn.passes.rewrite import RewriteSites
 from effattn.passes.rewrite_blocks import checked_rate, loop_ops, same_shape
-from effattn.passes.strides import in_order_of
 
 
-def rewrite_linear(
-    view: GraphView, found: list[LinearMatch], target: str | None, known: Known
-) -> tuple[list[LinearMatch], list[Missed], int]:
-    """Replace every match: (those that were, those that could not be, number of nodes that disappeared).
+class ReplaceLinear(Pass):
+    """Attention without a softmax, written whole or as a loop over blocks, becomes the op of linear attention."""
 
-    Raises:
-        RewriteError: a replacement does not have the shape, dtype or device of what it replaces.
-        TargetError: ``target`` is "triton", and a site is where no kernel can run.
-    """
-    before = len(view.graph.nodes)
-    saved = SavedLoads(view)
-    done: list[LinearMatch] = []
-    missed: list[Missed] = []
-    replaced: list[fx.Node] = []
-    inserted = 0
-    for one in found:
-        site, anchors = one.match.site, one.match.anchors
-        check_target(site, target)
-        node = anchors.replaced
-        with view.graph.inserting_before(node):
-            writer = Writer(view, node)
-            try:
-                rate = _rate(writer, one, saved)
-                if one.loop is not None:
-                    rate = checked_rate(writer, one.loop, rate, known)
-            except Refused as refused:
-                writer.undo()
-                missed.append(Missed(site.name, site.location, refused.refusal))
-                continue
-            if one.loop is not None:
-                pairs = loop_ops(writer, one, one.loop, rate, target)
-            else:
-                pairs = [(node, anchors.placement.emit(view.graph, _op(writer, one, rate, target), writer.remember))]
-            for old, new in pairs:
-                # that blocks together have the length of what they were cut from may take guards to see
-                equal = one.loop is not None and same_shape(old.meta["example_value"], new.meta["example_value"])
-                if not equal and (wrong := difference(old.meta["example_value"], new.meta["example_value"])):
-                    raise RewriteError(f"replacement of {old.name} is {wrong}")
-                old.replace_all_uses_with(in_order_of(view, writer, old, new))
-                replaced.append(old)
-        inserted += len(writer.nodes)
-        done.append(one)
-    erase_orphans(view, replaced)
-    return done, missed, before + inserted + saved.count - len(view.graph.nodes)
+    name = "replace linear attention"
+    optional = True
+    needs = (RewriteSites,)
+
+    def apply(self, work: Compilation) -> bool:
+        if not may_hold_linear(work.graph):
+            return False
+        outcome, view = work.outcome, work.view
+        loops, left_loops, seen = find_blocks(view, work.strict)
+        linear, missed = find_linear(view, seen, work.strict)
+        outcome.missed += left_loops + missed
+        rewriting, known = Rewriting(view), Known(view, work.inputs)
+        for one in loops + linear:
+            node = one.match.anchors.replaced
+            with left_alone(node, outcome.missed, work.strict), rewriting.at(node) as writer:
+                check_target(one.match.site, work.target)
+                rewriting.replace(writer, _pairs(writer, one, work.target, known), alike=_fits(one))
+                outcome.linear.append(one)
+        work.taken.update(rewriting.replaced)
+        outcome.erased += rewriting.finish()
+        return bool(rewriting.replaced)
+
+
+def _pairs(writer: Writer, one: LinearMatch, target: str | None, known: Known) -> list[tuple[fx.Node, fx.Node]]:
+    """(node, replacement) for what a match computes."""
+    anchors, rate = one.match.anchors, _rate(writer, one)
+    if one.loop is not None:
+        return loop_ops(writer, one, one.loop, checked_rate(writer, one.loop, rate, known), target)
+    return [(anchors.replaced, anchors.placement.emit(writer.graph, _op(writer, one, rate, target), writer.remember))]
+
+
+def _fits(one: LinearMatch) -> Callable[[torch.Tensor, torch.Tensor], bool]:
+    """That blocks together have the length of what they were cut from may take guards to see."""
+    return same_shape if one.loop is not None else lambda old, new: False
 
 
 def _op(writer: Writer, one: LinearMatch, rate: fx.Node | None, target: str | None) -> fx.Node:
@@ -84,7 +77,7 @@ def _op(writer: Writer, one: LinearMatch, rate: fx.Node | None, target: str | No
     return writer.call(operator.getitem, both, 0)
 
 
-def _rate(writer: Writer, one: LinearMatch, saved: SavedLoads) -> fx.Node | None:
+def _rate(writer: Writer, one: LinearMatch) -> fx.Node | None:
     """The logarithm of each head's decay, [H] float32, as nodes that read the author's own tensors."""
     if one.term.rate is None:
         return None
@@ -96,7 +89,7 @@ def _rate(writer: Writer, one: LinearMatch, saved: SavedLoads) -> fx.Node | None
     swap: dict[Any, Any] = {}
     for number, load in enumerate(expr.loads_of(one.term.rate)):
         swap[load] = sympy.Symbol(f"load_{number}", real=True)
-        values[f"load_{number}"] = _per_head(writer, saved.at(sources[load.name], time), load, heads)
+        values[f"load_{number}"] = _per_head(writer, writer.load(sources[load.name], time), load, heads)
     device = anchors.query.node.meta["example_value"].device
     value = fold(one.term.rate.xreplace(swap), _Nodes(writer, values, heads, device))
     if not isinstance(value, fx.Node) or not isinstance(value.meta["example_value"], torch.Tensor):

@@ -2,25 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
-from effattn.passes.draft import Match
-from effattn.passes.graph import GraphView
-from effattn.passes.rewrite import SavedLoads, Writer, op_arguments
+from effattn.passes.compilation import Compilation, Pass
+from effattn.passes.failures import left_alone
+from effattn.passes.match import MatchSoftmax
+from effattn.passes.replacing import Rewriting
+from effattn.passes.rewrite import op_arguments
 
 
-def tap(view: GraphView, matches: Sequence[Match], observe: Callable[..., Any]) -> None:
+class ObserveSites(Pass):
     """Insert ``observe(number, query, key, value, loads, scalars, numbers)`` where each site stands.
 
-    ``number`` is the place in ``matches``; the rest is what ``effattn::attend`` takes: query [B, Hq, Nq, D], key
+    ``number`` is the place among the matches; the rest is what ``effattn::attend`` takes: query [B, Hq, Nq, D], key
     [B, Hkv, Nk, D] and value [B, Hkv, Nk, Dv] after rotary embeddings, grouped heads not expanded, in the dtype of the
-    attention's result. The graph must run as Python (``rest="eager"``): ``observe`` is no op.
+    attention's result. The graph must run as Python: ``observe`` is no op.
     """
-    saved = SavedLoads(view)
-    for number, match in enumerate(matches):
-        anchors = match.anchors
-        with view.graph.inserting_before(anchors.before or anchors.replaced):
-            writer = Writer(view, anchors.replaced)
-            args = op_arguments(writer, anchors, saved)
-            view.graph.call_function(observe, (number, *args))  # without a fake value: nothing reads it
+
+    name = "observe sites"
+    needs = (MatchSoftmax,)
+
+    def __init__(self, observe: Callable[..., Any]):
+        self.observe = observe
+
+    def apply(self, work: Compilation) -> bool:
+        rewriting = Rewriting(work.view)
+        for number, match in enumerate(work.outcome.matches):
+            anchors = match.anchors
+            with (
+                left_alone(anchors.replaced, work.outcome.missed, work.strict),
+                rewriting.at(anchors.replaced, anchors.before) as writer,
+            ):
+                seen = work.graph.call_function(self.observe, (number, *op_arguments(writer, anchors)))
+                seen.meta["example_value"] = None
+                work.taken.add(anchors.replaced)
+        return True

@@ -29,11 +29,11 @@ def padding(length: int, seen: tuple[int, ...] = (6, 4)) -> torch.Tensor:
     return torch.arange(length) >= torch.tensor(seen)[:, None]
 
 
-def only(report):
+def only(report, replaced=True):
     assert report.missed == [], report.missed
     (site,) = report.sites
     assert site.found_as == "multi_head_attention"
-    assert "multi_head_attention_forward" not in report.graph()
+    assert ("multi_head_attention_forward" in report.graph()) == (not replaced)
     return site
 
 
@@ -131,7 +131,8 @@ def test_padding_of_keys_in_cross_attention(need_weights, seen):
         return module(x, y, y, key_padding_mask=hidden, need_weights=need_weights)[0]
 
     report, out = compiled(call, *inputs(N, S), padding(S, seen))
-    assert only(report).predicate == "~padding[b, k]"
+    replaced = not need_weights  # gradients of rows that may be NaN are the user's own call's
+    assert only(report, replaced).predicate == "~padding[b, k]"
     assert out.isnan().any().item() == (need_weights and 0 in seen)
 
 

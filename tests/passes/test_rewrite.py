@@ -15,9 +15,13 @@ import torch.nn.functional as F
 from compiled import compiled
 from torch import nn
 
+from effattn.compiler import pass_manager
 from effattn.compiler.backend import effattn
 from effattn.errors import RewriteError
 from effattn.ir.plan import Plan
+from effattn.passes.choose import ChooseForms
+from effattn.passes.match import MatchSoftmax
+from effattn.passes.rewrite import RewriteSites
 
 GOLDENS = Path(__file__).parent.parent / "goldens" / "graphs"
 B, H, N, D = 2, 4, 11, 8
@@ -303,21 +307,21 @@ def broken(*args, **kwargs):
 def half_done(original):
     """A rewriting that fails after it has changed the graph."""
 
-    def rewrite(view, choices):
-        original(view, choices)
+    def apply(self, work):
+        original(self, work)
         raise RewriteError("on purpose")
 
-    return rewrite
+    return apply
 
 
-@pytest.mark.parametrize("step", ["normalize", "find", "choose", "rewrite", "check", "half done"])
+@pytest.mark.parametrize("step", [MatchSoftmax, ChooseForms, RewriteSites, "check", "half done"])
 def test_an_exception_leaves_the_graph_as_it_was(step, monkeypatch):
-    from effattn.compiler import pipeline
-
     if step == "half done":
-        monkeypatch.setattr(pipeline, "rewrite", half_done(pipeline.rewrite))
+        monkeypatch.setattr(RewriteSites, "apply", half_done(RewriteSites.apply))
+    elif step == "check":
+        monkeypatch.setattr(pass_manager, "check", broken)
     else:
-        monkeypatch.setattr(pipeline, step, broken)
+        monkeypatch.setattr(step, "apply", broken)
     given = step_arguments()
     expected_args = [x.clone() for x in given]
     expected = cache_step(*expected_args)
@@ -374,3 +378,16 @@ def test_a_replacement_of_another_shape_is_refused(monkeypatch):
     monkeypatch.setattr(rewrite, "_sdpa", smaller)
     with pytest.raises(Exception, match=r"replacement of matmul_1 is .*\[2, 4, 3, 8\].*expected.*\[2, 4, 11, 8\]"):
         compiled(causal, *qkv())
+
+
+def test_attention_over_the_result_of_another_one_reads_what_replaced_it():
+    """Nothing lies between the two: the first must not be computed twice."""
+
+    def twice(x):
+        for _ in range(2):
+            x = (x @ x.mT).softmax(-1) @ x
+        return x
+
+    report, _ = compiled(twice, torch.randn(1, 2, 8, 16))
+    assert len(report.sites) == 2
+    assert "softmax" not in report.graph()

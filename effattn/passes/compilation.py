@@ -1,0 +1,115 @@
+"""What the passes share: one graph being compiled, what was found out about it, and what a pass is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from torch import fx
+
+from effattn.passes.graph import GraphView
+
+if TYPE_CHECKING:
+    from effattn.passes.choose import Choice
+    from effattn.passes.draft import Match, Missed
+    from effattn.passes.match_linear import LinearMatch
+    from effattn.policy import Policy
+
+
+@dataclass(frozen=True)
+class PassRecord:
+    """What one pass did to one graph."""
+
+    name: str
+    seconds: float
+    changed: bool
+    nodes: tuple[int, int]  # before and after it
+    difference: str = ""  # of the graph's code, as a unified diff; only where it was asked for
+
+    def __str__(self) -> str:
+        before, after = self.nodes
+        size = f"{before} -> {after} nodes" if self.changed else f"{after} nodes"
+        return f"{self.name}: {size}, {1000 * self.seconds:.1f} ms"
+
+
+@dataclass
+class Outcome:
+    """What the passes did to one graph."""
+
+    matches: list[Match] = field(default_factory=list)
+    missed: list[Missed] = field(default_factory=list)
+    choices: list[Choice] = field(default_factory=list)
+    linear: list[LinearMatch] = field(default_factory=list)  # attention without a softmax, all of it replaced
+    original: fx.Graph | None = None  # the graph as Dynamo made it; None if nothing was looked for
+    canonical: fx.Graph | None = None  # as it was matched; only on request, and only where it is not the original
+    erased: int = 0
+    passes: list[PassRecord] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)  # of the whole: "passes" and "rest"
+
+    @property
+    def changed(self) -> bool:
+        return bool(self.linear) or any(choice.route != "keep" for choice in self.choices)
+
+
+@dataclass
+class Compilation:
+    """One graph on its way through the passes."""
+
+    gm: fx.GraphModule
+    policy: Policy
+    inputs: Sequence[Any] = ()  # the tensors that the graph is compiled for; tables and masks in buffers are looked at
+    strict: bool = False  # what a pass does not expect is raised, and not one site's refusal
+    target: str | None = None
+    keep_canonical: bool = False
+    outcome: Outcome = field(default_factory=Outcome)
+    taken: set[fx.Node] = field(default_factory=set)  # nodes that were replaced, or are observed
+    _view: GraphView | None = None
+
+    @property
+    def graph(self) -> fx.Graph:
+        return self.gm.graph
+
+    @property
+    def view(self) -> GraphView:
+        """The graph as it is now; made once between two changes."""
+        if self._view is None:
+            self._view = GraphView(self.gm.graph)
+        return self._view
+
+    def forget_view(self) -> None:
+        """The graph was changed."""
+        self._view = None
+
+
+class Pass:
+    """One step of the pipeline. An instance serves one graph, and may keep what ``undo`` needs.
+
+    Attributes:
+        name: a verb, as the report and ``EFFATTN_DEBUG=passes`` show it.
+        needs: passes that must stand before it in the list.
+        optional: without it fewer sites are found, and those are right: where it fails, the others run without it.
+    """
+
+    name: ClassVar[str]
+    needs: ClassVar[tuple[type[Pass], ...]] = ()
+    optional: ClassVar[bool] = False
+
+    def apply(self, work: Compilation) -> bool:
+        """Do it; whether the graph was changed, so that views of it are stale."""
+        raise NotImplementedError
+
+    def undo(self, work: Compilation) -> bool:
+        """Put back what no site used, when all passes have run; the last pass comes first. As ``apply``."""
+        return False
+
+
+class RunWithout(Exception):
+    """What an optional pass did turned out to be of no use: the graph is compiled again without it."""
+
+    def __init__(self, unwanted: type[Pass]):
+        super().__init__(unwanted.name)
+        self.unwanted = unwanted
+
+
+MakesPass = Callable[[], Pass]  # a class of passes, or a function that makes one with arguments
