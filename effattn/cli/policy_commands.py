@@ -67,7 +67,7 @@ def show(
 
     policy = Policy.of(name)
     if json_:
-        typer.echo(json.dumps(policy.to_dict(), indent=2, ensure_ascii=False))
+        typer.echo(json.dumps(policy.to_dict(json=True), indent=2, ensure_ascii=False))
     else:
         typer.echo(shipped_text(name) if name in shipped() else policy.to_toml(), nl=False)
 

@@ -193,7 +193,9 @@ def _site(choice: Choice) -> SiteReport:
         predicate=text(site.predicate),
         score=text(site.score),
         reason=choice.reason,
-        candidates=tuple(asdict(candidate) for candidate in choice.candidates),
+        candidates=tuple(
+            {"form": one.form, "accepted": one.accepted, "reasons": one.reasons} for one in choice.candidates
+        ),
         kernel=_kernel(choice),
         location=site.location,
         layout=str(site.layout),

@@ -87,7 +87,7 @@ class Setting:
         body = {name: value for name, value in vars(self).items() if name not in ("policies", "rope")}
         body = {name: list(value) if isinstance(value, tuple) else value for name, value in body.items()}
         body["rope_scaling"] = None if self.rope is None else str(self.rope)
-        return {**body, "policies": [policy.to_dict() for policy in self.policies]}
+        return {**body, "policies": [policy.to_dict(json=True) for policy in self.policies]}
 
 
 def _distinct(what: str, values: Sequence[Any]) -> None:

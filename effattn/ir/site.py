@@ -62,7 +62,8 @@ class Site:
     needs_grad: bool  # of the output
     output_layout: str  # memory order to write: "bhnd" or "bnhd"
     loads_need_grad: bool = False  # a tensor that the score reads (a learned bias) needs a gradient itself
-    layer: int | None = None  # the last number in ``path``: it may repeat, as in an encoder and a decoder
+    layer: int | None = None  # a number in ``path``: it may repeat, as in an encoder and a decoder
+    layer_count: int | None = None  # how many layers are counted with it; None: not known
     path: str = ""  # of the module it is computed in, as named_modules() calls it: decoder.layers.3.self_attn
     module_classes: tuple[str, ...] = ()  # class names, outermost first
     location: str = ""  # file:line in the user's code

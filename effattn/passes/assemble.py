@@ -16,7 +16,7 @@ from effattn.passes.draft import Anchors, Draft, Match, Refused, require_fixed
 from effattn.passes.graph import GraphView, as_sympy, hint
 from effattn.passes.meaning import meaning
 from effattn.passes.naming import load_names, load_spec, number_names, renamed, scalars_of
-from effattn.passes.owner import classes_around
+from effattn.passes.owner import classes_around, layer_around
 from effattn.passes.placement import placement
 from effattn.passes.provenance import layer_of, location, module_path
 
@@ -55,6 +55,7 @@ def assemble(view: GraphView, draft: Draft, order: int) -> Match:
         raise Refused(Why.OUTPUT_LAYOUT, f"the order of the output's dimensions is not understood: {draft.out_index}")
 
     path = module_path(draft.anchor)
+    counted = layer_around(draft.anchor)
     tensor = view.tensor(draft.query.node)
     assert tensor is not None
     flows = view.gradient_flows(view.time[draft.replaced])
@@ -82,7 +83,8 @@ def assemble(view: GraphView, draft: Draft, order: int) -> Match:
         needs_grad=needs_grad,
         loads_need_grad=loads_need_grad,
         output_layout=_output_layout(view, draft, place),
-        layer=layer_of(path),
+        layer=layer_of(path) if counted is None else counted[0],
+        layer_count=None if counted is None else counted[1],
         path=path,
         module_classes=classes_around(draft.anchor),
         location=location(draft.anchor),
@@ -103,7 +105,7 @@ def assemble(view: GraphView, draft: Draft, order: int) -> Match:
         numbers=tuple(draft.reader.numbers[name] for name in numbers),
         threshold=read.threshold,
         is_plain_sdpa=draft.is_plain_sdpa,
-        sdpa=draft.sdpa,
+        is_sdpa=draft.is_sdpa,
         before=draft.before,
         lse=draft.lse,
         sink=draft.sink,

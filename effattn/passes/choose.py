@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import sympy
 import torch
 
-from effattn.errors import FormRefused, PolicyError, TargetError
+from effattn.errors import FormRefused, TargetError
 from effattn.ir import expr
 from effattn.ir.plan import Plan
 from effattn.ir.refusal import Refusal
@@ -30,6 +29,7 @@ Route = Literal["keep", "sdpa", "op", "linear"]
 SDPA_MAX_HEAD_DIM = 256  # beyond it SDPA has no kernel that avoids N x N scores
 GROUPED_ONLY_IN_HALF = ("cuda",)  # devices whose fast kernels of SDPA take grouped heads only in half precision
 SDPA_MAX_HEADS = 65535  # its kernels are launched with heads as the second or third dimension of a grid
+SHORT = "min_length"  # name of the rule that refuses a form because the policy wants it at greater lengths only
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,11 @@ class Candidate:
 
     form: str
     accepted: bool
-    reasons: tuple[str, ...] = ()
+    refusals: tuple[Refusal, ...] = ()
+
+    @property
+    def reasons(self) -> tuple[str, ...]:
+        return tuple(map(str, self.refusals))
 
 
 @dataclass(frozen=True)
@@ -71,7 +75,8 @@ class ChooseForms(Pass):
 
     def apply(self, work: Compilation) -> bool:
         outcome = work.outcome
-        _check_layers(outcome.matches, work.policy, work.strict)
+        if work.strict:
+            work.policy.check_sites(match.site for match in outcome.matches)
         for match in outcome.matches:
             with left_alone(match.anchors.replaced, outcome.missed, work.strict):
                 choice = choose(match, work.policy, strict=work.strict, target=work.target)
@@ -89,20 +94,6 @@ def check_target(site: Site, target: str | None) -> None:
     """
     if target == "triton" and (why := no_kernels(site.device)) is not None:
         raise TargetError(f"target={target!r} for {site.name} ({site.location}): {why}")
-
-
-def _check_layers(matches: list[Match], policy: Policy, strict: bool) -> None:
-    """A rule for layers beyond the model is a mistake; but a graph may hold only a part of the model."""
-    layers = {match.site.layer for match in matches if match.site.layer is not None}
-    if 0 not in layers or len(layers) < 2:
-        return
-    classes = {name for match in matches for name in match.site.module_classes}
-    try:
-        policy.check_layers(max(layers) + 1, classes)
-    except PolicyError as error:
-        if strict:
-            raise
-        warnings.warn(f"{error} (counted in one graph of the model)", stacklevel=2)
 
 
 def choose(match: Match, policy: Policy, *, strict: bool, target: str | None) -> Choice:
@@ -144,13 +135,14 @@ def _considered(site: Site, name: str, params: Params, strict: bool, min_length:
     """
     keys = site.layout.fixed_keys
     if not FORMS[name].softmax and keys is not None and keys < min_length:  # its op cannot look at lengths
-        return Candidate(name, False, (f"this graph is of {keys:,} keys, and min_length is {min_length:,}",))
+        reason = f"this graph is of {keys:,} keys, and min_length is {min_length:,}"
+        return Candidate(name, False, (Refusal(SHORT, reason),))
     refusals = FORMS[name].refusals(site, params) + (() if name == "exact" else _cannot_lower(site, name))
     if not FORMS[name].softmax and not refusals:
         refusals = no_weights(site, params, min_length)
     if refusals and strict and name != "exact":
         raise FormRefused(f"{site.name} ({site.location}): {name} refused: {'; '.join(map(str, refusals))}")
-    return Candidate(name, not refusals, tuple(map(str, refusals)))
+    return Candidate(name, not refusals, refusals)
 
 
 def _refused(candidates: list[Candidate]) -> list[str]:

@@ -8,6 +8,7 @@ Modules further out, which called the frame, are left aside: no guard of Dynamo 
 from __future__ import annotations
 
 import functools
+import itertools
 import re
 from collections.abc import Iterator, Mapping
 from types import CodeType
@@ -32,11 +33,43 @@ def classes_around(node: fx.Node) -> tuple[str, ...]:
     found: dict[str, None] = {}
     if frame is not None and (owner := _owner(frame)) is not None:
         found[owner] = None
-    for source, kind in (node.meta.get("nn_module_stack") or {}).values():
-        for module in _along(str(source), frame):
-            found[type(module).__name__] = None
+    for source, kind in _recorded(node):
+        for _, module in _along(source, frame):
+            if isinstance(module, torch.nn.Module):
+                found[type(module).__name__] = None
         found[getattr(kind, "__name__", str(kind).rsplit(".", 1)[-1])] = None
     return tuple(found)
+
+
+def layer_around(node: fx.Node) -> tuple[int, int] | None:
+    """(number, count): which of how many layers a node is in; None: nothing around it is counted.
+
+    The innermost module that stands in a container with others of its class. What a layer itself counts (T5 its
+    attention, cross attention and MLP) is of different classes.
+    """
+    frame = _compiled_frame()
+    for source, _ in reversed(_recorded(node)):
+        steps = [("", None), *_along(source, frame)]
+        for (_, container), (name, module) in reversed(list(itertools.pairwise(steps))):
+            beside = _numbered(container)
+            if name in beside and sum(type(one) is type(module) for one in beside.values()) > 1:
+                return int(name), len(beside)
+    return None
+
+
+def _numbered(container: Any) -> dict[str, torch.nn.Module]:
+    """The modules in a container by number."""
+    if isinstance(container, torch.nn.Module):
+        container = container._modules
+    if not isinstance(container, Mapping):
+        container = dict(enumerate(container)) if isinstance(container, (list, tuple)) else {}
+    named = {str(name): one for name, one in container.items()}
+    return {name: one for name, one in named.items() if name.isdecimal() and isinstance(one, torch.nn.Module)}
+
+
+def _recorded(node: fx.Node) -> list[tuple[str, Any]]:
+    """What Dynamo calls each module around a node, and its class; outermost first."""
+    return [(str(source), kind) for source, kind in (node.meta.get("nn_module_stack") or {}).values()]
 
 
 def _compiled_frame() -> _Frame | None:
@@ -86,15 +119,17 @@ def _within(code: CodeType, method: CodeType) -> bool:
     return code.co_filename == method.co_filename and method.co_firstlineno <= code.co_firstlineno <= last
 
 
-def _along(source: str, frame: _Frame | None) -> Iterator[torch.nn.Module]:
-    """The modules on the way from a variable of the frame to what Dynamo calls ``source``: ``L['self'].layers[0]``."""
+def _along(source: str, frame: _Frame | None) -> Iterator[tuple[str, Any]]:
+    """(name, value) on the way from a module in a variable of the frame to ``source``: ``L['self'].layers[0]``."""
     while source != (source := re.sub(r"getattr\(([^()]*), '([^']*)'\)", r"\1.\2", source)):
         pass
+    inside = False
     value: Any = frame.variables.get(source[:1]) if frame is not None else None
     for part in _PART.finditer(source):
-        value = _part_of(value, part[part.lastindex or 0])
-        if isinstance(value, torch.nn.Module):
-            yield value
+        name = part[part.lastindex or 0]
+        value = _part_of(value, name)
+        if inside := inside or isinstance(value, torch.nn.Module):
+            yield name, value
 
 
 def _part_of(value: Any, name: str) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import math
+import tomllib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -11,6 +12,7 @@ from pydantic import ValidationError
 from pydantic_core import PydanticCustomError
 
 from effattn.lowering.forms import FORMS, Params
+from effattn.policy import write
 from effattn.policy.locate import Path
 from effattn.policy.problems import given, problems_of, unknown
 
@@ -51,23 +53,51 @@ def among(what: str, names: tuple[str, ...], allowed: Iterable[str]) -> tuple[st
 
 
 def facts(value: Any) -> Any:
-    """Strings, numbers and dates; anything else has no place in a record of where numbers came from."""
+    """Whatever TOML can hold, in plain types; anything else has no place in a record of where numbers came from."""
     if not isinstance(value, Mapping):
         return value
-    kept: dict[Any, Any] = {}
     wrong: list[tuple[Path, str]] = []
-    for name, fact in value.items():
-        if isinstance(fact, (datetime.date, datetime.time)):
-            kept[name] = fact.isoformat()
-        elif isinstance(fact, float) and not math.isfinite(fact):
-            wrong.append(((str(name),), f"expected a finite number, got {fact}"))
-        elif isinstance(fact, (str, int, float)):
-            kept[name] = fact
-        else:
-            wrong.append(((str(name),), f"expected a string, a number or a date, got {given(fact)}"))
+    try:
+        kept = _plain(value, (), wrong)
+    except RecursionError:
+        wrong = [((), "nested too deeply")]
     if wrong:
         raise refuse(wrong)
     return kept
+
+
+def _plain(value: Any, path: Path, wrong: list[tuple[Path, str]]) -> Any:
+    if isinstance(value, Mapping):
+        return {str(name): _plain(item, (*path, str(name)), wrong) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item, (*path, number), wrong) for number, item in enumerate(value)]
+    for kind in (bool, str, int, float):  # of subclasses, such as NumPy's float64, the value is kept
+        if isinstance(value, kind):
+            value = kind(value)
+            break
+    if not _has_spelling(value):
+        wrong.append((path, f"expected what TOML holds (strings, numbers, dates, lists, tables), got {given(value)}"))
+    return value
+
+
+def _has_spelling(value: Any) -> bool:
+    """Whether TOML reads back what is written: a time with a time zone, for one, it cannot write."""
+    try:
+        again = tomllib.loads(f"value = {write.value(value)}".encode().decode())["value"]
+    except (ValueError, TypeError):
+        return False
+    return again == value or (again != again and value != value)
+
+
+def for_json(value: Any) -> Any:
+    """The same where there are no dates and no infinities: as text."""
+    if isinstance(value, dict):
+        return {name: for_json(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [for_json(item) for item in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else str(value)
+    return value.isoformat() if isinstance(value, (datetime.date, datetime.time)) else value
 
 
 def params_of(form: str, table: Any) -> tuple[Params | None, list[tuple[Path, str]]]:

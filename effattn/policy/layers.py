@@ -26,21 +26,22 @@ class Layers:
         layer = layer if self.period is None else layer % self.period
         return any(first <= layer and (last is None or layer <= last) for first, last in self.ranges)
 
-    def beyond(self, count: int) -> int | None:
-        """The first layer that is named and that a model of ``count`` layers does not have."""
+    def beyond(self, count: int) -> str | None:
+        """What is named and not there in a model of ``count`` layers, in words; None: all of it is there."""
         for first, last in self.ranges if self.period is None else ():
-            if first >= count:
-                return first
-            if last is not None and last >= count:
-                return count
+            if first >= count or (last is not None and last >= count):
+                has = f"the model has {count} layers, 0 to {count - 1}" if count else "the model has no layers"
+                what = "is" if first == last else "starts" if first >= count else "ends"
+                return f"{_spelled(first, last)} {what} after the last layer: {has}" if count else has
         return None
 
     def __str__(self) -> str:
-        text = ", ".join(
-            f"{first}-" if last is None else f"{first}" if first == last else f"{first}-{last}"
-            for first, last in self.ranges
-        )
+        text = ", ".join(_spelled(first, last) for first, last in self.ranges)
         return text if self.period is None else f"{text} of every {self.period}"
+
+
+def _spelled(first: int, last: int | None) -> str:
+    return f"{first}-" if last is None else f"{first}" if first == last else f"{first}-{last}"
 
 
 @lru_cache(maxsize=1024)

@@ -38,6 +38,7 @@ TYPE_NAMES = {
     type(None): "nothing",
     datetime.date: "a date",
     datetime.datetime: "a date",
+    datetime.time: "a time",
 }
 
 

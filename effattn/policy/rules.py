@@ -52,6 +52,9 @@ class Rule(BaseModel):
     layers: str | None = Field(
         default=None, description='such as "2-29", "0-3, 8, 20-" or "0-1 of every 7". Left out: all layers'
     )
+    site: Annotated[tuple[StrictStr, ...], BeforeValidator(fields.strings)] = Field(
+        default=(), description='paths of modules or globs, such as "decoder.*". Left out: anywhere in the model'
+    )
     stage: Annotated[tuple[StrictStr, ...], BeforeValidator(fields.strings)] = Field(
         default=(), description=f"one or more of {', '.join(STAGES)}. Left out: any stage"
     )
@@ -133,6 +136,11 @@ class Rule(BaseModel):
         """Whether one of these class names is meant."""
         return not self.model or any(fnmatch.fnmatchcase(name, glob) for name in classes for glob in self.model)
 
+    def matches_place(self, site: Site) -> bool:
+        """Whether a site stands where the rule holds, by model and path: there its layers are counted."""
+        here = not self.site or any(fnmatch.fnmatchcase(site.path, glob) for glob in self.site)
+        return here and self.matches_model(site.module_classes)
+
     def __hash__(self) -> int:
         return hash(self.to_toml())
 
@@ -143,6 +151,8 @@ class Rule(BaseModel):
             body["model"] = self.model[0] if len(self.model) == 1 else list(self.model)
         if self.layers is not None:
             body["layers"] = self.layers
+        if self.site:
+            body["site"] = self.site[0] if len(self.site) == 1 else list(self.site)
         if self.stage:
             body["stage"] = list(self.stage)
         if self.min_length:
@@ -238,7 +248,8 @@ class Policy(BaseModel):
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or error
             raise PolicyError(f"{label}: cannot read this policy file ({reason})") from error
-        return cls._parse(content, label, pathlib.PurePath(label).stem)
+        name = pathlib.PurePath(label).stem.encode("utf-8", "replace").decode()  # bytes that are no text
+        return cls._parse(content, label, name)
 
     @classmethod
     def named(cls, name: str) -> Policy:
@@ -284,7 +295,7 @@ class Policy(BaseModel):
         """The rule for a site, and what was noticed on the way."""
         notes = []
         for index, rule in enumerate(self.rules):
-            if (rule.stage and site.stage not in rule.stage) or not rule.matches_model(site.module_classes):
+            if (rule.stage and site.stage not in rule.stage) or not rule.matches_place(site):
                 continue
             if rule.layer_ranges is not None:
                 if site.layer is None:
@@ -315,19 +326,34 @@ class Policy(BaseModel):
         for index, rule in enumerate(self.rules):
             if rule.layer_ranges is None or (names is not None and not rule.matches_model(names)):
                 continue
-            if (layer := rule.layer_ranges.beyond(count)) is not None:
-                has = f"the model has {count} layers, 0 to {count - 1}" if count else "the model has no layers"
-                wrong.append((("rule", index, "layers"), f"{rule.layers!r} names layer {layer}, but {has}"))
+            if (problem := rule.layer_ranges.beyond(count)) is not None:
+                wrong.append((("rule", index, "layers"), problem))
         if wrong:
             raise self._origin.error(wrong)
 
-    def to_dict(self) -> dict[str, Any]:
-        """The policy as a dict that :meth:`of` reads back."""
+    def check_sites(self, sites: Iterable[Site]) -> None:
+        """Check the layer ranges against attentions of a model, where these know how many layers it has.
+
+        Raises:
+            PolicyError: a rule names a layer that the model does not have.
+        """
+        sites = list(sites)
+        wrong: list[tuple[Path, str]] = []
+        for index, rule in enumerate(self.rules):
+            counts = [site.layer_count for site in sites if site.layer_count is not None and rule.matches_place(site)]
+            if rule.layer_ranges is not None and counts:
+                problem = rule.layer_ranges.beyond(max(counts))
+                wrong += [(("rule", index, "layers"), problem)] if problem is not None else []
+        if wrong:
+            raise self._origin.error(wrong)
+
+    def to_dict(self, *, json: bool = False) -> dict[str, Any]:
+        """The policy as a dict that :meth:`of` reads back; with ``json``, dates in it are text."""
         body: dict[str, Any] = {"schema": self.schema_version, "name": self.name}
         if self.description:
             body["description"] = self.description
         if self.provenance:
-            body["provenance"] = dict(self.provenance)
+            body["provenance"] = fields.for_json(self.provenance) if json else dict(self.provenance)
         if self.rules:
             body["rule"] = [rule.to_dict() for rule in self.rules]
         return body

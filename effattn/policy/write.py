@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 from collections.abc import Mapping
 from typing import Any
 
 
 def value(item: Any) -> str:
-    """One TOML value: strings, booleans, integers, floats and lists of these."""
+    """One TOML value: strings, booleans, numbers, dates and times, lists and tables of these."""
     if isinstance(item, bool):
         return "true" if item else "false"
     if isinstance(item, str):
@@ -18,6 +19,10 @@ def value(item: Any) -> str:
         return str(item)
     if isinstance(item, float):
         return repr(item)
+    if isinstance(item, (datetime.date, datetime.time)):
+        return item.isoformat()
+    if isinstance(item, Mapping):
+        return "{" + ", ".join(f"{key(name)} = {value(part)}" for name, part in item.items()) + "}"
     if isinstance(item, (list, tuple)):
         return "[" + ", ".join(value(part) for part in item) + "]"
     raise TypeError(f"not a TOML value: {item!r}")

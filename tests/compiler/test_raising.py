@@ -45,7 +45,7 @@ MISTAKES = [
     (
         {"policy": NO_LAYERS, "strict": True},
         effattn.PolicyError,
-        "policy dict, key rule[0].layers: '0-5' names layer 2",
+        "policy dict, key rule[0].layers: 0-5 ends after the last layer",
     ),
     ({"rset": "eager"}, effattn.OptionError, "unknown option 'rset'; allowed: policy, rest"),
     ({"mode": "fast"}, effattn.OptionError, "option mode='fast'; allowed:"),

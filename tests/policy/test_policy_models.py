@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 
 import pytest
 import torch
@@ -250,3 +251,45 @@ def test_the_report_of_explain():
     with torch.no_grad():
         report = effattn.explain(made("Llama"), IDS, policy=window("LlamaForCausalLM"), use_cache=False)
     assert [site.form for site in report.sites] == ["window", "window"]
+
+
+# --- layers and paths ------------------------------------------------------------------------------------------------
+
+
+def t5(blocks=3, decoder=2):
+    transformers = pytest.importorskip("transformers")
+    sizes = {"d_model": 32, "num_heads": 4, "d_kv": 8, "d_ff": 32, "vocab_size": 97}
+    return transformers.T5Model(transformers.T5Config(num_layers=blocks, num_decoder_layers=decoder, **sizes)).eval()
+
+
+def explained(model, rule):
+    with torch.no_grad():
+        return effattn.explain(model, IDS, decoder_input_ids=IDS, use_cache=False, policy={"rule": [rule]})
+
+
+def test_layers_are_numbered_where_modules_of_one_class_stand():
+    """T5 has lists in its layers: attention, cross attention, MLP."""
+    report = explained(t5(), {"site": "decoder.*SelfAttention", "layers": "1", "forms": ["window"]})
+    assert [(site.path.partition(".")[0], site.layer) for site in report.sites] == [
+        *[("encoder", layer) for layer in (0, 1, 2)],
+        *[("decoder", layer) for layer in (0, 0, 1, 1)],
+    ]
+    assert [site.path for site in report.sites if site.form == "window"] == ["decoder.block.1.layer.0.SelfAttention"]
+
+
+@pytest.mark.parametrize(
+    ("rule", "problem"),
+    [
+        ({"layers": "0-2"}, None),
+        ({"layers": "3-"}, "key rule[0].layers: 3- starts after the last layer: the model has 3 layers, 0 to 2"),
+        ({"layers": "0-2", "site": "decoder.*"}, "0-2 ends after the last layer: the model has 2 layers, 0 to 1"),
+        ({"layers": "90", "model": "Llama*"}, None),
+    ],
+    ids=str,
+)
+def test_layers_that_the_model_does_not_have(rule, problem):
+    if problem is None:
+        explained(t5(), {**rule, "forms": ["window"]})
+        return
+    with pytest.raises(effattn.PolicyError, match=re.escape(problem)):
+        explained(t5(), {**rule, "forms": ["window"]})

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+import tomllib
+
 import pytest
 import sympy
 from hypothesis import given
@@ -16,7 +19,9 @@ from effattn.policy.locate import line_of, lines_of
 SIZES = Layout(1, 4, 2, 64, 64, 16, 16)
 
 
-def site(layer=None, stage="prefill", classes=("LlamaForCausalLM", "LlamaModel", "LlamaAttention")):
+def site(
+    layer=None, stage="prefill", classes=("LlamaForCausalLM", "LlamaModel", "LlamaAttention"), path="", count=None
+):
     return Site(
         name="attention_0",
         found_as="sdpa",
@@ -35,6 +40,8 @@ def site(layer=None, stage="prefill", classes=("LlamaForCausalLM", "LlamaModel",
         needs_grad=False,
         output_layout="bhnd",
         layer=layer,
+        layer_count=count,
+        path=path,
         module_classes=classes,
     )
 
@@ -87,29 +94,85 @@ def test_an_unknown_layer_matches_no_rule_that_names_layers_and_says_so():
 
 
 @pytest.mark.parametrize(
-    ("spelling", "count", "layer"),
-    [("0-3", 4, None), ("0-3", 3, 3), ("5", 4, 5), ("2-", 3, None), ("3-", 3, 3), ([0, 9], 9, 9), ("0", 0, 0)],
+    ("spelling", "count", "problem"),
+    [
+        ("0-3", 4, None),
+        ("0-3", 3, "0-3 ends after the last layer: the model has 3 layers, 0 to 2"),
+        ("0, 5", 4, "5 is after the last layer: the model has 4 layers, 0 to 3"),
+        ("5-8", 4, "5-8 starts after the last layer: the model has 4 layers, 0 to 3"),
+        ("2-", 3, None),
+        ("0-1, 3-", 3, "3- starts after the last layer: the model has 3 layers, 0 to 2"),
+        ("0-3 of every 7", 3, None),
+        ([0, 9], 9, "9 is after the last layer: the model has 9 layers, 0 to 8"),
+        ("0", 0, "the model has no layers"),
+    ],
 )
-def test_check_layers(tmp_path, spelling, count, layer):
+def test_check_layers(tmp_path, spelling, count, problem):
     path = tmp_path / "p.toml"
     path.write_text(f"[[rule]]\nforms = ['power']\n# here\nlayers = {spelling!r}\n")
     policy = Policy.load(path)
-    if layer is None:
+    if problem is None:
         policy.check_layers(count)
         return
     with pytest.raises(PolicyError) as caught:
         policy.check_layers(count)
-    for word in (str(path), "line 4", "rule[0].layers", f"layer {layer}", f"{count} layers" if count else "no layers"):
-        assert word in str(caught.value)
+    assert str(caught.value) == f"{path}, line 4, key rule[0].layers: {problem}"
 
 
 def test_check_layers_leaves_rules_for_other_models_alone():
     policy = Policy.of({"rule": [{"model": "Big*", "layers": "90", "forms": ["power"]}]})
     policy.check_layers(4, classes=["SmallModel"])
-    with pytest.raises(PolicyError, match="names layer 90"):
+    with pytest.raises(PolicyError, match="90 is after the last layer"):
         policy.check_layers(4, classes=["Outer", "BigModel"])
     with pytest.raises(PolicyError, match="policy dict"):
         policy.check_layers(4)
+
+
+ENCODER_DECODER = [
+    site(layer=layer, path=f"{part}.layers.{layer}.attn", count=count)
+    for part, count in (("encoder", 4), ("decoder", 2))
+    for layer in range(count)
+]
+
+
+@pytest.mark.parametrize(
+    ("rule", "sites"),
+    [
+        ({"site": "decoder.*"}, [4, 5]),
+        ({"site": "decoder.*", "layers": "0"}, [4]),
+        ({"site": ["*.layers.1.*", "encoder.layers.?.attn"]}, [0, 1, 2, 3, 5]),
+        ({"site": "decoder"}, []),  # the whole path, not a part of it
+        ({"site": "Decoder.*"}, []),
+        ({"site": "*"}, [0, 1, 2, 3, 4, 5]),
+        ({"layers": "3"}, [3]),
+    ],
+    ids=str,
+)
+def test_a_rule_for_places(rule, sites):
+    policy = Policy.of({"rule": [{**rule, "forms": ["power"]}]})
+    assert [number for number, one in enumerate(ENCODER_DECODER) if policy.match(one).rule is not None] == sites
+    assert Policy.of(tomllib.loads(policy.to_toml())) == policy
+
+
+@pytest.mark.parametrize(
+    ("rule", "problem"),
+    [
+        ({"layers": "0-3"}, None),  # the encoder has them
+        ({"site": "decoder.*", "layers": "0-1"}, None),
+        ({"site": "decoder.*", "layers": "0-3"}, "0-3 ends after the last layer: the model has 2 layers, 0 to 1"),
+        ({"site": "encoder.*", "layers": "4-"}, "4- starts after the last layer: the model has 4 layers, 0 to 3"),
+        ({"model": "Other", "layers": "90"}, None),
+        ({"site": "nowhere", "layers": "90"}, None),
+    ],
+    ids=str,
+)
+def test_layers_are_counted_where_the_rule_holds(rule, problem):
+    policy = Policy.of({"rule": [{**rule, "forms": ["power"]}]})
+    if problem is None:
+        policy.check_sites(ENCODER_DECODER)
+        return
+    with pytest.raises(PolicyError, match=re.escape(problem)):
+        policy.check_sites(ENCODER_DECODER)
 
 
 # --- layers ----------------------------------------------------------------------------------------------------------
