@@ -28,8 +28,33 @@ class _Attention(torch.nn.Module):
         return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
+class _Words:
+    """A tokenizer without files: a number for every word."""
+
+    def __call__(self, text, return_tensors):
+        ids = torch.tensor([[len(word) for word in text.split()]])
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+    def decode(self, ids):
+        return " ".join(map(str, ids.tolist()))
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """Whatever is loaded by name is a small model with random weights; nothing is compiled by Inductor."""
+    transformers = pytest.importorskip("transformers")
+    (tmp_path / "long.txt").write_text("a text that would be long " * 4)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = transformers.LlamaConfig(**sizes, vocab_size=64, num_hidden_layers=2, pad_token_id=0, eos_token_id=None)
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda name: _Words())
+    monkeypatch.setattr(
+        transformers.AutoModelForCausalLM, "from_pretrained", lambda name: transformers.LlamaForCausalLM(config)
+    )
+    monkeypatch.setattr("effattn.compiler.backend.compile_rest", lambda gm, inputs, settings: gm.forward)
+
+
 @pytest.mark.parametrize("source", blocks("python"))
-def test_python(source, tmp_path, monkeypatch, capsys):
+def test_python(source, hub, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     torch._dynamo.reset()
     names = {"model": _Attention(), "input_ids": torch.arange(16)[None], "torch": torch}
@@ -40,6 +65,11 @@ def test_python(source, tmp_path, monkeypatch, capsys):
     if "report" in names:
         assert [site.predicate for site in names["report"].sites] == ["k <= q"]
         assert "1 of 1 attention sites found" in capsys.readouterr().out
+    if "tokens" in names:
+        printed = capsys.readouterr().out
+        assert "2 of 2 attention sites found, policy 'proxy'" in printed
+        assert "form  " in printed
+        assert len(printed.splitlines()[-1].split()) == 40
     if "out" in names:
         assert names["out"].isfinite().all()
 
@@ -56,7 +86,7 @@ def test_the_report_shown_is_the_report_printed(capsys):
     transformers = pytest.importorskip("transformers")
     sizes = {"hidden_size": 576, "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3}
     config = transformers.LlamaConfig(vocab_size=97, intermediate_size=16, **sizes)
-    (source,) = (block.values[0] for block in blocks("python") if "effattn.explain(" in block.values[0])
+    (source,) = (block.values[0] for block in blocks("python") if "report = effattn.explain(" in block.values[0])
     (shown,) = re.findall(r"^```\n(effattn: .*?)^```", README.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
     torch._dynamo.reset()
     names = {"model": transformers.LlamaForCausalLM(config), "input_ids": torch.randint(0, 97, (1, 64))}

@@ -48,10 +48,16 @@ def explain(
         return watch.graph(compiled, heard.graphs[-1].ran)
 
     with collect.listening() as heard, torch._dynamo.config.patch(_limits()), watch:
-        torch.compile(model, backend=explained, **_isolated())(*args, **kwargs)
+        torch.compile(_uncompiled(model), backend=explained, **_isolated())(*args, **kwargs)
     report = heard.report(settings, watch.outside())
     settings.policy.check_sites(choice.match.site for choice in heard.choices)
     return report
+
+
+def _uncompiled(model: Any) -> Any:
+    """``model`` without what ``model.compile()`` put before it; ``torch.compile`` takes off its own wrappers itself."""
+    in_place = isinstance(model, torch.nn.Module) and model._compiled_call_impl is not None
+    return model._call_impl if in_place else model
 
 
 def _isolated() -> dict[str, Any]:

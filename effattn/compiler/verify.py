@@ -81,6 +81,9 @@ class _Checker(fx.Interpreter):
             self.values[name, self.time] = value.detach().clone()
         if n.name in self.sites:
             args, kwargs = self.fetch_args_kwargs_from_env(n)
+            if (sdpa := self.sites[n.name].anchors.sdpa) is not None:  # by name, however the call writes them
+                held = {one.name: value for one, value in self.env.items()}
+                args, kwargs = (), fx.map_arg(dict(sdpa), lambda one: held[one.name])
             self._check(self.sites[n.name], n, args, kwargs)
         self.time += 1
         result = super().run_node(n)
@@ -90,12 +93,12 @@ class _Checker(fx.Interpreter):
 
     def _check(self, match: Match, node: fx.Node, args: tuple, kwargs: dict) -> None:
         site = match.site
-        query, key = args[0], args[1] if len(args) > 1 else None
+        query, key = (kwargs["query"], kwargs["key"]) if match.anchors.is_sdpa else (args[0], None)
         if node.target is torch.ops.higher_order.flex_attention:
             query = _flex_scores(*args)
         if (scores := match.anchors.scores) is not None:
             query = self.values[scores.node.name, scores.time]
-        allowed = _allowed_by_author(match, query, key, args, kwargs)
+        allowed = _allowed_by_author(match, query, key, kwargs)
         if allowed is None:
             return
         sizes = _sizes(match, query, key)
@@ -162,12 +165,11 @@ def _sizes(match: Match, query: Any, key: Any) -> dict[str, int]:
     }
 
 
-def _allowed_by_author(match: Match, query: Any, key: Any, args: tuple, kwargs: dict) -> torch.Tensor | None:
+def _allowed_by_author(match: Match, query: Any, key: Any, sdpa: dict) -> torch.Tensor | None:
     """Which entries of the scores the author's mask lets through, in the shape of the scores."""
     if not match.anchors.is_sdpa:
         return query > match.anchors.threshold
-    mask = kwargs.get("attn_mask", args[3] if len(args) > 3 else None)
-    causal = kwargs.get("is_causal", args[5] if len(args) > 5 else False)
+    mask, causal = sdpa.get("attn_mask"), sdpa.get("is_causal", False)
     shape = (*query.shape[:-1], key.shape[-2])
     allowed = torch.ones(shape[-2:], dtype=torch.bool, device=query.device)
     if causal:

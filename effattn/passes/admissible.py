@@ -70,7 +70,7 @@ def check_operands(view: GraphView, draft: Draft, layout: Layout) -> None:
     scores = (view.tensor(node) for node in (draft.anchor, *draft.anchor.all_input_nodes[:1]))
     if any(tensor is not None and tensor.dtype == torch.float64 for tensor in scores):
         raise Refused(Why.DTYPE, "the scores are computed in torch.float64, which is not supported")
-    if dtypes != {target} and not (draft.is_sdpa or draft.autocast):
+    if dtypes != {target} and draft.sdpa is None and not draft.autocast:
         raise Refused(
             Why.DTYPE, f"query, key and value mix {', '.join(sorted(map(str, dtypes)))} for a {target} result"
         )

@@ -105,7 +105,7 @@ def assemble(view: GraphView, draft: Draft, order: int) -> Match:
         numbers=tuple(draft.reader.numbers[name] for name in numbers),
         threshold=read.threshold,
         is_plain_sdpa=draft.is_plain_sdpa,
-        is_sdpa=draft.is_sdpa,
+        sdpa=draft.sdpa,
         before=draft.before,
         lse=draft.lse,
         sink=draft.sink,

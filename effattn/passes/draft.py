@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -44,10 +45,14 @@ class Anchors:
     numbers: tuple[fx.Node, ...]  # as in site.numbers
     threshold: float = FILL  # scores above it are allowed, at or below it masked
     is_plain_sdpa: bool = False  # already SDPA without a mask: its own kernels run, nothing to replace
-    is_sdpa: bool = False  # the scores are those of an SDPA call
+    sdpa: Mapping[str, Any] | None = None  # SDPA's arguments by name, where the scores are those of an SDPA call
     before: fx.Node | None = None  # where the replacement goes, if not where ``replaced`` is
     lse: fx.Node | None = None  # the node of the LSE in base 2, if it is used
     sink: LoadSource | float | None = None  # one more score of each row, [B, H, Nq, 1]: takes weight, has no value
+
+    @property
+    def is_sdpa(self) -> bool:
+        return self.sdpa is not None
 
 
 @dataclass(frozen=True)
@@ -118,7 +123,7 @@ class Draft:
     nan_when_empty: bool = False  # such a row is 0 / 0, whatever masks it
     scores: LoadSource | None = None  # what the softmax is taken of
     is_plain_sdpa: bool = False
-    is_sdpa: bool = False
+    sdpa: Mapping[str, Any] | None = None  # the call's arguments by name
     before: fx.Node | None = None
     lse: fx.Node | None = None
     sink: LoadSource | float | None = None

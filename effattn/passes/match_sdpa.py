@@ -93,6 +93,6 @@ def from_sdpa(view: GraphView, call: Call, readers: dict[tuple, Reader]) -> Draf
         reader=reader,
         zero_when_empty=True,
         is_plain_sdpa=mask is None,
-        is_sdpa=True,
+        sdpa=call.args,
         notes=notes,
     )

@@ -102,8 +102,17 @@ ROWS: tuple[tuple[str, tuple[Spelling, ...]], ...] = (
     _row("clamp", "input min max", (torch.clamp, torch.clip), "clamp clip clamp_"),
     # comparison and logic
     *(
-        _row(name, "input other", (getattr(operator, name), getattr(torch, name)), f"{name} __{name}__")
-        for name in ("le", "lt", "ge", "gt", "eq", "ne")
+        _row(
+            name, "input other", (getattr(operator, name), getattr(torch, name), *aliases), f"{name} __{name}__ {more}"
+        )
+        for name, aliases, more in (
+            ("le", (torch.less_equal,), "less_equal"),
+            ("lt", (torch.less,), "less"),
+            ("ge", (torch.greater_equal,), "greater_equal"),
+            ("gt", (torch.greater,), "greater"),
+            ("eq", (), ""),
+            ("ne", (torch.not_equal,), "not_equal"),
+        )
     ),
     _row(
         "and",

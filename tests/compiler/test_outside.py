@@ -96,6 +96,17 @@ class Layers(nn.Module):
         return x
 
 
+class Two(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList([Plain(), Plain()])
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
 class Router(nn.Module):
     """A softmax of no attention, in no graph: nothing to tell."""
 
@@ -207,6 +218,25 @@ def test_a_loop_with_a_break_in_it():
     assert report.outside == ()
     assert [graph.calls for graph in report.graphs if graph.sites] == [LAYERS]
     assert f"calls      {LAYERS}" in str(report)
+
+
+@pytest.mark.parametrize("how", ["module", "in place", "layers"])
+@pytest.mark.parametrize("before", [False, True], ids=["not called", "called before"])
+def test_a_model_that_is_compiled_already(how, before):
+    """What is explained is the model itself, whatever it was compiled to."""
+    torch._dynamo.reset()
+    model = Two()
+    for part in {"module": [], "in place": [model], "layers": model.layers}[how]:
+        part.compile(backend="effattn", options={"rest": "eager"})
+    if how == "module":
+        model = torch.compile(model, backend="effattn", options={"rest": "eager"})
+    x = torch.randn(1, 2, 8, 16)
+    with torch.no_grad():
+        if before:
+            model(x)
+        report = effattn.explain(model, x)
+    assert len(report.sites) == 2
+    assert report.outside == ()
 
 
 def test_a_loop_with_an_eager_layer():

@@ -129,10 +129,19 @@ def filled_in_place(q, k, v):
     return (scores(q, k) + mask).softmax(-1) @ v
 
 
+def long_names(q, k, v):
+    queries = torch.arange(q.shape[2])[:, None]
+    keys = queries.T
+    seen = torch.less_equal(keys, queries) & queries.greater_equal(keys) & torch.less(keys, queries + 1)
+    hidden = torch.greater(keys, queries) | torch.not_equal(seen, True)
+    return scores(q, k).masked_fill(hidden, -INF).softmax(-1) @ v
+
+
 CAUSAL = [
     tril, tril_bool, triu_added, triu_times_billion, one_minus_mask, keys_at_most_queries, queries_at_least_keys,
     not_future, distance, float_positions, cumulative, scaled_after_the_mask, multiplied_and_shifted,
     limited_from_below, mask_of_a_longer_buffer, is_causal, twice, filled_in_place,
+    long_names,
 ]  # fmt: skip
 
 

@@ -204,3 +204,11 @@ def test_generators_of_all_devices_of_a_graph_are_restored(monkeypatch):
     generators.restore(saved)
     assert held == {"cuda:0": 1, "cuda:1": 2}
     assert torch.equal(torch.rand(1), drawn)
+
+
+def test_sdpa_with_arguments_by_name():
+    def function(q, k, v):
+        mask = torch.arange(N)[None] <= torch.arange(N)[:, None]
+        return F.scaled_dot_product_attention(value=v, key=k, query=q, attn_mask=mask)
+
+    compiled(function, *qkv())
