@@ -97,7 +97,7 @@ def run(options: argparse.Namespace, screen: Screen) -> int:
         except ModelMissing as error:
             screen.console.print(f"[red]error:[/] {error}", markup=True)
             return 1
-    name = torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} CPU threads"
+    name = torch.cuda.get_device_name() if device == "cuda" else f"a CPU, {torch.get_num_threads()} threads"
     layers = model.config.num_hidden_layers
     screen.show(f"{layers} layers, float32, on {name}; torch {torch.__version__}; attention: transformers' sdpa")
     if device == "cuda":
