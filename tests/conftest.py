@@ -8,7 +8,8 @@ import pytest
 from hypothesis import settings
 
 # the same examples in every run of CI, so that a change is judged by itself; others each time elsewhere
-settings.register_profile("ci", derandomize=True)
+settings.register_profile("default", deadline=None)
+settings.register_profile("ci", derandomize=True, deadline=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE") or ("ci" if os.environ.get("CI") else "default"))
 
 GPU_TESTS = pathlib.Path(__file__).parent / "gpu"

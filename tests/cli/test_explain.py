@@ -9,6 +9,7 @@ import types
 
 import pytest
 import torch
+from comparing import assert_close
 from typer.testing import CliRunner
 
 import effattn
@@ -210,7 +211,7 @@ def test_a_directory_with_weights(calls, folder):
     result = run(folder, "--length", 8)
     assert result.stderr == "" or "note" not in result.stderr
     assert type(calls.model).__name__ == "LlamaForCausalLM"
-    torch.testing.assert_close(calls.model.lm_head.weight, model.lm_head.weight)
+    assert_close(calls.model.lm_head.weight, model.lm_head.weight)
     assert "attention_mask" not in calls.kwargs
 
 

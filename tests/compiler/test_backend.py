@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from comparing import assert_close
 
 import effattn
 from effattn.compiler import pipeline
@@ -37,7 +38,7 @@ def test_a_pass_that_fails_leaves_a_graph_that_runs(monkeypatch, rest, dynamic):
     fast = torch.compile(attention, backend="effattn", dynamic=dynamic, options={"rest": rest})
     with pytest.warns(UserWarning, match="left this graph as it was because of ZeroDivisionError: oops"):
         out = fast(*tensors())
-    torch.testing.assert_close(out, attention(*tensors()))
+    assert_close(out, attention(*tensors()))
 
 
 def test_without_an_optional_pass_the_others_run(monkeypatch):
@@ -80,7 +81,7 @@ def test_a_failure_over_one_attention_leaves_that_one_alone(monkeypatch, module,
     fast = torch.compile(three, backend="effattn", options={"rest": "eager"})
     with pytest.warns(UserWarning, match="oops"):
         actual = fast(*given)
-    torch.testing.assert_close(actual, three(*given))
+    assert_close(actual, three(*given))
 
 
 def test_strict_raises_what_a_pass_raised(monkeypatch):
@@ -115,4 +116,4 @@ def test_sizes_that_depend_on_data_are_one_attention_s_concern():
         assert not any(graph.failure for graph in report.graphs)
         torch._dynamo.reset()
         actual = torch.compile(both, backend="effattn", options={"rest": "eager"})(*given)
-    torch.testing.assert_close(actual, both(*given))
+    assert_close(actual, both(*given))

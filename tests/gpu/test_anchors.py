@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from comparing import assert_close
 from torch import nn
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
@@ -80,14 +81,14 @@ def test_flex_attention(case, mode):
     with torch.no_grad():
         actual = compiled(attend(*cases()[case]), mode=mode)(*qkv())
         expected, _ = definition(*cases()[case], *qkv())
-    torch.testing.assert_close(actual.double(), expected, rtol=2e-2, atol=2e-2)
+    assert_close(actual.double(), expected, 2e-2)
 
 
 def test_flex_attention_lse():
     with torch.no_grad():
         _, actual = compiled(attend(*cases()["empty rows"], return_lse=True))(*qkv())
         _, expected = definition(*cases()["empty rows"], *qkv())
-    torch.testing.assert_close(actual.double(), expected, rtol=1e-3, atol=1e-3)
+    assert_close(actual.double(), expected, 1e-3)
 
 
 @pytest.mark.parametrize("case", ["causal", "documents", "soft cap"])
@@ -96,7 +97,7 @@ def test_flex_attention_backward(case):
     actual = torch.autograd.grad(compiled(attend(*cases()[case]))(*args), args, weight)
     wanted = torch.autograd.grad(definition(*cases()[case], *args)[0], args, weight.double())
     for got, want in zip(actual, wanted, strict=True):
-        torch.testing.assert_close(got.double(), want.double(), rtol=4e-2, atol=4e-2)
+        assert_close(got.double(), want.double(), 4e-2)
 
 
 def both(function, *args):
@@ -120,7 +121,7 @@ def test_encoder(grad, padded):
 
     with torch.set_grad_enabled(grad):
         actual, expected = both(call, x)
-    torch.testing.assert_close(actual, expected, rtol=4e-2, atol=4e-2)
+    assert_close(actual, expected, 4e-2)
 
 
 def test_causal_multi_head_attention():
@@ -134,4 +135,4 @@ def test_causal_multi_head_attention():
 
     with torch.no_grad():
         actual, expected = both(call, x)
-    torch.testing.assert_close(actual, expected, rtol=2e-2, atol=2e-2)
+    assert_close(actual, expected, 2e-2)

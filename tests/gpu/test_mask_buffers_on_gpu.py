@@ -83,7 +83,6 @@ def test_a_buffer_that_was_written_to_stops_the_run():
         [sys.executable, "-c", CHANGED.format(path=[path for path in sys.path if path])],
         capture_output=True,
         text=True,
-        timeout=300,
         check=False,
     )
     assert "before" in done.stdout, done.stderr

@@ -13,6 +13,7 @@ import sys
 import linear_specs
 import pytest
 import torch
+from comparing import assert_close
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "runtime"))
 from linear_cases import CASES, Case
@@ -33,7 +34,7 @@ ODD = {
 }
 
 ops = torch.ops.effattn
-close = functools.partial(torch.testing.assert_close, rtol=1e-4, atol=1e-4)
+close = functools.partial(assert_close, tolerance=1e-4)
 
 
 @pytest.mark.parametrize("name", [*CASES, *ODD])
@@ -75,7 +76,7 @@ def test_gradients(name):
     weights = [torch.randn_like(tensor) for tensor in found]
     grads = torch.autograd.grad(expected, wanted, [weight.double() for weight in weights])
     for got, want in zip(torch.autograd.grad(found, wanted, weights), grads, strict=True):
-        close(got, want, rtol=1e-3, atol=1e-3)
+        close(got, want, tolerance=1e-3)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -89,8 +90,8 @@ def test_half_precision_strides_and_layout(dtype):
     out, last = ops.linear(query, key, value, decay, state, layout="bnhd", target="triton")
     expected, final = quadratic(query, key, value, decay, state)
     assert out.transpose(1, 2).is_contiguous()
-    torch.testing.assert_close(out.double(), expected, rtol=2e-2, atol=2e-2 * expected.abs().max().item())
-    torch.testing.assert_close(last.double(), final, rtol=1e-2, atol=1e-2)
+    assert_close(out, expected, 2e-2, exact_dtype=False)
+    assert_close(last.double(), final, 1e-2)
 
 
 def test_parts_leave_no_multiprocessor_idle():
@@ -121,12 +122,11 @@ def test_file_names_are_readable():
 def used() -> dict[str, list[int]]:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     script = pathlib.Path(__file__).with_name("compile_linear.py")
-    done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, timeout=550)
+    done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.timeout(600)
 @pytest.mark.parametrize("name", linear_specs.compiled())
 def test_compiles_without_spills(name):
     registers, spilled, shared, limit = used()[name]

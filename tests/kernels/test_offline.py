@@ -20,12 +20,11 @@ SPILLS_ALLOWED = {"causal D 256 sm90": 32, "causal D 96 sm80": 64}
 def used() -> dict[str, list[int]]:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     script = Path(__file__).with_name("compile_all.py")
-    done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, timeout=550)
+    done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.timeout(600)
 @pytest.mark.parametrize("name", compiled())
 def test_compiles_without_spills(name):
     registers, spilled, shared, limit = used()[name]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import sympy
 import torch
+from comparing import assert_close
 
 from effattn.ir.expr import Nk, Nq, b, k, load, q, s
 from effattn.ir.plan import LoadSpec, Plan
@@ -51,7 +52,7 @@ def test_scores(which, q_len, k_len):
     budget = plan.select.pick.budget
     score, reduce = (plan.select.score, plan.select.reduce) if which == "ranking" else (budget.score, budget.reduce)
     ours, wanted = both(plan, score, reduce, *made(q_len, k_len))
-    torch.testing.assert_close(ours, wanted, atol=2e-5, rtol=2e-5)
+    assert_close(ours, wanted)
 
 
 @pytest.mark.parametrize(
@@ -69,7 +70,7 @@ def test_scores(which, q_len, k_len):
 def test_sizes(options, lists):
     plan = plan_of(lists=lists, **options)
     ours, wanted = both(plan, plan.select.score, plan.select.reduce, *made(150, 300, dim=24))
-    torch.testing.assert_close(ours, wanted, atol=2e-5, rtol=2e-5)
+    assert_close(ours, wanted)
 
 
 def test_splits_add_up(monkeypatch):
@@ -77,7 +78,7 @@ def test_splits_add_up(monkeypatch):
     plan = plan_of()
     budget = plan.select.pick.budget
     ours, wanted = both(plan, budget.score, budget.reduce, *made(70, 300))
-    torch.testing.assert_close(ours, wanted, atol=2e-5, rtol=2e-5)
+    assert_close(ours, wanted)
 
 
 def test_masks_on_data():
@@ -87,7 +88,7 @@ def test_masks_on_data():
     budget = plan.select.pick.budget
     for score, reduce in ((plan.select.score, plan.select.reduce), (budget.score, budget.reduce)):
         ours, wanted = both(plan, score, reduce, *made(), [padding])
-        torch.testing.assert_close(ours, wanted, atol=2e-5, rtol=2e-5)
+        assert_close(ours, wanted)
 
 
 def first_ones(listed, head):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from architectures import build, inputs
+from comparing import assert_close
 
 import effattn
 
@@ -50,7 +51,7 @@ def test_found_read_and_unchanged(name, attention, predicates, padded):
         predicates = {f"{p} & padding[b, k]" if p != "true" else "padding[b, k]" for p in predicates}
     if name != "t5" or not padded:
         assert {site.predicate for site in report.sites} == predicates
-    torch.testing.assert_close(actual, expected, rtol=2e-5, atol=2e-5)
+    assert_close(actual, expected)
 
 
 def test_scores_are_read():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from comparing import assert_close
 from transformers import MiniMaxConfig, MiniMaxForCausalLM
 
 from effattn.compiler import collect
@@ -56,7 +57,7 @@ class Compiled:
 
 
 def near(actual, expected, tolerance=1e-5):
-    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
+    assert_close(actual, expected, tolerance)
 
 
 @torch.no_grad()

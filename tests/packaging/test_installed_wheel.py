@@ -88,7 +88,6 @@ def _run(command, cwd, **variables) -> str:
         shell=isinstance(command, str),
         capture_output=True,
         text=True,
-        timeout=300,
         check=False,
     )
     assert result.returncode == 0, f"{command}: {result.stdout}\n{result.stderr}"

@@ -6,11 +6,14 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from comparing import assert_close
 
 from effattn.compiler import collect
 from effattn.compiler.backend import effattn
 from effattn.compiler.options import Options
 from effattn.compiler.report import Report
+
+assert_same = assert_close
 
 
 def compiled(
@@ -18,7 +21,7 @@ def compiled(
     *args: Any,
     dynamic: bool | None = None,
     lengths: tuple[int, ...] = (),
-    tolerance: float = 2e-5,
+    tolerance: float | None = None,
     **options: Any,
 ):
     """(report, output) of ``function`` compiled strictly; fails if the output is not that of ``function``.
@@ -41,15 +44,8 @@ def compiled(
         actual = fast(*given_args)
     report: Report = heard.report(Options.read(given))
     if "policy" not in given:
-        assert_same(actual, expected, tolerance)
+        assert_close(actual, expected, tolerance)
     return report, actual
-
-
-def assert_same(actual: Any, expected: Any, tolerance: float) -> None:
-    for got, want in zip(
-        torch.utils._pytree.tree_leaves(actual), torch.utils._pytree.tree_leaves(expected), strict=True
-    ):
-        torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance, equal_nan=True)
 
 
 def _copy(arg: Any) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from comparing import assert_close
 from compiled import compiled
 from torch.utils._pytree import tree_leaves
 
@@ -113,7 +114,7 @@ def test_found_and_right(function, grad):
         weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
         wanted = torch.autograd.grad(function(*given), given, weight)
         for got, want in zip(torch.autograd.grad(fast(*given), given, weight), wanted, strict=True):
-            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+            assert_close(got, want, 1e-4)
 
 
 @pytest.mark.parametrize("function", [query_of_all_batches, key_of_all_batches], ids=lambda function: function.__name__)
@@ -132,7 +133,7 @@ def test_a_batch_that_is_only_known_at_run_time(function):
         given = [x.repeat(3, 1, 1, 1)[:batch] for x in qkv()]
         for x in given:
             torch._dynamo.maybe_mark_dynamic(x, 0)
-        torch.testing.assert_close(fast(*given), function(*given), rtol=2e-5, atol=2e-5)
+        assert_close(fast(*given), function(*given))
     assert len(graphs) == 1
     assert "softmax" not in str(graphs[0].graph)
 

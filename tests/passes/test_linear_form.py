@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from compiled import assert_same, compiled
+from comparing import assert_close
+from compiled import compiled
 from torch import nn
 
 from effattn.compiler import collect
@@ -53,7 +54,7 @@ def test_without_weights_or_tolerance_it_is_refused_with_what_it_would_cost():
     reason = refused(report)
     assert "1,539 (T2R) or 2,448 (Hedgehog)" in reason
     assert "params.linear.weights" in reason
-    assert_same(out, causal(*qkv()), 1e-5)
+    assert_close(out, causal(*qkv()))
     with pytest.raises(FormRefused, match="perplexity is then 1,539"):
         compiled(causal, *qkv(), policy=policy(), strict=True)
 
@@ -64,7 +65,7 @@ def test_a_declared_tolerance_is_enough_for_maps_without_weights(name):
     (site,) = report.sites
     assert (site.form, site.exact) == ("linear", False)
     assert site.kernel == "effattn::linear, after the feature maps"
-    assert_same(out, feature_attention(*qkv(), name), 1e-5)
+    assert_close(out, feature_attention(*qkv(), name))
     assert "linear" in report.stanza
 
 
@@ -81,7 +82,7 @@ def test_a_window_with_a_softmax(terraced, lengths):
     (site,) = report.sites
     assert (site.form, site.exact) == ("linear", False)
     assert site.kernel == "effattn::window_linear, after the feature maps"
-    assert_same(out, as_defined(*qkv(), window=8, terraced=terraced, gamma=0.3), 1e-5)
+    assert_close(out, as_defined(*qkv(), window=8, terraced=terraced, gamma=0.3))
 
 
 def test_the_scale_of_the_window_is_the_author_s():
@@ -95,24 +96,24 @@ def test_the_scale_of_the_window_is_the_author_s():
     for function, scale, heads in ((scaled, 0.7, KV), (divided, 1 / 3, H)):
         report, out = run(function, *qkv(heads), tolerance=1.0, window=8)
         assert report.sites[0].form == "linear"
-        assert_same(out, as_defined(*qkv(heads), window=8, scale=scale), 1e-5)
+        assert_close(out, as_defined(*qkv(heads), window=8, scale=scale))
 
 
 def test_gradients_through_a_window():
     given = [tensor.requires_grad_() for tensor in qkv()]
     _, out = run(causal, *given, tolerance=1.0, window=8)
     wanted = as_defined(*given, window=8)
-    assert_same(out, wanted, 1e-5)
+    assert_close(out, wanted)
     grad = torch.randn_like(out)
     found = [torch.autograd.grad(one, given, grad) for one in (out, wanted)]
     for got, want in zip(*found, strict=True):
-        assert_same(got, want, 1e-4)
+        assert_close(got, want, 1e-4)
 
 
 def test_both_directions():
     report, out = run(lambda q, k, v: F.scaled_dot_product_attention(q, k, v), *qkv(H), tolerance=1.0)
     assert report.sites[0].form == "linear"
-    assert_same(out, feature_attention(*qkv(H), "elu_plus_one", causal=False), 1e-5)
+    assert_close(out, feature_attention(*qkv(H), "elu_plus_one", causal=False))
 
 
 def window(q, k, v):
@@ -170,7 +171,7 @@ def test_a_least_length_is_decided_when_a_graph_has_one_length():
     for length, form in ((8, "linear"), (N, "linear"), (N + 1, "exact")):
         report, out = compiled(together, x, policy=least(length))
         assert report.sites[0].form == form
-        assert_same(out, feature_attention(*qkv(), "elu_plus_one") if form == "linear" else together(x), 1e-5)
+        assert_close(out, feature_attention(*qkv(), "elu_plus_one") if form == "linear" else together(x))
     assert "this graph is of 40 keys, and min_length is 41" in refused(report)
 
 
@@ -206,13 +207,13 @@ class TestTheCheapest:
         assert site.form == "linear"
         assert "asks for the cheapest: linear at the 2,048 keys of this graph" in site.reason
         assert "accepting an error of 1" in site.reason
-        assert_same(out, feature_attention(x, x, x, "elu_plus_one"), 1e-5)
+        assert_close(out, feature_attention(x, x, x, "elu_plus_one"))
 
     def test_it_is_not_where_it_is_not(self):
         x, site, out = self.run(48)
         assert site.form != "linear"
         assert "linear is not the cheapest at the 48 keys of this graph (predicted: " in site.reason
-        assert_same(out, F.scaled_dot_product_attention(x, x, x, is_causal=True), 1e-5)
+        assert_close(out, F.scaled_dot_product_attention(x, x, x, is_causal=True))
 
     def test_it_is_refused_where_lengths_vary_and_below_min_length(self):
         _, site, _ = self.run(2048, lengths=(2,), strict=False)
@@ -269,7 +270,7 @@ def test_weights_by_layer(tmp_path, rest):
             q, k, v = layer.project(x).view(B, -1, H + 2 * KV, D).transpose(1, 2).split([H, KV, KV], 1)
             sides = ({"weight": weights[f"layers.{number}.{side}.weight"]} for side in ("query", "key"))
             x = x + feature_attention(q, k, v, "hedgehog", *sides).transpose(1, 2).flatten(2)
-    assert_same(out, x, 1e-5)
+    assert_close(out, x)
 
     path.write_bytes(b"broken")
     torch._dynamo.reset()
@@ -311,7 +312,7 @@ def test_factors_of_the_window_by_layer(tmp_path, name):
             gamma = torch.sigmoid(weights[f"layers.{number}.window.factor"])
             here = feature_attention(*parts, name, *maps, window=8, gamma=gamma)
             expected = expected + here.transpose(1, 2).flatten(2)
-    assert_same(out, expected, 1e-5)
+    assert_close(out, expected)
 
     weights["layers.1.window.factor"] = torch.zeros(H + 1)
     safetensors.save_file(weights, path)
@@ -325,7 +326,7 @@ def test_as_a_function_with_a_window(q_len, k_len):
     q, k, v = torch.randn(B, H, q_len, D), torch.randn(B, KV, k_len, D), torch.randn(B, KV, k_len, 8)
     for scale in (None, 0.5):
         out = attention(q, k, v, form="linear", scale=scale, window=8, gamma=0.2)
-        assert_same(out, as_defined(q, k, v, window=8, gamma=0.2, scale=scale or D**-0.5), 1e-5)
+        assert_close(out, as_defined(q, k, v, window=8, gamma=0.2, scale=scale or D**-0.5))
 
 
 @pytest.mark.parametrize(("q_len", "k_len"), [(40, 40), (7, 40), (40, 7), (1, 40)])
@@ -338,7 +339,7 @@ def test_as_a_function(q_len, k_len):
     whole = torch.cat([padding, phi(q[:, :, rows:] * 0.5)], 2)
     expected, _ = quadratic(whole, phi(k), v, normalised=True, eps=1e-6)
     expected = expected[:, :, max(k_len - q_len, 0) :]
-    assert_same(out[:, :, rows:], expected.float(), 1e-5)
+    assert_close(out[:, :, rows:], expected.float())
     assert (out[:, :, :rows] == 0).all()
 
 

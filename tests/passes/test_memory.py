@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from comparing import assert_close
 from compiled import compiled
 from small import INF, MIN, B, D, H, N, qkv, tensors
 
@@ -23,8 +24,8 @@ def run_several_times(function, *args: Any, calls: int = 3) -> None:
     )
     for _ in range(calls):
         expected, actual = function(*expected_args), fast(*actual_args)
-        torch.testing.assert_close(actual, expected, rtol=2e-5, atol=2e-5, equal_nan=True)
-        torch.testing.assert_close(actual_args, expected_args)
+        assert_close(actual, expected)
+        assert_close(actual_args, expected_args)
 
 
 def counter_raised_after_the_mask(q, k, v, length):

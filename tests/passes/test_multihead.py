@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from comparing import assert_close
 from compiled import compiled
 from torch import nn
 
@@ -68,7 +69,7 @@ def test_gradients_reach_the_projections():
     torch._dynamo.reset()
     torch.compile(loss, backend="effattn", options={"rest": "eager", "strict": True})().backward()
     for got, want in zip(module.parameters(), expected, strict=True):
-        torch.testing.assert_close(got.grad, want, rtol=1e-4, atol=1e-5)
+        assert_close(got.grad, want, 1e-4)
 
 
 def causal_inside(module, x):

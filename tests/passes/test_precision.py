@@ -8,6 +8,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from comparing import assert_close
 from compiled import compiled
 
 B, H, N, D = 2, 3, 17, 8
@@ -158,7 +159,7 @@ def test_the_default_dtype_does_not_matter_when_it_runs(dtype):
         actual = fast(*QKV)
     finally:
         torch.set_default_dtype(before)
-    torch.testing.assert_close(actual, expected, rtol=2e-5, atol=2e-5)
+    assert_close(actual, expected)
 
 
 def _backend():

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from comparing import assert_close
 from compiled import compiled
 
 import effattn
@@ -48,7 +49,7 @@ def test_what_the_policy_asks_for_is_computed(name):
         report, out = compiled(attention, *qkv(), policy=policy(form, params))
     assert [site.form for site in report.sites] == [form]
     assert not report.sites[0].exact
-    torch.testing.assert_close(out, expected(form, params, *qkv()), rtol=2e-5, atol=2e-5)
+    assert_close(out, expected(form, params, *qkv()))
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -65,7 +66,7 @@ def test_one_graph_for_all_lengths(name):
             for tensor in args:
                 torch._dynamo.mark_dynamic(tensor, 2)
             wanted = expected(form, params, *args) if length >= 64 else attention(*args)
-            torch.testing.assert_close(fast(*args), wanted, rtol=2e-5, atol=2e-5)
+            assert_close(fast(*args), wanted)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs + 1
 
 
@@ -78,17 +79,17 @@ def test_with_inductor(name):
     q, k, v = qkv()
     with torch.no_grad():
         out = fast(q, k, v)
-    torch.testing.assert_close(out, expected(form, params, q * 2, k, v) + 1, rtol=2e-5, atol=2e-5)
+    assert_close(out, expected(form, params, q * 2, k, v) + 1)
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_as_a_function(name):
     form, params = CASES[name]
     out = effattn.attention(*qkv(), form=form, **params)
-    torch.testing.assert_close(out, expected(form, params, *qkv()), rtol=2e-5, atol=2e-5)
+    assert_close(out, expected(form, params, *qkv()))
     torch._dynamo.reset()
     whole = torch.compile(effattn.attention, backend="aot_eager", fullgraph=True)(*qkv(), form=form, **params)
-    torch.testing.assert_close(whole, out)
+    assert_close(whole, out)
 
 
 def continued(forward, ids, steps=6):
@@ -123,8 +124,8 @@ def test_padding_on_the_left():
         wanted = model(ids, attention_mask=mask, use_cache=False).logits
         torch._dynamo.reset()
         got = torch.compile(model, backend="effattn", options=options)(ids, attention_mask=mask, use_cache=False).logits
-    torch.testing.assert_close(got[1], wanted[1], rtol=2e-5, atol=2e-5)
-    torch.testing.assert_close(got[0, 32:], wanted[0, 32:], rtol=2e-5, atol=2e-5)
+    assert_close(got[1], wanted[1])
+    assert_close(got[0, 32:], wanted[0, 32:])
 
 
 def refused(model, given, form, params):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from comparing import assert_close
 from compiled import compiled
 
 B, H, N, D, WIDE = 2, 3, 12, 8, 3  # N = 4 * WIDE
@@ -167,7 +168,7 @@ def test_half_precision():
     for function in (added, gathered_and_clamped, decomposed):
         report, out = compiled(function, *given, tolerance=4e-2)
         assert len(report.sites) == 1
-        torch.testing.assert_close(out.float(), function(*[x.float() for x in given]), rtol=4e-2, atol=4e-2)
+        assert_close(out.float(), function(*[x.float() for x in given]), 4e-2)
 
 
 @pytest.mark.parametrize("function", [added, gathered_distances, decomposed], ids=lambda function: function.__name__)
@@ -184,7 +185,7 @@ def test_a_bias_that_needs_a_gradient_is_left_as_it_was(function):
     for got, want in zip(found, wanted, strict=True):
         assert (got is None) == (want is None)
         if want is not None:
-            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+            assert_close(got, want, 1e-4)
 
 
 def second_by_baddbmm(q, k, v, table):

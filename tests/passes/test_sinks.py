@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from comparing import assert_close
 from compiled import compiled
 
 B, H, KV, N, D = 2, 4, 2, 21, 8
@@ -96,7 +97,7 @@ def test_gradients_reach_the_sinks():
     torch._dynamo.reset()
     fast = torch.compile(shifted, backend="effattn", options={"rest": "eager", "strict": True})
     for got, want in zip(torch.autograd.grad(fast(*given), given, weight), wanted, strict=True):
-        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+        assert_close(got, want, 1e-4)
 
 
 def test_half_precision():
@@ -104,7 +105,7 @@ def test_half_precision():
     for spelling in (joined_before_a_cast, shifted):
         report, out = compiled(spelling, *given, tolerance=2e-2)
         assert len(report.sites) == 1
-    torch.testing.assert_close(out.float(), shifted(*(x.float() for x in given)), rtol=2e-2, atol=2e-2)
+    assert_close(out.float(), shifted(*(x.float() for x in given)), 2e-2)
 
 
 def test_a_window_keeps_the_sink():
@@ -115,7 +116,7 @@ def test_a_window_keeps_the_sink():
     far = torch.ones(N, N, dtype=torch.bool).tril(-6)
     scores = logits(q, k).masked_fill(far, -torch.inf)
     wanted = finished(torch.cat([scores, column(sinks)], -1).softmax(-1)[..., :-1], v)
-    torch.testing.assert_close(out, wanted, rtol=1e-5, atol=1e-5)
+    assert_close(out, wanted)
 
 
 def test_linear_attention_has_no_place_for_a_sink():

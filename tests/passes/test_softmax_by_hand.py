@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from comparing import assert_close
 from compiled import compiled
 
 from effattn.ir.refusal import Why
@@ -352,4 +353,4 @@ def test_gradients(function):
     for actual, expected in zip(*results, strict=True):
         assert (actual is None) == (expected is None)
         if actual is not None:
-            torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+            assert_close(actual, expected, 1e-4)

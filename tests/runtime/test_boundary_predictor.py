@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from boundary_cases import CHANNELS, DIM, HEADS, KV_HEADS, Published, random_tensors, save
+from comparing import assert_close
 
 import effattn
 from effattn.errors import OptionError, WeightsError
@@ -60,7 +61,7 @@ def test_logits_and_cuts_are_the_published_ones(tmp_path, length, window, pool, 
     begins = running.cuts(asked, key)
     for b in range(2):
         wanted = eager(key[b])
-        torch.testing.assert_close(found[b].double(), wanted, atol=1e-5, rtol=1e-5)
+        assert_close(found[b], wanted, exact_dtype=False)
         bounds = bounds_of(wanted, window, 0.2, 3, max(length // 16, 1) * 8)
         assert begins[b].nonzero()[:, 0].tolist() == bounds[1:-1]
 
@@ -147,8 +148,8 @@ def test_attention_is_over_what_the_definition_keeps(tmp_path, q_len, k_len):
         out, lse = portable.run(plan_of(layer, **params), query, key, value)
         wide_key, wide_value = (x.double().repeat_interleave(2, 1) for x in (key, value))
         scores = (query.double() @ wide_key.mT * 0.3).masked_fill(~kept, -torch.inf)
-        torch.testing.assert_close(out.double(), scores.softmax(-1).nan_to_num() @ wide_value, atol=1e-5, rtol=1e-5)
-        torch.testing.assert_close(lse.double(), scores.logsumexp(-1), atol=1e-5, rtol=1e-5)
+        assert_close(out, scores.softmax(-1).nan_to_num() @ wide_value, exact_dtype=False)
+        assert_close(lse, scores.logsumexp(-1), exact_dtype=False)
 
 
 def test_as_a_function(tmp_path):
@@ -156,7 +157,7 @@ def test_as_a_function(tmp_path):
     params = {"block": 16, "unit": 1, "budget": 40, "chunks": "trained", "weights": path, "local": 16, "sinks": 4}
     query, key, value = made(90)
     out = effattn.attention(query, key, value, form="dhsa", scale=0.3, **params)
-    torch.testing.assert_close(out, portable.run(plan_of(**params), query, key, value)[0])
+    assert_close(out, portable.run(plan_of(**params), query, key, value)[0])
     with pytest.raises(WeightsError, match="no such file"):
         effattn.attention(query, key, value, form="dhsa", **{**params, "weights": "absent.safetensors"})
     for wrong, reason in (({"weights": ""}, "belong together"), ({"unit": 16}, "unit must be 1")):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from comparing import assert_close
 
 from effattn.errors import WeightsError
 from effattn.lowering.forms.feature_maps import FEATURE_MAPS
@@ -53,11 +54,11 @@ def test_the_two_hedgehogs_differ():
     x = torch.randn(1, 1, 5, DIM)
     weight = torch.eye(DIM)
     joint = FEATURE_MAPS["hedgehog_joint"](x, {"weight": weight, "bias": torch.zeros(DIM)})
-    torch.testing.assert_close(joint, torch.softmax(torch.cat([2 * x, -2 * x], -1), -1))
+    assert_close(joint, torch.softmax(torch.cat([2 * x, -2 * x], -1), -1))
     apart = FEATURE_MAPS["hedgehog"](x, {"weight": weight[None, :, : DIM // 2]})
     half = x[..., : DIM // 2]
-    torch.testing.assert_close(apart, torch.cat([half.softmax(-1), (-half).softmax(-1)], -1))
-    torch.testing.assert_close(apart.sum(-1), torch.full((1, 1, 5), 2.0))
+    assert_close(apart, torch.cat([half.softmax(-1), (-half).softmax(-1)], -1))
+    assert_close(apart.sum(-1), torch.full((1, 1, 5), 2.0))
 
 
 @pytest.mark.parametrize("causal", [True, False])
@@ -72,7 +73,7 @@ def test_attention_is_the_definition(name, causal, saved):
     scores = chosen(query, weights.query) @ features.mT
     scores = scores.tril() if causal else scores
     expected = scores @ value.repeat_interleave(2, 1) / (scores.sum(-1, keepdim=True) + 1e-6)
-    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
+    assert_close(out, expected, 1e-4)
 
 
 def test_a_row_without_weight_is_zero():
@@ -90,7 +91,7 @@ def test_gradients_reach_the_parameters():
 
 def test_elu_is_written_as_in_its_paper():
     x = torch.randn(4, 4)
-    torch.testing.assert_close(FEATURE_MAPS["elu_plus_one"](x), torch.where(x > 0, x + 1, x.exp()))
+    assert_close(FEATURE_MAPS["elu_plus_one"](x), torch.where(x > 0, x + 1, x.exp()))
     assert torch.equal(FEATURE_MAPS["relu"](x), F.relu(x))
 
 

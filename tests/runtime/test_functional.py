@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from comparing import assert_close
 
 import effattn
 from effattn.lowering.forms import FORMS
@@ -44,7 +45,7 @@ def test_every_form(form, params, scale, q_len, k_len):
     rows, columns = torch.arange(k_len - q_len, k_len)[:, None], torch.arange(k_len)[None, :]
     mask = (columns <= rows) & FORMS[form].reference(FORMS[form].params(**params), rows, columns)
     out = effattn.attention(q, k, v, form=form, scale=scale, **params)
-    torch.testing.assert_close(out, eager(q, k, v, mask, scale), atol=1e-5, rtol=1e-5)
+    assert_close(out, eager(q, k, v, mask, scale))
 
 
 def test_every_form_is_covered():
@@ -55,14 +56,14 @@ def test_every_form_is_covered():
 def test_not_causal():
     q, k, v = made(40, 60)
     out = effattn.attention(q, k, v, form="exact", causal=False)
-    torch.testing.assert_close(out, eager(q, k, v, None, None), atol=1e-5, rtol=1e-5)
+    assert_close(out, eager(q, k, v, None, None))
 
 
 def test_rows_before_the_first_key_are_zero():
     q, k, v = made(60, 40)
     out = effattn.attention(q, k, v, form="exact")
     assert (out[:, :, :20] == 0).all()
-    torch.testing.assert_close(out[:, :, 20:], effattn.attention(q[:, :, 20:], k, v, form="exact"))
+    assert_close(out[:, :, 20:], effattn.attention(q[:, :, 20:], k, v, form="exact"))
 
 
 @pytest.mark.parametrize("form", [name for name, form in FORMS.items() if form.select is None])
@@ -82,7 +83,7 @@ def test_compiles_whole_for_every_length(form):
     compiled = torch.compile(block, backend="aot_eager", fullgraph=True, dynamic=True)
     for length in (64, 65, 130):
         inputs = made(length, length, value_dim=12)
-        torch.testing.assert_close(compiled(*inputs), block(*inputs))
+        assert_close(compiled(*inputs), block(*inputs))
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from comparing import assert_close
 from linear_cases import CASES, Case
 
 from effattn.runtime import linear, linear_portable
@@ -19,10 +20,7 @@ WIDE = {
 
 
 def close(actual, expected, tolerance, name=""):
-    bound = tolerance * max(1.0, expected.abs().max().item()) if expected.numel() else 0.0
-    torch.testing.assert_close(
-        actual.double(), expected.double(), rtol=0, atol=bound, msg=lambda text: f"{name} {text}"
-    )
+    assert_close(actual, expected.double(), tolerance, exact_dtype=False, msg=lambda text: f"{name} {text}")
 
 
 @pytest.fixture(params=[16, 128], ids="chunks of {}".format)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from comparing import assert_close
 from linear_cases import CASES
 
 from effattn.runtime.linear_reference import quadratic, recurrent
@@ -12,7 +13,7 @@ CAUSAL = {name: case for name, case in CASES.items() if case.causal}
 
 
 def close(actual, expected):
-    torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9)
+    assert_close(actual, expected, 1e-9)
 
 
 @pytest.mark.parametrize("name", CAUSAL)

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import sympy
 import torch
+from comparing import assert_close
 from plans import CASES, Sizes, tensors
 
 from effattn.ir import expr
@@ -45,7 +46,7 @@ def test_against_autograd_of_the_definition(name, layout, small, monkeypatch):
     for name_of, got, expected in zip(
         "qkv", found, gradients(wanted, wanted_lse, inputs, weights, lse_weights), strict=True
     ):
-        torch.testing.assert_close(got, expected, atol=1e-6, rtol=1e-6, msg=lambda m, n=name_of: f"d{n}: {m}")
+        assert_close(got, expected, 1e-6, msg=lambda m, n=name_of: f"d{n}: {m}")
         assert (got if layout == "bhnd" else got.transpose(1, 2)).is_contiguous()
 
 
@@ -88,7 +89,7 @@ def test_only_the_lse_may_be_used():
     found = torch.autograd.grad(lse.sum(), inputs)
     wanted = torch.autograd.grad(reference(plan, *inputs)[1].sum(), inputs, allow_unused=True, materialize_grads=True)
     for got, expected in zip(found, wanted, strict=True):
-        torch.testing.assert_close(got, expected, atol=1e-6, rtol=1e-6)
+        assert_close(got, expected, 1e-6)
 
 
 def test_a_learned_bias_is_refused():
@@ -129,7 +130,7 @@ def test_derivatives(score):
     result = evaluate(score, {**at, "s": values}, {}, torch.float64, "cpu")
     (wanted,) = torch.autograd.grad(result.sum(), values)
     found = evaluate(derivative(score), {**at, "s": values.detach()}, {}, torch.float64, "cpu")
-    torch.testing.assert_close(torch.as_tensor(found, dtype=torch.float64).expand_as(wanted), wanted)
+    assert_close(torch.as_tensor(found, dtype=torch.float64).expand_as(wanted), wanted)
 
 
 def test_no_n_by_n_tensor_in_the_backward(monkeypatch):

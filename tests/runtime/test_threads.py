@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 import torch.nn.functional as F
+from comparing import assert_close
 from plans import CASES, Sizes, tensors
 
 import effattn
@@ -145,7 +146,7 @@ def test_a_pool_that_calls_one_model_and_compiles_it_meanwhile():
     compiled(*inputs[17])
     found = together(*[lambda n=n: (n, compiled(*inputs[n])) for n in lengths * 2])
     for n, out in found:
-        torch.testing.assert_close(out, expected[n], rtol=1e-5, atol=1e-5)
+        assert_close(out, expected[n])
 
 
 def test_gradients_in_several_threads():
@@ -162,7 +163,7 @@ def test_gradients_in_several_threads():
     found = together(*[lambda tensors=tensors: gradients(compiled, tensors) for tensors in given])
     for want, got in zip(expected, found, strict=True):
         for one, other in zip(want, got, strict=True):
-            torch.testing.assert_close(other, one, rtol=1e-4, atol=1e-4)
+            assert_close(other, one, 1e-4)
 
 
 def test_who_listens_hears_only_its_own_thread():

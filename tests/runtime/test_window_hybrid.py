@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from comparing import assert_close
 
 from effattn.lowering.forms.feature_maps import FEATURE_MAPS
 from effattn.runtime import window_blocks
@@ -52,7 +53,7 @@ def published(query, key, value, of_query, of_key, gamma, window, terraced, scal
 def test_the_definition_is_the_published_one(length, window, terraced):
     given = [tensor.double() for tensor in made(length)]
     wanted = published(*given, window, terraced, 0.3)
-    torch.testing.assert_close(hybrid(*given, window=window, terraced=terraced, scale=0.3), wanted)
+    assert_close(hybrid(*given, window=window, terraced=terraced, scale=0.3), wanted)
 
 
 @pytest.mark.parametrize("terraced", [False, True])
@@ -65,9 +66,9 @@ def test_it_is_the_definition(length, window, terraced, heads, kv_heads):
     given = made(length, heads, kv_heads)
     out = window_hybrid(*given, window, terraced, 0.4)
     wanted = hybrid(*given, window=window, terraced=terraced, scale=0.4)
-    torch.testing.assert_close(out.double(), wanted, atol=2e-5, rtol=2e-5)
+    assert_close(out, wanted, exact_dtype=False)
     wide = [tensor.double() for tensor in given]
-    torch.testing.assert_close(window_hybrid(*wide, window, terraced, 0.4), wanted, atol=1e-12, rtol=1e-9)
+    assert_close(window_hybrid(*wide, window, terraced, 0.4), wanted, 1e-9)
 
 
 @pytest.mark.parametrize("terraced", [False, True])
@@ -85,16 +86,16 @@ def test_within_the_window_it_is_softmax_attention(terraced):
     given = made(30)
     out = window_hybrid(*given, 32, terraced, 0.25)
     wanted = F.scaled_dot_product_attention(*given[:3], is_causal=True, enable_gqa=True, scale=0.25)
-    torch.testing.assert_close(out, wanted, atol=1e-5, rtol=1e-5)
+    assert_close(out, wanted)
 
 
 def test_great_scores_and_features_stay_finite():
     query, key, value, of_query, of_key, gamma = made(100)
     given = (query * 100, key * 100, value, of_query * 1e3, of_key * 1e3, gamma)
     out = window_hybrid(*given, 16)
-    torch.testing.assert_close(out.double(), hybrid(*given, window=16), atol=1e-4, rtol=1e-4)
+    assert_close(out, hybrid(*given, window=16), 1e-4, exact_dtype=False)
     nothing = (query, key, value, of_query * 0, of_key * 0, gamma)
-    torch.testing.assert_close(window_hybrid(*nothing, 16).double(), hybrid(*nothing, window=16), atol=1e-5, rtol=1e-5)
+    assert_close(window_hybrid(*nothing, 16).double(), hybrid(*nothing, window=16))
 
 
 @pytest.mark.parametrize("terraced", [False, True])
@@ -105,7 +106,7 @@ def test_in_half_precision(dtype, tolerance, terraced):
     out = window_hybrid(*given, 64, terraced, 0.3)
     assert out.dtype == dtype
     wanted = hybrid(*given, window=64, terraced=terraced, scale=0.3)
-    torch.testing.assert_close(out.double(), wanted, atol=tolerance, rtol=tolerance)
+    assert_close(out, wanted, tolerance, exact_dtype=False)
 
 
 @pytest.mark.parametrize("terraced", [False, True])
@@ -118,7 +119,7 @@ def test_gradients_are_the_definition_s(length, window, terraced):
     )
     got = torch.autograd.grad(window_hybrid(*given, window, terraced, 0.4), given, grad, materialize_grads=True)
     for one, other in zip(got, wanted, strict=True):
-        torch.testing.assert_close(one, other, atol=1e-9, rtol=1e-6)
+        assert_close(one, other, 1e-6)
 
 
 @pytest.mark.parametrize("layout", ["bhnd", "bnhd"])
@@ -146,7 +147,7 @@ def test_memory_order_of_the_output():
     given = made(20)
     out = window_hybrid(*given, 4, layout="bnhd")
     assert out.transpose(1, 2).is_contiguous()
-    torch.testing.assert_close(out, window_hybrid(*given, 4))
+    assert_close(out, window_hybrid(*given, 4))
 
 
 @pytest.mark.parametrize("terraced", [False, True])
@@ -159,7 +160,7 @@ def test_other_numbers_of_queries(q_len, k_len, terraced):
     out = feature_attention(query, key, value, "elu_plus_one", **asked)
     phi = FEATURE_MAPS["elu_plus_one"]
     wanted = hybrid(query, key, value, phi(query), phi(key), gamma, window=8, terraced=terraced, scale=0.25)
-    torch.testing.assert_close(out.double(), wanted, atol=1e-5, rtol=1e-5)
+    assert_close(out, wanted, exact_dtype=False)
     with pytest.raises(ValueError, match="is causal"):
         feature_attention(query, key, value, "elu_plus_one", causal=False, **asked)
 
@@ -173,7 +174,7 @@ def test_one_graph_for_all_lengths(backend):
         given = made(length)
         for tensor in given[:5]:
             torch._dynamo.mark_dynamic(tensor, 2)
-        torch.testing.assert_close(fast(*given, 8, True), window_hybrid(*given, 8, True), atol=1e-5, rtol=1e-5)
+        assert_close(fast(*given, 8, True), window_hybrid(*given, 8, True))
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs + 1
 
 
@@ -183,10 +184,10 @@ def test_with_the_kernels_of_linear_attention(terraced):
     given = [tensor.requires_grad_() for tensor in made(50, heads=2, kv_heads=1, batch=1)]
     grad = torch.randn(1, 2, 50, 8, generator=torch.Generator().manual_seed(5))
     portable, kernels = (window_hybrid(*given, 8, terraced, 0.4, "bhnd", target) for target in ("portable", "triton"))
-    torch.testing.assert_close(kernels, portable, atol=1e-5, rtol=1e-5)
+    assert_close(kernels, portable)
     found = [torch.autograd.grad(out, given, grad) for out in (kernels, portable)]
     for one, other in zip(*found, strict=True):
-        torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
+        assert_close(one, other, 1e-4)
 
 
 def test_pieces_are_the_whole(monkeypatch):
@@ -198,4 +199,4 @@ def test_pieces_are_the_whole(monkeypatch):
         out = window_hybrid(*given, 16)
         found.append((out, *torch.autograd.grad(out, given, grad)))
     for one, other in zip(*found, strict=True):
-        torch.testing.assert_close(one, other)
+        assert_close(one, other)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from comparing import assert_close
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -20,8 +21,6 @@ from effattn.compiler import collect
 from effattn.compiler.backend import effattn
 from effattn.compiler.options import Options
 from effattn.compiler.report import Report
-
-TOLERANCE = 5e-5  # of the largest value; float32
 
 
 @dataclass(frozen=True)
@@ -138,19 +137,6 @@ def copied(given: tuple, requires_grad: bool = False) -> tuple:
         return leaf.requires_grad_() if requires_grad and leaf.is_floating_point() else leaf
 
     return tree_map(one, given)
-
-
-def assert_close(actual: Any, expected: Any, tolerance: float = TOLERANCE) -> None:
-    for got, want in zip(tree_leaves(actual), tree_leaves(expected), strict=True):
-        if want is None or got is None or not isinstance(want, Tensor):
-            assert (want is None) == (got is None)
-            continue
-        assert got.dtype == want.dtype
-        assert got.shape == want.shape
-        room = tolerance * max(
-            1.0, want.detach().double().nan_to_num(0, 0, 0).abs().max().item() if want.numel() else 1
-        )
-        torch.testing.assert_close(got, want, rtol=0, atol=room, equal_nan=True)
 
 
 def seeded(make: Callable[[], Any]) -> Any:

@@ -17,9 +17,10 @@ from torch.testing._internal.two_tensor import TwoTensor
 
 sys.path.insert(0, str(Path(__file__).parent))
 from blocks import HEADS, PREDICATE, WIDTH, Attention, Int8Linear, Model
+from comparing import assert_close
 from images import Vit
 from modules import HIDDEN, Nested
-from row import assert_close, check_gradients, compiled, seeded
+from row import check_gradients, compiled, seeded
 
 from effattn.compiler import collect
 from effattn.compiler.backend import effattn
@@ -34,7 +35,7 @@ def x(*shape: int) -> torch.Tensor:
     return torch.randn(*(shape or (2, 13, WIDTH)), generator=torch.Generator().manual_seed(1))
 
 
-def run(function, *args, tolerance: float = 5e-5, **options):
+def run(function, *args, tolerance: float | None = None, **options):
     """(report, output) of ``function`` compiled, after the output was held against the function's own."""
     expected = function(*args)
     fast, listening, settings = compiled(function, **options)
