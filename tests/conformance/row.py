@@ -17,10 +17,10 @@ class Row:
     """One complaint.
 
     ``function(*arguments)`` is attention written out. ``flex(flex_attention, *arguments)`` is the same with
-    FlexAttention's call, given compiled or not; None where FlexAttention does not apply. ``calls(device)`` -> arguments.
-    ``grad``: gradients of all floating point arguments count. ``graphs``: as many may be compiled. ``small``: nothing
-    may be allocated that has a value per query and key. ``sites``: attentions that are to be found; ``left``: that are
-    rightly left as they are written. ``mode``: of torch.compile.
+    FlexAttention's call, given compiled or not; None where FlexAttention does not apply. ``calls(device)`` gives
+    arguments. ``grad``: gradients of all floating point arguments count. ``graphs``: as many may be compiled.
+    ``small``: nothing may be allocated that has a value per query and key. ``left``: effattn rightly leaves it as it is
+    written. ``mode``: of torch.compile. ``needs``: "a GPU" or "several GPUs".
     """
 
     complaint: str
@@ -31,8 +31,7 @@ class Row:
     grad: bool = False
     graphs: int = 1
     small: bool = False
-    sites: int = 1
-    left: int = 0
+    left: bool = False
     mode: str | None = None
     needs: str = ""
 

@@ -225,7 +225,8 @@ ROWS = (
         flex_distance, grad=True,
     ),
     Row(
-        "pytorch #141486", "compiled again for every length", window, lengths(20, 33, 47, 52, 64), flex_window, graphs=2,
+        "pytorch #141486", "compiled again for every length", window, lengths(20, 33, 47, 52, 64), flex_window,
+        graphs=2,
     ),
     Row("pytorch #134756", "the mask needs memory for every pair", window, lengths(2048), flex_window, small=True),
     Row(
@@ -234,7 +235,7 @@ ROWS = (
     ),
     Row(
         "attention-gym #20, #172", "gradients of a bias that is learned", learned_bias, with_bias, flex_learned_bias,
-        grad=True, sites=0, left=1,
+        grad=True, left=True,
     ),
     Row("transformers #41803", "packed sequences break the graph", packed_by_positions, with_positions),
     Row(

@@ -107,8 +107,9 @@ def _judge(row: Row, column: str, heard: collect.Collected, biggest: int, shape:
         return Outcome(RIGHT)
     if column == "Inductor":
         return Outcome(RIGHT if counters["inductor"]["fuse_attention"] else UNFUSED)
-    sites = [site for graph in heard.graphs for site in graph.sites]
     missed = [one.reason for graph in heard.graphs for one in graph.missed]
+    missed += [choice.reason for choice in heard.choices if choice.route == "keep"]
+    sites = sum(len(graph.sites) for graph in heard.graphs)
     return Outcome(RIGHT) if sites and not missed else Outcome(UNFUSED, "; ".join(dict.fromkeys(missed)))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from comparing import assert_close
 from compiled import compiled
 from small import B, D, H, N, qkv
 
@@ -86,7 +87,7 @@ def test_gradients_are_those_of_the_untouched_code():
         torch.autograd.grad(cast_to_their_type(*given), given, weight),
         strict=True,
     ):
-        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+        assert_close(got, want, 1e-4)
 
 
 def test_random_numbers_of_their_shape_are_the_same():
