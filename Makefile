@@ -16,7 +16,7 @@ ifeq ($(shell nvidia-smi -L 2>/dev/null | grep -c GPU),0)
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 endif
 
-.PHONY: help demo test test-gpu lint zoo fuzz bench report clean
+.PHONY: help demo test test-gpu lint zoo fuzz conformance bench report clean
 
 help:
 	@echo "make demo       the main job on a real model, with a report"
@@ -25,6 +25,7 @@ help:
 	@echo "make lint       ruff and mypy"
 	@echo "make zoo        what tests/zoo/results.jsonl lacks of transformers' architectures, into docs/coverage.md (hours)"
 	@echo "make fuzz       2,000 random attention functions on each target, into tests/fuzz/recorded.json (hours on 2 cores)"
+	@echo "make conformance  complaints about other software, run here, into docs/conformance.md"
 	@echo "make bench      every benchmark into benchmarks/results (without a GPU: tiny sizes, elsewhere)"
 	@echo "make report     docs/performance.md and README.md's table from benchmarks/results"
 	@echo "make clean      removes .venv and everything that was built"
@@ -57,6 +58,9 @@ fuzz: $(VENV)/.dev
 	    --out build/fuzz-$$target.jsonl $(FUZZ) || exit 1; \
 	done
 	$(BIN)/python -m tests.fuzz.page
+
+conformance: $(VENV)/.dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.conformance $(CONFORMANCE)
 
 bench: $(VENV)/.models
 	$(BIN)/python -m benchmarks.gpu_all $(BENCH)
