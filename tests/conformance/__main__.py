@@ -26,8 +26,8 @@ runs here. "Inductor" is `torch.compile` on attention that is written out; "Flex
 `flex_attention`, compiled as its documentation does; "effattn" is this backend on the written attention, and on
 FlexAttention's call.
 
-- **right**: results, and gradients where the complaint is about these, are those of float64 up to rounding; attention was
-  replaced by a kernel of its own; nothing was compiled too often.
+- **right**: results, and gradients where the complaint is about these, are those of float64 up to rounding; attention
+  was replaced by a kernel of its own; nothing was compiled too often.
 - **right, as written**: right, and the scores of all pairs are computed: the attention was not found, or is left alone.
 - **compiled n times**: more often than once static and once dynamic. **memory for every pair**: something has an entry
   for each query and key.
