@@ -47,6 +47,10 @@ REFUSALS = (
     Refusal("", lambda case: case.changes_its_mask),
     Refusal("not attention", lambda case: case.keys == 1),  # nothing depends on which key it is
     Refusal("", lambda case: case.queries == case.heads * case.groups == 1),  # views cannot tell rows from heads
+    # not every multiple of the heads is a whole batch, for all that the graph tells
+    Refusal("the layout of", lambda case: case.layout == "[N, BH, D]" and case.batches == "other"),
+    # positions are int32 in FlexAttention's graph, and int64 where it runs eagerly
+    Refusal("too large for torch.int32", lambda case: case.mod == "large factors"),
     Refusal(
         "a row may attend to nothing",
         lambda case: rows_may_be_empty(case) and (_fill_rounds(case) or case.sdpa_mask == "lowest"),
