@@ -20,7 +20,8 @@ class Row:
     FlexAttention's call, given compiled or not; None where FlexAttention does not apply. ``calls(device)`` gives
     arguments. ``grad``: gradients of all floating point arguments count. ``graphs``: as many may be compiled.
     ``small``: nothing may be allocated that has a value per query and key. ``left``: effattn rightly leaves it as it is
-    written. ``mode``: of torch.compile. ``needs``: "a GPU" or "several GPUs".
+    written. ``calls_sdpa``: it is no written attention, and SDPA's own kernels are as good as any. ``mode``: of
+    torch.compile. ``needs``: "a GPU" or "several GPUs".
     """
 
     complaint: str
@@ -32,6 +33,7 @@ class Row:
     graphs: int = 1
     small: bool = False
     left: bool = False
+    calls_sdpa: bool = False
     mode: str | None = None
     needs: str = ""
 

@@ -79,11 +79,11 @@ def none_then_a_mask(device):
 
 def offset_of_data(q, k, v, offset):
     i, j = positions(q)
-    return attend(q, k, v, j <= i + offset)
+    return attend(q, k, v, (j <= i + offset) | (j == i))
 
 
 def flex_offset_of_data(flex, q, k, v, offset):
-    return flex(q, k, v, block_mask=blocks(lambda b, h, i, j: j <= i + offset, q))
+    return flex(q, k, v, block_mask=blocks(lambda b, h, i, j: (j <= i + offset) | (j == i), q))
 
 
 def with_offsets(device):
@@ -211,7 +211,10 @@ ROWS = (
     Row("pytorch #195412", "mul(scale) instead of div(scale) is missed", scale_multiplied, lengths(20)),
     Row("pytorch #195782", "mask + scores instead of scores + mask is missed", mask_comes_first, given_mask),
     Row("pytorch #174049, #151098", "a scale of one's own is lost: wrong", scale_of_its_own, given_mask),
-    Row("pytorch #177712", "a mask that is None in some calls", mask_or_none, none_then_a_mask, graphs=2),
+    Row(
+        "pytorch #177712", "a mask that is None in some calls", mask_or_none, none_then_a_mask, graphs=2,
+        calls_sdpa=True,
+    ),
     Row(
         "pytorch #158212", "gradients of a mask that data shifts are wrong", offset_of_data, with_offsets,
         flex_offset_of_data, grad=True,

@@ -103,7 +103,7 @@ def _judge(row: Row, column: str, heard: collect.Collected, biggest: int, shape:
         return Outcome(f"compiled {graphs} times")
     if row.small and biggest >= shape[2] ** 2:
         return Outcome("memory for every pair", f"{biggest:,} bytes at once, of {shape[2]:,} tokens")
-    if column == "FlexAttention":
+    if column == "FlexAttention" or row.calls_sdpa:
         return Outcome(RIGHT)
     if column == "Inductor":
         return Outcome(RIGHT if counters["inductor"]["fuse_attention"] else UNFUSED)
