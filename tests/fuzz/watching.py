@@ -18,7 +18,7 @@ from effattn.ir.fold import fold
 from effattn.ir.plan import Plan
 from effattn.runtime import portable
 from effattn.runtime.attend import _target as target_of
-from tests.fuzz.where import COMPILED
+from tests.fuzz.where import COMPILED, DEVICE
 
 MASKED = -5000.0  # a score of nothing but fills is below, a score of data above
 
@@ -86,6 +86,33 @@ def one_interpreter_at_a_time() -> Iterator[None]:
         yield
     finally:
         GridExecutor.__call__ = launch
+
+
+@contextmanager
+def small_tiles(on: bool) -> Iterator[None]:
+    """On a GPU: the interpreter's tiles, of which small lengths have several."""
+    if not on or DEVICE == "cpu":
+        yield
+        return
+    from effattn.lowering.triton import configs
+    from effattn.runtime import triton_target
+
+    choose = configs.choose
+
+    def of_the_interpreter(kind: Any, plan: Any, arch: str, *sizes: Any) -> Any:
+        return choose(kind, plan, "interpreter", *sizes)
+
+    def forget() -> None:
+        triton_target.specialise.cache_clear()
+        triton_target.forget()
+
+    configs.choose = of_the_interpreter
+    forget()
+    try:
+        yield
+    finally:
+        configs.choose = choose
+        forget()
 
 
 def seen(predicate: Any, score: Any, shape: tuple[int, ...], loads: dict, symbols: dict) -> np.ndarray:
