@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from effattn.compiler import collect
+from effattn.compiler import collect, effect
 from effattn.compiler.options import Options
 from effattn.compiler.pipeline import run_passes
 from effattn.compiler.raising import as_they_are
@@ -65,6 +65,8 @@ def effattn(
     compiled = compile_rest(gm, example_inputs, settings)
     outcome.seconds["rest"] = time.perf_counter() - start
     collect.tell(gm, outcome, settings, failure)
+    if not collect.is_heard():  # a report says the same
+        effect.tell(gm, outcome.choices, settings.policy)
     if settings.verify and outcome.original is not None:
         return verified(compiled, gm, outcome, settings)
     return compiled

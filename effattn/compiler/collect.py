@@ -43,6 +43,11 @@ def listening() -> Iterator[Collected]:
         _listeners.reset(before)
 
 
+def is_heard() -> bool:
+    """Whether somebody listens in this thread."""
+    return bool(_listeners.get())
+
+
 def tell(gm: fx.GraphModule, outcome: Outcome, options: Options, failure: Exception | None) -> None:
     """Report one compiled graph to all listeners, and to the user as EFFATTN_DEBUG asks."""
     debug = settings.current().debug

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from effattn.compiler.effect import Reached, shortcomings
 from effattn.compiler.kernel_path import kernel_path, linear_kernel_path
 from effattn.compiler.options import Options
 from effattn.compiler.outside import Outside
@@ -32,6 +33,7 @@ class SiteReport:
     found_as: str
     form: str
     exact: bool
+    here: str  # the form at the length of this call: below a policy's min_length it is exact
     predicate: str
     score: str
     reason: str
@@ -84,6 +86,7 @@ class Report:
     policy: str
     policy_toml: str
     stanza: str
+    shortcomings: tuple[str, ...] = ()  # what the policy asks for and does not get, each with what to do
     outside: tuple[Outside, ...] = ()  # attention that ran eagerly: Dynamo made no graph of it
 
     @property
@@ -111,7 +114,7 @@ class Report:
         """Values that JSON can hold."""
         return {
             "versions": versions(),
-            "policy": {"name": self.policy, "toml": self.policy_toml},
+            "policy": {"name": self.policy, "toml": self.policy_toml, "shortcomings": list(self.shortcomings)},
             "seconds": self.seconds,
             "sites": [asdict(site) for site in self.sites],
             "missed": [asdict(missed) for missed in self.missed],
@@ -190,6 +193,7 @@ def _site(choice: Choice) -> SiteReport:
         found_as=site.found_as,
         form=choice.form,
         exact=choice.exact,
+        here=_here(choice),
         predicate=text(site.predicate),
         score=text(site.score),
         reason=choice.reason,
@@ -206,6 +210,12 @@ def _site(choice: Choice) -> SiteReport:
     )
 
 
+def _here(choice: Choice) -> str:
+    """The form at the length that the graph was compiled at."""
+    keys = choice.match.site.hints.k_len
+    return choice.form if choice.plan is None or not keys else choice.plan.at(keys).form
+
+
 def _linear_site(one: LinearMatch) -> SiteReport:
     """Attention without a softmax: there is one form of it, and it is the author's own function."""
     site = one.match.site
@@ -217,6 +227,7 @@ def _linear_site(one: LinearMatch) -> SiteReport:
         found_as=site.found_as,
         form="linear",
         exact=True,
+        here="linear",
         predicate=text(site.predicate),
         score=f"{text(site.score)}, no softmax{sums}",
         reason="the graph spells linear attention: the same function, in chunks with a state between them",
@@ -284,6 +295,9 @@ def merge(
         policy_toml=options.policy.to_toml(),
         stanza=stanza(choices, options.policy.name),
         outside=tuple(outside),
+        shortcomings=tuple(
+            shortcomings(options.policy, [Reached.of(one, options.policy) for one in choices], whole=True)
+        ),
     )
 
 

@@ -23,6 +23,7 @@ def render(report: Report) -> str:
         lines = ["effattn: no attention found in this model"]
     if outside:
         lines[0] += f"; {outside} ran outside compiled graphs"
+    lines += [f"  policy     {text}" for text in report.shortcomings]
     for members, calls in _alike(report):
         first = members[0]
         lines.append("")
@@ -30,7 +31,7 @@ def render(report: Report) -> str:
         lines.append(f"    predicate  {first.predicate}")
         lines.append(f"    score      {first.score}")
         params = ", ".join(f"{name} {value}" for name, value in first.params.items())
-        kind = "" if first.exact else ", not exact"
+        kind = "" if first.exact else ", not exact" if first.here == first.form else f", {first.here} at this length"
         lines.append(f"    form       {first.form}{f' ({params})' if params else ''}{kind}: {first.reason}")
         if first.kernel:
             lines.append(f"    runs       {first.kernel}")

@@ -29,7 +29,7 @@ Route = Literal["keep", "sdpa", "op", "linear"]
 SDPA_MAX_HEAD_DIM = 256  # beyond it SDPA has no kernel that avoids N x N scores
 GROUPED_ONLY_IN_HALF = ("cuda",)  # devices whose fast kernels of SDPA take grouped heads only in half precision
 SDPA_MAX_HEADS = 65535  # its kernels are launched with heads as the second or third dimension of a grid
-SHORT = "min_length"  # name of the rule that refuses a form because the policy wants it at greater lengths only
+SHORT = "shorter than min_length"  # the rule that refuses a form which the policy wants at greater lengths only
 
 
 @dataclass(frozen=True)

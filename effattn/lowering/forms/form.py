@@ -137,7 +137,7 @@ FROM_THE_START = Rule(
     "no data mask",
     no_data_mask,
     "the mask depends on data (padding or documents): distances and sinks would be counted from padding",
-    "leave out an attention_mask that is all ones, or keep this site exact",
+    "leave attention_mask out where nothing is padded, or keep such sites exact",
 )
 NO_BACKWARD = Rule(
     "no gradient",
