@@ -73,7 +73,7 @@ class Watch(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        if not self._depth:
+        if not self._depth and torch._C._current_graph_task_id() == -1:  # a backward pass only computes again
             self._look(func, args, result)
         return result
 
@@ -129,6 +129,6 @@ def _frames(frame: FrameType | None) -> tuple[Frame, ...]:
         code: CodeType = frame.f_code
         user = not code.co_filename.startswith((TORCH, "<eval_with_key>"))  # torch's own, or code that torch.fx wrote
         if user or found:  # torch's frames inside the innermost of the user are the mode's and the called function's
-            found.append(Frame(code.co_filename, frame.f_lineno, code, user))
+            found.append(Frame.of(frame, user))
         frame = frame.f_back
     return tuple(found) or (Frame("", 0, (lambda: None).__code__, False),)

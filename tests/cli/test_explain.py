@@ -133,6 +133,7 @@ def test_what_is_printed(calls, code, tmp_path):
         ({"sites": [{"candidates": [{"form": "power", "accepted": False}]}]}, 1),
         ({"sites": [{"candidates": [{"form": "power", "accepted": True}]}]}, 0),
         ({"sites": [{}]}, 0),
+        ({"outside": [{"called": "softmax"}]}, 1),
         ({"graphs": [{"failure": "KeyError: oops"}, {}]}, 1),
         ({"graphs": [{"failure": None}]}, 0),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import html
 import inspect
 import pathlib
@@ -59,6 +60,29 @@ class Disabled(nn.Module):
     def attention(self, x):
         return F.scaled_dot_product_attention(x, x, x)  # eager
 
+    def forward(self, x):
+        return self.attention(x) + 1
+
+
+def logged(function):
+    """A decorator, whose code all functions share that it decorates."""
+
+    @functools.wraps(function)
+    def wrapped(*args):
+        return function(*args)
+
+    return wrapped
+
+
+class DisabledInside(nn.Module):
+    """What is disabled has a frame of code that was compiled elsewhere."""
+
+    @functools.partial(torch.compiler.disable, reason="it logs")
+    @logged
+    def attention(self, x):
+        return F.scaled_dot_product_attention(x, x, x)  # eager
+
+    @logged
     def forward(self, x):
         return self.attention(x) + 1
 
@@ -171,6 +195,12 @@ def test_inductors_kernels_are_inside():
     [
         (BreakInTry, "softmax", 2, "Data-dependent branching"),
         (Disabled, "scaled_dot_product_attention", 1, "torch.compiler.disable keeps Disabled.attention out"),
+        (
+            DisabledInside,
+            "scaled_dot_product_attention",
+            1,
+            "keeps DisabledInside.attention out of every graph: it logs",
+        ),
         (Generates, "scaled_dot_product_attention", 3, "Dynamo gave up on forward"),
         (MultiHead, None, 1, "torch.compiler.disable keeps MultiHead.attend out"),
         (Flex, "flex_attention", 1, "torch.compiler.disable keeps Flex.attend out"),
@@ -243,6 +273,21 @@ def test_a_loop_with_an_eager_layer():
     report = explained(Layers([Plain(), Disabled(), Plain(), Disabled()]))
     assert "1 of 3 attention sites found" in str(report)
     assert "; 2 ran outside compiled graphs" in str(report)
+
+
+def test_a_backward_pass_is_no_attention():
+    """A checkpoint computes its attention once more."""
+
+    def step(x):
+        y = torch.utils.checkpoint.checkpoint(by_hand, x, use_reentrant=False)
+        print(end="")
+        y.sum().backward()
+        return x.grad
+
+    torch._dynamo.reset()
+    report = effattn.explain(step, torch.randn(1, 2, 8, 16, requires_grad=True))
+    assert len(report.sites) == 1
+    assert report.outside == ()
 
 
 def test_a_router_is_no_attention():
