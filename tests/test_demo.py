@@ -107,4 +107,4 @@ def test_what_is_no_gain_says_so():
     import comparison
 
     rows = [comparison.Measured("a", "eager", 2.0, 100.0, 0.0), comparison.Measured("a", "effattn", 4.0, 25.0, 0.0)]
-    assert comparison.verdict(rows) == "against eager: 0.25 of its memory and 2.00 of its time (no gain here)"
+    assert comparison.verdict(rows) == "against eager: 0.25 of its memory and 2 of its time (no gain here)"
