@@ -60,9 +60,12 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name == "__version__":
-        from importlib.metadata import version
+        from importlib.metadata import PackageNotFoundError, version
 
-        return version("effattn")
+        try:
+            return version("effattn")
+        except PackageNotFoundError:  # run from a checkout
+            return "unknown"
     if name not in _HOMES:
         raise AttributeError(f"module 'effattn' has no attribute {name!r}")
     value = getattr(importlib.import_module(_HOMES[name]), name)

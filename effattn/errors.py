@@ -11,6 +11,10 @@ class PolicyError(EffattnError):
     """A policy file or dict is not valid. Names the file, the line or key, what is allowed and the nearest match."""
 
 
+class PolicyNotFound(PolicyError):
+    """There is no policy of this name, or its file cannot be read."""
+
+
 class OptionError(EffattnError):
     """``torch.compile(..., options={...})`` holds a name or value that effattn does not know."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from effattn.cli import paragraphs
+from effattn.cli import Code, fail, paragraphs
 
 app = typer.Typer()
 
@@ -24,7 +24,7 @@ def cache(ctx: typer.Context) -> None:
     typer.echo(f"directory  {files.directory()}")
     if (problem := files.problem()) is not None:
         typer.secho(f"not used: {problem}", fg="yellow")
-        raise typer.Exit(1)
+        raise typer.Exit(Code.FINDING)
     entries = files.entries()
     ours = [entry for entry in entries if entry.ours]
     typer.echo(f"kernels    {len(ours)}, {_size(sum(entry.size for entry in ours))}")
@@ -53,8 +53,7 @@ def clear(
     from effattn.runtime import cache as files
 
     if (problem := files.problem()) is not None:
-        typer.echo(f"error: not touched: {problem}", err=True)
-        raise typer.Exit(1)
+        fail(Code.FINDING, f"not touched: {problem}")
     count = sum(entry.ours for entry in files.entries())
     if count and not yes:
         typer.confirm(f"Delete {count} kernel files in {files.directory()}?", abort=True)
@@ -82,8 +81,7 @@ def kernels(
     if name is not None and not json_:
         if len(entries) != 1:
             found = f"{len(entries)} kernels have it: {', '.join(_names(entries))}" if entries else "no kernel has it"
-            typer.echo(f"error: {name!r} in the name: {found}", err=True)
-            raise typer.Exit(1)
+            fail(Code.USAGE, f"{name!r} in the name: {found}")
         typer.echo(files.source(entries[0]), nl=False)
         return
     records = [(entry, files.about(entry)) for entry in entries]

@@ -8,7 +8,7 @@ from enum import StrEnum
 
 import typer
 
-from effattn.cli import paragraphs
+from effattn.cli import Code, fail, paragraphs
 
 
 class Attention(StrEnum):
@@ -79,8 +79,7 @@ def explain(
         try:
             report.to_html(html)
         except OSError as error:
-            typer.echo(f"error: cannot write {html}: {error.strerror}", err=True)
-            raise typer.Exit(1) from error
+            fail(Code.USAGE, f"cannot write {html}: {error.strerror}")
         typer.echo(f"wrote {html}", err=True)
     if json_:
         import json
@@ -94,12 +93,11 @@ def explain(
         try:
             typer.echo(report.graph(before=graph is When.before))
         except IndexError as error:
-            typer.echo(f"error: {error}", err=True)
-            raise typer.Exit(1) from error
+            fail(Code.FINDING, str(error))
     else:
         typer.echo(str(report))
     if strict and _problems(report):
-        raise typer.Exit(1)
+        raise typer.Exit(Code.FINDING)
 
 
 def _report(example, policy, train: bool, trace: bool):
@@ -117,8 +115,7 @@ def _report(example, policy, train: bool, trace: bool):
         raise
     except Exception as error:
         # the model's own code, or torch's: the message is theirs
-        typer.echo(f"error: the model did not run: {type(error).__name__}: {_first_lines(error)}", err=True)
-        raise typer.Exit(1) from error
+        fail(Code.FINDING, f"the model did not run: {type(error).__name__}: {_first_lines(error)}")
 
 
 def _problems(report) -> bool:
@@ -126,7 +123,7 @@ def _problems(report) -> bool:
     refused = any(not candidate.get("accepted") for site in body["sites"] for candidate in site.get("candidates", ()))
     failed = any(item.get("failure") for item in body.get("graphs", ()))
     left = any(item.get("attention", True) for item in body["missed"]) or bool(body.get("outside"))
-    return left or refused or failed
+    return left or refused or failed or bool(body.get("policy", {}).get("shortcomings"))
 
 
 def _first_lines(error: BaseException, count: int = 4) -> str:

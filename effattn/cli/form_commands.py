@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from effattn.cli import paragraphs
+from effattn.cli import Code, fail, paragraphs
 
 
 @paragraphs
@@ -23,8 +23,7 @@ def forms(
     from effattn.policy.problems import unknown
 
     if name is not None and name not in FORMS:
-        typer.echo(f"error: {unknown('form', name, FORMS)}", err=True)
-        raise typer.Exit(2)
+        fail(Code.USAGE, unknown("form", name, FORMS))
     chosen = FORMS.values() if name is None else [FORMS[name]]
     if json_:
         import json

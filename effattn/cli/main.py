@@ -2,26 +2,33 @@
 
 from __future__ import annotations
 
-from importlib import metadata
-
 import typer
 from typer.core import TyperGroup
 
-from effattn.cli import cache_commands, evaluate_command, explain_command, form_commands, paragraphs, policy_commands
+from effattn.cli import (
+    Code,
+    cache_commands,
+    evaluate_command,
+    explain_command,
+    fail,
+    form_commands,
+    paragraphs,
+    policy_commands,
+)
 
 
 class _Group(TyperGroup):
-    """Turns the errors that effattn raises on purpose into one message and exit code 1."""
+    """Turns the errors that effattn raises on purpose into one message and an exit code."""
 
     def invoke(self, ctx):
-        from effattn.errors import EffattnError
+        from effattn.errors import EffattnError, FormRefused, VerificationError
 
         try:
             return super().invoke(ctx)
+        except (FormRefused, VerificationError) as error:
+            fail(Code.FINDING, str(error))
         except EffattnError as error:
-            typer.secho("error: ", fg="red", err=True, nl=False)
-            typer.echo(str(error), err=True)
-            raise typer.Exit(1) from error
+            fail(Code.USAGE, str(error))
 
 
 app = typer.Typer(
@@ -35,7 +42,9 @@ app = typer.Typer(
 
 def _version(asked: bool) -> None:
     if asked:
-        typer.echo(f"effattn {metadata.version('effattn')}")
+        import effattn
+
+        typer.echo(f"effattn {effattn.__version__}")
         raise typer.Exit
 
 
@@ -51,7 +60,7 @@ def main(
 
     Start with: effattn explain smollm2 --length 512
 
-    Exit codes: 0 fine, 1 a problem was found, 2 the command was not understood.
+    Exit codes: 0 fine, 1 a problem was found, 2 an option, name or file is wrong or a package is missing.
     """
 
 

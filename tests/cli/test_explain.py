@@ -122,7 +122,7 @@ def test_what_is_printed(calls, code, tmp_path):
     assert result.stdout == "30 of 30 sites\n"
     calls.report = Report(graphs=[])
     assert "error: the model has 0 graphs" in run("users_model:build", "--graph", "after", code=1).stderr
-    assert "cannot write" in run("users_model:build", "--html", tmp_path / "no" / "page.html", code=1).stderr
+    assert "cannot write" in run("users_model:build", "--html", tmp_path / "no" / "page.html", code=2).stderr
 
 
 @pytest.mark.parametrize(
@@ -136,6 +136,7 @@ def test_what_is_printed(calls, code, tmp_path):
         ({"outside": [{"called": "softmax"}]}, 1),
         ({"graphs": [{"failure": "KeyError: oops"}, {}]}, 1),
         ({"graphs": [{"failure": None}]}, 0),
+        ({"policy": {"shortcomings": ["layers 9 match nothing"]}}, 1),
     ],
 )
 def test_strict(calls, code, body, exit_code):
@@ -162,7 +163,7 @@ def test_strict(calls, code, body, exit_code):
     ],
 )
 def test_what_cannot_be_loaded(calls, code, name, message):
-    assert message in " ".join(run(name, code=1).stderr.split())
+    assert message in " ".join(run(name, code=2).stderr.split())
 
 
 def test_a_model_that_does_not_run(calls, code):
@@ -171,7 +172,7 @@ def test_a_model_that_does_not_run(calls, code):
 
 
 def test_a_wrong_policy_is_told_before_anything_is_loaded(calls, code):
-    assert "did you mean 'power'" in run("no_such_module:x", "--policy", "powr", code=1).stderr
+    assert "did you mean 'power'" in run("no_such_module:x", "--policy", "powr", code=2).stderr
 
 
 # --- models of transformers, made here -------------------------------------------------------------------------------
@@ -234,7 +235,7 @@ def test_encoders(calls, tmp_path, kind):
 def test_a_broken_directory(calls, tmp_path):
     pytest.importorskip("transformers")
     (tmp_path / "config.json").write_text("{")
-    message = run(tmp_path, code=1).stderr
+    message = run(tmp_path, code=2).stderr
     assert re.search(r"cannot load a model from the directory .*config\.json", " ".join(message.split()))
 
 
@@ -245,7 +246,7 @@ def test_without_a_network(calls, monkeypatch):
         raise OSError("We couldn't connect to the hub.")
 
     monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", offline)
-    message = " ".join(run("meta/llama", code=1).stderr.split())
+    message = " ".join(run("meta/llama", code=2).stderr.split())
     assert "cannot load 'meta/llama'" in message
     assert "couldn't connect" in message
     assert "give a model directory, or a name that needs none: smollm2" in message
