@@ -16,16 +16,18 @@ from effattn.ir.refusal import Refusal, Why
 from effattn.passes.assemble import assemble
 from effattn.passes.checkpoints import CHECKPOINT
 from effattn.passes.compilation import Compilation, Pass
+from effattn.passes.diagnose import truer
 from effattn.passes.draft import Draft, Match, Missed, Refused
 from effattn.passes.failures import left_alone, refusal_of
 from effattn.passes.flex import from_flex
 from effattn.passes.graph import GraphView, bodies_of
 from effattn.passes.match_sdpa import from_sdpa
 from effattn.passes.match_softmax import from_softmax, with_heads_apart
+from effattn.passes.not_softmax import why_no_softmax
 from effattn.passes.products import (
     spelled,
 )
-from effattn.passes.provenance import location
+from effattn.passes.provenance import location, module_path
 from effattn.passes.reading import Reader
 from effattn.passes.reading.reader import Unreadable
 from effattn.passes.softmax_by_hand import may_hold_written_softmax, written_softmax
@@ -52,15 +54,23 @@ def find(view: GraphView, strict: bool = False) -> tuple[list[Match], list[Misse
     readers: dict[tuple, Reader] = {}
     matches: list[Match] = []
     missed: list[Missed] = []
+    told: set[fx.Node] = set()  # anchors and products that the report tells of
     for node in view.graph.nodes:
         with left_alone(node, missed, strict):
             if (call := _anchor(view, node)) is None:
                 continue
+            told.update(one for one in (node, call.get("read_by"), call.get("product")) if one is not None)
             found = _match(view, call, readers, len(matches))
             if isinstance(found, Match):
                 matches.append(found)
             elif view.call(node) == call or found.rule != Why.NOT_ATTENTION:  # any quotient may look like a softmax
                 missed.append(Missed.at(node, found))
+    others: dict[tuple[str, str, Refusal], Missed] = {}  # all turns of a loop as one
+    for node in view.graph.nodes:
+        with left_alone(node, missed, strict):
+            if (refusal := why_no_softmax(view, node, told)) is not None:
+                others.setdefault((module_path(node), location(node), refusal), Missed.at(node, refusal))
+    missed += others.values()
     missed += [_inside(node) for node in view.graph.nodes if _hides_attention(node)]
     return matches, missed + [_as_operator(node) for node in view.graph.nodes if _is_operator(node)]
 
@@ -79,7 +89,7 @@ def _match(view: GraphView, call: Call, readers: dict[tuple, Reader], order: int
             return assemble(view, from_softmax(view, call, readers, mask_is_data=True), order)
         except (Refused, Unreadable):
             pass
-    return refusal
+    return truer(view, call, refusal) if call.name == "softmax" else refusal
 
 
 def _hides_attention(node: fx.Node) -> bool:

@@ -14,10 +14,13 @@ from torch import fx
 from effattn.ir import expr
 from effattn.ir.expr import b, h, k, q, s
 from effattn.ir.refusal import Why
+from effattn.ir.text import text
 from effattn.passes.contraction import Contraction, contraction
 from effattn.passes.draft import Refused
 from effattn.passes.graph import GraphView, hint
+from effattn.passes.lineage import LAYERS
 from effattn.passes.operands import Operand, depth, row, trace
+from effattn.passes.provenance import user_name
 from effattn.passes.reading import Reader, Reading
 from effattn.passes.reading.elementwise import aligned
 from effattn.passes.reading.reader import generic_index
@@ -69,7 +72,11 @@ def traced(
     bounds = Reader(view, {b: batch, h: heads, row: length, depth: width})
     found = trace(view, bounds, node, index, time, dtype, whole=whole or name == "query")
     if found is None:
-        raise Refused(Why.OPERANDS, f"the layout of {name} is not understood: {node.name} at {index}")
+        raise Refused(
+            Why.OPERANDS,
+            f"the layout of {name} is not understood: {user_name(node)} is read at [{', '.join(map(text, index))}]",
+            at=None if node.op == "placeholder" else node,
+        )
     return found
 
 
@@ -101,7 +108,7 @@ def query_key_product(
     reader = readers.setdefault(("product", *shape), kind(view, sizes, products=True))
     term = reader.read(scores, time).at(tuple(symbols))
     candidates: dict[fx.Node, tuple[Contraction, int, bool]] = {}
-    wrong_axis = False
+    wrong_axis = ""
     for raw in [load for load in expr.loads_of(term) if load.name in reader.raw]:
         product = reader.raw[raw.name]
         entries = dict(zip(product.out_labels, map(sympy.sympify, raw.indices), strict=True))
@@ -111,7 +118,9 @@ def query_key_product(
         }
         key_side = [side for side in free if symbols[dim] in free[side]]
         if len(key_side) != 1:
-            wrong_axis = wrong_axis or len(key_side) == 2  # over a dimension that query and key share: heads
+            wrong_axis = wrong_axis or (
+                f"it runs over dimension {dim}, which query and key share" if len(key_side) == 2 else ""
+            )
             continue
         query_side = "left" if key_side[0] == "right" else "right"
         rows = [n for n, x in enumerate(symbols) if x in free[query_side] - free[key_side[0]]]
@@ -120,10 +129,10 @@ def query_key_product(
             plain = {symbols[dim], symbols[row]} <= set(entries.values())
             candidates[product.node] = (product, row, plain)
         else:
-            wrong_axis = True
+            wrong_axis = f"every query has its own {shape[dim]} of them"
     if not candidates:
         if wrong_axis:
-            raise Refused(Why.AXIS, "the softmax does not run over the keys of a product of queries and keys")
+            raise Refused(Why.AXIS, f"the softmax does not run over the keys that all queries share: {wrong_axis}")
         raise _mixing(view, reader, term, symbols[dim]) or _no_product(view, reader, term)
     return _main_product(view, list(candidates.values()), time)
 
@@ -187,10 +196,6 @@ def _no_product(view: GraphView, reader: Reader, term) -> Refused:
     return Refused(Why.NOT_ATTENTION, "the scores do not come from a product of two tensors: not attention")
 
 
-# products with weights: what comes out of one is no product of queries and keys, whatever lies above it
-_LAYERS = (F.linear, F.embedding, F.conv1d, F.conv2d, F.conv3d, F.bilinear, torch.addmm)
-
-
 def _mixing(view: GraphView, reader: Reader, term, key) -> Refused | None:
     """Talking heads: a layer between scores and softmax whose features are not the keys; None if there is none."""
     for load in expr.loads_of(term):
@@ -202,7 +207,7 @@ def _mixing(view: GraphView, reader: Reader, term, key) -> Refused | None:
         if load.indices.index(key) == (len(load.indices) - 1 if node.target is F.linear else 1):  # its features
             continue
         if any(_product_above(view, source) for source in node.all_input_nodes[:1]):
-            reason = f"{spelled(node)} mixes the scores of several heads before softmax"
+            reason = f"heads are mixed before the softmax (talking heads, by {spelled(node)})"
             return Refused(Why.TALKING_HEADS, reason, at=node)
     return None
 
@@ -212,7 +217,7 @@ def _product_above(view: GraphView, node: fx.Node) -> bool:
     waiting, seen = [node], {node}
     while waiting:
         node = waiting.pop()
-        if node.target in _LAYERS:
+        if node.target in LAYERS:
             continue
         if contraction(view, node) is not None:
             return True
@@ -344,7 +349,8 @@ def value_of(view: GraphView, product: Contraction, placed: tuple, sizes: tuple,
     node, value_labels = product.operand("right" if side == "left" else "left")
     at: dict[str, Any] = dict(zip(labels, index, strict=True))
     if at[product.summed] != k:
-        raise Refused(Why.VALUE, "the product after softmax does not run over the keys")
+        reason = "the product after softmax does not run over the keys"
+        raise Refused(Why.VALUE, reason, at=product.node)
     widths = [label for label in value_labels if label not in at]
     if len(widths) != 1:
         raise Refused(Why.VALUE, "value does not have exactly one dimension of its own")

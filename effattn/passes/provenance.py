@@ -80,6 +80,26 @@ def _is_activation(kind: Any) -> bool:
     return "torch.nn.modules.activation" in module and "MultiheadAttention" not in str(kind)
 
 
+def source_of(node: fx.Node) -> str:
+    """What Dynamo wrote for an input of the graph: ``L['self']._buffers['mask']``; "" where it wrote nothing."""
+    source = getattr(node, "_dynamo_source", None)
+    return "" if source is None else str(source.name() if callable(source.name) else source.name)
+
+
+def user_name(node: fx.Node) -> str:
+    """The user's own name of a tensor: of the variable or attribute that holds it, else of the operation that made it."""
+    path = clean(source_of(node)) or _variable(source_of(node)) if node.op == "placeholder" else ""
+    name = path.rsplit(".", 1)[-1] if path else re.sub(r"_\d+$", "", node.name)
+    return name if name.isidentifier() else node.name
+
+
+def is_state(node: fx.Node) -> bool:
+    """Whether an input of the graph is a parameter or buffer."""
+    if isinstance(node.meta.get("example_value"), torch.nn.Parameter):
+        return True
+    return any(part in source_of(node) for part in ("_parameters[", "_buffers["))
+
+
 def layer_of(path: str) -> int | None:
     """The number in a module's path that counts layers: the last one."""
     numbers = re.findall(r"(?:^|\.)(\d+)(?=\.|$)", path)
