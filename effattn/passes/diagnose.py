@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
+from effattn.ir import expr
 from effattn.ir.refusal import Refusal, Why
 from effattn.passes.contraction import Contraction, contraction
 from effattn.passes.draft import Refused
@@ -21,13 +22,14 @@ from effattn.passes.graph import GraphView
 from effattn.passes.lineage import computed, made_of, nearest_products, scores_each_pair, users_of_weights
 from effattn.passes.not_softmax import CHOOSING, name_of
 from effattn.passes.products import spelled
+from effattn.passes.reading import LoadSource
 from effattn.passes.reading.views import permutation
 from effattn.passes.vocabulary import Call
 
 
 @dataclass(frozen=True)
 class Softmax:
-    """A softmax that is left alone. ``rows`` are the dimensions of the scores that the query's side of ``product`` has."""
+    """A softmax that is left alone."""
 
     view: GraphView
     node: fx.Node
@@ -60,7 +62,7 @@ def truer(view: GraphView, call: Call, refusal: Refusal) -> Refusal:
 
 
 def _mixed_before(softmax: Softmax) -> Refused | None:
-    """``einsum("bhqk,hg->bgqk", scores, mixing)``: an operand of the nearest product holds a query and a key already."""
+    """``einsum("bhqk,hg->bgqk", scores, mixing)``: an operand of the nearest product holds query and key already."""
     for mixing in softmax.products:
         for side, other in (("left", "right"), ("right", "left")):
             node, labels = mixing.operand(side)
@@ -134,11 +136,24 @@ def _mixture(softmax: Softmax) -> Refused | None:
     return None
 
 
-def _chosen_by_scores(softmax: Softmax) -> Refused | None:
-    for node in softmax.made_of_scores():
+def chosen_by(nodes: list[fx.Node]) -> Refused | None:
+    """The refusal of a mask or bias that ``nodes`` make of the scores, if one of them compares scores."""
+    for node in nodes:
         if name_of(node) in CHOOSING:
             return Refused(Why.CHOSEN_KEYS, f"keys are chosen by the scores themselves ({spelled(node)})", at=node)
     return None
+
+
+def require_free_of_scores(view: GraphView, term: Any, loads: dict[str, LoadSource], product: fx.Node) -> None:
+    """Raises: Refused: data that the score reads is chosen by the scores: they would be computed a second time."""
+    for name in {load.name for load in expr.loads_of(term)} & set(loads):
+        _, below = nearest_products(view, loads[name].node) or ([], set())
+        if (refused := chosen_by(made_of(view, product, below))) is not None:
+            raise refused
+
+
+def _chosen_by_scores(softmax: Softmax) -> Refused | None:
+    return chosen_by(softmax.made_of_scores())
 
 
 def _chosen_by_weights(softmax: Softmax) -> Refused | None:

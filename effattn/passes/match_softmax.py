@@ -11,6 +11,7 @@ from torch import fx
 from effattn.ir.expr import b, h, k, q, s
 from effattn.ir.refusal import Why
 from effattn.passes.contraction import Contraction, contraction
+from effattn.passes.diagnose import require_free_of_scores
 from effattn.passes.draft import FOUND_AS, Draft, Refused
 from effattn.passes.graph import GraphView
 from effattn.passes.operands import depth, heads_beside_batch
@@ -71,6 +72,7 @@ def from_softmax(
     reader = reader_for(view, readers, True, batch, heads, q_len, k_len)
     term, inside = scores_at(view, reader, scores, tuple(index), time, product, mask_is_data)
 
+    require_free_of_scores(view, term, reader.loads, product.node)
     roles = sides(product, inside)
     if roles is None:
         raise Refused(Why.PRODUCT, "query and key cannot be told apart in the product before softmax")

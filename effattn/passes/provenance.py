@@ -87,7 +87,7 @@ def source_of(node: fx.Node) -> str:
 
 
 def user_name(node: fx.Node) -> str:
-    """The user's own name of a tensor: of the variable or attribute that holds it, else of the operation that made it."""
+    """The user's own name of a tensor: of the variable or attribute that holds it, else what Dynamo calls it."""
     path = clean(source_of(node)) or _variable(source_of(node)) if node.op == "placeholder" else ""
     name = path.rsplit(".", 1)[-1] if path else re.sub(r"_\d+$", "", node.name)
     return name if name.isidentifier() else node.name

@@ -97,14 +97,18 @@ def _who_read_values(view: GraphView, node: fx.Node) -> list[fx.Node]:
 
 def _used_elsewhere(view: GraphView, users: list[fx.Node]) -> Refused:
     """Who else uses the weights; if it is what comes after the graph, why the graph ends."""
-    where = ", ".join(user.name for user in users) or "nobody"
-    reason, hint = f"the attention weights are used elsewhere (by {where})", "ask the model not to return them"
+    values = [user for user in users if contraction(view, user) is not None]
+    others = [user for user in users if user not in values[:1]]  # the first is the attention itself
+    returned = [user for user in others if user.op == "output"]
+    where = ", ".join(dict.fromkeys(map(spelled, others))) or "nobody"
+    reason = "the attention weights are used elsewhere " + ("(returned)" if returned == others else f"(by {where})")
+    hint = "ask the model not to return them" if returned else ""
     end = getattr(view.graph.owning_module, "compile_subgraph_reason", None)  # as Dynamo says it
     if end is not None and end.graph_break and any(user.op == "output" for user in users):
         reason += f"; the graph ends there because of a graph break: {end.reason.splitlines()[0]}"
         setting = "torch._dynamo.config.capture_scalar_outputs"
         hint = f"set {setting} = True" if setting in end.reason else "avoid the graph break"
-    return Refused(Why.WEIGHTS, reason, hint)
+    return Refused(Why.WEIGHTS, reason, hint, at=next((user for user in others if user not in returned), None))
 
 
 def _fills_with_zeros(reader: Reader, call: Call) -> bool:

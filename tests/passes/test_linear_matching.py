@@ -319,10 +319,6 @@ def test_left_alone_with_a_reason(function):
     assert any(part in missed.reason for part in LEFT_ALONE[function].split("|")), missed
 
 
-def gated_products(q, k, v, slopes):
-    return ((q @ k.mT) * torch.sigmoid(q @ k.mT)) @ v
-
-
 def low_rank(q, k, v, slopes):
     return (q @ k.mT * 0.5) @ v
 
@@ -337,7 +333,7 @@ def masked_by_data(q, k, v, slopes):
     return ((q @ k.mT) * (v[..., :1] > 0)) @ v
 
 
-NOT_SPOKEN_OF = [gated_products, low_rank, experts, masked_by_data]
+NOT_SPOKEN_OF = [low_rank, experts, masked_by_data]
 
 
 @pytest.mark.parametrize("function", NOT_SPOKEN_OF, ids=lambda function: function.__name__)

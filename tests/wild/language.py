@@ -431,9 +431,9 @@ ROWS = [
     *(
         Row(lambda how=how: XTransformers(False, talking=how), tokens(), (), missed=(why,), name=f"talking-{how}")
         for how, why in (
-            ("conv2d", "conv2d mixes the scores of several heads before softmax"),
-            ("linear", "linear mixes the scores of several heads before softmax"),
-            ("einsum", "the layout of value is not understood"),
+            ("conv2d", "heads are mixed before the softmax"),
+            ("linear", "heads are mixed before the softmax"),
+            ("einsum", "heads are mixed before the softmax"),
         )
     ),
     Row(
