@@ -7,6 +7,7 @@ from typing import Any
 import sympy
 import torch
 from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch.utils import _pytree as pytree
 
 from effattn.errors import RewriteError
@@ -32,11 +33,7 @@ class Inserter:
         self.nodes.append(node)  # first: what raises here is undone too
         node.meta.update({key: self.like.meta[key] for key in PROVENANCE if key in self.like.meta})
         args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta.get("example_value"))
-        with self.mode:
-            if node.op == "call_method":
-                node.meta["example_value"] = getattr(args[0], str(node.target))(*args[1:], **kwargs)
-            else:
-                node.meta["example_value"] = node.target(*args, **kwargs)  # type: ignore[operator]
+        node.meta["example_value"] = evaluate(self.mode, node, args, kwargs)
         return node
 
     def call(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
@@ -49,6 +46,17 @@ class Inserter:
         """Erase everything that was inserted; nothing else may use it."""
         while self.nodes:
             self.graph.erase_node(self.nodes.pop())
+
+
+def evaluate(mode: Any, node: fx.Node, args: Any, kwargs: Any) -> Any:
+    """What a node computes of fake tensors of ``mode``, as Dynamo asks it.
+
+    Without Python's dispatcher some functions make numbers of symbolic sizes, and the graph serves no other size.
+    """
+    with mode, enable_python_dispatcher():
+        if node.op == "call_method":
+            return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+        return node.target(*args, **kwargs)  # type: ignore[operator]
 
 
 def fake_mode(node: fx.Node):

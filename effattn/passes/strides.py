@@ -9,7 +9,7 @@ from torch import fx
 from torch.utils._pytree import tree_leaves
 
 from effattn.passes.graph import GraphView, as_sympy, hint
-from effattn.passes.insert import Inserter
+from effattn.passes.insert import Inserter, evaluate
 
 _LOOKS_AT_STRIDES = ("as_strided", "as_strided_", "stride", "is_contiguous", "storage_offset", "data_ptr")
 
@@ -81,7 +81,4 @@ def _looks(user: fx.Node) -> bool:
 
 def _evaluate(inserter: Inserter, node: fx.Node, values: dict[fx.Node, Any]) -> Any:
     args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: values.get(n, n.meta.get("example_value")))
-    with inserter.mode:
-        if node.op == "call_method":
-            return getattr(args[0], str(node.target))(*args[1:], **kwargs)
-        return node.target(*args, **kwargs)  # type: ignore[operator]
+    return evaluate(inserter.mode, node, args, kwargs)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 import torch
 from comparing import assert_close
@@ -11,8 +13,13 @@ from effattn.compiler import collect
 from effattn.compiler.backend import effattn
 from effattn.compiler.options import Options
 from effattn.errors import DecayChanged
+from effattn.ir.refusal import Why
 
 LINEAR, FULL = "linear_attention", "full_attention"
+# transformers has renamed it
+CACHE = "cache" if "cache" in inspect.signature(MiniMaxForCausalLM.forward).parameters else "past_key_values"
+# before, Dynamo leaves the end of the last block symbolic where the length is
+LOOPS_ARE_UNROLLED = not torch.__version__.startswith("2.11")
 
 
 def minimax(layers=(LINEAR, FULL), **changes):
@@ -79,8 +86,8 @@ def test_prefill_and_steps(length, padded):
     for number in range(2):  # steps; the second token goes through the graph compiled for the first
         near(actual.past_key_values.linear_cache[0], expected.past_key_values.linear_cache[0])
         given = {"input_ids": tokens(1), "use_cache": True}
-        actual = fast(**given, cache=actual.past_key_values)
-        expected = model(**given, cache=expected.past_key_values)
+        actual = fast(**given, **{CACHE: actual.past_key_values})
+        expected = model(**given, **{CACHE: expected.past_key_values})
         near(actual.logits, expected.logits)
         if number == 0:
             (step,) = fast.linear
@@ -105,7 +112,9 @@ def test_lengths_that_are_symbolic():
     for length in (300, 400, 257, 511, 90, 17, 256, 513):
         given = {"input_ids": tokens(length), "use_cache": False}
         near(fast(**given).logits, model(**given).logits)
-        assert fast.missed == []
+        assert [missed.rule for missed in fast.missed] == (
+            [] if LOOPS_ARE_UNROLLED else [Why.BLOCKS] * len(fast.missed)
+        )
 
 
 @pytest.mark.parametrize("rest", ["eager", "inductor"])
