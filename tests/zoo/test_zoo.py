@@ -53,7 +53,8 @@ def test_every_setting_is_in_the_sample():
 @pytest.mark.parametrize(("name", "count"), [("bert", 2), ("llama", 0)])
 def test_inductors_own_patterns_are_counted(name, count):
     (trial,) = trials(name, "eager", ["whole"])
-    assert (trial.found, trial.inductor) == (2, count)
+    older = torch.__version__.startswith("2.11")  # its patterns do not take this BERT
+    assert (trial.found, trial.inductor) == (2, 0 if older else count)
 
 
 @pytest.mark.parametrize(
