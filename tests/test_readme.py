@@ -68,7 +68,7 @@ def test_python(source, hub, tmp_path, monkeypatch, capsys):
         assert "1 of 1 attention sites found" in capsys.readouterr().out
     if "tokens" in names:
         printed = capsys.readouterr().out
-        assert "2 of 2 attention sites found, policy 'proxy'" in printed
+        assert "2 of 2 attention sites found, 2 replaced, policy 'proxy'" in printed
         assert "form  " in printed
         assert len(printed.splitlines()[-1].split()) == 40
     if "out" in names:

@@ -45,6 +45,26 @@ class SiteReport:
     notes: tuple[str, ...]
     params: dict[str, Any] = field(default_factory=dict)
     path: str = ""  # of its module in the model, as named_modules() has it
+    replaced: bool = True  # False: it runs as the user wrote it, and ``reason`` says why
+
+
+@dataclass(frozen=True)
+class Counts:
+    """How many attentions a model has, by what became of them: ``total`` is found + missed + outside."""
+
+    found: int  # with a closed form of score and mask
+    replaced: int  # of those found
+    missed: int  # not understood, or not such that it can be replaced: each has its reason
+    outside: int  # calls that ran eagerly
+
+    @property
+    def total(self) -> int:
+        return self.found + self.missed + self.outside
+
+    @property
+    def left_alone(self) -> int:
+        """In compiled graphs: those that are missed, and those that are found and run as they are written."""
+        return self.found - self.replaced + self.missed
 
 
 @dataclass(frozen=True)
@@ -98,6 +118,15 @@ class Report:
         return [missed for graph in self.graphs for missed in graph.missed]
 
     @property
+    def counts(self) -> Counts:
+        return Counts(
+            found=len(self.sites),
+            replaced=sum(site.replaced for site in self.sites),
+            missed=sum(missed.attention for missed in self.missed),
+            outside=sum(one.calls for one in self.outside),
+        )
+
+    @property
     def seconds(self) -> dict[str, float]:
         total: Counter[str] = Counter()
         for graph in self.graphs:
@@ -116,6 +145,7 @@ class Report:
             "versions": versions(),
             "policy": {"name": self.policy, "toml": self.policy_toml, "shortcomings": list(self.shortcomings)},
             "seconds": self.seconds,
+            "counts": asdict(self.counts) | {"total": self.counts.total, "left_alone": self.counts.left_alone},
             "sites": [asdict(site) for site in self.sites],
             "missed": [asdict(missed) for missed in self.missed],
             "outside": [asdict(outside) for outside in self.outside],
@@ -207,6 +237,7 @@ def _site(choice: Choice) -> SiteReport:
         notes=site.notes,
         params=choice.params.model_dump(),
         path=site.path,
+        replaced=choice.route != "keep",
     )
 
 

@@ -10,10 +10,11 @@ if TYPE_CHECKING:
 
 def render(report: Report) -> str:
     """The whole report as text."""
-    found = len(report.sites)
-    outside = sum(one.calls for one in report.outside)
-    total = found + sum(miss.attention for miss in report.missed) + outside
-    lines = [f"effattn: {found} of {total} attention sites found, policy {report.policy!r}"]
+    counts = report.counts
+    outside, total = counts.outside, counts.total
+    left = f", {counts.left_alone} left alone" if counts.left_alone else ""
+    done = f"{counts.found} of {total} attention sites found, {counts.replaced} replaced{left}"
+    lines = [f"effattn: {done}, policy {report.policy!r}"]
     if not report.graphs:
         tells = "" if outside else " (TORCH_LOGS=graph_breaks tells why)"
         lines = [f"effattn: torch.compile made no graph of this call{tells}"]
@@ -45,7 +46,8 @@ def render(report: Report) -> str:
             lines.append(f"    at         {first.location}")
     for miss in report.missed:
         hint = f" ({miss.hint})" if miss.hint else ""
-        lines += ["", f"  left alone: {miss.name}: {miss.reason}{hint}", f"    at         {miss.location}"]
+        what = "left alone" if miss.attention else "not attention"
+        lines += ["", f"  {what}: {miss.name}: {miss.reason}{hint}", f"    at         {miss.location}"]
         lines += [f"    because of {miss.cause}"] if miss.cause else []
     for one in report.outside:
         times = f" ({one.calls} times)" if one.calls > 1 else ""

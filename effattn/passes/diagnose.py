@@ -234,5 +234,5 @@ DIAGNOSES = (
     Diagnosis("keys chosen by scores", _BEFORE, _chosen_by_scores),
     Diagnosis("keys chosen by weights", frozenset({Why.WEIGHTS}), _chosen_by_weights),
     Diagnosis("pairwise scores", frozenset({Why.NOT_ATTENTION}), _pairwise),
-    Diagnosis("no value", frozenset({Why.WEIGHTS}), _no_value),
+    Diagnosis("no value", frozenset({Why.WEIGHTS, Why.NO_PRODUCT}), _no_value),
 )

@@ -40,7 +40,7 @@ REPORT = {
     "seconds": {"match": 0.01234, "rewrite": 1},
     "sites": [
         site(),
-        site(name="attention_1", layer=1),
+        site(name="attention_1", layer=1, replaced=False),
         site(
             name="attention_2",
             layer=None,
@@ -90,7 +90,7 @@ def test_tells_everything():
     assert tags.open == []  # every tag is closed
     text = re.sub(r"\s+", " ", "".join(tags.text))
     for word in (
-        "3 attentions rewritten, 2 exact and 1 approximate; 1 softmax left alone.",
+        "3 attentions found, 2 replaced, 2 left alone; 2 exact and 1 approximate.",
         "Policy: power · effattn 0.1.0 · torch 2.13.0",
         "match 0.0123 s · rewrite 1 s",
         "k <= q & q - k < 4096",
@@ -140,9 +140,9 @@ def test_nothing_is_fetched():
 @pytest.mark.parametrize(
     ("report", "words"),
     [
-        ({}, "No attention was rewritten; 0 softmaxes left alone."),
-        ({"sites": [], "missed": [{}]}, "No attention was rewritten; 1 softmax left alone."),
-        ({"sites": [{"name": "a"}]}, "1 attention rewritten"),
+        ({}, "0 attentions found, 0 replaced, 0 left alone"),
+        ({"sites": [], "missed": [{}, {"attention": False}]}, "0 attentions found, 0 replaced, 1 left alone"),
+        ({"sites": [{"name": "a"}]}, "1 attention found, 1 replaced, 0 left alone"),
     ],
 )
 def test_little_to_tell(report, words):

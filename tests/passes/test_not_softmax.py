@@ -186,9 +186,14 @@ def pointers(q, k, v):
     return (q @ k.mT).softmax(-1)
 
 
+def gate_after_a_product(q, k, v):
+    x = q @ k.mT @ v
+    return x * torch.softmax(torch.erf(x), -1)
+
+
 @pytest.mark.parametrize(
     "function",
-    [router, mixture_of_experts, mixture_by_a_sum, clusters, classes, layers, pointers],
+    [router, mixture_of_experts, mixture_by_a_sum, clusters, classes, layers, pointers, gate_after_a_product],
     ids=lambda function: function.__name__,
 )
 def test_a_softmax_of_something_else_is_no_attention(function):
