@@ -8,6 +8,7 @@ from typing import Any
 from torch import fx
 
 from effattn.compiler.options import Options
+from effattn.passes.as_written import keep_as_written
 
 
 def compile_rest(gm: fx.GraphModule, example_inputs: list[Any], options: Options) -> Callable:
@@ -15,6 +16,8 @@ def compile_rest(gm: fx.GraphModule, example_inputs: list[Any], options: Options
     if options.rest == "eager":
         return gm.forward
     from torch._inductor.compile_fx import compile_fx
+
+    keep_as_written(gm)
 
     patches: dict[str, Any] = {}
     if options.mode not in (None, "default"):

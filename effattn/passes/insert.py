@@ -11,6 +11,7 @@ from torch._dispatch.python import enable_python_dispatcher
 from torch.utils import _pytree as pytree
 
 from effattn.errors import RewriteError
+from effattn.passes.autocast import autocast_at
 from effattn.passes.graph import as_sympy
 
 REGION = "effattn_checkpoint"  # the number of the checkpoint that a node is part of
@@ -33,7 +34,8 @@ class Inserter:
         self.nodes.append(node)  # first: what raises here is undone too
         node.meta.update({key: self.like.meta[key] for key in PROVENANCE if key in self.like.meta})
         args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta.get("example_value"))
-        node.meta["example_value"] = evaluate(self.mode, node, args, kwargs)
+        with autocast_at(self.like):
+            node.meta["example_value"] = evaluate(self.mode, node, args, kwargs)
         return node
 
     def call(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import fx
 
 from effattn.ir.refusal import Why
+from effattn.passes.autocast import is_autocast
 from effattn.passes.draft import FOUND_AS, Refused
 from effattn.passes.insert import Inserter, difference
 
@@ -188,11 +189,17 @@ def write_out_encoder_layer(insert: Inserter, node: fx.Node) -> None:
     Its masks hide where they are not zero, floating point ones too, and a row without keys is NaN.
 
     Raises:
-        Refused: its inputs are not plain tensors.
+        Refused: its inputs are not plain tensors, or autocast is on.
     """
     bound = _LAYER.bind(*node.args, **node.kwargs)
     bound.apply_defaults()
     call = bound.arguments
+    if is_autocast(node, _value(call["src"]).device):  # its fake value then lies: results are not of the dtype of src
+        raise Refused(
+            Why.DTYPE,
+            "the fused encoder layer runs under autocast, where it rounds more than its parts do",
+            "call torch.backends.mha.set_fastpath_enabled(False), so that the layer runs as its parts",
+        )
     if _value(call["src"]).is_nested or _value(call["src"]).dim() != 3:
         raise Refused(Why.ARGUMENTS, "nested tensors")
     if call["mask"] is not None and call["mask_type"] not in (0, 1, 2):
@@ -273,15 +280,10 @@ def _outputs(node: fx.Node) -> dict[int, fx.Node]:
 
 @contextmanager
 def as_recorded(node: fx.Node) -> Iterator[None]:
-    """Grad mode and autocast as they were when Dynamo recorded ``node``, so that inserted values tell the truth."""
+    """Grad mode as it was when Dynamo recorded ``node``, so that inserted values tell the truth."""
     value = node.meta["example_value"]
     out = value[0] if isinstance(value, tuple) else value
-    inputs = [_value(source) for source in node.all_input_nodes]
-    cast = any(isinstance(x, torch.Tensor) and x.is_floating_point() and x.dtype != out.dtype for x in inputs)
-    with (
-        torch.set_grad_enabled(out.requires_grad),
-        torch.autocast(out.device.type, dtype=out.dtype if cast else None, enabled=cast),
-    ):
+    with torch.set_grad_enabled(out.requires_grad):
         yield
 
 

@@ -9,6 +9,8 @@ from comparing import assert_close
 from compiled import compiled
 from torch import nn
 
+from effattn.ir.refusal import Why
+
 WIDTH, HEADS, B, N, S = 24, 3, 2, 9, 6
 
 
@@ -234,6 +236,52 @@ def test_causal_encoder(grad):
     with torch.set_grad_enabled(grad):
         report, _ = compiled(call, inputs(N)[0][..., :16], tolerance=1e-4)
     assert [site.predicate for site in report.sites] == ["k <= q"] * 2
+
+
+@pytest.mark.parametrize("inside", [False, True], ids=["around", "inside"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_fused_encoder_under_autocast_keeps_its_dtype(dtype, inside):
+    """It computes and returns the lower dtype, and torch's own fake value says float32."""
+    module = encoder()
+
+    def call(x):
+        with torch.autocast("cpu", dtype, enabled=inside or torch.is_autocast_enabled("cpu")):
+            return module(x)
+
+    with torch.no_grad(), torch.autocast("cpu", dtype, enabled=not inside):
+        report, out = compiled(call if inside else module, inputs(N)[0][..., :16], tolerance=0)
+    assert out.dtype == dtype
+    assert report.sites == []
+    assert all(missed.rule == Why.DTYPE and "autocast" in missed.reason for missed in report.missed)
+
+
+def test_encoder_under_autocast_without_its_fast_path_is_found():
+    module = encoder()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            report, out = compiled(module, inputs(N)[0][..., :16], tolerance=4e-2)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(True)
+    assert len(report.sites) == 2
+    assert out.dtype == module(inputs(N)[0][..., :16]).dtype
+
+
+def test_autocast_that_ended_or_begins_later():
+    module = encoder()
+    other = nn.MultiheadAttention(16, 2, batch_first=True).eval()
+
+    def call(x):
+        with torch.autocast("cpu", torch.bfloat16):
+            x = x + other(x, x, x, need_weights=False)[0]
+        x = module(x)
+        with torch.autocast("cpu", torch.bfloat16):
+            return x + other(x, x, x, need_weights=False)[0]
+
+    with torch.no_grad():
+        report, _ = compiled(call, inputs(N)[0][..., :16], tolerance=4e-2)
+    assert len(report.sites) == 4
+    assert report.missed == []
 
 
 def test_fused_layer_without_a_single_key_is_nan():
