@@ -9,12 +9,14 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import fx
 
 from effattn.compiler import collect, effect
+from effattn.compiler.assumptions import assuming
 from effattn.compiler.options import Options
 from effattn.compiler.pipeline import run_passes
 from effattn.compiler.raising import as_they_are
@@ -61,6 +63,7 @@ def effattn(
     outcome.seconds["passes"] = time.perf_counter() - start
     _tell_errors(outcome)
     _tell_portable(outcome)
+    untouched = fx.GraphModule(gm, outcome.original) if outcome.assumed and outcome.original is not None else None
     start = time.perf_counter()
     compiled = compile_rest(gm, example_inputs, settings)
     outcome.seconds["rest"] = time.perf_counter() - start
@@ -68,8 +71,16 @@ def effattn(
     if not collect.is_heard():  # a report says the same
         effect.tell(gm, outcome.choices, settings.policy)
     if settings.verify and outcome.original is not None:
-        return verified(compiled, gm, outcome, settings)
+        compiled = verified(compiled, gm, outcome, settings)
+    if untouched is not None:
+        compiled = assuming(compiled, outcome.assumed, example_inputs, partial(_with_data, untouched, options, mode))
     return compiled
+
+
+def _with_data(untouched: fx.GraphModule, options: dict[str, Any] | None, mode: str | None) -> Callable:
+    """A graph as Dynamo made it, compiled with all its inputs as data, none of them a model's own."""
+    given = {name: value for name, value in (options or {}).items() if name != "policy"}
+    return torch.compile(untouched, backend=partial(effattn, options=given, mode=mode))
 
 
 def _tell_errors(outcome: Outcome) -> None:

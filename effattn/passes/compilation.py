@@ -11,6 +11,7 @@ from torch import fx
 from effattn.passes.graph import GraphView
 
 if TYPE_CHECKING:
+    from effattn.passes.assumed import Assumed
     from effattn.passes.choose import Choice
     from effattn.passes.draft import Match, Missed
     from effattn.passes.match_linear import LinearMatch
@@ -43,6 +44,7 @@ class Outcome:
     linear: list[LinearMatch] = field(default_factory=list)  # attention without a softmax, all of it replaced
     original: fx.Graph | None = None  # the graph as Dynamo made it; None if nothing was looked for
     canonical: fx.Graph | None = None  # as it was matched; only on request, and only where it is not the original
+    assumed: list[Assumed] = field(default_factory=list)  # of tensors that the model keeps, in every call
     erased: int = 0
     passes: list[PassRecord] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)  # of the whole: "passes" and "rest"

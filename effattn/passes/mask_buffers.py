@@ -2,8 +2,9 @@
 
 A buffer is data, so a mask in it would have to be read pair by pair. What it holds is known while compiling; where that
 is a triangle, the part that the model cuts out is written as positions compared, which is read like any other mask. The
-assumption is looked at in every call (:mod:`effattn.runtime.mask_tables`). Inputs of a call are left as they are: other
-calls may bring others.
+assumption is looked at in every call (:mod:`effattn.runtime.mask_tables`), and where a buffer is written later the
+graph is compiled again with the mask as data (:mod:`effattn.compiler.assumptions`). Inputs of a call are left as they
+are: other calls may bring others.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any, cast
 import torch
 from torch import fx
 
+from effattn.passes.assumed import Assumed, places_of
 from effattn.passes.compilation import Compilation, Pass
 from effattn.passes.graph import GraphView, as_sympy
 from effattn.passes.insert import Inserter
@@ -38,6 +40,8 @@ class Triangle:
 class WrittenOut:
     """A part of a buffer, the same written as positions, and what holds one against the other."""
 
+    buffer: fx.Node
+    triangle: Triangle
     part: fx.Node
     mask: fx.Node
     check: fx.Node
@@ -56,6 +60,8 @@ class DecomposeMaskBuffers(Pass):
 
     def undo(self, work: Compilation) -> bool:
         settle(work.graph, self.masks, bool(work.taken))
+        if work.taken:
+            work.outcome.assumed += assumed(work.graph, self.masks)
         return bool(self.masks)
 
 
@@ -75,13 +81,15 @@ def write_out(gm: fx.GraphModule, inputs: Sequence[Any]) -> list[WrittenOut]:
             continue
         for user in list(buffer.users):
             if user.target is not operator.getitem:
-                found.append(_write(gm.graph, buffer, [user], (_FULL, _FULL), triangle))
+                found.append(_write(gm.graph, buffer, buffer, [user], (_FULL, _FULL), triangle))
             elif (dims := _dims(user, buffer)) is not None:
-                found.append(_write(gm.graph, user, list(user.users), dims, triangle))
+                found.append(_write(gm.graph, buffer, user, list(user.users), dims, triangle))
     return found
 
 
-def _write(graph: fx.Graph, part: fx.Node, readers: list[fx.Node], dims: tuple, triangle: Triangle) -> WrittenOut:
+def _write(
+    graph: fx.Graph, buffer: fx.Node, part: fx.Node, readers: list[fx.Node], dims: tuple, triangle: Triangle
+) -> WrittenOut:
     """``part`` of a buffer as compared positions, for ``readers``."""
     held = part.meta["example_value"]
     insert = Inserter(graph, part)
@@ -114,7 +122,7 @@ def _write(graph: fx.Graph, part: fx.Node, readers: list[fx.Node], dims: tuple, 
         check = insert.call(torch._assert_async, fits, CHANGED)
     for reader in readers:
         reader.replace_input_with(part, mask)
-    return WrittenOut(part, mask, check, tuple(insert.nodes))
+    return WrittenOut(buffer, triangle, part, mask, check, tuple(insert.nodes))
 
 
 def settle(graph: fx.Graph, written: list[WrittenOut], relied_on: bool) -> None:
@@ -129,6 +137,21 @@ def settle(graph: fx.Graph, written: list[WrittenOut], relied_on: bool) -> None:
         for node in reversed(alive):
             if node not in keep and not node.users:
                 graph.erase_node(node)
+
+
+def assumed(graph: fx.Graph, written: list[WrittenOut]) -> list[Assumed]:
+    """What a graph in which sites were replaced assumes of its buffers."""
+    triangles = {one.buffer: one.triangle for one in written}
+    return [_assumed(buffer, triangle, *places_of(graph, {buffer})) for buffer, triangle in triangles.items()]
+
+
+def _assumed(buffer: fx.Node, triangle: Triangle, place: int) -> Assumed:
+    def holds(*args: Any) -> bool:
+        facts = (triangle.diagonal, triangle.inside, triangle.outside)
+        return bool(holds_triangle(args[place], None, *facts))
+
+    name = getattr(buffer.meta["grapharg"].source, "index", None) or buffer.name
+    return Assumed(f"a mask in a buffer ({name})", (place,), holds)
 
 
 def _may_be_mask(node: fx.Node) -> bool:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import operator
+from typing import Any
 
 import torch
 from torch import fx
 
 import effattn.runtime.linear  # noqa: F401  (registers torch.ops.effattn.linear)
 from effattn.ir.refusal import Why
+from effattn.passes.assumed import Assumed, places_of
 from effattn.passes.draft import Refused
+from effattn.passes.graph import GraphView
 from effattn.passes.known import Known, Unknown
 from effattn.passes.match_blocks import same_size
 from effattn.passes.match_linear import LinearMatch, Loop
@@ -35,6 +39,27 @@ def checked_rate(writer: Writer, loop: Loop, rate: fx.Node | None, known: Known)
             Why.DECAY, "the decay tables do not hold the powers of one rate per head: it is not the decay of one state"
         )
     return writer.call(torch.ops.effattn.checked_decay.default, rate, *tables)
+
+
+def assumed_decays(graph: fx.Graph) -> list[Assumed]:
+    """What a rewritten graph assumes of the tables that its rates were held against."""
+    op = torch.ops.effattn.checked_decay.default
+    if not graph.find_nodes(op="call_function", target=op):
+        return []
+    kept = copy.deepcopy(graph)  # whatever becomes of the graph
+    view = GraphView(kept)
+    return [_assumed(view, check) for check in kept.find_nodes(op="call_function", target=op)]
+
+
+def _assumed(view: GraphView, check: fx.Node) -> Assumed:
+    def holds(*args: Any) -> bool:
+        known = Known(view, args)
+        try:
+            return bool(follow(*known.value(check.args)))
+        except Unknown:
+            return False
+
+    return Assumed("a table of decay", places_of(view.graph, {check}), holds)
 
 
 def loop_ops(

@@ -26,7 +26,7 @@ from effattn.passes.match_blocks import find_blocks
 from effattn.passes.match_linear import LinearMatch, find_linear, may_hold_linear
 from effattn.passes.replacing import Rewriting, Writer
 from effattn.passes.rewrite import RewriteSites
-from effattn.passes.rewrite_blocks import checked_rate, loop_ops, same_shape
+from effattn.passes.rewrite_blocks import assumed_decays, checked_rate, loop_ops, same_shape
 
 
 class ReplaceLinear(Pass):
@@ -52,6 +52,7 @@ class ReplaceLinear(Pass):
                 outcome.linear.append(one)
         work.taken.update(rewriting.replaced)
         outcome.erased += rewriting.finish()
+        outcome.assumed += assumed_decays(work.graph)
         return bool(rewriting.replaced)
 
 

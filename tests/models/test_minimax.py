@@ -157,6 +157,21 @@ def test_a_table_that_is_no_decay(name):
 
 
 @torch.no_grad()
+@pytest.mark.filterwarnings("ignore:.*no longer holds what it held")
+@pytest.mark.parametrize("name", TABLES)
+def test_a_table_that_is_written_later_is_data(name):
+    model, given = minimax((LINEAR,)), {"input_ids": tokens(300), "use_cache": False}
+    table = getattr(model.model.layers[0].self_attn, name)
+    kept = table.clone()
+    running = Compiled(model)
+    near(running(**given).logits, model(**given).logits)
+    assert len(running.linear) == 1
+    for value in (kept, kept * 1.001, kept):
+        table.copy_(value)
+        near(running(**given).logits, model(**given).logits)
+
+
+@torch.no_grad()
 def test_keys_that_decay_beyond_the_diagonal_are_no_decay():
     model, given = minimax(), {"input_ids": tokens(60), "use_cache": False}
     model.model.layers[0].self_attn.diagonal_decay[0, 2, 4, 5] = 1e-6

@@ -10,6 +10,8 @@ from compiled import compiled
 from torch import nn
 
 from effattn.compiler.backend import effattn
+from effattn.passes import mask_buffers
+from effattn.runtime.mask_tables import holds_triangle
 
 B, H, N, D, LONGEST = 2, 3, 9, 8, 16
 INF = float("inf")
@@ -132,7 +134,7 @@ def test_a_graph_without_a_site_reads_its_buffer():
 
 @pytest.mark.parametrize("rest", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("grad", [False, True], ids=["no_grad", "grad"])
-def test_a_buffer_that_is_written_later_is_noticed(rest, grad):
+def test_a_buffer_that_is_written_where_no_counter_tells_is_noticed(rest, grad):
     model = Model(LOWER[None, None].clone(), corner, filled)
     torch._dynamo.reset()
     fast = torch.compile(model, backend=lambda gm, given: effattn(gm, given, options={"rest": rest, "strict": True}))
@@ -144,6 +146,121 @@ def test_a_buffer_that_is_written_later_is_noticed(rest, grad):
             fast(*given)
         torch._dynamo.reset()
         assert_close(fast(*given), model(*given))
+
+
+class Counting:
+    """The backend, and how often Dynamo called it."""
+
+    def __init__(self, **options):
+        self.compiled, self.options = 0, {"rest": "eager", "strict": True, **options}
+
+    def __call__(self, gm, given):
+        self.compiled += 1
+        return effattn(gm, given, options=self.options)
+
+
+def changed(mask):
+    mask[..., 3, 1] = 0
+
+
+WRITES = {
+    "in place": lambda model: model.mask[..., 3, 1].zero_(),
+    "filled": lambda model: model.mask[..., :4].fill_(1),
+    "loaded": lambda model: model.load_state_dict({"mask": LOWER[None, None].triu(-3)}),
+    "another triangle": lambda model: model.load_state_dict({"mask": ONES[None, None].tril(2)}),
+    "another tensor": lambda model: setattr(model, "mask", LOWER[None, None].triu(-3)),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*no longer holds what it held")
+@pytest.mark.parametrize("grad", [False, True], ids=["no_grad", "grad"])
+@pytest.mark.parametrize("write", WRITES)
+def test_a_buffer_that_is_written_later_is_data(write, grad):
+    model, backend = Model(LOWER[None, None].clone(), corner, filled), Counting()
+    torch._dynamo.reset()
+    fast = torch.compile(model, backend=backend)
+    given = [x.requires_grad_(grad) for x in inputs("")]
+
+    def same():
+        with torch.set_grad_enabled(grad):
+            out, wanted = fast(*given), model(*given)
+            torch.testing.assert_close(out, wanted)
+            if grad:
+                found = (torch.autograd.grad(one.square().sum(), given) for one in (out, wanted))
+                for one, other in zip(*found, strict=True):
+                    torch.testing.assert_close(one, other)
+
+    same()
+    WRITES[write](model)
+    same()
+    same()
+    model.load_state_dict({"mask": LOWER[None, None]})  # and back
+    same()
+    assert backend.compiled == 1
+
+
+@pytest.mark.filterwarnings("ignore:.*no longer holds what it held")
+def test_lengths_change_while_a_buffer_is_data():
+    model = Model(LOWER[None, None].clone(), corner, filled)
+    torch._dynamo.reset()
+    fast = torch.compile(model, backend=Counting(), dynamic=True)
+    fast(*inputs(""))
+    changed(model.mask)
+    for length in (9, 7, 12, 16):
+        given = [torch.randn(B, H, length, D, generator=torch.Generator().manual_seed(n)) for n in range(3)]
+        torch.testing.assert_close(fast(*given), model(*given))
+
+
+def test_a_buffer_is_looked_at_only_when_it_was_written(monkeypatch):
+    model, looks = Model(LOWER[None, None].clone(), corner, filled), []
+    torch._dynamo.reset()
+    fast = torch.compile(model, backend=Counting())
+    fast(*inputs(""))
+    monkeypatch.setattr(mask_buffers, "holds_triangle", lambda *args: looks.append(1) or holds_triangle(*args))
+    for _ in range(3):
+        fast(*inputs(""))
+    assert looks == []
+    model.load_state_dict(model.state_dict())
+    for _ in range(3):
+        fast(*inputs(""))
+    assert looks == [1]
+
+
+@pytest.mark.filterwarnings("ignore:.*no longer holds what it held")
+def test_layers_that_share_a_graph_have_masks_of_their_own():
+    """One compiled class serves layers with other buffers, as in a model that is compiled block by block."""
+    torch._dynamo.reset()
+    layers = [Model(mask[None, None].clone(), corner, filled) for mask in (LOWER, LOWER.triu(-3), LOWER)]
+    backend = Counting()
+    fast = [torch.compile(layer, backend=backend) for layer in layers]
+    with torch.no_grad():
+        for _ in range(2):
+            for layer, one in zip(layers, fast, strict=True):
+                torch.testing.assert_close(one(*inputs("")), layer(*inputs("")))
+
+
+@pytest.mark.filterwarnings("ignore:.*no longer holds what it held")
+@pytest.mark.slow
+def test_written_later_under_inductor_and_verified():
+    model = Model(LOWER[None, None].clone(), corner, filled)
+    torch._dynamo.reset()
+    fast = torch.compile(model, backend=Counting(rest="inductor", verify=True))
+    with torch.no_grad():
+        for _ in range(2):
+            torch.testing.assert_close(fast(*inputs("")), model(*inputs("")), rtol=1e-4, atol=1e-4)
+            changed(model.mask)
+
+
+def test_a_tensor_made_in_inference_mode_has_no_counter():
+    with torch.inference_mode():
+        model = Model(LOWER[None, None].clone(), corner, filled)
+        torch._dynamo.reset()
+        fast = torch.compile(model, backend=Counting())
+        for _ in range(2):
+            torch.testing.assert_close(fast(*inputs("")), model(*inputs("")))
+        changed(model.mask)
+        with pytest.raises(RuntimeError, match="no longer the triangle"):
+            fast(*inputs(""))
 
 
 def test_a_buffer_that_the_graph_writes_stays_data():

@@ -1,0 +1,87 @@
+"""A graph that assumes something of a model's buffers, and what runs once that is no longer so.
+
+Before every call the version counter of each such tensor is looked at, on the host: a write moves it, another tensor in
+its place has another identity. Only then is the tensor itself looked at, once. Where it no longer holds what was
+assumed, the untouched graph runs instead, compiled with the tensor as data; one that holds it again brings the first
+back. Writes through ``.data`` move no counter: for these the graph's own check remains.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from effattn.passes.assumed import Assumed
+from effattn.settings import warn_once
+
+MOST_SEEN = 1024  # tensors that are remembered: one graph may serve many layers
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """Tensors as they were when they were looked at."""
+
+    tensors: tuple[weakref.ref[Tensor], ...]
+    versions: tuple[int | None, ...]
+    holds: bool
+
+    def still(self, tensors: tuple[Tensor, ...]) -> bool:
+        same = all(held() is tensor for held, tensor in zip(self.tensors, tensors, strict=True))
+        return same and self.versions == _versions(tensors)
+
+
+def assuming(
+    compiled: Callable, assumed: Sequence[Assumed], inputs: Sequence[Any], otherwise: Callable[[], Callable]
+) -> Callable:
+    """``compiled`` while what it assumes holds, and what ``otherwise()`` makes where it does not.
+
+    Args:
+        inputs: of the call that was compiled: of these it holds.
+        otherwise: called once, when it is needed first.
+    """
+    seen: list[dict[tuple[int, ...], _Seen]] = [{} for _ in assumed]
+    made: list[Callable] = []
+    for one, places in zip(assumed, seen, strict=True):
+        _look(one, inputs, places, known=True)
+
+    def run(*args: Any) -> Any:
+        broken = [one for one, places in zip(assumed, seen, strict=True) if not _look(one, args, places)]
+        if not broken:
+            return compiled(*args)
+        for one in broken:
+            warn_once(
+                f"{one.what} no longer holds what it held when the model was compiled: the graph that reads it is "
+                "compiled again with it as data, without forms of a policy. torch._dynamo.reset() compiles the model "
+                "anew.",
+                key=f"assumed: {one.what}",
+            )
+        if not made:
+            made.append(otherwise())
+        return made[0](*args)
+
+    return run
+
+
+def _look(one: Assumed, args: Sequence[Any], places: dict[tuple[int, ...], _Seen], known: bool = False) -> bool:
+    tensors = tuple(args[place] for place in one.inputs)
+    key = tuple(map(id, tensors))
+    found = places.get(key)
+    if found is None or not found.still(tensors):
+        versions = _versions(tensors)  # before the look: a write meanwhile is seen next time
+        with torch.no_grad():
+            holds = known or one.holds(*args)
+        found = _Seen(tuple(map(weakref.ref, tensors)), versions, holds)
+        if len(places) >= MOST_SEEN:
+            places.clear()
+        places[key] = found
+    return found.holds
+
+
+def _versions(tensors: tuple[Tensor, ...]) -> tuple[int | None, ...]:
+    """Version counters; tensors made in inference mode have none."""
+    return tuple(None if tensor.is_inference() else tensor._version for tensor in tensors)
