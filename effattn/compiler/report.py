@@ -16,10 +16,12 @@ from effattn.compiler.kernel_path import kernel_path, linear_kernel_path
 from effattn.compiler.options import Options
 from effattn.compiler.outside import Outside
 from effattn.ir.refusal import Why
+from effattn.ir.site import Site
 from effattn.ir.text import text
 from effattn.passes.choose import Choice
 from effattn.passes.compilation import Outcome, PassRecord
 from effattn.passes.match_linear import LinearMatch
+from effattn.passes.naming import renamed
 from effattn.policy import write
 
 
@@ -46,6 +48,9 @@ class SiteReport:
     params: dict[str, Any] = field(default_factory=dict)
     path: str = ""  # of its module in the model, as named_modules() has it
     replaced: bool = True  # False: it runs as the user wrote it, and ``reason`` says why
+    reads: dict[str, str] = field(default_factory=dict)  # the user's own names of what predicate and score read
+    predicate_shown: str = ""  # with these names: attention_mask[b, k] for padding[b, k]
+    score_shown: str = ""
 
 
 @dataclass(frozen=True)
@@ -238,6 +243,7 @@ def _site(choice: Choice) -> SiteReport:
         params=choice.params.model_dump(),
         path=site.path,
         replaced=choice.route != "keep",
+        **_shown(site),
     )
 
 
@@ -245,6 +251,12 @@ def _here(choice: Choice) -> str:
     """The form at the length that the graph was compiled at."""
     keys = choice.match.site.hints.k_len
     return choice.form if choice.plan is None or not keys else choice.plan.at(keys).form
+
+
+def _shown(site: Site) -> dict[str, Any]:
+    names = dict(zip((load.name for load in site.loads), site.reads, strict=True))
+    predicate, score = (text(renamed(term, names, {})) for term in (site.predicate, site.score))
+    return {"reads": names, "predicate_shown": predicate, "score_shown": score}
 
 
 def _linear_site(one: LinearMatch) -> SiteReport:

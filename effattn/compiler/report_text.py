@@ -29,8 +29,8 @@ def render(report: Report) -> str:
         first = members[0]
         lines.append("")
         lines.append(f"  {_layers(members)}  {first.stage}, found as {first.found_as}, {first.layout}")
-        lines.append(f"    predicate  {first.predicate}")
-        lines.append(f"    score      {first.score}")
+        lines.append(f"    predicate  {first.predicate_shown or first.predicate}")
+        lines.append(f"    score      {first.score_shown or first.score}")
         params = ", ".join(f"{name} {value}" for name, value in first.params.items())
         kind = "" if first.exact else ", not exact" if first.here == first.form else f", {first.here} at this length"
         lines.append(f"    form       {first.form}{f' ({params})' if params else ''}{kind}: {first.reason}")

@@ -68,4 +68,5 @@ class Site:
     module_classes: tuple[str, ...] = ()  # class names, outermost first
     location: str = ""  # file:line in the user's code
     sink: bool = False  # one more column takes part in the softmax, with a score and without a value
+    reads: tuple[str, ...] = ()  # the user's own names of ``loads``, in order: attention_mask for padding
     notes: tuple[str, ...] = field(default=())  # things worth telling: grouped heads folded back, opaque mask, ...

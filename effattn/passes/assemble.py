@@ -15,7 +15,7 @@ from effattn.passes.admissible import check_gradients, check_operands, check_rec
 from effattn.passes.draft import Anchors, Draft, Match, Refused, require_fixed
 from effattn.passes.graph import GraphView, as_sympy, hint
 from effattn.passes.meaning import meaning
-from effattn.passes.naming import load_names, load_spec, number_names, renamed, scalars_of
+from effattn.passes.naming import load_names, load_spec, number_names, own_names, renamed, scalars_of
 from effattn.passes.owner import classes_around, layer_around
 from effattn.passes.placement import placement
 from effattn.passes.provenance import layer_of, location, module_path
@@ -89,6 +89,7 @@ def assemble(view: GraphView, draft: Draft, order: int) -> Match:
         module_classes=classes_around(draft.anchor),
         location=location(draft.anchor),
         sink=draft.sink is not None,
+        reads=own_names(used, [sources[name] for name in used]),
         notes=tuple(draft.notes),
     )
     anchors = Anchors(

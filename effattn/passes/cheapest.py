@@ -56,7 +56,9 @@ def cheapest(site: Site, forms: Mapping[str, Params], dense: bool) -> Cheapest:
     """The cheapest of ``forms`` at every length; ``dense``: exact attention at this site runs SDPA's own kernels."""
     rates = device_named(torch.cuda.get_device_name() if site.device == "cuda" else "cpu")
     # layers are mostly alike: what tells them apart has no part in costs
-    alike = replace(site, name="", layer=None, layer_count=None, path="", module_classes=(), location="", notes=())
+    alike = replace(
+        site, name="", layer=None, layer_count=None, path="", module_classes=(), location="", reads=(), notes=()
+    )
     return _cheapest(alike, tuple(forms.items()), dense, rates)
 
 

@@ -18,6 +18,7 @@ from effattn.ir.refusal import Why
 from effattn.ir.site import Layout
 from effattn.passes.draft import Draft, Refused, SizeSource
 from effattn.passes.graph import GraphView
+from effattn.passes.provenance import own_name
 from effattn.passes.reading import LoadSource
 
 
@@ -86,6 +87,17 @@ def load_names(score, predicate, loads: dict[str, LoadSource]) -> dict[str, str]
             name, number = f"{base}{number}", number + 1
         names[load.name] = name
     return names
+
+
+def own_names(roles: list[str], loads: list[LoadSource]) -> tuple[str, ...]:
+    """The user's own names of loads that are used for ``roles``; the role where there is none, or one that misleads."""
+    taken: set[str] = {symbol.name for symbol in (*expr.INDICES, expr.s, Nq, Nk)}
+    found: list[str] = []
+    for role, source in zip(roles, loads, strict=True):
+        name = own_name(source.node)
+        found.append(role if name in taken or not name else name)
+        taken.add(found[-1])
+    return tuple(found)
 
 
 def _role(load: expr.Load, predicate) -> str:

@@ -86,11 +86,21 @@ def source_of(node: fx.Node) -> str:
     return "" if source is None else str(source.name() if callable(source.name) else source.name)
 
 
+def own_name(node: fx.Node) -> str:
+    """The user's own name of a tensor: of the argument, attribute or variable that holds it; "" if it has none."""
+    if node.op == "placeholder":
+        source = source_of(node)
+        name = (clean(source) or _variable(source)).rsplit(".", 1)[-1]
+    else:
+        name = re.sub(r"_\d+$", "", node.name)  # Dynamo calls a node as the variable that it is assigned to
+        operation = str(getattr(node.target, "__name__", node.target)).strip("_")
+        name = "" if name.strip("_") == operation else name
+    return name if name.isidentifier() and not name.startswith("__") else ""
+
+
 def user_name(node: fx.Node) -> str:
-    """The user's own name of a tensor: of the variable or attribute that holds it, else what Dynamo calls it."""
-    path = clean(source_of(node)) or _variable(source_of(node)) if node.op == "placeholder" else ""
-    name = path.rsplit(".", 1)[-1] if path else re.sub(r"_\d+$", "", node.name)
-    return name if name.isidentifier() else node.name
+    """The user's own name of a tensor, else what Dynamo calls it."""
+    return own_name(node) or node.name
 
 
 def is_state(node: fx.Node) -> bool:

@@ -86,3 +86,43 @@ def test_sources():
         "L['self']": "",
     }
     assert {source: clean(source) for source in found} == found
+
+
+class Biased(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("gains", torch.linspace(-1, 1, 3))
+
+    def forward(self, x, attention_mask, **kwargs):
+        keys = x[:, None].expand(-1, 3, -1, -1)
+        scores = keys @ keys.mT + self.gains[:, None, None] * torch.arange(5)
+        scores = scores.masked_fill(~attention_mask[:, None, None], -torch.inf)
+        own = (x.mean(-1) > -9).long().cumsum(-1)
+        scores = scores.masked_fill((own[:, :, None] != own[:, None])[:, None], -torch.inf)
+        return (scores + kwargs["extra"][:, None, None]).softmax(-1) @ keys
+
+
+def test_what_a_site_reads_has_the_users_names():
+    """And the names that a kernel sees are those of what it is used for, so that no name makes a kernel anew."""
+    mask = torch.ones(2, 5, dtype=torch.bool)
+    report, _ = compiled(
+        lambda model, x, mask, extra: model(x, mask, extra=extra), Biased(), X, mask, torch.randn(2, 5)
+    )
+    (site,) = report.sites
+    assert site.reads == {"padding": "mask", "document": "own", "slopes": "gains", "bias": "extra"}
+    assert "padding[b, k]" in site.predicate
+    assert "mask[b, k]" in site.predicate_shown
+    assert "own[b, k]" in site.predicate_shown
+    assert "gains[h]" in site.score_shown
+    assert f"predicate  {site.predicate_shown}" in str(report)
+
+
+def test_names_that_would_mislead_are_not_used():
+    def attention(x, k, *rest):
+        return (x @ x.mT).masked_fill(~k[:, None], -torch.inf).masked_fill(~rest[0][:, None], -torch.inf).softmax(
+            -1
+        ) @ x
+
+    report, _ = compiled(attention, X, torch.ones(2, 5, dtype=torch.bool), torch.ones(2, 5, dtype=torch.bool))
+    (site,) = report.sites
+    assert site.reads == {"padding": "padding", "padding2": "padding2"}
