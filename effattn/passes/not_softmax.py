@@ -29,31 +29,34 @@ class Kind:
     """Operations by name, and what weights are that they make of scores."""
 
     names: frozenset[str]
+    reason: str  # {}: the operation
     why: Why = Why.NO_SOFTMAX
-    reason: str = ""  # of {} the operation; "": it stands where attention has a softmax
+    divided: str = ""  # the reason where a sum of the weights is made as well; "": the same
     hint: str = ""
     unless: frozenset[str] = frozenset()  # with one of these it may be a part of them
 
 
+_UNLIKE = "{} instead of a softmax: the weights are not normalised over keys"
 _SUMS = frozenset({"sum", "normalize"})
 _ACTIVATIONS = frozenset(
     {"sigmoid", "hardsigmoid", "tanh", "relu", "relu6", "leaky_relu", "gelu", "silu", "elu", "selu", "celu"}
     | {"softplus", "mish", "square", "hardtanh", "threshold", "normalize"}
 )
 KINDS = (
-    Kind(frozenset({"gumbel_softmax", "bernoulli", "multinomial"}), Why.RANDOM, "{} draws the weights at random"),
+    Kind(frozenset({"gumbel_softmax", "bernoulli", "multinomial"}), "{} draws the weights at random", Why.RANDOM),
     Kind(
         frozenset({"sort", "cumsum"}), reason="{} of the scores instead of a softmax (sparsemax, entmax and their like)"
     ),
-    Kind(CHOOSING, Why.CHOSEN_KEYS, "keys are chosen by the scores themselves ({})"),
+    Kind(CHOOSING, "keys are chosen by the scores themselves ({})", Why.CHOSEN_KEYS),
     Kind(
         frozenset({"exp", "exp2"}),
         reason="{} of the scores is not divided by its sum over all keys: a softmax in chunks of keys, or none",
+        divided="{} of the scores is divided by a sum, but not as a softmax is",
         hint="write the softmax whole and it is found",
     ),
     Kind(frozenset({"log_softmax"}), reason="{} instead of a softmax: the weights are logarithms"),
-    Kind(_ACTIVATIONS),
-    Kind(frozenset({"clamp", "clip"}), unless=_SUMS),
+    Kind(_ACTIVATIONS, _UNLIKE, divided="{} instead of a softmax"),
+    Kind(frozenset({"clamp", "clip"}), _UNLIKE, unless=_SUMS),
     Kind(frozenset({"autograd_function_apply"}), reason="a torch.autograd.Function makes the weights of the scores"),
 )
 
@@ -86,8 +89,7 @@ def _why(view: GraphView, product: Contraction, side: str, told: Container[fx.No
         if value is weights or value is scores.node or not computed(view, value):
             continue
         operation = next(node for node in made if name_of(node) in kind.names)
-        instead = "{} instead of a softmax" + ("" if names & _SUMS else ": the weights are not normalised over keys")
-        reason = (kind.reason or instead).format(spelled(operation))
+        reason = ((names & _SUMS and kind.divided) or kind.reason).format(spelled(operation))
         return Refused(kind.why, reason, kind.hint, at=operation).refusal
     return None
 

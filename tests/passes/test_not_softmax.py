@@ -69,6 +69,16 @@ def chunks_of_keys(q, k, v):
     return out / total
 
 
+def powers_of_two(q, k, v):
+    weights = torch.exp2(q @ k.mT)
+    return weights / weights.sum(-1, keepdim=True) @ v
+
+
+def divided_by_another_sum(q, k, v):
+    weights = torch.exp(q @ k.mT)
+    return weights / weights.sum(-2, keepdim=True).clamp(min=1) @ v
+
+
 def heads_mixed_before(q, k, v):
     return torch.einsum("bhqk,hg->bgqk", q @ k.mT, MIXING).softmax(-1) @ v
 
@@ -129,6 +139,8 @@ MISSED = {
     sparsemax: (Why.NO_SOFTMAX, "sort"),
     hard: (Why.CHOSEN_KEYS, "argmax"),
     chunks_of_keys: (Why.NO_SOFTMAX, "a softmax in chunks of keys"),
+    powers_of_two: (Why.NO_SOFTMAX, "divided by a sum"),
+    divided_by_another_sum: (Why.NORMALISER, "limited from below"),
     heads_mixed_before: (Why.TALKING_HEADS, "before the softmax"),
     heads_mixed_after: (Why.TALKING_HEADS, "after the softmax"),
     heads_mixed_by_a_layer: (Why.TALKING_HEADS, "before the softmax"),
