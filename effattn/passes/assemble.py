@@ -50,7 +50,7 @@ def assemble(view: GraphView, draft: Draft, order: int) -> Match:
     scalars = scalars_of(view, draft, score, predicate)
     if unknown := set(numbers) - set(draft.reader.numbers):
         raise Refused(Why.SYMBOLIC_NUMBER, f"no node of the graph holds {', '.join(sorted(unknown))}")
-    place = placement(draft.out_index, layout.heads, layout.q_len)
+    place = placement(draft.out_index, layout.heads, layout.q_len, layout.value_dim)
     if place is None:
         raise Refused(Why.OUTPUT_LAYOUT, f"the order of the output's dimensions is not understood: {draft.out_index}")
 

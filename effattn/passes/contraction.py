@@ -1,4 +1,4 @@
-"""Products of two tensors over one index, whatever their spelling: matmul, bmm, baddbmm, einsum.
+"""Products of two tensors over one index or several, whatever their spelling: matmul, bmm, baddbmm, einsum.
 
 A contraction is seen as an einsum: a label for every dimension of both operands and of the result.
 """
@@ -18,7 +18,7 @@ CONTRACTIONS = ("matmul", "baddbmm", "einsum")
 
 @dataclass(frozen=True)
 class Contraction:
-    """``out[out_labels] = sum over the one shared label of left[left_labels] * right[right_labels]``."""
+    """``out[out_labels] = sum over the shared labels ``sums`` of left[left_labels] * right[right_labels]``."""
 
     node: fx.Node
     left: fx.Node
@@ -28,8 +28,14 @@ class Contraction:
     out_labels: tuple[str, ...]
 
     @property
-    def summed(self) -> str:
-        return next(label for label in self.left_labels if label in self.right_labels and label not in self.out_labels)
+    def sums(self) -> tuple[str, ...]:
+        """The labels that are summed over, as they follow each other on the left; at least one."""
+        return tuple(x for x in self.left_labels if x in self.right_labels and x not in self.out_labels)
+
+    @property
+    def summed(self) -> str | None:
+        """The one label that is summed over; None if there are several."""
+        return self.sums[0] if len(self.sums) == 1 else None
 
     def keeps_rows(self, side: str) -> bool:
         """Whether this operand is summed over its last dimension, and its others stand alike in the result."""
@@ -41,7 +47,7 @@ class Contraction:
 
 
 def contraction(view: GraphView, node: Any) -> Contraction | None:
-    """The contraction that ``node`` spells; None if it is none, or one over more than one index."""
+    """The contraction that ``node`` spells; None if it is none."""
     call = view.call(node)
     if call is None:
         return None
@@ -66,9 +72,13 @@ def _product(view: GraphView, node: fx.Node, left: Any, right: Any) -> Contracti
 
 def _einsum(view: GraphView, call: Call) -> Contraction | None:
     equation, operands = call.get("equation"), call.get("operands", ())
-    if not isinstance(equation, str) or len(operands) != 2 or "->" not in equation:
+    if not isinstance(equation, str) or len(operands) != 2:
         return None
-    inputs, output = equation.replace(" ", "").split("->")
+    inputs, arrow, output = equation.replace(" ", "").partition("->")
+    if not arrow:  # what stands there once, in alphabetical order
+        output = ("..." if "..." in inputs else "") + "".join(
+            letter for letter in sorted(set(inputs) - {",", "."}) if inputs.count(letter) == 1
+        )
     terms = inputs.split(",")
     if len(terms) != 2:
         return None
@@ -79,11 +89,12 @@ def _einsum(view: GraphView, call: Call) -> Contraction | None:
         return None
     if any(len(set(labels)) < len(labels) for labels in (left, right, out)):
         return None  # a diagonal
-    summed = [label for label in left if label in right and label not in out]
-    alone = [label for label in (*left, *right) if label not in out and label not in summed]
-    if len(summed) != 1 or alone:
+    found = Contraction(call.node, operands[0], operands[1], tuple(left), tuple(right), tuple(out))
+    one, other = (view.shape(part) for part in operands)
+    if not found.sums or any(one[left.index(label)] != other[right.index(label)] for label in found.sums):
         return None
-    return Contraction(call.node, operands[0], operands[1], tuple(left), tuple(right), tuple(out))
+    alone = set(left).symmetric_difference(right) - set(out)  # a sum of one operand
+    return None if alone else found
 
 
 def _labels(term: str, rank: int) -> list[str] | None:

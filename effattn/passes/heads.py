@@ -1,10 +1,13 @@
 """Heads that lie in several dimensions: ``[B, blocks, len, H, D]`` has the head ``block * H + head`` of one attention.
 
-Each of the dimensions is indexed by one digit of the head's number, ``(h // divisor) % size``.
+Each of the dimensions is indexed by one digit of the head's number, ``(h // divisor) % size``. So it is with head_dim,
+where a product runs over several dimensions.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import sympy
@@ -14,24 +17,39 @@ from effattn.ir.expr import h
 
 
 class Digit(NamedTuple):
-    """``(h // divisor) % size``; a size of None: all of the rest."""
+    """``(number // divisor) % size``; a size of None: all of the rest."""
 
     divisor: int
     size: int | None
 
 
-def digit(entry: Any) -> Digit | None:
-    """The digit of the head's number that ``entry`` is; None if it is anything else."""
-    if entry == h:
+def digits_of(number: Any, sizes: Sequence[Any]) -> list[Any]:
+    """``number`` in digits below ``sizes``, the slowest varying first. All sizes but the first are integers."""
+    found: list[Any] = []
+    rest: Any = number
+    for place, size in reversed(list(enumerate(sizes))):
+        if place == 0:
+            found.append(rest)
+        elif size == 1:
+            found.append(sympy.Integer(0))
+        else:
+            found.append(expr.Modulo(rest, size))
+            rest = expr.FloorDiv(rest, size)
+    return found[::-1]
+
+
+def digit(entry: Any, number: Any = h) -> Digit | None:
+    """The digit of ``number``, the head's if it is not given, that ``entry`` is; None if it is anything else."""
+    if entry == number:
         return Digit(1, None)
     if not isinstance(entry, (expr.FloorDiv, expr.Modulo)) or not entry.args[1].is_Integer:
         return None
-    inner, number = digit(entry.args[0]), int(entry.args[1])
-    if inner is None or (inner.size is not None and inner.size % number):
+    inner, size = digit(entry.args[0], number), int(entry.args[1])
+    if inner is None or (inner.size is not None and inner.size % size):
         return None
     if isinstance(entry, expr.Modulo):
-        return Digit(inner.divisor, number)
-    return Digit(inner.divisor * number, None if inner.size is None else inner.size // number)
+        return Digit(inner.divisor, size)
+    return Digit(inner.divisor * size, None if inner.size is None else inner.size // size)
 
 
 def in_steps(entry: Any) -> tuple[Digit, int, int] | None:
@@ -52,10 +70,19 @@ def how_many(part: Digit, heads: Any) -> int | None:
     return int(count) if count.is_Integer else None
 
 
-def in_order(digits: list[Digit], heads: Any) -> list[int] | None:
-    """Places of ``digits``, the slowest varying first; None if together they are not ``h // smallest divisor``."""
+def sizes_of(digits: Sequence[Digit], limit: Any) -> tuple[int, ...]:
+    """How many values each of ``digits`` takes, that in this order are a whole number below ``limit``."""
+    above = [int(limit), *(part.divisor for part in digits)]
+    return tuple(outer // inner for outer, inner in pairwise(above))
+
+
+def in_order(digits: Sequence[Digit], limit: Any) -> list[int] | None:
+    """Places of ``digits``, the slowest varying first; None if together they are not ``number // smallest divisor``.
+
+    ``limit``: the number is below it.
+    """
     order = sorted(range(len(digits)), key=lambda place: -digits[place].divisor)
-    above = sympy.sympify(heads)
+    above = sympy.sympify(limit)
     for number, place in enumerate(order):
         divisor, size = digits[place]
         if size is None:

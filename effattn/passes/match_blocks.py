@@ -115,7 +115,7 @@ _OPERANDS = ("query", "key", "value")
 
 
 def _operand(node: fx.Node, time: int) -> Operand:
-    return Operand(node, (0, (1,), 2, 3), (), 1, sympy.Integer(1), time)
+    return Operand(node, (0, (1,), 2, (3,)), (), 1, sympy.Integer(1), time)
 
 
 def _note(view: GraphView, turns: list[Block]) -> str:

@@ -26,6 +26,7 @@ from effattn.passes.meaning import MAX_TERMS
 from effattn.passes.normaliser import divided, divided_later
 from effattn.passes.products import (
     batch_index,
+    head_dim_of,
     note_folding,
     query_and_key,
     query_key_product,
@@ -102,7 +103,7 @@ def _candidates(view: GraphView) -> Iterator[tuple[Contraction, str]]:
     """Products of which one operand comes from another product through a mask or a factor."""
     for node in view.graph.nodes:
         product = contraction(view, node)
-        if product is None or view.writes(node):
+        if product is None or product.summed is None or view.writes(node):
             continue
         for side in ("left", "right"):
             if _leads_to_product(view, product.operand(side)[0]):
@@ -128,18 +129,19 @@ def _leads_to_product(view: GraphView, node: fx.Node) -> bool:
 
 def _match(view: GraphView, product: Contraction, side: str, readers: dict, order: int) -> LinearMatch:
     weights, labels = product.operand(side)
-    scores, eps, time = divided(view, weights, labels.index(product.summed), view.time[product.node])
+    dim = labels.index(product.sums[0])
+    scores, eps, time = divided(view, weights, dim, view.time[product.node])
     replaced = product.node
     if eps is None and (later := divided_later(view, product, side)) is not None:
         replaced, eps = later
-    shape, dim = view.shape(scores), labels.index(product.summed)
+    shape = view.shape(scores)
     try:
-        inner, q_dim = query_key_product(view, readers, scores, shape, dim, time, DecayReader)
+        inner, q_dim, alone = query_key_product(view, readers, scores, shape, dim, time, DecayReader)
     except (Refused, Unreadable) as error:
         raise NotLinear(str(error)) from error
     index: list[Any] = [None] * len(shape)
     rest = [n for n in range(len(shape)) if n not in (dim, q_dim)]
-    leading, batch, heads = batch_index(tuple(shape[n] for n in rest))
+    leading, batch, heads = batch_index([shape[n] for n in rest], [n in alone for n in rest])
     for n, entry in zip(rest, leading, strict=True):
         index[n] = entry
     index[q_dim], index[dim] = q, k
@@ -158,7 +160,7 @@ def _match(view: GraphView, product: Contraction, side: str, readers: dict, orde
     roles = sides(inner, inside)
     if roles is None:
         raise Refused(Why.PRODUCT, "query and key cannot be told apart in their product")
-    head_dim, dtype = view.shape(inner.left)[inner.left_labels.index(inner.summed)], view.held(replaced).dtype
+    head_dim, dtype = head_dim_of(view, inner), view.held(replaced).dtype
     operands = query_and_key(view, inner, roles, inside, (batch, heads, q_len, k_len), dtype)
     value, out_index, value_dim = value_of(view, product, (weights, tuple(index)), (batch, heads, k_len))
     if any(len(operand.dims[1]) > 1 for operand in (*operands, value)):

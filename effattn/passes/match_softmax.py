@@ -14,10 +14,12 @@ from effattn.passes.contraction import Contraction, contraction
 from effattn.passes.diagnose import require_free_of_scores
 from effattn.passes.draft import FOUND_AS, Draft, Refused
 from effattn.passes.graph import GraphView
-from effattn.passes.operands import depth, heads_beside_batch
+from effattn.passes.operands import heads_beside_batch
 from effattn.passes.products import (
     batch_index,
+    depths_of,
     folded_alike,
+    head_dim_of,
     note_folding,
     operand_index,
     query_and_key,
@@ -54,7 +56,7 @@ def from_softmax(
     scores, shape, time = found.node, view.shape(found.node), found.time
     if apart and len(shape) != 3:
         raise Refused(Why.NOT_APART, "batch and heads are not one dimension")
-    product, q_dim = query_key_product(view, readers, scores, shape, dim, time)
+    product, q_dim, alone = query_key_product(view, readers, scores, shape, dim, time)
     if call.get("refused") is not None:
         raise call.get("refused")
     rest = [n for n in range(len(shape)) if n not in (dim, q_dim)]
@@ -63,7 +65,7 @@ def from_softmax(
         batch = sympy.cancel(shape[rest[0]] / heads)
         leading = (h if batch == 1 else b * heads + h,)
     else:
-        leading, batch, heads = batch_index(tuple(shape[n] for n in rest))
+        leading, batch, heads = batch_index([shape[n] for n in rest], [n in alone for n in rest])
     index: list[Any] = [None] * len(shape)
     for n, entry in zip(rest, leading, strict=True):
         index[n] = entry
@@ -79,7 +81,7 @@ def from_softmax(
     if found.sink is not None:
         require_plain(tuple(index), (b, h, q, k))
     replaced, value_product, placed, zeroed = _to_value(view, call, tuple(index), reader, found.column)
-    head_dim, dtype = view.shape(product.left)[product.left_labels.index(product.summed)], view.held(replaced).dtype
+    head_dim, dtype = head_dim_of(view, product), view.held(replaced).dtype
 
     def read(whole: bool) -> tuple[Any, ...]:
         sizes = (batch, heads, q_len, k_len)
@@ -149,7 +151,7 @@ def _heads_beside_batch(
     bounds = Reader(view, {b: size, h: sympy.Integer(1), q: q_len, k: k_len})
     for side in ("left", "right"):
         node, labels = product.operand(side)
-        entries = operand_index(view, node, labels, {**at, product.summed: depth}, {})
+        entries = operand_index(view, node, labels, {**at, **depths_of(view, product)}, {})
         heads = heads_beside_batch(view, bounds, node, entries, view.held(node).dtype)
         if heads is not None and sympy.cancel(size / heads).is_integer:
             return sympy.Integer(heads)

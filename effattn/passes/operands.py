@@ -17,7 +17,7 @@ from torch import fx
 
 from effattn.ir import expr
 from effattn.passes.graph import GraphView
-from effattn.passes.heads import Digit, how_many, in_order, in_steps
+from effattn.passes.heads import Digit, digit, how_many, in_order, in_steps
 from effattn.passes.reading import Reader
 from effattn.passes.reading.reader import Index
 from effattn.passes.reading.views import permutation, reinterprets, reshape_index
@@ -31,14 +31,14 @@ depth = sympy.Symbol("d", integer=True, nonnegative=True)  # along head_dim
 class Operand:
     """A tensor node and how to see it as [B, H, N, D].
 
-    ``dims`` gives for batch, head, row and depth the dimension of the node: None where it has no batch, and none to
-    several of heads, the slowest varying first. ``picks`` fixes other dimensions at an index, ``some`` takes
-    the heads of a dimension from one on in steps: (dimension, first, step, how many). ``groups`` is the number of query
-    heads per head of this operand.
+    ``dims`` gives for batch, head, row and depth the dimension of the node: None where it has no batch, none to
+    several of heads, and one or several of depth, the slowest varying first. ``picks`` fixes other dimensions at an
+    index, ``some`` takes the heads of a dimension from one on in steps: (dimension, first, step, how many). ``groups``
+    is the number of query heads per head of this operand.
     """
 
     node: fx.Node
-    dims: tuple[int | None, tuple[int, ...], int, int]
+    dims: tuple[int | None, tuple[int, ...], int, tuple[int, ...]]
     picks: tuple[tuple[int, int], ...]
     groups: int
     factor: Any  # the constant that was multiplied in on the way
@@ -190,11 +190,14 @@ def _clean(view: GraphView, reader: Reader, node: fx.Node, index: Index, factor,
         return None
     roles: dict[Any, int] = {}
     heads: list[tuple[Digit, int]] = []
+    widths: list[tuple[Digit, int]] = []
     picks: list[tuple[int, int]] = []
     some: list[tuple[int, int, int, int]] = []
     for dim, entry in enumerate(map(sympy.sympify, index)):
-        if entry in (expr.b, row, depth) and entry not in roles:
+        if entry in (expr.b, row) and entry not in roles:
             roles[entry] = dim
+        elif (wide := digit(entry, depth)) is not None:
+            widths.append((wide, dim))
         elif (found := in_steps(entry)) is not None:
             part, first, step = found
             count, size = how_many(part, reader.sizes[expr.h]), view.shape(node)[dim]
@@ -208,9 +211,11 @@ def _clean(view: GraphView, reader: Reader, node: fx.Node, index: Index, factor,
         else:
             return None
     order = in_order([part for part, _ in heads], reader.sizes[expr.h])
-    if row not in roles or depth not in roles or order is None:
+    deep = in_order([part for part, _ in widths], reader.sizes[depth])
+    if row not in roles or order is None or not deep or widths[deep[-1]][0].divisor != 1:
         return None
-    dims = (roles.get(expr.b), tuple(heads[place][1] for place in order), roles[row], roles[depth])
+    in_heads, in_depth = tuple(heads[place][1] for place in order), tuple(widths[place][1] for place in deep)
+    dims = (roles.get(expr.b), in_heads, roles[row], in_depth)
     groups = heads[order[-1]][0].divisor if heads else 1
     return Operand(node, dims, tuple(picks), groups, factor, time, folded, some=tuple(some))
 
@@ -218,8 +223,8 @@ def _clean(view: GraphView, reader: Reader, node: fx.Node, index: Index, factor,
 def emit(graph: fx.Graph, operand: Operand, remember) -> fx.Node:
     """Nodes that turn the operand into [B, H, N, D]; ``remember(node)`` records its fake value."""
     node = operand.node
-    batch, heads, *last = operand.dims
-    keep = [*([] if batch is None else [batch]), *heads, *last]
+    batch, heads, length, depths = operand.dims
+    keep = [*([] if batch is None else [batch]), *heads, length, *depths]
     for dim, first, step, count in operand.some:
         index = (*[slice(None)] * dim, slice(first, first + step * count, step))
         node = remember(graph.call_function(operator.getitem, (node, index)))
@@ -234,6 +239,8 @@ def emit(graph: fx.Graph, operand: Operand, remember) -> fx.Node:
         node = remember(graph.call_method("flatten", (node, 1, len(heads))))
     elif not heads:
         node = remember(graph.call_method("unsqueeze", (node, 1)))
+    if len(depths) > 1:
+        node = remember(graph.call_method("flatten", (node, 3)))
     if operand.batch is None and operand.heads is None:
         return node
     sizes = [-1 if size is None else size for size in (operand.batch, operand.heads)]

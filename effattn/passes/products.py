@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,8 +17,9 @@ from effattn.ir.expr import b, h, k, q, s
 from effattn.ir.refusal import Why
 from effattn.ir.text import text
 from effattn.passes.contraction import Contraction, contraction
-from effattn.passes.draft import Refused
+from effattn.passes.draft import Refused, require_fixed
 from effattn.passes.graph import GraphView, hint
+from effattn.passes.heads import digits_of
 from effattn.passes.lineage import LAYERS
 from effattn.passes.operands import Operand, depth, row, trace
 from effattn.passes.provenance import user_name
@@ -45,23 +47,22 @@ def reader_for(
     return readers[key]
 
 
-def batch_index(sizes: tuple) -> tuple[tuple[Any, ...], Any, Any]:
-    """(index of each batch dimension in b and h, batch, heads): the first is b, the others together are h."""
+def batch_index(sizes: Sequence[Any], alone: Sequence[bool] = ()) -> tuple[tuple[Any, ...], Any, Any]:
+    """(index of each batch dimension in b and h, batch, heads): one of them is b, the others together are h.
+
+    b is the one of symbolic size, else the first. ``alone``: whether the query has a dimension and the key has not;
+    these vary fastest, so that a group of query heads shares a key.
+    """
     if not sizes:
         return (), sympy.Integer(1), sympy.Integer(1)
-    if len(sizes) == 1:
-        return (b,), sizes[0], sympy.Integer(1)
-    index: list[Any] = []
-    rest: Any = h
-    for number, size in reversed(list(enumerate(sizes[1:]))):
-        if number == 0:
-            index.append(rest)
-        elif size == 1:
-            index.append(sympy.Integer(0))
-        else:
-            index.append(expr.Modulo(rest, size))
-            rest = expr.FloorDiv(rest, size)
-    return (b, *reversed(index)), sizes[0], sympy.prod(sizes[1:])
+    symbolic = [n for n, size in enumerate(sizes) if not sympy.sympify(size).is_Integer]
+    batch = symbolic[0] if len(symbolic) == 1 else 0
+    rest = [n for n in range(len(sizes)) if n != batch]
+    rest = sorted(rest, key=lambda n: any(alone[n : n + 1]))
+    in_heads = [sizes[n] for n in rest]
+    require_fixed(1, *in_heads[1:])
+    at = {batch: b, **dict(zip(rest, digits_of(h, in_heads), strict=True))}
+    return tuple(at[n] for n in range(len(sizes))), sizes[batch], sympy.Mul(*in_heads)
 
 
 def traced(
@@ -101,13 +102,15 @@ def query_key_product(
     dim: int,
     time: int,
     kind: type[Reader] = Reader,
-) -> tuple[Contraction, int]:
-    """The product that the scores are made of, and the dimension of the scores that is the query row."""
+) -> tuple[Contraction, int, frozenset[int]]:
+    """The product that the scores are made of; of the dimensions of the scores the query row, and those beside it
+    that the query has and the key has not."""
     symbols = [sympy.Symbol(f"g{n}", integer=True, nonnegative=True) for n in range(len(shape))]
     sizes = dict(zip(symbols, shape, strict=True))
     reader = readers.setdefault(("product", *shape), kind(view, sizes, products=True))
     term = reader.read(scores, time).at(tuple(symbols))
     candidates: dict[fx.Node, tuple[Contraction, int, bool]] = {}
+    alone: dict[fx.Node, frozenset[int]] = {}
     wrong_axis = ""
     for raw in [load for load in expr.loads_of(term) if load.name in reader.raw]:
         product = reader.raw[raw.name]
@@ -128,13 +131,15 @@ def query_key_product(
             row = _query_row(rows, symbols, shape, dim, term, reader)
             plain = {symbols[dim], symbols[row]} <= set(entries.values())
             candidates[product.node] = (product, row, plain)
+            alone[product.node] = frozenset(rows) - {row}
         else:
             wrong_axis = f"every query has its own {shape[dim]} of them"
     if not candidates:
         if wrong_axis:
             raise Refused(Why.AXIS, f"the softmax does not run over the keys that all queries share: {wrong_axis}")
         raise _mixing(view, reader, term, symbols[dim]) or _no_product(view, reader, term)
-    return _main_product(view, list(candidates.values()), time)
+    product, row = _main_product(view, list(candidates.values()), time)
+    return product, row, alone[product.node]
 
 
 def _query_row(rows: list[int], symbols: list, shape: tuple, dim: int, term, reader: Reader) -> int:
@@ -170,8 +175,9 @@ def _main_product(
     def preference(candidate: tuple[Contraction, int]) -> tuple[bool, int, int, int]:
         product, row = candidate
         made = view.time[product.node]
-        width = view.held(product.left).shape[product.left_labels.index(product.summed)]
-        return bool(view.writes_between(product.node, made, time)), hint(width), row, -made
+        held = view.held(product.left).shape
+        width = math.prod(hint(held[product.left_labels.index(label)]) for label in product.sums)
+        return bool(view.writes_between(product.node, made, time)), width, row, -made
 
     return max(plain, key=preference)
 
@@ -316,6 +322,19 @@ def adds_nothing(call: Call) -> bool:
     return call.get("beta", 1) == 0 and call.get("alpha", 1) == 1
 
 
+def head_dim_of(view: GraphView, product: Contraction) -> Any:
+    """How many numbers a product adds up for each of its elements."""
+    sizes = view.shape(product.left)
+    return sympy.Mul(*(sizes[product.left_labels.index(label)] for label in product.sums))
+
+
+def depths_of(view: GraphView, product: Contraction) -> dict[str, Any]:
+    """The index of each dimension that is summed over, as a digit of the depth. Raises: Refused: a size is symbolic."""
+    sizes = [view.shape(product.left)[product.left_labels.index(label)] for label in product.sums]
+    require_fixed(1, *sizes[1:])
+    return dict(zip(product.sums, digits_of(depth, sizes), strict=True))
+
+
 def query_and_key(
     view: GraphView,
     product: Contraction,
@@ -330,8 +349,8 @@ def query_and_key(
     ``sizes``: (batch, heads, q_len, k_len).
     """
     batch, heads, *lengths = sizes
-    width = view.shape(product.left)[product.left_labels.index(product.summed)]
-    at = {**dict(zip(product.out_labels, inside, strict=True)), product.summed: depth}
+    width = head_dim_of(view, product)
+    at = {**dict(zip(product.out_labels, inside, strict=True)), **depths_of(view, product)}
     operands = []
     for name, side, length, free in zip(("query", "key"), roles, lengths, (q, k), strict=True):
         node, labels = product.operand(side)
@@ -348,14 +367,15 @@ def value_of(view: GraphView, product: Contraction, placed: tuple, sizes: tuple,
     labels = product.operand(side)[1]
     node, value_labels = product.operand("right" if side == "left" else "left")
     at: dict[str, Any] = dict(zip(labels, index, strict=True))
-    if at[product.summed] != k:
-        reason = "the product after softmax does not run over the keys"
-        raise Refused(Why.VALUE, reason, at=product.node)
+    if len(product.sums) != 1 or at[product.sums[0]] != k:
+        raise Refused(Why.VALUE, "the product after softmax does not run over the keys alone", at=product.node)
     widths = [label for label in value_labels if label not in at]
-    if len(widths) != 1:
-        raise Refused(Why.VALUE, "value does not have exactly one dimension of its own")
-    value_dim = view.shape(node)[value_labels.index(widths[0])]
-    at[widths[0]] = depth
+    if not widths:
+        raise Refused(Why.VALUE, "value has no dimension of its own")
+    sizes_of_value = [view.shape(node)[value_labels.index(label)] for label in widths]
+    value_dim = sympy.Mul(*sizes_of_value)
+    require_fixed(sympy.Mul(*sizes_of_value[1:]))
+    at.update(zip(widths, digits_of(depth, sizes_of_value), strict=True))
     entries = operand_index(view, node, value_labels, at, {k: row})
     batch, heads, k_len = sizes
     sizes = (batch, heads, k_len, value_dim)
