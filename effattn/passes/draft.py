@@ -48,7 +48,7 @@ class Anchors:
     sdpa: Mapping[str, Any] | None = None  # SDPA's arguments by name, where the scores are those of an SDPA call
     before: fx.Node | None = None  # where the replacement goes, if not where ``replaced`` is
     lse: fx.Node | None = None  # the node of the LSE in base 2, if it is used
-    sink: LoadSource | float | None = None  # one more score of each row, [B, H, Nq, 1]: takes weight, has no value
+    sink: LoadSource | float | None = None  # more scores of each row, [B, H, Nq, n]: take weight, have no value
 
     @property
     def is_sdpa(self) -> bool:
@@ -99,6 +99,14 @@ def require_fixed(heads: Any, *widths: Any) -> None:
         )
 
 
+@dataclass(frozen=True)
+class Zeroed:
+    """Where weights become zero: a boolean in b, h, q, k. ``nan_too``: set to zero, and not multiplied by it."""
+
+    where: Any
+    nan_too: bool = True
+
+
 @dataclass
 class Draft:
     """A site while it is being put together."""
@@ -128,5 +136,6 @@ class Draft:
     lse: fx.Node | None = None
     sink: LoadSource | float | None = None
     autocast: bool = False  # the product of query and key already ran in the result's type
-    zeroed: tuple[Any, ...] = ()  # where weights are set to zero after softmax: booleans in b, h, q, k
+    zeroed: tuple[Zeroed, ...] = ()  # where weights become zero after softmax
+    nan_is_zero: bool = False  # weights that are NaN become zero
     notes: list[str] = field(default_factory=list)

@@ -18,6 +18,7 @@ from effattn.passes.contraction import CONTRACTIONS
 from effattn.passes.graph import GraphView, writes
 from effattn.passes.vocabulary import canonical, is_dead_dropout
 
+_LARGEST_PART = 200  # nodes that go together or not at all
 _KEEP_STATISTICS = ("batch_norm", "instance_norm")  # they write into their arguments, and their schemas do not say so
 
 
@@ -82,22 +83,34 @@ def erase_orphans(view: GraphView, replaced: list[fx.Node]) -> None:
         node = waiting.pop()
         if node in erased:
             continue
-        group = [member for member in sharing[view.memory_of(node)] if member not in erased]
-        for dead in _dead_part(view, node, group):
+        for dead in _dead_part(view, node, sharing, erased):
             waiting += [source for source in dead.all_input_nodes if source in view.time]
             view.graph.erase_node(dead)
             erased.add(dead)
 
 
-def _dead_part(view: GraphView, node: fx.Node, group: list[fx.Node]) -> list[fx.Node]:
-    """What can be erased together with ``node``, users first; [] if it must stay."""
+def _dead_part(
+    view: GraphView, node: fx.Node, sharing: dict[object, list[fx.Node]], gone: set[fx.Node]
+) -> list[fx.Node]:
+    """What can be erased together with ``node``, users first; [] if it must stay.
+
+    That is all that shares memory with it, and all that is made of any of that: ``scores[1:] = f(scores[1:])``.
+    """
     if not node.users and only_a_value(view, node) and not view.writes(node):
         return [node]
-    inside = set(group)
-    whole = all(only_a_value(view, member) and all(user in inside for user in member.users) for member in group)
-    return sorted(group, key=lambda member: -view.time[member]) if whole else []
+    part: set[fx.Node] = set()
+    waiting = [node]
+    while waiting:
+        member = waiting.pop()
+        if member in part or member in gone:
+            continue
+        if member not in view.time or not only_a_value(view, member) or len(part) > _LARGEST_PART:
+            return []
+        part.add(member)
+        waiting += [*member.users, *sharing[view.memory_of(member)]]
+    return sorted(part, key=lambda member: -view.time[member])
 
 
 def only_a_value(view: GraphView, node: fx.Node) -> bool:
     """Whether a node is known to have no effect but its value."""
-    return view.call(node) is not None or is_block_mask_code(node)
+    return (view.call(node) is not None and not _has_effect(node)) or is_block_mask_code(node)

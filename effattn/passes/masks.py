@@ -135,7 +135,9 @@ def _peel_where(condition, yes, no) -> _Part:
     allowed = sympy.And(
         sympy.Or(sympy.Not(condition), kept.allowed), sympy.Or(condition, other.allowed)
     )  # simpler to read than the Or of two Ands, as one side is mostly true
-    return _Part(Where(condition, kept.score, other.score), allowed, fills)
+    same = (kept.score - other.score).is_zero is True
+    score = kept.score if same else Where(condition, kept.score, other.score)
+    return _Part(score, allowed, fills)
 
 
 def _peel_sum(parts: list[_Part]) -> _Part:

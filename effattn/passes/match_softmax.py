@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import sympy
@@ -30,9 +31,9 @@ from effattn.passes.products import (
     value_of,
 )
 from effattn.passes.reading import LoadSource, Reader
-from effattn.passes.sink_column import Scores, require_plain, scores_of
+from effattn.passes.sink_column import Columns, Scores, require_plain, scores_of
 from effattn.passes.vocabulary import Call
-from effattn.passes.weights import follow_weights
+from effattn.passes.weights import Weighted, follow_weights
 
 
 def with_heads_apart(view: GraphView, call: Call, readers: dict[tuple, Reader]) -> Draft:
@@ -80,15 +81,17 @@ def from_softmax(
         raise Refused(Why.PRODUCT, "query and key cannot be told apart in the product before softmax")
     if found.sink is not None:
         require_plain(tuple(index), (b, h, q, k))
-    replaced, value_product, placed, zeroed = _to_value(view, call, tuple(index), reader, found.column)
+    end = _to_value(view, call, tuple(index), reader, found.columns)
+    replaced, placed = end.replaced, (end.weights, end.index)
     head_dim, dtype = head_dim_of(view, product), view.held(replaced).dtype
 
     def read(whole: bool) -> tuple[Any, ...]:
         sizes = (batch, heads, q_len, k_len)
         operands = query_and_key(view, product, roles, inside, sizes, dtype, whole)
-        return *operands, *value_of(view, value_product, placed, (batch, heads, k_len), whole)
+        return *operands, *value_of(view, end.product, placed, (batch, heads, k_len), whole)
 
     *operands, out_index, value_dim = folded_alike(view, read)
+    operands[2] = replace(operands[2], factor=operands[2].factor * end.factor)
     term = term.subs(s, operands[0].factor * operands[1].factor * s)
     notes: list[str] = []
     note_folding(operands, notes)
@@ -118,19 +121,20 @@ def from_softmax(
         nan_when_empty=view.call(call.node) != call and not found.shifted and found.sink is None,
         scores=LoadSource(found.node, found.time),
         sink=found.sink,
-        zeroed=zeroed,
+        zeroed=end.zeroed,
+        nan_is_zero=end.nan_is_zero,
         autocast=autocast,
         notes=notes,
     )
 
 
-def _to_value(view: GraphView, call: Call, index: tuple, reader: Reader, column: bool):
+def _to_value(view: GraphView, call: Call, index: tuple, reader: Reader, columns: Columns | None) -> Weighted:
     """As :func:`follow_weights`; where the sum divides the product, the quotient is what is replaced."""
-    if (product := call.get("product")) is None:
-        return follow_weights(view, call.node, index, reader, column)
-    if column:
+    if call.get("product") is None or (product := contraction(view, call.get("product"))) is None:
+        return follow_weights(view, call.node, index, reader, columns)
+    if columns is not None:
         raise Refused(Why.SINK, "the product with value is divided by a sum that holds a sink")
-    return call.node, contraction(view, product), (call.get("weights"), index), ()
+    return Weighted(call.node, product, call.get("weights"), index)
 
 
 def _heads_beside_batch(

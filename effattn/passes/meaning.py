@@ -79,9 +79,11 @@ def _after_softmax(draft: Draft, layout: Layout, predicate, empty: EmptyRows) ->
     """What a row without keys gives once weights were divided by hand, zeroed, or shared with a sink."""
     if draft.nan_when_empty and empty == "mean":
         empty = "nan"
-    for where in draft.zeroed:
-        if masks.simplify(sympy.Not(masks.simplify(with_lengths(where, layout)))) != predicate:
+    for zeroed in draft.zeroed:
+        if masks.simplify(sympy.Not(masks.simplify(with_lengths(zeroed.where, layout)))) != predicate:
             raise Refused(Why.WEIGHTS, "weights are set to zero by another mask than that of the scores")
+        empty = "zero" if zeroed.nan_too or empty == "mean" else empty
+    if draft.nan_is_zero and empty == "nan":
         empty = "zero"
     return empty if draft.sink is None or empty == "nan" else "zero"  # the sink takes all of the weight
 

@@ -120,7 +120,10 @@ def _op(writer: Writer, choice: Choice) -> fx.Node:
     if isinstance(sink, float):
         return _beside_sink(writer, both, out, sink)
     score = writer.load(sink, _when(writer, choice.match.anchors))
-    return _beside_sink(writer, both, out, writer.method("float", score))
+    score = writer.method("float", score)
+    if score.meta["example_value"].shape[-1] != 1:
+        score = writer.call(torch.logsumexp, score, -1, keepdim=True)
+    return _beside_sink(writer, both, out, score)
 
 
 def _beside_sink(writer: Writer, both: fx.Node, out: fx.Node, sink: fx.Node | float) -> fx.Node:

@@ -1,9 +1,11 @@
-"""Attention sinks as gpt-oss has them: one more column of the softmax, with a score of its own and no value.
+"""Attention sinks as gpt-oss has them: more columns of the softmax, with scores of their own and no value.
 
     weights = softmax(cat([scores, sink], -1))[..., :-1]
+    weights = softmax(cat([sinks, scores], -1))[..., n:]
     weights = softmax(pad(scores, (0, 1)), -1)[..., :-1]         # one more in the denominator: a sink of score 0
 
-The other weights are those of a softmax without the column, times ``sigmoid(lse - sink)`` with the logarithm of the sum
+Several are one whose score is the logarithm of the sum of their exponentials. The other weights are those of a softmax
+without the columns, times ``sigmoid(lse - sink)`` with the logarithm of the sum
 of their exponentials: attention as ever, and one factor for each row. (OpenAI, gpt-oss-120b & gpt-oss-20b model card,
 arXiv 2508.10925, section 2.2; Agarwal et al.)
 """
@@ -12,8 +14,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
+import sympy
 import torch
 from torch import fx
 
@@ -21,7 +24,14 @@ from effattn.ir.refusal import Why
 from effattn.passes.draft import Refused
 from effattn.passes.graph import GraphView
 from effattn.passes.reading import LoadSource
-from effattn.passes.vocabulary import Call, one_dim
+from effattn.passes.vocabulary import Call, is_dead_dropout, one_dim
+
+
+class Columns(NamedTuple):
+    """How many columns stand before those of the keys, and how many after them."""
+
+    before: Any
+    after: Any
 
 
 @dataclass(frozen=True)
@@ -32,7 +42,7 @@ class Scores:
     time: int
     sink: LoadSource | float | None = None
     shifted: bool = False  # the largest was taken off by the author
-    column: bool = False  # the sink stands beside the scores, so that its weight has to be dropped
+    columns: Columns | None = None  # the sinks that stand beside the scores, whose weights have to be dropped
     nan_rows: bool = False  # a row without keys is NaN in spite of the sink
 
 
@@ -55,28 +65,69 @@ def _before_column(view: GraphView, softmax: Call, dim: int) -> Scores:
     shifted = node is not given or softmax.get("shifted", False)
     joined, when = before_casts(view, node, time)
     call = _unchanged(view, joined, when)
-    rank = len(view.shape(joined))
-    if call is not None and call.name == "pad" and dim == rank - 1 and call.get("pad") in ((0, 1), [0, 1]):
-        value = call.get("value", 0) or 0
-        if call.get("mode", "constant") == "constant" and isinstance(value, int | float) and math.isfinite(value):
-            return Scores(call.get("input"), view.time[joined], float(value), shifted, column=True)
-    if call is None or call.name != "cat":
-        return Scores(node, time, shifted=shifted)
+    if call is not None and call.name in ("pad", "cat"):
+        columns = _dropped(view, softmax.node, dim)
+        sink = None if columns is None else _sink(view, call, dim, columns)
+        if sink is not None:
+            return Scores(*sink, shifted=shifted, columns=columns)
+    return Scores(node, time, shifted=shifted)
+
+
+def _sink(view: GraphView, call: Call, dim: int, columns: Columns) -> tuple[fx.Node, int, LoadSource | float] | None:
+    """(scores, when they are read, sink) of a call that joins ``columns`` of sinks to scores; None if it does not."""
+    rank, time, many = len(view.shape(call.node)), view.time[call.node], max(columns)
+    if call.name == "pad":
+        value, sizes = call.get("value", 0) or 0, call.get("pad")
+        constant = call.get("mode", "constant") == "constant" and isinstance(value, int | float)
+        if dim != rank - 1 or not constant or not math.isfinite(value) or tuple(sizes) != tuple(columns):
+            return None
+        return call.get("input"), time, float(value) + math.log(many)
     parts = call.get("tensors")
-    both = isinstance(parts, (list, tuple)) and len(parts) == 2
-    if not both or call.get("dim", 0) % rank != dim or view.shape(parts[1])[dim] != 1:
-        return Scores(node, time, shifted=shifted)
-    return Scores(parts[0], view.time[joined], LoadSource(parts[1], view.time[joined]), shifted, column=True)
+    if not isinstance(parts, (list, tuple)) or len(parts) != 2 or one_dim(call.get("dim", 0), rank) != dim:
+        return None
+    sinks, scores = parts if columns.before else reversed(parts)
+    return (scores, time, LoadSource(sinks, time)) if view.shape(sinks)[dim] == many else None
 
 
-def drops_the_sink(call: Call, dim: int, rank: int) -> bool:
-    """Whether a call takes all but the last of the weights: ``weights[..., :-1]``."""
-    index = call.get("index")
-    if call.name != "getitem" or not isinstance(index, tuple) or dim != rank - 1 or not index:
-        return False
-    *before, last = index
-    whole = all(entry is Ellipsis or entry == slice(None) for entry in before)
-    return whole and (len(index) == rank or Ellipsis in before) and last == slice(None, -1)
+def _dropped(view: GraphView, node: fx.Node, dim: int) -> Columns | None:
+    """The columns that the first slice of the weights drops, all of them on one side."""
+    while len(node.users) == 1:
+        (user,) = node.users
+        call = view.call(user)
+        if call is None or call.get("input") is not node:
+            return None
+        if (found := dropped_columns(view, call, dim)) is not None:
+            return found if found.before == 0 or found.after == 0 else None
+        if not call.casts and call.name != "identity" and not is_dead_dropout(call):
+            return None
+        node = user
+    return None
+
+
+def dropped_columns(view: GraphView, call: Call, dim: int) -> Columns | None:
+    """The columns that a call drops of weights: ``weights[..., :-1]``, ``weights[..., n:]``; None if it drops none."""
+    source = call.get("input")
+    if call.name not in ("getitem", "narrow") or view.tensor(source) is None or view.tensor(call.node) is None:
+        return None
+    sizes, kept, first = view.shape(source), view.shape(call.node), call.get("start", 0)
+    if call.name == "getitem":
+        index = call.get("index")
+        index = index if isinstance(index, tuple) else (index,)
+        if any(isinstance(entry, fx.Node) for entry in index) or dim != len(sizes) - 1:
+            return None
+        *others, last = index
+        whole = all(entry is Ellipsis or entry == slice(None) for entry in others)
+        if not whole or not (len(index) == len(sizes) or Ellipsis in others) or not isinstance(last, slice):
+            return None
+        if last.step not in (None, 1):
+            return None
+        first = last.start or 0
+    elif one_dim(call.get("dim"), len(sizes)) != dim:
+        return None
+    if not isinstance(first, int) or first < 0:
+        return None
+    after = sympy.expand(sizes[dim] - first - kept[dim])
+    return Columns(first, int(after)) if after.is_Integer and (first or after) else None
 
 
 def require_plain(index: tuple[Any, ...], plain: tuple[Any, ...]) -> None:

@@ -173,6 +173,7 @@ ROWS: tuple[tuple[str, tuple[Spelling, ...]], ...] = (
     _starred("expand", "sizes", "expand", ()),
     _row("expand", "input sizes", (torch.broadcast_to,), "expand_as broadcast_to"),
     _row("getitem", "input index", (operator.getitem,), "__getitem__"),
+    _row("setitem", "input index value", (operator.setitem,), "__setitem__"),
     _row("gather", "input dim index", (torch.gather,), "gather"),
     _row("select", "input dim index", (torch.select,), "select"),
     _row("narrow", "input dim start length", (torch.narrow,), "narrow"),
@@ -200,6 +201,9 @@ ROWS: tuple[tuple[str, tuple[Spelling, ...]], ...] = (
     _row("cumsum", "input dim", (torch.cumsum,), "cumsum"),
     _row("sum", "input dim keepdim dtype", (torch.sum,), "sum"),
     _row("diff", "input n dim prepend append", (torch.diff,), "diff"),
+    # what weights go through where rows may be NaN
+    _row("nan_to_num", "input nan posinf neginf", (torch.nan_to_num,), "nan_to_num"),
+    _row("isnan", "input", (torch.isnan,), "isnan"),
     # contractions and what they feed
     _row("matmul", "input other", (operator.matmul, torch.matmul, torch.bmm, torch.mm), "matmul bmm mm __matmul__"),
     _row("baddbmm", "input batch1 batch2 beta alpha", (torch.baddbmm,), "baddbmm"),

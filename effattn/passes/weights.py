@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import sympy
 from torch import fx
 
+from effattn.ir import expr
 from effattn.ir.expr import k
 from effattn.ir.refusal import Why
-from effattn.passes.contraction import contraction
-from effattn.passes.draft import Refused
+from effattn.passes.contraction import Contraction, contraction
+from effattn.passes.draft import Refused, Zeroed
 from effattn.passes.graph import GraphView
 from effattn.passes.metadata import reads_no_values, require_stand_in
 from effattn.passes.operands import only_new_dims
@@ -20,52 +22,63 @@ from effattn.passes.products import (
 )
 from effattn.passes.reading import Reader
 from effattn.passes.reading.elementwise import aligned
+from effattn.passes.reading.reader import generic_index
 from effattn.passes.reading.views import permutation, reinterprets, reshape_index
-from effattn.passes.sink_column import drops_the_sink
+from effattn.passes.sink_column import Columns, dropped_columns
 from effattn.passes.vocabulary import Call, is_dead_dropout
 
 
-def follow_weights(view: GraphView, softmax: fx.Node, index: tuple, reader: Reader, sink: bool):
+@dataclass(frozen=True)
+class Weighted:
+    """The end of the way: the product with value, and what became of the weights before."""
+
+    replaced: fx.Node
+    product: Contraction
+    weights: fx.Node
+    index: tuple[Any, ...]  # of the weights' dimensions in b, h, q, k
+    zeroed: tuple[Zeroed, ...] = ()
+    nan_is_zero: bool = False
+    factor: Any = 1
+
+
+def follow_weights(
+    view: GraphView, softmax: fx.Node, index: tuple, reader: Reader, columns: Columns | None
+) -> Weighted:
     """From the softmax through casts and views to the product with value.
 
-    Returns (its node, the product, the weights and their index, where they were set to zero on the way).
-    ``sink``: the weights have a last column that has to be dropped on the way.
+    ``columns``: those that have to be dropped on the way, as they are the weights of sinks.
+
+    Raises: Refused: something else stands in between, or uses the weights.
     """
-    node = softmax
-    zeroed: list[Any] = []
+    node, factor, nan_is_zero = softmax, sympy.Integer(1), False
+    zeroed: list[Zeroed] = []
     while True:
         users = _who_read_values(view, node)
         if users and (call := _zeroing_in_place(view, reader, users[0], node)) is not None:
-            zeroed.append(_mask_at(reader, call, index, view.shape(node)))
+            zeroed.append(Zeroed(_mask_at(reader, call, index, view.shape(node))))
             users = [*users[0].users, *users[1:]]  # what was written to has two names from here on
             node = call.node if call.node.users else node
+        if (cleared := _nan_set_to_zero(view, reader, node, users)) is not None:
+            users, nan_is_zero = [cleared], True
         if len(users) != 1:
             raise _used_elsewhere(view, users)
         user = users[0]
         product = contraction(view, user)
         if product is not None:
-            if sink:
-                raise Refused(Why.SINK, "the weights of the sink column are not dropped before the product with value")
-            if (product.left is node) == (product.right is node):
-                raise Refused(Why.WEIGHTS, "the weights are multiplied with themselves")
-            if view.writes(user):
-                raise Refused(Why.OUTPUT, f"{spelled(user)} writes its result into another tensor (out=)", at=user)
-            if (call := view.call(user)) is not None and call.name == "baddbmm" and not adds_nothing(call):
-                raise Refused(Why.OUTPUT, "baddbmm adds a tensor to the product of weights and value", at=user)
-            return user, product, (node, index), tuple(zeroed)
+            _require_plain_product(view, product, node, columns)
+            return Weighted(user, product, node, index, tuple(zeroed), nan_is_zero, factor)
         call = view.call(user)
         if call is None or view.writes(user):
             raise Refused(Why.WEIGHTS, f"{spelled(user)} stands between softmax and value", at=user)
         if view.cuts_gradient(user, view.time[user] + 1):
             raise Refused(Why.GRADIENT, f"{spelled(user)} stops the gradient between softmax and value", at=user)
-        if sink and drops_the_sink(call, index.index(k) if k in index else -1, len(index)):
-            node, sink = user, False
-            continue
         if call.name == "dropout" and not is_dead_dropout(call):
             raise Refused(
                 Why.DROPOUT, f"attention dropout p={call.get('p')} is live", "call model.eval(), or set it to 0"
             )
-        if call.name == "reshape" or (call.name == "getitem" and only_new_dims(call.get("index"))):
+        if columns is not None and k in index and dropped_columns(view, call, index.index(k)) == columns:
+            columns = None
+        elif call.name == "reshape" or (call.name == "getitem" and only_new_dims(call.get("index"))):
             # where an element of the view lies in the weights: read backwards
             moved = (
                 None if reinterprets(view, call) else reshape_index(reader, view.shape(user), view.shape(node), index)
@@ -77,13 +90,77 @@ def follow_weights(view: GraphView, softmax: fx.Node, index: tuple, reader: Read
             index = moved
         elif (order := permutation(call, len(index))) is not None:
             index = tuple(index[old] for old in order)
-        elif _fills_with_zeros(reader, call):
-            zeroed.append(_mask_at(reader, call, index, view.shape(node)))
+        elif user is cleared:
+            pass
+        elif (found := _multiplied(view, reader, call, node, index)) is not None:
+            factor *= found if isinstance(found, sympy.Number) else 1
+            zeroed += [found] if isinstance(found, Zeroed) else []
         elif call.name not in ("identity", "dropout") and not call.casts:
             raise Refused(Why.WEIGHTS, f"{spelled(user)} stands between softmax and value", at=user)
         elif not view.held(user).dtype.is_floating_point or view.held(user).dtype.itemsize < 2:
             raise Refused(Why.WEIGHTS, f"the weights are cast to {view.held(user).dtype}", at=user)
         node = user
+
+
+def _require_plain_product(view: GraphView, product: Contraction, weights: fx.Node, columns: Columns | None) -> None:
+    """Raises: Refused: the product is not that of weights and value alone."""
+    node = product.node
+    if columns is not None:
+        raise Refused(Why.SINK, "the weights of the sink columns are not dropped before the product with value")
+    if (product.left is weights) == (product.right is weights):
+        raise Refused(Why.WEIGHTS, "the weights are multiplied with themselves")
+    if view.writes(node):
+        raise Refused(Why.OUTPUT, f"{spelled(node)} writes its result into another tensor (out=)", at=node)
+    if (call := view.call(node)) is not None and call.name == "baddbmm" and not adds_nothing(call):
+        raise Refused(Why.OUTPUT, "baddbmm adds a tensor to the product of weights and value", at=node)
+
+
+def _nan_set_to_zero(view: GraphView, reader: Reader, node: fx.Node, users: list[fx.Node]) -> fx.Node | None:
+    """``nan_to_num(weights)``, ``where(isnan(weights), 0, weights)``, ``weights.masked_fill(isnan(weights), 0)``."""
+    calls = [call for user in users if (call := view.call(user)) is not None and not view.writes(user)]
+    if len(calls) != len(users) or not users:
+        return None
+    if len(users) == 1 and calls[0].name == "nan_to_num" and calls[0].get("nan") in (None, 0):
+        return users[0]
+    tests = [call.node for call in calls if call.name == "isnan"]
+    others = [call for call in calls if call.name in ("where", "masked_fill")]
+    if len(users) != 2 or len(tests) != 1 or len(others) != 1 or list(tests[0].users) != [others[0].node]:
+        return None
+    (call,) = others
+    if call.name == "masked_fill":
+        plain = call.get("input") is node and call.get("mask") is tests[0] and _is_zero(reader, call, "value")
+    else:
+        plain = call.get("other") is node and call.get("condition") is tests[0] and _is_zero(reader, call, "input")
+    return call.node if plain else None
+
+
+def _multiplied(view: GraphView, reader: Reader, call: Call, node: fx.Node, index: tuple) -> Any:
+    """What a call that fills, chooses or multiplies makes of weights: a number as their factor, or where they are zero.
+
+    None if it is another call, or none of both.
+    """
+    shape = view.shape(node)
+    if view.shape(call.node) != shape:
+        return None
+    if call.name == "masked_fill" and call.get("input") is node and _is_zero(reader, call, "value"):
+        return Zeroed(_mask_at(reader, call, index, shape))
+    if call.name == "where":
+        mask = _mask_at(reader, call, index, shape, "condition")
+        for name, other, where in (("other", "input", mask), ("input", "other", sympy.Not(mask))):
+            if call.get(name) is node and _is_zero(reader, call, other):
+                return Zeroed(where)
+    if call.name not in ("mul", "div"):
+        return None
+    other = call.get("other") if call.get("input") is node else call.get("input")
+    if other is node or (call.name == "div" and (call.get("input") is not node or call.get("rounding_mode"))):
+        return None
+    reading = reader.read(other, view.time[call.node])
+    value = sympy.sympify(reading.number_at(aligned(reading, index, shape)))
+    if value.is_Number and value.is_finite and value.is_real and (call.name == "mul" or value != 0):
+        return value if call.name == "mul" else 1 / value
+    if call.name == "mul" and isinstance(value, expr.Where) and set(value.args[1:]) == {sympy.S.Zero, sympy.S.One}:
+        return Zeroed(value.args[0] if value.args[1].is_zero else sympy.Not(value.args[0]), nan_too=False)
+    return None
 
 
 def _who_read_values(view: GraphView, node: fx.Node) -> list[fx.Node]:
@@ -111,18 +188,20 @@ def _used_elsewhere(view: GraphView, users: list[fx.Node]) -> Refused:
     return Refused(Why.WEIGHTS, reason, hint, at=next((user for user in others if user not in returned), None))
 
 
-def _fills_with_zeros(reader: Reader, call: Call) -> bool:
-    return call.name == "masked_fill" and sympy.sympify(reader.argument(call, "value").at(())).is_zero is True
+def _is_zero(reader: Reader, call: Call, name: str) -> bool:
+    reading = reader.argument(call, name)
+    value = reading.number_at(generic_index(len(reading.shape)))
+    return sympy.sympify(value).is_zero is True
 
 
-def _mask_at(reader: Reader, call: Call, index: tuple, shape: tuple) -> Any:
-    mask = reader.argument(call, "mask")
+def _mask_at(reader: Reader, call: Call, index: tuple, shape: tuple, name: str = "mask") -> Any:
+    mask = reader.argument(call, name)
     return mask.bool_at(aligned(mask, index, shape))
 
 
 def _zeroing_in_place(view: GraphView, reader: Reader, user: fx.Node, weights: fx.Node) -> Call | None:
     """``weights.masked_fill_(mask, 0)``"""
     call = view.call(user)
-    if call is None or view.written_as(user) is not weights or not _fills_with_zeros(reader, call):
+    if call is None or view.written_as(user) is not weights or call.name != "masked_fill":
         return None
-    return None if view.cuts_gradient(user, view.time[user] + 1) else call
+    return call if _is_zero(reader, call, "value") and not view.cuts_gradient(user, view.time[user] + 1) else None

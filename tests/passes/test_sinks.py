@@ -65,7 +65,34 @@ def without_a_sink(q, k, v, sinks):
     return finished((scores - torch.amax(scores, 3, True)).softmax(-1), v) + sinks.sum()
 
 
-SPELLINGS = (plain, shifted, shifted_by_amax, joined_before_a_cast, padded, padded_by_a_value, without_a_sink)
+def first(q, k, v, sinks):
+    """x-transformers"""
+    return finished(torch.cat([column(sinks), logits(q, k)], -1).softmax(-1)[..., 1:], v)
+
+
+def several(q, k, v, sinks):
+    columns = torch.stack([sinks, 1 - sinks, sinks * 0.5], -1).view(1, H, 1, 3).expand(B, H, N, 3)
+    return finished(torch.cat([logits(q, k), columns], -1).softmax(-1)[..., :N], v)
+
+
+def several_first(q, k, v, sinks):
+    columns = torch.stack([sinks, -sinks], -1).view(1, H, 1, 2).expand(B, H, N, 2)
+    weights = torch.cat([columns, logits(q, k)], -1).softmax(-1)
+    return finished(weights.clone().narrow(-1, 2, N), v)
+
+
+def padded_in_front(q, k, v, sinks):
+    return finished(F.pad(logits(q, k), (1, 0)).softmax(-1)[..., 1:], v) + sinks.sum()
+
+
+def padded_by_two(q, k, v, sinks):
+    return finished(F.pad(logits(q, k), (0, 2), value=0.5).softmax(-1)[..., :-2], v) + sinks.sum()
+
+
+SPELLINGS = (
+    *(plain, shifted, shifted_by_amax, joined_before_a_cast, padded, padded_by_a_value, without_a_sink),
+    *(first, several, several_first, padded_in_front, padded_by_two),
+)
 
 
 @pytest.mark.parametrize("spelling", SPELLINGS, ids=lambda spelling: spelling.__name__)
@@ -90,12 +117,13 @@ def test_rows_that_see_nothing_give_their_weight_to_the_sink():
     assert (out[0, :, :5] == 0).all()
 
 
-def test_gradients_reach_the_sinks():
+@pytest.mark.parametrize("spelling", [shifted, first, several], ids=lambda spelling: spelling.__name__)
+def test_gradients_reach_the_sinks(spelling):
     given = [tensor.requires_grad_() for tensor in tensors()]
     weight = torch.randn(B, H, N, D, generator=torch.Generator().manual_seed(1))
-    wanted = torch.autograd.grad(shifted(*given), given, weight)
+    wanted = torch.autograd.grad(spelling(*given), given, weight)
     torch._dynamo.reset()
-    fast = torch.compile(shifted, backend="effattn", options={"rest": "eager", "strict": True})
+    fast = torch.compile(spelling, backend="effattn", options={"rest": "eager", "strict": True})
     for got, want in zip(torch.autograd.grad(fast(*given), given, weight), wanted, strict=True):
         assert_close(got, want, 1e-4)
 
@@ -131,8 +159,16 @@ def kept(q, k, v, sinks):
     return weights @ torch.cat([v, v[:, :, :1]], 2).repeat_interleave(H // KV, 1)
 
 
-def first(q, k, v, sinks):
-    return finished(torch.cat([column(sinks), logits(q, k)], -1).softmax(-1)[..., 1:], v)
+def first_kept(q, k, v, sinks):
+    return finished(torch.cat([column(sinks), logits(q, k)], -1).softmax(-1)[..., :-1], v)
+
+
+def on_both_sides(q, k, v, sinks):
+    return finished(F.pad(logits(q, k), (1, 1)).softmax(-1)[..., 1:-1], v)
+
+
+def in_steps(q, k, v, sinks):
+    return finished(torch.cat([logits(q, k), logits(q, k)], -1).softmax(-1)[..., ::2], v)
 
 
 def two_dropped(q, k, v, sinks):
@@ -145,15 +181,7 @@ def rounded_after_joining(q, k, v, sinks):
     return finished(both.softmax(-1)[..., :-1], v)
 
 
-def padded_in_front(q, k, v, sinks):
-    return finished(F.pad(logits(q, k), (1, 0)).softmax(-1)[..., 1:], v)
-
-
-def padded_by_two(q, k, v, sinks):
-    return finished(F.pad(logits(q, k), (0, 2)).softmax(-1)[..., :-2], v)
-
-
-NO_SINKS = [kept, first, two_dropped, rounded_after_joining, padded_in_front, padded_by_two]
+NO_SINKS = [kept, first_kept, on_both_sides, in_steps, two_dropped, rounded_after_joining]
 
 
 @pytest.mark.parametrize("spelling", NO_SINKS, ids=lambda spelling: spelling.__name__)
@@ -161,3 +189,16 @@ def test_what_is_no_sink_is_left_alone(spelling):
     report, _ = compiled(spelling, *tensors())
     assert report.sites == []
     assert len(report.missed) == 1
+
+
+def test_null_keys_with_a_value_are_keys_before_the_others():
+    """x-transformers' ``num_null_kv``: one more key, which every row sees."""
+
+    def call(q, k, v, null):
+        k, v = (torch.cat([null.expand(B, H, 2, D), x.repeat_interleave(H // KV, 1)], 2) for x in (k, v))
+        scores = q @ k.mT * 0.3
+        seen = F.pad(torch.ones(N, N, dtype=torch.bool).tril(), (2, 0), value=True)
+        return scores.masked_fill(~seen, -torch.inf).softmax(-1) @ v
+
+    report, _ = compiled(call, *tensors()[:3], torch.randn(H, 2, D, generator=torch.Generator().manual_seed(3)))
+    assert [site.predicate for site in report.sites] == ["k <= 2 + q"]

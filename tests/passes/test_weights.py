@@ -117,6 +117,16 @@ def test_random_numbers_that_nobody_reads_are_still_drawn():
     assert len(report.sites) == 1
 
 
+def test_random_numbers_made_of_scores_that_nobody_reads_are_still_drawn():
+    def call(q, k, v, seen):
+        torch.manual_seed(1)
+        scores = q @ k.mT
+        torch.nn.functional.dropout(scores, 0.5)
+        return torch.rand(3), scores.softmax(-1) @ v
+
+    compiled(call, *tensors())
+
+
 def test_a_gradient_that_is_asked_for_in_passing():
     def call(q, k, v, seen):
         inner = q * 2
@@ -189,3 +199,87 @@ def test_dropout_in_place_that_is_live():
 
     report, _ = compiled(call, *tensors()[:3])
     assert report.sites == []
+
+
+def nan_to_num(w, seen):
+    return w.nan_to_num(0.0)
+
+
+def nan_to_num_by_default(w, seen):
+    return torch.nan_to_num(w)
+
+
+def where_nan(w, seen):
+    return torch.where(torch.isnan(w), torch.zeros_like(w), w)
+
+
+def filled_where_nan(w, seen):
+    return w.masked_fill(w.isnan(), 0.0)
+
+
+def where_hidden(w, seen):
+    return torch.where(seen, w, 0.0)
+
+
+CLEARED = [nan_to_num, nan_to_num_by_default, where_nan, filled_where_nan, where_hidden]
+
+
+@pytest.mark.parametrize("cleared", CLEARED, ids=lambda cleared: cleared.__name__)
+def test_rows_that_see_nothing_are_set_to_zero(cleared):
+    def call(q, k, v, seen):
+        return cleared(weights(q, k, seen), seen) @ v
+
+    report, out = compiled(call, *tensors())
+    assert len(report.sites) == 1, report.missed
+    assert not any(word in report.graph() for word in ("softmax", "isnan", "nan_to_num"))
+    assert (out[0, :, :4] == 0).all()
+
+
+def nan_to_another_number(w, seen):
+    return w.nan_to_num(0.5)
+
+
+def nan_of_something_else(w, seen):
+    return w.masked_fill(seen.float().log().isnan(), 0.0)
+
+
+def not_nan(w, seen):
+    return torch.where(torch.isnan(w), w, 0.0)
+
+
+@pytest.mark.parametrize("call", [nan_to_another_number, nan_of_something_else, not_nan])
+def test_other_uses_of_nan(call):
+    report, _ = compiled(lambda q, k, v, seen: call(weights(q, k, seen), seen) @ v, *tensors())
+    assert report.sites == []
+
+
+@pytest.mark.parametrize("fill", [-torch.inf, -1e9], ids=["infinite", "finite"])
+@pytest.mark.parametrize("as_float", [False, True])
+def test_weights_times_the_mask(fill, as_float):
+    """A row of NaN times zero is still NaN."""
+
+    def call(q, k, v, seen):
+        w = (q @ k.mT * 0.3).masked_fill(~seen, fill).softmax(-1)
+        return (w * (seen.float() if as_float else seen)) @ v
+
+    report, out = compiled(call, *tensors())
+    assert len(report.sites) == 1, report.missed
+    rows = out[0, :, :4]
+    assert rows.isnan().all() if fill == -torch.inf else (rows == 0).all()
+
+
+def test_weights_times_another_mask():
+    def call(q, k, v, seen):
+        return (weights(q, k, seen) * torch.ones(N, N).tril(-1)) @ v
+
+    report, _ = compiled(call, *tensors())
+    assert report.sites == []
+
+
+def test_weights_times_a_number():
+    def call(q, k, v, seen):
+        return (0.5 * (weights(q, k, seen | ~seen) * 3 / 2)) @ v
+
+    report, _ = compiled(call, *tensors())
+    assert len(report.sites) == 1, report.missed
+    assert "softmax" not in report.graph()

@@ -104,6 +104,7 @@ class Reader:
         self.numbers: dict[str, fx.Node] = {}
         self.reasons: dict[fx.Node, str] = {}  # why a node whose operation is known stays data
         self._definitions: dict[fx.Node, Reading | None] = {}
+        self._parts: dict[tuple[fx.Node, fx.Node], Reading | None] = {}  # by tensor and who wrote a part of it last
         self._load_names: dict[tuple[fx.Node, int], str] = {}
 
     # -- values ---------------------------------------------------------------------------------------------
@@ -122,9 +123,11 @@ class Reader:
         writers = self.view.writes_between(value, self.view.time[value], time)
         if writers:
             last = writers[-1]
-            if self.view.written_as(last) is value and last is not value and self.view.call(last) is not None:
+            call = self.view.call(last)
+            whole = call is not None and call.name != "setitem"
+            if self.view.written_as(last) is value and last is not value and whole:
                 return self.read(last, time)  # x.masked_fill_(...) and then x: the written value
-            return self._load(value, time)
+            return self._written_in_part(value, last) or self._load(value, time)
         if value not in self._definitions:
             self._definitions[value] = self._define(value)
         return self._definitions[value] or self._load(value, time)
@@ -141,6 +144,13 @@ class Reader:
         """The node as a named load, without looking into it."""
         return self._load(node, time)
 
+    def _written_in_part(self, value: fx.Node, writer: fx.Node) -> Reading | None:
+        if (value, writer) not in self._parts:
+            call = Call("written", writer, {"input": value})
+            found = HANDLERS[call.name](self, call, self.view.shape(value))
+            self._parts[value, writer] = self._readable(value, found)
+        return self._parts[value, writer]
+
     def _define(self, node: fx.Node) -> Reading | None:
         call = self.view.call(node)
         if self.products and call is not None and (product := contraction(self.view, node)) is not None:
@@ -148,7 +158,10 @@ class Reader:
         handler = HANDLERS.get(call.name) if call is not None else None
         if call is None or handler is None:
             return None
-        reading = handler(self, call, self.view.shape(node))
+        return self._readable(node, handler(self, call, self.view.shape(node)))
+
+    def _readable(self, node: fx.Node, reading: Reading | None) -> Reading | None:
+        """The reading, each index of it read once; None if it turns out to have no symbolic meaning."""
         if reading is None:
             return None
         reading = Reading(reading.shape, reading.kind, _remember(reading.at))
