@@ -85,9 +85,9 @@ def _mixed_after(softmax: Softmax) -> Refused | None:
         if (product := contraction(view, user)) is not None:
             side = "left" if product.left is node else "right"
             labels = product.operand(side)[1]
-            at, out = labels.index(product.summed), set(product.out_labels)
+            over, out = {order[labels.index(label)] for label in product.sums}, set(product.out_labels)
             rows = [dim for dim in range(len(order)) if dim != softmax.dim][-1]  # the query's, if heads stand in front
-            mixes = order[at] not in (softmax.dim, rows) and labels[order.index(softmax.dim)] in out
+            mixes = not over & {softmax.dim, rows} and labels[order.index(softmax.dim)] in out
             return Refused(Why.TALKING_HEADS, reason, at=user) if mixes else None
         if user.target in (F.linear, F.conv2d, F.conv1d):
             features = order[-1 if user.target is F.linear else 1]

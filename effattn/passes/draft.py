@@ -101,9 +101,10 @@ def require_fixed(heads: Any, *widths: Any) -> None:
 
 @dataclass(frozen=True)
 class Zeroed:
-    """Where weights become zero: a boolean in b, h, q, k. ``nan_too``: set to zero, and not multiplied by it."""
+    """Where ``node`` makes weights zero: a boolean in b, h, q, k. ``nan_too``: set to zero, not multiplied by it."""
 
     where: Any
+    node: fx.Node
     nan_too: bool = True
 
 

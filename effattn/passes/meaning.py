@@ -81,7 +81,8 @@ def _after_softmax(draft: Draft, layout: Layout, predicate, empty: EmptyRows) ->
         empty = "nan"
     for zeroed in draft.zeroed:
         if masks.simplify(sympy.Not(masks.simplify(with_lengths(zeroed.where, layout)))) != predicate:
-            raise Refused(Why.WEIGHTS, "weights are set to zero by another mask than that of the scores")
+            reason = "weights are set to zero by another mask than that of the scores"
+            raise Refused(Why.WEIGHTS, reason, at=zeroed.node)
         empty = "zero" if zeroed.nan_too or empty == "mean" else empty
     if draft.nan_is_zero and empty == "nan":
         empty = "zero"

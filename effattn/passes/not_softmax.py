@@ -79,6 +79,8 @@ def _why(view: GraphView, product: Contraction, side: str, told: Container[fx.No
     if found is None:
         return None
     products, below = found
+    if product.summed is None:
+        return None
     keys = view.shape(weights)[labels.index(product.summed)]
     for scores in products:
         made = made_of(view, scores.node, below)

@@ -55,7 +55,7 @@ def follow_weights(
     while True:
         users = _who_read_values(view, node)
         if users and (call := _zeroing_in_place(view, reader, users[0], node)) is not None:
-            zeroed.append(Zeroed(_mask_at(reader, call, index, view.shape(node))))
+            zeroed.append(Zeroed(_mask_at(reader, call, index, view.shape(node)), call.node))
             users = [*users[0].users, *users[1:]]  # what was written to has two names from here on
             node = call.node if call.node.users else node
         if (cleared := _nan_set_to_zero(view, reader, node, users)) is not None:
@@ -143,12 +143,12 @@ def _multiplied(view: GraphView, reader: Reader, call: Call, node: fx.Node, inde
     if view.shape(call.node) != shape:
         return None
     if call.name == "masked_fill" and call.get("input") is node and _is_zero(reader, call, "value"):
-        return Zeroed(_mask_at(reader, call, index, shape))
+        return Zeroed(_mask_at(reader, call, index, shape), call.node)
     if call.name == "where":
         mask = _mask_at(reader, call, index, shape, "condition")
         for name, other, where in (("other", "input", mask), ("input", "other", sympy.Not(mask))):
             if call.get(name) is node and _is_zero(reader, call, other):
-                return Zeroed(where)
+                return Zeroed(where, call.node)
     if call.name not in ("mul", "div"):
         return None
     other = call.get("other") if call.get("input") is node else call.get("input")
@@ -159,7 +159,8 @@ def _multiplied(view: GraphView, reader: Reader, call: Call, node: fx.Node, inde
     if value.is_Number and value.is_finite and value.is_real and (call.name == "mul" or value != 0):
         return value if call.name == "mul" else 1 / value
     if call.name == "mul" and isinstance(value, expr.Where) and set(value.args[1:]) == {sympy.S.Zero, sympy.S.One}:
-        return Zeroed(value.args[0] if value.args[1].is_zero else sympy.Not(value.args[0]), nan_too=False)
+        where = value.args[0] if value.args[1].is_zero else sympy.Not(value.args[0])
+        return Zeroed(where, call.node, nan_too=False)
     return None
 
 

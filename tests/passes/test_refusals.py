@@ -127,7 +127,7 @@ def scores_of_pieces_of_rows(q, k, v):
 
 def scores_set(q, k, v):
     scores = q @ k.mT
-    scores[..., 0] = -INF
+    scores[..., ::2] = -INF
     return scores.softmax(-1) @ v
 
 
@@ -276,7 +276,7 @@ LEFT_ALONE = {
 
 # the operation that stands in the way, as the user wrote it
 NAMES = {
-    weights_masked: "'*' stands between softmax and value",
+    weights_masked: "weights are set to zero by another mask than that of the scores",
     result_written_to_a_buffer: "matmul writes its result into another tensor (out=)",
     unknown_operation: "erf stands between the product of query and key and softmax",
     rounded_scores: "round stands between",
