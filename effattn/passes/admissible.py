@@ -11,6 +11,7 @@ from effattn.ir.refusal import Why
 from effattn.ir.site import Layout
 from effattn.passes.draft import Draft, Refused
 from effattn.passes.graph import GraphView
+from effattn.passes.provenance import spelled
 from effattn.passes.sizes import equal, is_broadcast
 
 SUPPORTED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -47,8 +48,9 @@ def check_operands(view: GraphView, draft: Draft, layout: Layout) -> None:
     _check_lengths(view, draft)
     end = view.time[draft.replaced]
     for name, operand in (("query", draft.query), ("key", draft.key), ("value", draft.value)):
-        if view.writes_between(operand.node, operand.time - 1, end):
-            raise Refused(Why.MEMORY, f"{name} is written between the scores and the output")
+        if writers := view.writes_between(operand.node, operand.time - 1, end):
+            reason = f"{name} is written between the scores and the output (by {spelled(writers[0])})"
+            raise Refused(Why.MEMORY, reason, at=writers[0])
         size = layout.batch if operand.dims[0] is None else view.shape(operand.node)[operand.dims[0]]
         if is_broadcast(view, size, layout.batch) is not False:  # one batch for all has no dimension
             raise Refused(Why.BATCH, f"{name} has a batch of {size} where the scores have {layout.batch}")

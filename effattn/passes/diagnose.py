@@ -21,7 +21,7 @@ from effattn.passes.draft import Refused
 from effattn.passes.graph import GraphView
 from effattn.passes.lineage import computed, made_of, nearest_products, scores_each_pair, users_of_weights
 from effattn.passes.not_softmax import CHOOSING, name_of
-from effattn.passes.products import spelled
+from effattn.passes.provenance import spelled
 from effattn.passes.reading import LoadSource
 from effattn.passes.reading.views import permutation
 from effattn.passes.vocabulary import Call

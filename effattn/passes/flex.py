@@ -21,6 +21,7 @@ from effattn.passes.block_mask import BlockMask
 from effattn.passes.draft import Draft, Refused, require_fixed
 from effattn.passes.graph import GraphView
 from effattn.passes.operands import Operand, depth, row, trace
+from effattn.passes.provenance import user_name
 from effattn.passes.reading import Reader, Reading
 from effattn.passes.reading.reader import Kind
 from effattn.passes.sizes import is_broadcast
@@ -53,7 +54,7 @@ def from_flex(view: GraphView, call: Call, readers: dict[tuple, Reader]) -> Draf
         bounds = Reader(view, {b: batch, h: heads, row: shape[2], depth: shape[3]})
         found = trace(view, bounds, node, (at_batch, at_head, row, depth), time)
         if found is None:
-            raise Refused(Why.OPERANDS, f"the layout of {name} is not understood: {node.name}")
+            raise Refused(Why.OPERANDS, f"the layout of {name} is not understood: {user_name(node)}")
         return found
 
     operands = [operand(query, q_shape, "query"), operand(key, k_shape, "key"), operand(value, v_shape, "value")]

@@ -24,10 +24,7 @@ from effattn.passes.graph import GraphView, bodies_of
 from effattn.passes.match_sdpa import from_sdpa
 from effattn.passes.match_softmax import from_softmax, with_heads_apart
 from effattn.passes.not_softmax import why_no_softmax
-from effattn.passes.products import (
-    spelled,
-)
-from effattn.passes.provenance import location, module_path
+from effattn.passes.provenance import location, module_path, spelled
 from effattn.passes.reading import Reader
 from effattn.passes.reading.reader import Unreadable
 from effattn.passes.softmax_by_hand import may_hold_written_softmax, written_softmax

@@ -78,7 +78,7 @@ def from_softmax(
     require_free_of_scores(view, term, reader.loads, product.node)
     roles = sides(product, inside)
     if roles is None:
-        raise Refused(Why.PRODUCT, "query and key cannot be told apart in the product before softmax")
+        raise Refused(Why.PRODUCT, "query and key cannot be told apart in the product before softmax", at=product.node)
     if found.sink is not None:
         require_plain(tuple(index), (b, h, q, k))
     end = _to_value(view, call, tuple(index), reader, found.columns)

@@ -17,7 +17,7 @@ from effattn.passes.contraction import Contraction, contraction
 from effattn.passes.draft import Refused
 from effattn.passes.graph import GraphView
 from effattn.passes.lineage import computed, made_of, nearest_products, scores_each_pair
-from effattn.passes.products import spelled
+from effattn.passes.provenance import spelled
 
 CHOOSING = frozenset(
     {"topk", "kthvalue", "sort", "argsort", "msort", "argmax", "argmin", "one_hot", "median", "quantile"}

@@ -22,7 +22,7 @@ from effattn.passes.graph import GraphView, hint
 from effattn.passes.heads import digits_of
 from effattn.passes.lineage import LAYERS
 from effattn.passes.operands import Operand, depth, row, trace
-from effattn.passes.provenance import user_name
+from effattn.passes.provenance import spelled, user_name
 from effattn.passes.reading import Reader, Reading
 from effattn.passes.reading.elementwise import aligned
 from effattn.passes.reading.reader import generic_index
@@ -251,13 +251,13 @@ def scores_at(
     raws = [load for load in expr.loads_of(term) if load.name in reader.raw]
     ours = [load for load in raws if reader.raw[load.name].node is product.node]
     if len(ours) != 1:
-        raise Refused(Why.PRODUCT, "the scores read their product at several places")
+        raise Refused(Why.PRODUCT, "the scores read their product at several places", at=product.node)
     swap: dict[Any, Any] = {ours[0]: s}
     for other in raws:
         if other is not ours[0]:
             node = reader.raw[other.name].node
             if (call := view.call(node)) is not None and call.name == "baddbmm":
-                raise Refused(Why.SEVERAL_PRODUCTS, "the scores add several products, one of them by baddbmm")
+                raise Refused(Why.SEVERAL_PRODUCTS, "the scores add several products, one of them by baddbmm", at=node)
             swap[other] = reader.as_data(node, view.time[node] + 1).at(other.indices)  # before anyone writes to it
     return term.xreplace(swap), ours[0].indices
 
@@ -371,7 +371,7 @@ def value_of(view: GraphView, product: Contraction, placed: tuple, sizes: tuple,
         raise Refused(Why.VALUE, "the product after softmax does not run over the keys alone", at=product.node)
     widths = [label for label in value_labels if label not in at]
     if not widths:
-        raise Refused(Why.VALUE, "value has no dimension of its own")
+        raise Refused(Why.VALUE, "value has no dimension of its own", at=product.node)
     sizes_of_value = [view.shape(node)[value_labels.index(label)] for label in widths]
     value_dim = sympy.Mul(*sizes_of_value)
     require_fixed(sympy.Mul(*sizes_of_value[1:]))
@@ -381,42 +381,3 @@ def value_of(view: GraphView, product: Contraction, placed: tuple, sizes: tuple,
     sizes = (batch, heads, k_len, value_dim)
     value = traced(view, node, entries, view.time[product.node], "value", sizes, whole=whole)
     return value, tuple(at[label] for label in product.out_labels), value_dim
-
-
-_SYMBOLS = {
-    "add": "+",
-    "sub": "-",
-    "mul": "*",
-    "truediv": "/",
-    "floordiv": "//",
-    "mod": "%",
-    "pow": "**",
-    "matmul": "@",
-    "iadd": "+=",
-    "isub": "-=",
-    "imul": "*=",
-    "itruediv": "/=",
-    "neg": "-",
-    "and_": "&",
-    "or_": "|",
-    "invert": "~",
-    "lt": "<",
-    "le": "<=",
-    "gt": ">",
-    "ge": ">=",
-    "eq": "==",
-    "ne": "!=",
-    "getitem": "[...]",
-    "setitem": "[...] =",
-}
-
-
-def spelled(node: fx.Node) -> str:
-    """An operation as the user wrote it: ``softmax``, ``+``, ``mT``; "the end of the graph" for its output."""
-    if node.op == "output":
-        return "the end of the graph"
-    if node.target is getattr:
-        return str(node.args[1])
-    name = str(node.target) if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
-    is_operator = getattr(node.target, "__module__", "") == "_operator"
-    return f"'{_SYMBOLS[name]}'" if is_operator and name in _SYMBOLS else name

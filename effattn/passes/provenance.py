@@ -134,3 +134,42 @@ def _frame(node: fx.Node) -> tuple[str, str, str]:
     frames = re.findall(r'File "(.+?)", line (\d+)[^\n]*(?:\n[ \t]+(?!File ")(.*))?', trace)
     own = [frame for frame in frames if not frame[0].startswith(TORCH)] or frames
     return own[-1] if own else ("", "", "")
+
+
+_SYMBOLS = {
+    "add": "+",
+    "sub": "-",
+    "mul": "*",
+    "truediv": "/",
+    "floordiv": "//",
+    "mod": "%",
+    "pow": "**",
+    "matmul": "@",
+    "iadd": "+=",
+    "isub": "-=",
+    "imul": "*=",
+    "itruediv": "/=",
+    "neg": "-",
+    "and_": "&",
+    "or_": "|",
+    "invert": "~",
+    "lt": "<",
+    "le": "<=",
+    "gt": ">",
+    "ge": ">=",
+    "eq": "==",
+    "ne": "!=",
+    "getitem": "[...]",
+    "setitem": "[...] =",
+}
+
+
+def spelled(node: fx.Node) -> str:
+    """An operation as the user wrote it: ``softmax``, ``+``, ``mT``; "the end of the graph" for its output."""
+    if node.op == "output":
+        return "the end of the graph"
+    if node.target is getattr:
+        return str(node.args[1])
+    name = str(node.target) if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
+    is_operator = getattr(node.target, "__module__", "") == "_operator"
+    return f"'{_SYMBOLS[name]}'" if is_operator and name in _SYMBOLS else name

@@ -16,10 +16,8 @@ from effattn.passes.draft import Refused, Zeroed
 from effattn.passes.graph import GraphView
 from effattn.passes.metadata import reads_no_values, require_stand_in
 from effattn.passes.operands import only_new_dims
-from effattn.passes.products import (
-    adds_nothing,
-    spelled,
-)
+from effattn.passes.products import adds_nothing
+from effattn.passes.provenance import spelled
 from effattn.passes.reading import Reader
 from effattn.passes.reading.elementwise import aligned
 from effattn.passes.reading.reader import generic_index
