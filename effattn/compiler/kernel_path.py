@@ -18,7 +18,7 @@ def kernel_path(choice: Choice) -> str:
     site, plan = choice.match.site, choice.plan
     assert plan is not None
     spec = triton_target.spec_of(
-        plan,
+        plan.complete,
         getattr(torch, site.dtype),
         site.hints.q_len,
         site.layout.groups,

@@ -19,6 +19,7 @@ from effattn.compiler.capture import Captured
 from effattn.ir.plan import Plan
 from effattn.runtime.algebra import Span, bindings, evaluate
 from effattn.runtime.chunks import Walker
+from effattn.runtime.first_keys import with_first_keys
 from effattn.runtime.select.run import select
 
 Rows = tuple[int, int]  # start, stop
@@ -63,8 +64,9 @@ def allowed_rows(captured: Captured, plan: Plan, chunks: Sequence[Rows]) -> Iter
 
 def rule_rows(captured: Captured, plan: Plan, chunks: Sequence[Rows]) -> Iterator[Tensor]:
     """Masks of a plan whose kept keys are an expression: ``plan.rule``, evaluated chunk by chunk."""
-    symbols, loads = bindings(plan, captured.loads, captured.scalars, captured.numbers)
     keys = captured.shape[3]
+    given = with_first_keys(plan, captured.key, captured.loads, captured.scalars, captured.numbers)
+    symbols, loads = bindings(plan, given, captured.scalars, captured.numbers)
     device = captured.query.device
     for start, stop in chunks:
         values = symbols | indices(captured, (start, stop), keys)

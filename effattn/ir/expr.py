@@ -52,6 +52,11 @@ def load(name: str, indices, *, integer: bool) -> Load:
     return (IntLoad if integer else Load)(sympy.Symbol(name), *indices)
 
 
+# Not passed by a caller: the first key of batch row b that the mask allows, or Nk where these are not consecutive
+FIRST_KEY = "first_allowed_key"
+first_key = load(FIRST_KEY, (b,), integer=True)
+
+
 class FloorDiv(sympy.Function):
     """Integer division rounding down, the divisor positive."""
 

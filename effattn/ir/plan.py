@@ -64,14 +64,27 @@ class Plan:
 
     def dense(self) -> Plan:
         """The same site without the form: keeps all that the mask allows."""
-        return replace(self, form="exact", keep=sympy.true, min_length=0, select=None, below=None)
+        dense = replace(self, form="exact", keep=sympy.true, min_length=0, select=None, below=None)
+        return dense.given
 
     def at(self, k_len: int) -> Plan:
         """What is computed for this many keys: ``below``, or the dense plan, where there are fewer than ``min_length``;
-        the dense plan where a selector keeps all."""
+        the dense plan where a selector keeps all. Its loads are all that it reads, with ``FIRST_KEY`` as the last."""
         if k_len < self.min_length:
             return self._dense if self.below is None else self.below.at(k_len)
-        return self._dense if self.select is not None and self.select.keeps_all(k_len) else self
+        return self._dense if self.select is not None and self.select.keeps_all(k_len) else self.complete
+
+    @cached_property
+    def complete(self) -> Plan:
+        """The plan with the load that no caller passes, if its form reads it."""
+        if any(spec.name == expr.FIRST_KEY for spec in self.loads) or not self.keep.has(expr.first_key):
+            return self
+        return replace(self, loads=(*self.loads, LoadSpec(expr.FIRST_KEY, "int32", 1)))
+
+    @cached_property
+    def given(self) -> Plan:
+        """The plan with the loads that callers pass."""
+        return replace(self, loads=tuple(spec for spec in self.loads if spec.name != expr.FIRST_KEY))
 
     def reading_lse(self) -> Plan:
         """The same where somebody reads the LSE, at every length."""
@@ -155,6 +168,6 @@ def _checked(body: dict) -> Plan:
     )
     known = {spec.name for spec in loads}
     used = {term.name for term in expr.loads_of(plan.score, plan.predicate, plan.keep)}
-    if not used <= known:
+    if not used - {expr.FIRST_KEY} <= known:
         raise PlanError(f"a plan reads tensors that it does not list: {sorted(used - known)}")
     return plan

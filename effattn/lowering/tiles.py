@@ -86,6 +86,16 @@ def walk(predicate) -> KeyWalk:
     )
 
 
+def key_conditions(residual) -> tuple:
+    """(conditions on data that depend on the batch and the key alone, as padding does; the others)."""
+    alone: list = []
+    others: list = []
+    for part in expr.conjuncts(residual):
+        by_key = expr.loads_of(part) and not expr.free_symbols(part) & {expr.h, expr.q, expr.s}
+        (alone if by_key else others).append(part)
+    return sympy.And(*alone), sympy.And(*others)
+
+
 def _choice(disjunction: sympy.Or) -> KeyWalk | None:
     """An Or of one band, prefixes and one power-of-two list; None if it holds anything else."""
     near_lower = near_upper = prefix = powers = None

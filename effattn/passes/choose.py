@@ -296,7 +296,7 @@ def plan_of(site: Site, form: str, params: Params, min_length: int, target: str 
         form=form,
         score=site.score,
         predicate=site.predicate,
-        keep=FORMS[form].keep(params, site.position),
+        keep=FORMS[form].kept(params, site),
         select=FORMS[form].selector(params, site.layer),
         loads=site.loads,
         scalars=site.scalars,
@@ -316,4 +316,4 @@ def _kernels_cannot(plan: Plan, site: Site) -> bool:
     from effattn.runtime import triton_target
 
     widths = int(site.layout.head_dim), int(site.layout.value_dim)
-    return triton_target.unsupported(plan, getattr(torch, site.dtype), *widths) is not None
+    return triton_target.unsupported(plan.complete, getattr(torch, site.dtype), *widths) is not None

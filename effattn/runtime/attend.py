@@ -20,6 +20,7 @@ from torch import Tensor
 from effattn.errors import EffattnError
 from effattn.ir.plan import Plan
 from effattn.runtime import portable
+from effattn.runtime.first_keys import with_first_keys
 from effattn.runtime.registry import Op, register
 from effattn.runtime.sdpa import sdpa_path
 from effattn.runtime.targets import kernels_serve
@@ -66,6 +67,7 @@ def attend(
     """
     _check_shapes(query, key, value)
     decoded = Plan.decode(plan).at(key.shape[2])
+    loads = with_first_keys(decoded, key, loads, scalars, numbers)
     if decoded.target != "triton":
         done = sdpa_path(decoded, query, key, value, loads, scalars, numbers)
         if done is not None:

@@ -35,8 +35,8 @@ X = torch.randn(1, 2, 16, 8, generator=torch.Generator().manual_seed(0))
 ONES = torch.ones(1, 16, dtype=torch.bool)
 PARAMS = {"window": {"window": 4, "sinks": 0}}
 RULE = {"forms": ["window"], "params": PARAMS}
-PADDED = "the mask depends on data (padding or documents): distances and sinks would be counted from padding"
-HINT = "leave attention_mask out where nothing is padded, or keep such sites exact"
+PADDED = "the mask depends on data (padding), and without sinks in reach a padded query may be left without any key"
+HINT = "set sinks to 1 or more, or leave attention_mask out where nothing is padded"
 
 
 def told(policy, *calls, model=None):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import sympy
 import torch
@@ -9,12 +11,13 @@ from checking import check
 from plans import CASES, CAUSAL, Call, Sizes, power_keep, tensors
 from test_backward import check as check_backward
 
-from effattn.ir.expr import b, h, k, load, q, s
+from effattn.ir.expr import b, first_key, h, k, load, q, s
 from effattn.ir.plan import LoadSpec, Plan
-from effattn.lowering.tiles import walk
-from effattn.lowering.triton.allowed import split
+from effattn.lowering.forms.window import WINDOW
+from effattn.lowering.tiles import key_conditions, walk
 from effattn.lowering.triton.spec import Tiles
 from effattn.runtime import triton_target
+from effattn.runtime.first_keys import with_first_keys
 
 CPU = torch.device("cpu")
 SMALL = Tiles(16, 16, 4, 1)
@@ -61,6 +64,34 @@ def call_of(pattern: str, rule: str = "causal", empty_rows: str = "zero", dtype=
 @pytest.mark.parametrize("pattern", [*PATTERNS, "holes"])
 def test_every_pattern(pattern, rule):
     check(call_of(pattern, rule), *tensors(SIZES), config=SMALL, kind="prefill")
+
+
+FORMS = {
+    "window": WINDOW.keep(WINDOW.params(window=21, sinks=9), q, first_key),
+    "power": power_keep(16, 16, 7).subs(k < 7, k < first_key + 7),
+}
+
+
+def of_form(form: str, pattern: str, position=q) -> Call:
+    """A form whose first keys are counted from where the text begins, as the op completes it."""
+    call = call_of(pattern)
+    keep = FORMS[form].subs(q, position)
+    plan = replace(call.plan, predicate=sympy.And(k <= position, PADDING), keep=keep).at(KEYS)
+    assert plan.keep.has(first_key)
+    return Call(plan, with_first_keys(plan, tensors(SIZES)[1], call.loads, [], []))
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("pattern", ["left", "right", "holes", "nothing"])
+def test_forms_on_padding(pattern, form):
+    check(of_form(form, pattern), *tensors(SIZES), config=SMALL, kind="prefill")
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("pattern", ["left", "holes"])
+def test_decode_steps_of_forms_on_padding(pattern, form):
+    sizes = Sizes(q_len=1, k_len=KEYS, heads=4)
+    check(of_form(form, pattern, q + KEYS - 1), *tensors(sizes), config=SMALL, kind="decode", splits=3)
 
 
 @pytest.mark.parametrize("empty_rows", ["zero", "nan", "mean"])
@@ -121,7 +152,7 @@ def test_which_conditions_are_found_beforehand():
     opaque = sympy.Ne(load("mask", [b, h, q, k], integer=True), 0)
     by_row = sympy.Eq(load("document", [b, q], integer=True), load("document", [b, k], integer=True))
     odd = sympy.Ne(sympy.Mod(k, 3), 1)
-    alone, others = split(walk(sympy.And(CAUSAL, PADDING, opaque, by_row, odd)).residual)
+    alone, others = key_conditions(walk(sympy.And(CAUSAL, PADDING, opaque, by_row, odd)).residual)
     assert alone == PADDING
     assert others == sympy.And(opaque, by_row, odd)
-    assert split(walk(CASES["causal"](SIZES, CPU).plan.rule).residual) == (sympy.true, sympy.true)
+    assert key_conditions(walk(CASES["causal"](SIZES, CPU).plan.rule).residual) == (sympy.true, sympy.true)

@@ -14,7 +14,7 @@ from effattn.ir.refusal import Refusal
 from effattn.ir.selector import Selector
 from effattn.ir.site import Layout, Site
 from effattn.lowering.cost import Cost, Work, pairs
-from effattn.lowering.tiles import walk
+from effattn.lowering.tiles import key_conditions, walk
 
 Kind = Literal["exact", "approximate", "trained"]
 
@@ -60,7 +60,9 @@ class Form:
     rules: tuple[Rule, ...]
     kept_keys: Callable[[Any], Any]  # params -> keys that a causal row of Nk keeps, as a sympy term in Nk: for costs
     reference: Callable[..., Any]
-    keep: Callable[[Any, Any], Any] = lambda params, position: sympy.true  # predicate over (position, k)
+    # predicate over (position, k); forms with the rule FROM_THE_FIRST_KEY take the number of the first key, where it is
+    # not 0, as a third argument
+    keep: Callable[..., Any] = lambda params, position: sympy.true
     select: Callable[[Any], Selector] | None = None  # params -> what is decided by data
     selector_work: Callable[[Any, Layout, int], Work] | None = None  # (params, sizes, bytes of an element) -> its cost
     softmax: bool = True  # False: another function, by an op of its own; what is kept says nothing about it
@@ -72,6 +74,12 @@ class Form:
             WeightsError: the parameters name a file that cannot be read.
         """
         return None if self.select is None else self.select(params).of_layer(layer)
+
+    def kept(self, params: Params, site: Site) -> Any:
+        """What is kept at a site."""
+        if FROM_THE_FIRST_KEY in self.rules and walk(site.predicate).residual != sympy.true:
+            return self.keep(params, site.position, expr.first_key)
+        return self.keep(params, site.position)
 
     def refusals(self, site: Site, params: Params) -> tuple[Refusal, ...]:
         """Every reason why this form does not apply to ``site``; empty if it does."""
@@ -97,6 +105,20 @@ def is_causal(site: Site, _params: Params) -> bool:
 
 def no_data_mask(site: Site, _params: Params) -> bool:
     return walk(site.predicate).residual == sympy.true
+
+
+def padding_at_most(site: Site, _params: Params) -> bool:
+    """No data in the mask but by batch and key."""
+    alone, others = key_conditions(walk(site.predicate).residual)
+    named = any(spec.name == expr.FIRST_KEY for spec in site.loads)
+    return others == sympy.true and not (alone != sympy.true and named)
+
+
+def has_sinks(site: Site, params: Any) -> bool:
+    """Whether every query that sees a key still does: in text with padding its own key may be masked."""
+    keys = walk(site.predicate)
+    out_of_reach = bool(keys.lower) and site.empty_rows == "nan"  # sinks beyond the model's own window
+    return keys.residual == sympy.true or (params.sinks > 0 and not out_of_reach)
 
 
 def no_gradient(site: Site, _params: Params) -> bool:
@@ -138,6 +160,18 @@ FROM_THE_START = Rule(
     no_data_mask,
     "the mask depends on data (padding or documents): distances and sinks would be counted from padding",
     "leave attention_mask out where nothing is padded, or keep such sites exact",
+)
+FROM_THE_FIRST_KEY = Rule(
+    "no data mask but padding",
+    padding_at_most,
+    "the mask depends on data other than padding (documents): distances and sinks would be counted from other texts",
+    "keep such sites exact",
+)
+SINKS_ON_PADDING = Rule(
+    "sinks on padding",
+    has_sinks,
+    "the mask depends on data (padding), and without sinks in reach a padded query may be left without any key",
+    "set sinks to 1 or more, or leave attention_mask out where nothing is padded",
 )
 NO_BACKWARD = Rule(
     "no gradient",

@@ -6,7 +6,7 @@ import sympy
 from pydantic import Field, model_validator
 
 from effattn.ir.expr import FloorDiv, IsPowerOfTwo, Nk, k
-from effattn.lowering.forms.form import CAUSAL, FROM_THE_START, NO_BACKWARD, Form, Params
+from effattn.lowering.forms.form import CAUSAL, FROM_THE_FIRST_KEY, NO_BACKWARD, SINKS_ON_PADDING, Form, Params
 
 
 class PowerParams(Params):
@@ -25,10 +25,10 @@ class PowerParams(Params):
         return self
 
 
-def keep(params: PowerParams, position):
+def keep(params: PowerParams, position, first=0):
     distance = FloorDiv(position, params.block) - FloorDiv(k, params.block)
     kept = [distance < params.window // params.block, IsPowerOfTwo(distance)]
-    return sympy.Or(*kept, k < params.sinks) if params.sinks else sympy.Or(*kept)
+    return sympy.Or(*kept, k < first + params.sinks) if params.sinks else sympy.Or(*kept)
 
 
 def reference(params: PowerParams, q_index, k_index):
@@ -51,7 +51,7 @@ POWER = Form(
     summary="window, blocks at power-of-two distances, sinks: O(N log N), every token reachable in log N layers",
     source="Chen et al., PowerAttention, arXiv 2503.03588",
     params=PowerParams,
-    rules=(CAUSAL, FROM_THE_START, NO_BACKWARD),
+    rules=(CAUSAL, FROM_THE_FIRST_KEY, SINKS_ON_PADDING, NO_BACKWARD),
     keep=keep,
     kept_keys=kept_keys,
     reference=reference,

@@ -6,7 +6,7 @@ import sympy
 from pydantic import Field
 
 from effattn.ir.expr import Nk, k
-from effattn.lowering.forms.form import CAUSAL, FROM_THE_START, NO_BACKWARD, Form, Params
+from effattn.lowering.forms.form import CAUSAL, FROM_THE_FIRST_KEY, NO_BACKWARD, SINKS_ON_PADDING, Form, Params
 
 
 class WindowParams(Params):
@@ -16,9 +16,9 @@ class WindowParams(Params):
     sinks: int = Field(default=128, ge=0, description="keys at the start that every query sees")
 
 
-def keep(params: WindowParams, position):
+def keep(params: WindowParams, position, first=0):
     near = position - k < params.window
-    return sympy.Or(near, k < params.sinks) if params.sinks else near
+    return sympy.Or(near, k < first + params.sinks) if params.sinks else near
 
 
 def reference(params: WindowParams, q_index, k_index):
@@ -32,7 +32,7 @@ WINDOW = Form(
     summary="sliding window with sinks: recent keys and the first few",
     source="Xiao et al., Efficient Streaming Language Models with Attention Sinks, arXiv 2309.17453",
     params=WindowParams,
-    rules=(CAUSAL, FROM_THE_START, NO_BACKWARD),
+    rules=(CAUSAL, FROM_THE_FIRST_KEY, SINKS_ON_PADDING, NO_BACKWARD),
     keep=keep,
     kept_keys=lambda params: sympy.Min(Nk, params.window + params.sinks),
     reference=reference,

@@ -7,9 +7,6 @@ keys are consecutive it tests the data on none of the tiles inside.
 
 from __future__ import annotations
 
-import sympy
-
-from effattn.ir import expr
 from effattn.ir.fold import fold
 from effattn.lowering.triton.algebra import KEYS, Lines, Source
 
@@ -23,16 +20,6 @@ SUMS = (
     f"allowed_end = tl.max(tl.load(found + {PARTS}), 0)",
     f"allowed_whole = tl.sum(tl.load(found + {2 * PARTS}), 0) == allowed_end - allowed_first  # no gap between them",
 )
-
-
-def split(residual) -> tuple:
-    """(conditions on data that depend on the batch and the key alone, the others)."""
-    alone: list = []
-    others: list = []
-    for part in expr.conjuncts(residual):
-        by_key = expr.loads_of(part) and not expr.free_symbols(part) & {expr.h, expr.q, expr.s}
-        (alone if by_key else others).append(part)
-    return sympy.And(*alone), sympy.And(*others)
 
 
 def lines_and_keep(condition, symbols, loads) -> tuple[list[str], str]:

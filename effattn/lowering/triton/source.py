@@ -20,7 +20,7 @@ from effattn.ir import expr
 from effattn.ir.fold import fold
 from effattn.ir.plan import Plan
 from effattn.ir.text import text
-from effattn.lowering.tiles import KeyWalk, walk
+from effattn.lowering.tiles import KeyWalk, key_conditions, walk
 from effattn.lowering.triton import allowed
 from effattn.lowering.triton.algebra import LONGEST, ROWS, SCALAR, TILE, Lines, Source, Value, tested_dims
 from effattn.lowering.triton.device_functions import DEVICE_FUNCTIONS
@@ -147,7 +147,7 @@ def _common_parameters(spec: KernelSpec) -> list[Param]:
 
 def key_condition(spec: KernelSpec) -> Any:
     """What is found out about keys before the main kernel starts; true: nothing."""
-    return allowed.split(walk(spec.plan.rule).residual)[0] if spec.key_ranges else sympy.true
+    return key_conditions(walk(spec.plan.rule).residual)[0] if spec.key_ranges else sympy.true
 
 
 def sizes_tested(plan: Plan) -> dict[str, list[int]]:
@@ -226,7 +226,7 @@ class Generator:
         self.walk: KeyWalk = walk(self.plan.rule)
         self.key_condition = key_condition(spec)
         self.allowed = self.key_condition != sympy.true
-        self.residual = allowed.split(self.walk.residual)[1] if self.allowed else self.walk.residual
+        self.residual = key_conditions(self.walk.residual)[1] if self.allowed else self.walk.residual
         self.loads = {load.name: load for load in self.plan.loads}
         self.early = Lines()  # before the rows of the tile are known: only scalars
         self.before = self.early.inner()  # before the loops

@@ -1,0 +1,128 @@
+"""Forms on padded text: a window and its sinks count as they would without the padding."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+from effattn.compiler import collect
+from effattn.compiler.capture import capture
+from effattn.compiler.options import Options
+from effattn.evaluate.site_errors import lower, site_errors
+from effattn.policy import Policy
+from effattn.runtime.first_keys import first_keys
+
+LENGTH, HEADS, DIM = 70, 2, 16
+FORMS = {
+    "window": {"window": 9, "sinks": 3},
+    "power": {"block": 16, "window": 16, "sinks": 5},
+}
+
+
+def causal(q, k, v, mask=None):
+    rows, keys = q.shape[2], k.shape[2]
+    allowed = torch.ones(rows, keys, dtype=torch.bool).tril(keys - rows)
+    if mask is not None:
+        allowed = allowed & mask[:, None, None]
+    return scaled_dot_product_attention(q, k, v, attn_mask=allowed)
+
+
+def square(*args):
+    *inputs, mask = args
+    q, k, v = (x.reshape(x.shape[0], HEADS, -1, DIM) for x in inputs)  # sizes that stay fixed where others are symbolic
+    places = torch.arange(q.shape[2])
+    allowed = (places <= places[:, None]) & mask[:, None, None]
+    return scaled_dot_product_attention(q, k, v, attn_mask=allowed)
+
+
+def run(form, target, *args):
+    """The output of ``causal`` with a form, as if for inference; fails if it was refused."""
+    policy = {"rule": [{"forms": [form], "params": {form: FORMS[form]}}]}
+    options = {"rest": "eager", "policy": policy, "strict": True, "verify": False}
+    torch._dynamo.reset()
+    with collect.listening() as heard, torch.no_grad():
+        given = options | ({"target": target} if target else {})
+        out = torch.compile(causal, backend="effattn", options=given)(*args)
+    assert [site.form for site in heard.report(Options.read(options)).sites] == [form]
+    return out
+
+
+def tensors(batch=1, rows=LENGTH, keys=LENGTH, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    sizes = ((batch, HEADS, rows, DIM), (batch, HEADS, keys, DIM), (batch, HEADS, keys, DIM))
+    return [torch.randn(size, generator=generator) for size in sizes]
+
+
+def padded(lefts, rights=None):
+    mask = torch.ones(len(lefts), LENGTH, dtype=torch.bool)
+    for row, (left, right) in enumerate(zip(lefts, rights or [0] * len(lefts), strict=True)):
+        mask[row, :left] = False
+        mask[row, LENGTH - right :] = False
+    return mask
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_mask_of_ones_is_no_mask(form):
+    q, k, v = tensors(2)
+    torch.testing.assert_close(run(form, None, q, k, v, padded([0, 0])), run(form, None, q, k, v), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("rows", [LENGTH, 1])
+@pytest.mark.parametrize("form", FORMS)
+def test_padding_on_the_left_changes_nothing(form, rows):
+    """Each text of the batch is as on its own. Blocks of ``power`` are counted with the padding: whole ones here."""
+    lefts = [0, 16, 32, 48]
+    q, k, v = tensors(4, rows)
+    out = run(form, None, q, k, v, padded(lefts))
+    for row, left in enumerate(lefts):
+        own = [x[row : row + 1, :, max(left - (LENGTH - x.shape[2]), 0) :] for x in (q, k, v)]
+        assert own[1].shape[2] == LENGTH - left
+        alone = run(form, None, *own)
+        torch.testing.assert_close(out[row : row + 1, :, -alone.shape[2] :], alone, atol=1e-5, rtol=1e-5)
+    assert out.isfinite().all()
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_padding_on_the_right_changes_nothing_before_it(form):
+    q, k, v = tensors(2)
+    out, plain = run(form, None, q, k, v, padded([0, 0], [0, 50])), run(form, None, q, k, v)
+    torch.testing.assert_close(out[0], plain[0], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(out[1, :, :20], plain[1, :, :20], atol=1e-5, rtol=1e-5)
+    assert out.isfinite().all()  # also of queries that are far from any key
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_text_with_gaps_is_exact(form):
+    """Distances between its tokens would count what is masked, as after padding on the right and further steps."""
+    q, k, v = tensors(2)
+    mask = padded([0, 3])
+    mask[1, 20:30] = False
+    out, exact = run(form, None, q, k, v, mask), causal(q, k, v, mask)
+    torch.testing.assert_close(out[1, :, 3:], exact[1, :, 3:], atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(out[0], exact[0], atol=1e-3)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_it_can_be_evaluated(form):
+    """Errors and shares of kept keys are measured with the mask that the op uses."""
+    policy = Policy.of({"rule": [{"forms": [form], "params": {form: FORMS[form]}}]})
+    found = []
+
+    def measure(captured):
+        found.extend(site_errors(captured, [lower(captured, policy)]))
+
+    q, k, v = tensors(2)
+    mask = padded([0, 16])
+    torch._dynamo.reset()
+    assert capture(square, measure, q, k, v, mask) == 1
+    exact, out = causal(q, k, v, mask)[1, :, 16:], run(form, None, q, k, v, mask)
+    assert 0 < found[0].error < 1
+    assert 0 < torch.linalg.vector_norm(out[1, :, 16:] - exact) < torch.linalg.vector_norm(exact)
+
+
+def test_first_keys():
+    rows = ["1111", "0111", "0110", "1011", "0000", "0001", "1100"]
+    allowed = torch.tensor([[char == "1" for char in row] for row in rows])
+    assert first_keys(allowed).tolist() == [0, 1, 1, 4, 4, 3, 0]
+    assert first_keys(allowed).dtype == torch.int32
