@@ -68,7 +68,7 @@ def tell(gm: fx.GraphModule, outcome: Outcome, options: Options, failure: Except
 
 def _show(report: GraphReport, options: Options) -> None:
     for site in report.sites:
-        settings.show(1, f"{site.name}: {site.predicate} -> {site.form}")
+        settings.show(1, f"{site.name}: {site.predicate_shown or site.predicate} -> {site.form}")
         settings.show(2, f"{site.name}: {site.reason}")
     for missed in report.missed:
         settings.show(1, f"{missed.name}: left alone, {missed.reason}")
