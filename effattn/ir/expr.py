@@ -7,6 +7,8 @@ a :class:`Load`: a named tensor with symbolic indices.
 
 from __future__ import annotations
 
+import operator
+
 import sympy
 from sympy.logic.boolalg import BooleanFunction
 
@@ -90,6 +92,39 @@ class Modulo(sympy.Function):
         if numerator.is_Integer and divisor.is_Integer:
             return sympy.Integer(int(numerator) % int(divisor))
         return None
+
+
+class Bits(sympy.Function):
+    """An operation on the bits of two integers, in two's complement."""
+
+    is_integer = True
+
+    @classmethod
+    def eval(cls, x, y):
+        if x.is_Integer and y.is_Integer:
+            return sympy.Integer(cls.of(int(x), int(y)))
+        return None
+
+
+class BitAnd(Bits):
+    of = operator.and_
+
+    def _eval_is_nonnegative(self):
+        return True if any(arg.is_nonnegative for arg in self.args) else None
+
+
+class BitOr(Bits):
+    of = operator.or_
+
+    def _eval_is_nonnegative(self):
+        return True if all(arg.is_nonnegative for arg in self.args) else None
+
+
+class BitXor(Bits):
+    of = operator.xor
+
+    def _eval_is_nonnegative(self):
+        return True if all(arg.is_nonnegative for arg in self.args) else None
 
 
 class Where(sympy.Function):

@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Protocol
 import sympy
 
 from effattn.errors import EffattnError
-from effattn.ir.expr import FloorDiv, Group, IsPowerOfTwo, Load, Modulo, Where
+from effattn.ir.expr import BitAnd, BitOr, BitXor, FloorDiv, Group, IsPowerOfTwo, Load, Modulo, Where
 
 
 class Algebra(Protocol):
@@ -39,10 +39,15 @@ OPERATIONS: dict[type, str] = {
     sympy.tanh: "tanh",
     sympy.exp: "exp",
     sympy.log: "log",
+    sympy.sin: "sin",
+    sympy.cos: "cos",
     sympy.sign: "sign",
     Group: "group",
     FloorDiv: "floordiv",
     Modulo: "mod",
+    BitAnd: "bit_and",
+    BitOr: "bit_or",
+    BitXor: "bit_xor",
     Where: "where",
     IsPowerOfTwo: "is_power_of_two",
 }
@@ -79,6 +84,8 @@ def fold(expression, algebra: Algebra) -> Any:
             return algebra.constant(float(term))
         if term.is_Symbol:
             return algebra.symbol(term.name)
+        if isinstance(term, (sympy.Pow, sympy.Function)) and term.is_number and term.is_real:
+            return algebra.constant(float(term))
         if isinstance(term, Load):
             return algebra.load(term.name, [visit(index) for index in term.indices])
         if isinstance(term, sympy.Pow):
@@ -99,6 +106,13 @@ def fold(expression, algebra: Algebra) -> Any:
         if exponent.is_Integer and abs(int(exponent)) <= 8:
             product = reduce(lambda x, y: algebra.call("mul", x, y), [visit(base)] * abs(int(exponent)))
             return product if exponent > 0 else algebra.call("div", algebra.constant(1.0), product)
+        if base.is_number and base.is_positive:
+            power_of_two = (
+                visit(exponent)
+                if base == 2
+                else algebra.call("mul", algebra.constant(float(sympy.log(base, 2))), visit(exponent))
+            )
+            return algebra.call("exp2", power_of_two)
         raise UnknownOperation(f"no target can compute the power {term}")
 
     return visit(sympy.sympify(expression))
@@ -116,6 +130,9 @@ class Integers:
         "group": lambda x: x,
         "floordiv": operator.floordiv,
         "mod": operator.mod,
+        "bit_and": operator.and_,
+        "bit_or": operator.or_,
+        "bit_xor": operator.xor,
         "le": operator.le,
         "lt": operator.lt,
         "ge": operator.ge,

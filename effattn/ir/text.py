@@ -9,6 +9,7 @@ from effattn.ir import expr
 
 _FLIPPED = {sympy.Ge: (sympy.Le, "<="), sympy.Gt: (sympy.Lt, "<")}
 _SIGNS = {sympy.Le: "<=", sympy.Lt: "<", sympy.Eq: "==", sympy.Ne: "!="}
+_BITS = {expr.BitAnd: "&", expr.BitOr: "|", expr.BitXor: "^"}
 _FEW_DIGITS = 8
 
 
@@ -24,11 +25,17 @@ class _Printer(StrPrinter):
     def _print_Modulo(self, term):
         return f"{self._operand(term.args[0])}%{self._operand(term.args[1])}"
 
+    def _print_BitAnd(self, term):
+        return f"({self._operand(term.args[0])} {_BITS[type(term)]} {self._operand(term.args[1])})"
+
+    _print_BitOr = _print_BitXor = _print_BitAnd
+
     def _print_Group(self, term):
         return f"({self._print(term.args[0])})"
 
     def _operand(self, term):
-        return self._print(term) if term.is_Symbol or term.is_Number else f"({self._print(term)})"
+        plain = term.is_Symbol or term.is_Number or isinstance(term, expr.Bits)
+        return self._print(term) if plain else f"({self._print(term)})"
 
     def _print_IsPowerOfTwo(self, term):
         return f"is_power_of_two({self._print(term.args[0])})"

@@ -152,6 +152,8 @@ def _read_mod(view: GraphView, outer: Reader, mod: fx.Node, given: list, name: s
 class _ModReader(Reader):
     """Reads the body of a mod; its inputs mean what they were given."""
 
+    everything = True
+
     def __init__(self, inside: GraphView, outer: Reader, given: dict[fx.Node, Any]):
         super().__init__(inside, outer.sizes)
         self._definitions.update({node: value for node, value in given.items() if isinstance(value, Reading)})

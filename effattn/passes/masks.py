@@ -158,6 +158,11 @@ def _peel_sum(parts: list[_Part]) -> _Part:
     return _Part(score, allowed, frozenset(fills))
 
 
+def may_be_infinite(score) -> bool:
+    """Whether a score may be -inf by itself, as the logarithm of a distance is at 0."""
+    return any(logarithm.args[0].is_positive is not True for logarithm in score.atoms(sympy.log))
+
+
 def not_lowered(score) -> list[Any]:
     """Where a score that takes large numbers as summands takes none: half precision loses its digits elsewhere.
 
@@ -186,7 +191,7 @@ def empty_rows(found: Split, layout: Layout, *, sdpa: bool, dtype: str, data: fr
         Unclear: such rows can occur and the author's arithmetic on them cannot be reproduced.
     """
     nothing: EmptyRows = "zero" if sdpa else "nan"
-    masks_by_data = any(load.name in data for load in expr.loads_of(found.score))
+    masks_by_data = any(load.name in data for load in expr.loads_of(found.score)) or may_be_infinite(found.score)
     values = {fill.value for fill in found.fills}
     if values <= {INFINITE}:
         never = not masks_by_data and (not values or every_row_sees_a_key(found.predicate, layout))

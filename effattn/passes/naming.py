@@ -117,9 +117,10 @@ def _role(load: expr.Load, predicate) -> str:
 def renamed(term, names: dict[str, str], numbers: dict[str, str]):
     if term is None:
         return None
-    swap: dict[Any, Any] = {
-        load: load.func(sympy.Symbol(names[load.name]), *load.indices) for load in expr.loads_of(term)
-    }
+    swap: dict[Any, Any] = {}
+    for load in expr.loads_of(term):
+        indices = (renamed(index, names, numbers) for index in load.indices)  # which may be loads themselves
+        swap[load] = load.func(sympy.Symbol(names[load.name]), *indices)
     swap |= {expr.number(old): expr.number(new) for old, new in numbers.items()}
     return sympy.sympify(term).xreplace(swap) if swap else term
 

@@ -90,9 +90,17 @@ ROWS: tuple[tuple[str, tuple[Spelling, ...]], ...] = (
     _row("neg", "input", (operator.neg, torch.neg, torch.negative), "neg negative __neg__"),
     _row("abs", "input", (operator.abs, torch.abs), "abs __abs__"),
     _row("tanh", "input", (torch.tanh, F.tanh), "tanh tanh_"),
-    _row("exp", "input", (torch.exp,), "exp"),
-    _row("sqrt", "input", (torch.sqrt,), "sqrt"),
-    _row("rsqrt", "input", (torch.rsqrt,), "rsqrt"),
+    _row("sigmoid", "input", (torch.sigmoid, F.sigmoid), "sigmoid"),
+    _row("relu", "input inplace", (F.relu,), "relu", ((torch.relu, "input"),)),
+    *(
+        _row(name, "input", (getattr(torch, name),), name)
+        for name in (
+            *("exp", "exp2", "log", "log2", "log1p", "sqrt", "rsqrt", "sin", "cos", "sign", "square", "reciprocal"),
+        )
+    ),
+    _row("lshift", "input other", (operator.lshift, torch.bitwise_left_shift), "bitwise_left_shift __lshift__"),
+    _row("rshift", "input other", (operator.rshift, torch.bitwise_right_shift), "bitwise_right_shift __rshift__"),
+    _row("dot", "input other", (torch.dot,), "dot"),
     _row("minimum", "input other", (torch.minimum,), "minimum"),
     _row("maximum", "input other", (torch.maximum,), "maximum"),
     _row("max", "input other keepdim", (torch.max,), "max"),

@@ -15,7 +15,7 @@ from effattn.ir.expr import Where
 def derivative(score: Any) -> Any:
     """d score / d s. At a tie of Min or Max the first argument in sympy's order gets all of it."""
     term = sympy.sympify(score)
-    if not term.has(expr.s):
+    if not term.has(expr.s) or isinstance(term, sympy.sign):
         return sympy.Integer(0)
     if term == expr.s:
         return sympy.Integer(1)

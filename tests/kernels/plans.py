@@ -8,7 +8,26 @@ from dataclasses import dataclass, field, replace
 import sympy
 import torch
 
-from effattn.ir.expr import FloorDiv, Group, IsPowerOfTwo, Modulo, Nk, Nq, Where, b, h, k, load, number, q, s, scalar
+from effattn.ir.expr import (
+    BitAnd,
+    BitOr,
+    BitXor,
+    FloorDiv,
+    Group,
+    IsPowerOfTwo,
+    Modulo,
+    Nk,
+    Nq,
+    Where,
+    b,
+    h,
+    k,
+    load,
+    number,
+    q,
+    s,
+    scalar,
+)
 from effattn.ir.plan import LoadSpec, Plan
 
 CAUSAL = sympy.Le(k, q)
@@ -324,6 +343,18 @@ def many_operations(sizes, device):
 @case
 def empty_rows_zero(sizes, device):
     return Call(Plan("exact", sizes.scale * s, sympy.And(CAUSAL, k >= 20), empty_rows="zero"))
+
+
+@case
+def waves(sizes, device):
+    return Call(Plan("exact", sizes.scale * s + sympy.sin(Group(0.3 * q - 0.3 * k)) * sympy.cos(0.1 * k)))
+
+
+@case
+def powers_and_bits(sizes, device):
+    score = sizes.scale * s * sympy.Pow(0.99, Group(q - k)) - sympy.Pow(2, -1 - h) * sympy.log(1 + q - k)
+    seen = sympy.And(CAUSAL, sympy.Or(BitAnd(BitXor(q, k), 21) < 17, BitOr(q - k, -4) < -2))
+    return Call(Plan("exact", score, seen))
 
 
 @case

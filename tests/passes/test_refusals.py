@@ -139,7 +139,7 @@ def scores_changed_through_a_view(q, k, v):
 
 def scores_changed_by_a_function_in_place(q, k, v):
     scores = q @ k.mT
-    F.relu(scores, True)
+    F.elu(scores, 1.0, True)
     return scores.softmax(-1) @ v
 
 
@@ -282,7 +282,7 @@ NAMES = {
     rounded_scores: "round stands between",
     scores_set: "'[...] =' writes into the scores before softmax",
     scores_changed_through_a_view: "mul_ writes into the scores before softmax",
-    scores_changed_by_a_function_in_place: "relu writes into the scores before softmax",
+    scores_changed_by_a_function_in_place: "elu writes into the scores before softmax",
 }
 
 

@@ -71,7 +71,11 @@ class Lines:
 COMPARISONS = {"le": "<=", "lt": "<", "ge": ">=", "gt": ">", "eq": "==", "ne": "!="}
 BOOLEANS = {"and": ("&", AND), "or": ("|", OR)}
 FUNCTIONS = {"abs": "tl.abs", "min": "tl.minimum", "max": "tl.maximum"}
-FLOAT_FUNCTIONS = {"exp": "tl.exp", "log": "tl.log", "sqrt": "tl.sqrt", "tanh": "_tanh"}
+FLOAT_FUNCTIONS = {
+    **{name: f"tl.{name}" for name in ("exp", "exp2", "log", "sqrt", "sin", "cos")},
+    "tanh": "_tanh",
+}
+BITS = {"bit_and": "&", "bit_or": "|", "bit_xor": "^"}
 HELPERS = {"floordiv": "_floor_div", "mod": "_modulo", "sign": "_sign"}
 
 
@@ -137,6 +141,9 @@ class Source:
             sign, level = BOOLEANS[operation]
             left, right = (arg.spread(axes, level) for arg in args)
             return Value(f"{left} {sign} {right}", axes, "bool", level)
+        if operation in BITS:
+            left, right = (arg.spread(axes, SHIFT) for arg in args)
+            return Value(f"({left} {BITS[operation]} {right})", axes)
         if operation == "group":
             return args[0]
         if operation == "not":

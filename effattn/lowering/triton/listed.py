@@ -83,6 +83,6 @@ class ListedGenerator(Generator):
             keep.append(Value(key_mask, KEYS, "bool"))
         if keep:
             sweep.keep = reduce(lambda x, y: algebra.call("and", x, y), keep).spread(TILE)
-        sweep.guard = bool(keep)
+        sweep.guard = bool(keep) or self.may_mask
         sweep.reads_keys = "keys" in " ".join([*inside.lines, sweep.score, sweep.keep])
         return sweep

@@ -237,6 +237,11 @@ class Generator:
             rows = spec.tiles.block_m if spec.kind != "decode" else 1  # decode: kernels with a list take one row
             self.offset = position_offset(self.walk.powers, rows, spec.tiles.block_n)
 
+    @property
+    def may_mask(self) -> bool:
+        """Whether a score may be -inf by itself: by data that is added, or as a logarithm."""
+        return self.scale is None and (bool(expr.loads_of(self.plan.score)) or self.plan.score.has(sympy.log))
+
     def symbols(self, **more: Value) -> dict[str, Value]:
         head = Value("head", ROWS if self.spec.kind == "decode" else SCALAR, plain=True)
         found = {
@@ -403,7 +408,7 @@ class Generator:
         if keep:
             whole = reduce(lambda x, y: algebra.call("and", x, y), keep)
             sweep.keep = whole.spread(TILE)
-        sweep.guard = bool(keep) or bool(self.scale is None and expr.loads_of(self.plan.score))
+        sweep.guard = bool(keep) or self.may_mask
         used = " ".join([*inside.lines, sweep.score, sweep.keep])
         sweep.reads_keys = re.search(r"\bkeys\b", used) is not None
         return sweep

@@ -5,7 +5,8 @@ has a small function here, registered under its name in the vocabulary; a node o
 and appears in the expression as a named load.
 """
 
-from effattn.passes.reading import elementwise, makers, parts, views  # noqa: F401  (they register their readers)
+# they register their readers
+from effattn.passes.reading import elementwise, functions, logic, makers, parts, views  # noqa: F401
 from effattn.passes.reading.reader import LoadSource, Reader, Reading
 
 __all__ = ["LoadSource", "Reader", "Reading"]

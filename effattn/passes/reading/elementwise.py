@@ -1,4 +1,4 @@
-"""Readers of arithmetic, comparison, logic, selection and casts."""
+"""Readers of arithmetic, comparison, selection and casts."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def stored_as(value, dtype: torch.dtype):
     return value
 
 
-def _pointwise(reader: Reader, call: Call, shape, names: tuple[str, ...], function: Callable):
+def pointwise(reader: Reader, call: Call, shape, names: tuple[str, ...], function: Callable):
     operands = [reader.argument(call, name) for name in names]
     tensor = reader.view.tensor(call.node)
     if tensor is None or tensor.dtype in _NARROW or tensor.is_complex():
@@ -152,7 +152,7 @@ def arithmetic(reader: Reader, call: Call, shape):
         return _of_booleans(reader, call, shape)
     if call.get("alpha", 1) != 1:
         return None
-    return _pointwise(reader, call, shape, names, _ARITHMETIC[call.name])
+    return pointwise(reader, call, shape, names, _ARITHMETIC[call.name])
 
 
 @reads("add", "sub")
@@ -164,7 +164,7 @@ def add(reader: Reader, call: Call, shape):
     if tensor.dtype == torch.bool:
         return _of_booleans(reader, call, shape) if alpha == 1 else None
     factor = sign * alpha
-    return _pointwise(
+    return pointwise(
         reader,
         call,
         shape,
@@ -182,16 +182,6 @@ def _of_booleans(reader: Reader, call: Call, shape):
     return Reading(shape, "bool", lambda index: operation(*[o.bool_at(aligned(o, index, shape)) for o in operands]))
 
 
-@reads("sqrt", "rsqrt")
-def root(reader: Reader, call: Call, shape):
-    """Of a number: a scale that the author holds in a tensor. Roots of data stay data."""
-    power = 0.5 if call.name == "sqrt" else -0.5
-    value = reader.argument(call, "input")
-    if value.shape != () or not (number := sympy.sympify(value.number_at(()))).is_number or not number > 0:
-        return None
-    return _pointwise(reader, call, shape, ("input",), lambda x: sympy.Float(float(x) ** power))
-
-
 @reads("max", "min")
 def extremum(reader: Reader, call: Call, shape):
     """Of two tensors; ``max`` along a dimension stays data."""
@@ -199,7 +189,7 @@ def extremum(reader: Reader, call: Call, shape):
         return None
     if reader.view.tensor(call.node) is None or reader.view.held(call.node).dtype == torch.bool:
         return None
-    return _pointwise(reader, call, shape, ("input", "other"), sympy.Max if call.name == "max" else sympy.Min)
+    return pointwise(reader, call, shape, ("input", "other"), sympy.Max if call.name == "max" else sympy.Min)
 
 
 @reads("div")
@@ -212,7 +202,7 @@ def div(reader: Reader, call: Call, shape):
     divisor = reader.argument(call, "other")
     if divisor.shape == () and divisor.at(()).is_zero:
         return None
-    return _pointwise(reader, call, shape, ("input", "other"), lambda x, y: x / y)
+    return pointwise(reader, call, shape, ("input", "other"), lambda x, y: x / y)
 
 
 @reads("floordiv", "mod")
@@ -221,7 +211,7 @@ def floordiv(reader: Reader, call: Call, shape):
     if not isinstance(divisor, int) or divisor <= 0 or reader.argument(call, "input").kind != "int":
         return None
     operation = expr.Modulo if call.name == "mod" else expr.FloorDiv
-    return _pointwise(reader, call, shape, ("input", "other"), operation)
+    return pointwise(reader, call, shape, ("input", "other"), operation)
 
 
 @reads("clamp")
@@ -234,7 +224,7 @@ def clamp(reader: Reader, call: Call, shape):
         x = x if low is None else sympy.Max(x, low)
         return x if high is None else sympy.Min(x, high)
 
-    return _pointwise(reader, call, shape, ("input",), limit)
+    return pointwise(reader, call, shape, ("input",), limit)
 
 
 _COMPARISONS = {"le": sympy.Le, "lt": sympy.Lt, "ge": sympy.Ge, "gt": sympy.Gt, "eq": sympy.Eq, "ne": sympy.Ne}
@@ -311,24 +301,6 @@ def _leaves(term) -> list:
     return [leaf for branch in term.args[1:] for leaf in _leaves(branch)] if isinstance(term, expr.Where) else [term]
 
 
-_LOGIC = {"and": sympy.And, "or": sympy.Or, "xor": sympy.Xor, "not": sympy.Not}
-
-
-@reads(*_LOGIC)
-def logic(reader: Reader, call: Call, shape):
-    tensor = reader.view.tensor(call.node)
-    if tensor is None or tensor.dtype != torch.bool:
-        return None  # bitwise arithmetic on integers
-    operands = [reader.argument(call, name) for name in ("input", "other") if name in call.args]
-    operation = _LOGIC[call.name]
-    if call.name == "xor":
-
-        def operation(x, y):
-            return sympy.Or(sympy.And(x, sympy.Not(y)), sympy.And(sympy.Not(x), y))
-
-    return Reading(shape, "bool", lambda index: operation(*[o.bool_at(aligned(o, index, shape)) for o in operands]))
-
-
 @reads("where")
 def where(reader: Reader, call: Call, shape):
     if "input" not in call.args or "other" not in call.args:
@@ -376,7 +348,7 @@ def cast(reader: Reader, call: Call, shape):
     if kind == "bool":
         return Reading(shape, "bool", reading.bool_at)
     if kind == "int" and reading.kind == "float":
-        return None  # truncation
+        return Reading(shape, kind, _cut)
     if target.is_complex() or (target.dtype in _NARROW and source.dtype != target.dtype and not _small(reading)):
         return None  # values may wrap around
     if target.dtype.is_floating_point and target.dtype.itemsize < 2:
@@ -393,6 +365,10 @@ def cast(reader: Reader, call: Call, shape):
         return stored_as(value if widens else exact(reader, value, target.dtype), target.dtype)
 
     return Reading(shape, kind, at)
+
+
+def _cut(index: Index):
+    raise Unreadable("a number is cut to a whole one, and rounding may decide to which")
 
 
 def _small(reading: Reading) -> bool:

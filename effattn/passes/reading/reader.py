@@ -95,6 +95,8 @@ class Reader:
     set, a product of two tensors is kept as a load named ``raw_...``: it may be query . key.
     """
 
+    everything = False  # whether nothing can stay data, as in a mod
+
     def __init__(self, view: GraphView, sizes: dict[sympy.Symbol, sympy.Expr] | None = None, *, products: bool = False):
         self.view = view
         self.sizes = sizes or {}
@@ -236,7 +238,9 @@ class Reader:
 
         Not a sum that holds a mask or the product of query and key.
         """
-        if not isinstance(value, sympy.Add) or value.has(expr.Where, expr.s):
+        if not isinstance(value, sympy.Add):
+            return value
+        if value.xreplace({load: sympy.Integer(0) for load in expr.loads_of(value)}).has(expr.Where, expr.s):
             return value
         return value if any(load.name in self.raw for load in expr.loads_of(value)) else expr.Group(value)
 
@@ -265,18 +269,29 @@ class Reader:
         return sympy.expand(total)
 
     def nonnegative(self, term) -> bool:
-        """Whether a sum of multiples of bounded symbols is certainly not negative: ``q - k + N`` where k < N."""
-        low = sympy.Integer(0)
-        for part in sympy.Add.make_args(sympy.expand(term)):
-            free = [s for s in part.free_symbols if s in self.sizes]
-            if not free:
-                low += part
-            elif part.is_nonnegative is not True:
-                coefficient, symbol = part.as_coeff_Mul()
-                if symbol not in self.sizes:
-                    return False
-                low += coefficient * (self.sizes[symbol] - 1)
-        return sympy.expand(low).is_nonnegative is True
+        """Whether a term is certainly not negative: ``q - k + N`` where k < N, a clamped distance plus its limit."""
+        low = self.lower_bound(term)
+        return low is not None and sympy.expand(low).is_nonnegative is True
+
+    def lower_bound(self, term) -> sympy.Expr | None:
+        """An inclusive bound of an integer; None where none is known."""
+        parts = sympy.Add.make_args(sympy.expand(term))
+        if len(parts) > 1:
+            bounds = [self.lower_bound(part) for part in parts]
+            return None if None in bounds else sympy.Add(*bounds)
+        (part,) = parts
+        factor, inner = part.as_coeff_Mul()
+        if not part.free_symbols & set(self.sizes) and not expr.loads_of(part):
+            return part
+        if factor.is_negative:
+            return factor * (self.sizes[inner] - 1) if inner in self.sizes else None
+        if isinstance(inner, (sympy.Max, sympy.Min, expr.Where)):
+            choices = inner.args[1:] if isinstance(inner, expr.Where) else inner.args
+            bounds = [bound for choice in choices if (bound := self.lower_bound(choice)) is not None]
+            if bounds and isinstance(inner, sympy.Max):
+                return factor * sympy.Max(*bounds)
+            return factor * sympy.Min(*bounds) if len(bounds) == len(choices) else None
+        return sympy.Integer(0) if part.is_nonnegative else None
 
     def below(self, term, size) -> bool:
         """Whether 0 <= term < size is certain."""

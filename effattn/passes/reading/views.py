@@ -294,7 +294,7 @@ def _compose(reader: Reader, source: Reading, steps, tensors, shape) -> Reading 
     positions = [position for position, _ in tensors]
     together = positions == list(range(positions[0], positions[0] + len(positions))) if positions else True
     group_shape = _broadcast([picked.shape for _, picked in tensors], rank)
-    if tensors and any(kind == "int" for kind, _ in steps):
+    if rank and any(kind == "int" for kind, _ in steps):
         return None  # an integer beside index tensors moves dimensions; rare enough to leave as data
 
     def at(index: Index):
@@ -316,12 +316,22 @@ def _compose(reader: Reader, source: Reading, steps, tensors, shape) -> Reading 
                 inside.append(value)
             else:
                 picked = value.at(aligned(value, tuple(group), group_shape))
-                if not reader.nonnegative(picked):
-                    raise Unreadable(f"index {picked} may be negative")
-                inside.append(picked)
+                inside.append(_from_the_end(reader, picked, source.shape[len(inside)]))
         return source.at(tuple(inside))
 
     return Reading(shape, source.kind, at)
+
+
+def _from_the_end(reader: Reader, index, size):
+    """An index that may be negative counts from the end then.
+
+    Raises: Unreadable: outside of mods, where what it picks has a value for each query and key already, as data.
+    """
+    if reader.nonnegative(index):
+        return index
+    if not reader.everything:
+        raise Unreadable(f"index {index} may be negative")
+    return expr.Where(index < 0, index + size, index)
 
 
 def _broadcast(shapes: list[tuple], rank: int) -> tuple:
