@@ -12,6 +12,7 @@ from torch import fx
 from effattn import settings
 from effattn.compiler import pass_manager
 from effattn.compiler.options import Options
+from effattn.passes.block_lists import TabulateBlockLists
 from effattn.passes.checkpoints import InlineCheckpoints
 from effattn.passes.choose import ChooseForms
 from effattn.passes.compilation import Compilation, MakesPass, Outcome, Pass
@@ -42,6 +43,7 @@ CANONICALIZE: tuple[MakesPass, ...] = (
     InlineCheckpoints,
     DecomposeCompound,
     DecomposeMaskBuffers,
+    TabulateBlockLists,
     DistributeSums,
     KeepCanonical,
 )

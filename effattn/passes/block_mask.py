@@ -1,7 +1,9 @@
 """What a flex_attention call carries besides its mods: lists of blocks, and the code that makes them.
 
-The lists are derived from mask_mod by ``create_block_mask``, and then say nothing that mask_mod does not say. But they
-can also be made by hand and hide more (``BlockMask.from_kv_blocks``): such a mask is left alone.
+Lists that ``create_block_mask`` makes inside the graph say nothing that mask_mod does not say. Lists that are inputs
+may say more, in this call or a later one: they take part as data (:mod:`effattn.passes.block_lists`). Where they hide
+more than mask_mod when the graph is compiled (``BlockMask.from_kv_blocks``), the call is left alone: FlexAttention's
+own kernels skip what is not listed, and the op would visit it.
 """
 
 from __future__ import annotations
@@ -15,20 +17,23 @@ import torch
 from torch import fx
 
 from effattn.ir import expr
-from effattn.ir.expr import b, h
+from effattn.ir.expr import b, h, k, q
 from effattn.ir.refusal import Why
 from effattn.passes.draft import Refused
 from effattn.passes.graph import GraphView, as_sympy, hint
 from effattn.passes.reading import Reader
+from effattn.passes.sizes import equal, is_broadcast
 from effattn.passes.vocabulary import Call
 from effattn.runtime.algebra import evaluate
+from effattn.runtime.block_lists import as_blocks
 
 NO_BLOCKS = 1 << 30  # the block size of a call without a mask
 SAMPLE = 1 << 22  # entries of the mask that are compared with the lists
+TABLE = torch.ops.effattn.listed_blocks.default
 MADE_BY = "in create_block_mask"  # in the stack trace of lists that are made inside the graph
 
 
-_compared: WeakKeyDictionary[GraphView, dict[tuple, int]] = WeakKeyDictionary()
+_compared: WeakKeyDictionary[GraphView, set[tuple]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -55,59 +60,95 @@ class BlockMask:
             raise Refused(Why.BLOCK_MASK, "the block mask of the call has an unknown layout")
         return BlockMask(*parts[2:6], *parts[-3:])
 
-    def notes(self, view: GraphView, allowed: Any, reader: Reader) -> list[str]:
-        """Why the lists say no more than ``allowed``, which is what mask_mod says; [] where there are no lists.
+    @property
+    def has_lists(self) -> bool:
+        return not (self.q_block == NO_BLOCKS and self.kv_block == NO_BLOCKS)
+
+    @property
+    def come_from_outside(self) -> bool:
+        """Whether the lists are inputs of the graph."""
+        return self.has_lists and isinstance(self.counts, fx.Node) and self.counts.op == "placeholder"
+
+    @property
+    def lists(self) -> tuple[Any, ...]:
+        return (self.counts, self.indices, self.full_counts, self.full_indices)
+
+    def restrict(self, view: GraphView, allowed: Any, reader: Reader, time: int) -> Any:
+        """What the lists leave of ``allowed``, which is what mask_mod says.
 
         Raises:
-            Refused: they do, or may.
+            Refused: they hide more than mask_mod already in the first call, or may, and are not known as data.
         """
-        if self.q_block == NO_BLOCKS and self.kv_block == NO_BLOCKS:
-            return []
+        if not self.has_lists:
+            return allowed
         batch, heads = view.shape(self.counts)[:2]
+        if self.come_from_outside:
+            _compare_once(self, view, allowed, reader)
+            return sympy.And(allowed, self._listed(view, reader, (batch, heads), time))
         for index, size, what in ((b, batch, "batch"), (h, heads, "head")):
-            if size == 1 and allowed.has(index) and reader.sizes[index] != 1:
+            if is_broadcast(view, size, reader.sizes[index]) is not False and allowed.has(index):
                 raise Refused(Why.BLOCK_MASK, f"mask_mod depends on the {what} index, and the block mask has only one")
-        if self.counts.op != "placeholder":
-            traces = [node.meta.get("stack_trace") or "" for node in (self.counts, self.indices)]
-            if not all(MADE_BY in trace for trace in traces):
-                raise Refused(
-                    Why.BLOCK_MASK,
-                    "its lists of blocks are computed in the graph and may hide keys that mask_mod allows",
-                    "make it with create_block_mask",
-                )
-            return []
-        known = _compared.setdefault(view, {})  # layers share their block mask
-        key = (self.counts, self.indices, self.full_counts, self.full_indices, allowed)
-        if key not in known:
-            known[key] = _compare(self, view, allowed, reader)
-        compared = known[key]
-        return [f"block lists taken to follow mask_mod, as they do in {compared:,} entries compared"]
+        traces = [node.meta.get("stack_trace") or "" for node in (self.counts, self.indices)]
+        if not all(MADE_BY in trace for trace in traces):
+            raise Refused(
+                Why.BLOCK_MASK,
+                "its lists of blocks are computed in the graph and may hide keys that mask_mod allows",
+                "make it with create_block_mask",
+            )
+        return allowed
+
+    def _listed(self, view: GraphView, reader: Reader, sizes: tuple, time: int) -> Any:
+        """Whether the blocks of query and key are listed, read from the table that was put in before matching."""
+        tables = [node for node in self.counts.users if node.target is TABLE and node.args[:4] == self.lists]
+        tables = [node for node in tables if node.args[5] == self.kv_block and view.time[node] < time]
+        tables = [node for node in tables if equal(view, view.shape(node.args[4])[2], reader.sizes[k])]
+        written = any(view.writes_between(made, view.time[node], time) for node in tables for made in self._nodes)
+        if not tables or written:
+            raise Refused(Why.BLOCK_MASK, "its lists of blocks may hide keys that mask_mod allows")
+        place: list[Any] = []
+        for index, size in zip((b, h), sizes, strict=True):  # FlexAttention's kernels take the remainder
+            place.append(index if equal(view, size, reader.sizes[index]) else expr.Modulo(index, size))
+        sides = ((q, self.q_block), (k, self.kv_block))
+        place += [expr.FloorDiv(index, reader.extent(block)) for index, block in sides]
+        return reader.as_data(tables[0], time).bool_at(tuple(place))
+
+    @property
+    def _nodes(self) -> list[fx.Node]:
+        return [node for node in self.lists if isinstance(node, fx.Node)]
 
 
 # -- lists that arrive as inputs ---------------------------------------------------------------------------------
 
 
-def _compare(mask: BlockMask, view: GraphView, allowed: Any, reader: Reader) -> int:
-    """Hold the lists of the first call against mask_mod, on some rows of blocks; the number of entries compared."""
+def _compare_once(mask: BlockMask, view: GraphView, allowed: Any, reader: Reader) -> None:
+    """Layers share their block mask."""
+    known = _compared.setdefault(view, set())
+    key = (*mask.lists, allowed)
+    if key not in known:
+        _compare(mask, view, allowed, reader)
+        known.add(key)
+
+
+def _compare(mask: BlockMask, view: GraphView, allowed: Any, reader: Reader) -> None:
+    """Hold the lists of the first call against mask_mod, on some rows of blocks, where their values are known."""
     names = ("counts", "indices", "full_counts", "full_indices", "q_block", "kv_block")
     counts, indices, full_counts, full_indices, q_block, kv_block = (_real(getattr(mask, name)) for name in names)
     sources = {load.name: reader.loads[load.name].node for load in expr.loads_of(allowed)}
     loads = {name: _real(node) for name, node in sources.items()}
     lists = [counts, indices] + ([] if mask.full_counts is None else [full_counts, full_indices])
     if any(not isinstance(tensor, torch.Tensor) for tensor in (*lists, *loads.values())):
-        raise Refused(
-            Why.BLOCK_MASK, "its lists of blocks cannot be compared with mask_mod", "make it inside the graph"
-        )
+        return
     q_len, k_len = (_hint(view, reader.sizes[index]) for index in (expr.q, expr.k))
     device = counts.device
     room = max(1, SAMPLE // (q_block * k_len))
     rows = _spread(counts.shape[2], room, device)
     batches = _spread(counts.shape[0], room // len(rows), device)
     heads = _spread(counts.shape[1], room // (len(rows) * len(batches)), device)
-    listed = _as_blocks(counts, indices)[batches][:, heads][:, :, rows]
+    columns = -(-k_len // kv_block)
+    listed = as_blocks(counts, indices, columns)[batches][:, heads][:, :, rows]
     full = torch.zeros_like(listed)
     if mask.full_counts is not None:
-        full = _as_blocks(full_counts, full_indices)[batches][:, heads][:, :, rows]
+        full = as_blocks(full_counts, full_indices, columns)[batches][:, heads][:, :, rows]
     q = (rows[:, None] * q_block + torch.arange(q_block, device=device)).flatten()
     symbols = {
         "b": batches.view(-1, 1, 1, 1),
@@ -133,19 +174,11 @@ def _compare(mask: BlockMask, view: GraphView, allowed: Any, reader: Reader) -> 
             "its lists of blocks do not follow its mask_mod: they were made by hand",
             "express the choice of blocks in mask_mod",
         )
-    return seen.numel()
 
 
 def _spread(size: int, at_most: int, device: torch.device) -> torch.Tensor:
     """Some of the numbers below ``size``, the last one among them."""
     return torch.linspace(size - 1, 0, max(1, min(size, at_most)), device=device).long()
-
-
-def _as_blocks(counts: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
-    """[B, H, rows, columns]: whether a block is in the list."""
-    live = torch.arange(indices.shape[-1], device=counts.device) < counts[..., None]
-    dense = torch.zeros(*indices.shape[:-1], indices.shape[-1] + 1, dtype=torch.bool, device=counts.device)
-    return dense.scatter_(-1, indices.long().where(live, indices.shape[-1]), True)[..., :-1]
 
 
 def _real(value: Any) -> Any:

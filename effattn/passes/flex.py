@@ -69,7 +69,7 @@ def from_flex(view: GraphView, call: Call, readers: dict[tuple, Reader]) -> Draf
     captured = [_captured(reader, node, time) for node in call.get("score_mod_other_buffers", ())]
     given = [_element("float", raw), *index, *captured]
     term = _read_mod(view, reader, call.get("score_mod"), given, "score_mod").number_at(())
-    notes = mask.notes(view, allowed, reader)
+    allowed = mask.restrict(view, allowed, reader, time)
     return Draft(
         anchor=call.node,
         replaced=out,
@@ -90,7 +90,6 @@ def from_flex(view: GraphView, call: Call, readers: dict[tuple, Reader]) -> Draf
         zero_when_empty=True,
         before=call.node,
         lse=lse,
-        notes=notes,
     )
 
 

@@ -5,8 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 from comparing import assert_close
-from compiled import compiled
+from compiled import assert_same, compiled
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+
+from effattn.compiler import collect
+from effattn.compiler.backend import effattn
+from effattn.compiler.options import Options
 
 B, H, N, D = 2, 4, 40, 16
 BLOCK = 16
@@ -215,8 +219,9 @@ def documents_mask() -> tuple[BlockMask, torch.Tensor]:
 def test_block_mask_that_arrives_as_an_input(qkv):
     blocks, _ = documents_mask()
     report, _ = compiled(lambda q, k, v: flex_attention(q, k, v, block_mask=blocks), *qkv)
-    assert only(report).predicate == "k <= q & document[b, q] == document[b, k]"
-    assert "block lists" in only(report).notes[0]
+    lists = "blocks[b, 0, q//16, k//16]"
+    assert only(report).predicate == f"k <= q & document[b, q] == document[b, k] & {lists}"
+    assert report.graph().count("effattn.listed_blocks.default(") == 1
 
 
 def by_hand(mask_mod) -> BlockMask:
@@ -227,18 +232,120 @@ def by_hand(mask_mod) -> BlockMask:
     return BlockMask.from_kv_blocks(counts, indices, BLOCK_SIZE=BLOCK, mask_mod=mask_mod, seq_lengths=(N, N))
 
 
-@pytest.mark.parametrize("mask_mod", [None, lambda b, h, i, j: i >= j], ids=["none", "causal"])
+def causal_mod(b, h, i, j):
+    return i >= j
+
+
+def other_lists(counts, indices, full_counts=None, full_indices=None, size: int = BLOCK) -> BlockMask:
+    made = [None if part is None else torch.tensor(part, dtype=torch.int32) for part in (full_counts, full_indices)]
+    return BlockMask.from_kv_blocks(
+        *(torch.tensor(part, dtype=torch.int32) for part in (counts, indices)),
+        *made,
+        BLOCK_SIZE=size,
+        mask_mod=causal_mod,
+        seq_lengths=(N, N),
+    )
+
+
+MADE, MADE_FOR_EACH = (
+    create_block_mask(causal_mod, *sizes, N, N, device="cpu", BLOCK_SIZE=BLOCK) for sizes in ((None, None), (B, H))
+)
+NONE = [[0] * 3] * 3
+LATER = {  # what the first call brings and what a later one does, and which blocks that lists
+    "the same": (MADE, MADE, [[1, 0, 0], [1, 1, 0], [1, 1, 1]]),
+    "fewer": (
+        MADE,
+        other_lists([[[1, 1, 2]]], [[[[0, 0, 0], [1, 0, 0], [2, 0, 9]]]], [[[0, 0, 0]]], [[NONE]]),
+        [[1, 0, 0], [0, 1, 0], [1, 0, 1]],
+    ),
+    "full ones alone": (
+        MADE,
+        other_lists([[[0, 0, 1]]], [[[[0] * 3, [0] * 3, [2, 0, 0]]]], [[[0, 1, 1]]], [[[[0] * 3, [0] * 3, [1, 0, 0]]]]),
+        [[0, 0, 0], [1, 0, 0], [0, 1, 1]],
+    ),
+    "for each batch": (
+        MADE_FOR_EACH,
+        other_lists(
+            [[[1, 1, 1]] * H, [[1, 2, 3]] * H],
+            [[[[0, 0, 0]] * 3] * H, [[[0, 1, 2]] * 3] * H],
+            [[[0, 0, 0]] * H] * B,
+            [[NONE] * H] * B,
+        ),
+        [[[1, 0, 0]] * 3, [[1, 0, 0], [1, 1, 0], [1, 1, 1]]],
+    ),
+}
+
+
+@pytest.mark.parametrize("target", ["portable", "triton"])
+@pytest.mark.parametrize("case", LATER)
+def test_lists_of_a_later_call_count(case, target, qkv):
+    """With the same mask_mod, as FlexAttention's kernels have it; its code without kernels does not look at lists."""
+    q, k, v = qkv
+    first, later, listed = LATER[case]
+    given = {"rest": "eager", "strict": True, "target": target}
+    torch._dynamo.reset()
+    with collect.listening() as heard:
+        fast = torch.compile(
+            lambda q, k, v, blocks: flex_attention(q, k, v, block_mask=blocks),
+            backend=lambda gm, args: effattn(gm, args, options=given),
+        )
+        assert_same(fast(q, k, v, first), flex_attention(q, k, v, block_mask=first), 2e-5)
+        seen = torch.tensor(listed).bool().repeat_interleave(BLOCK, -1).repeat_interleave(BLOCK, -2)[..., :N, :N]
+        seen = seen.tril().expand(B, N, N)[:, None]
+        expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=seen)
+        assert_same(fast(q, k, v, later), expected, 2e-5)
+    assert only(heard.report(Options.read(given))).predicate.startswith("k <= q & blocks[")
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_masks_of_other_documents_and_lengths(dynamic):
+    given = {"rest": "eager", "strict": True}
+
+    def call(q, k, v, blocks):
+        return flex_attention(q, k, v, block_mask=blocks)
+
+    torch._dynamo.reset()
+    with collect.listening() as heard:
+        fast = torch.compile(call, backend=lambda gm, args: effattn(gm, args, options=given), dynamic=dynamic)
+        for batch, length, size in ((2, 40, 9), (2, 40, 5), (3, 51, 20), (4, 70, 11)):
+            ids = (torch.arange(length) // size).expand(batch, length).clone()
+
+            def mask(b, h, i, j, ids=ids):
+                return (i >= j) & (ids[b, i] == ids[b, j])
+
+            blocks = create_block_mask(mask, batch, None, length, length, device="cpu", BLOCK_SIZE=BLOCK)
+            generator = torch.Generator().manual_seed(length)
+            args = [torch.randn(batch, H, length, D, generator=generator) for _ in range(3)]
+            assert_same(fast(*args, blocks), call(*args, blocks), 2e-5)
+    report = heard.report(Options.read(given))
+    assert report.missed == []
+    assert len(report.sites) > 1 or dynamic
+
+
+def test_layers_share_the_table_of_their_lists(qkv):
+    blocks, _ = documents_mask()
+
+    def call(q, k, v):
+        return flex_attention(flex_attention(q, k, v, block_mask=blocks), k, v, block_mask=blocks)
+
+    report, _ = compiled(call, *qkv)
+    assert len(report.sites) == 2
+    assert report.graph().count("effattn.listed_blocks.default(") == 1
+
+
+@pytest.mark.parametrize("mask_mod", [None, causal_mod], ids=["none", "causal"])
 def test_block_lists_made_by_hand_are_left_alone(mask_mod, qkv):
     blocks = by_hand(mask_mod)
     report, _ = compiled(lambda q, k, v: flex_attention(q, k, v, block_mask=blocks), *qkv)
     assert report.sites == []
     assert "made by hand" in report.missed[0].reason
+    assert "listed_blocks" not in report.graph()
 
 
 def test_block_lists_made_by_hand_that_follow_the_mask_are_taken(qkv):
     blocks = by_hand(lambda b, h, i, j: j < 5)
     report, _ = compiled(lambda q, k, v: flex_attention(q, k, v, block_mask=blocks), *qkv)
-    assert only(report).predicate in ("k <= 4", "k < 5")
+    assert only(report).predicate == "k < 5 & blocks[0, 0, q//16, k//16]"
 
 
 def test_block_lists_that_the_graph_computes_are_left_alone(qkv):
