@@ -218,6 +218,15 @@ def documents(sizes, device):
 
 
 @case
+def blocks_in_a_table(sizes, device):
+    """One boolean for each pair of blocks, as FlexAttention's block masks list them."""
+    listed = sympy.Ne(load("blocks", [b, 0, FloorDiv(q, 32), FloorDiv(k, 32)], integer=True), 0)
+    plan = Plan("exact", sizes.scale * s, sympy.And(CAUSAL, listed), loads=(LoadSpec("blocks", "bool", 4),))
+    table = _random((sizes.batch, 1, -(-sizes.q_len // 32), -(-sizes.k_len // 32)), device) > 0
+    return Call(plan, loads=[table])
+
+
+@case
 def cache_by_pointer(sizes, device):
     """A static cache: keys up to a position that only the device knows."""
     live = load("live", [], integer=True)

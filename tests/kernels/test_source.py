@@ -82,6 +82,13 @@ def test_lines_are_computed_once():
     assert [text.count("tl.load(data_document") for text in (before, full, edge)] == [1, 1, 1]
 
 
+@pytest.mark.parametrize("tile", [32, 64])
+def test_what_is_one_number_for_all_rows_of_a_tile_is_loaded_once_a_key(tile):
+    source = generate(replace(spec("blocks_in_a_table", "sm90"), tiles=Tiles(tile, 16, 4, 1)))
+    loads = [line for line in source.splitlines() if "tl.load(data_blocks" in line]
+    assert [":, None" in line for line in loads] == [tile > 32] * 2
+
+
 def _forget():
     kernels.load.cache_clear()
     triton_target.forget()

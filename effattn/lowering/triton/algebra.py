@@ -35,6 +35,7 @@ class Value:
     kind: str = "int"  # "int", "float", "bool"
     level: int = ATOM
     plain: bool = False  # an index symbol that is known to lie within bounds
+    tile: tuple[str, int] | None = None  # of consecutive indices: the first one, a multiple of how many there are
 
     def at(self, level: int) -> str:
         """The text, in parentheses if it binds less tightly than ``level``."""
@@ -157,6 +158,8 @@ class Source:
             return _function("tl.where", args, axes, kind)
         if operation == "is_power_of_two":
             return _function("_is_power_of_two", args, axes, "bool")
+        if operation == "floordiv" and (first := _one_block(*args)) is not None:
+            return self._call(operation, first, args[1])
         if operation in ("floordiv", "mod") and (shift := _exact_log2(args[1])) is not None:
             return _by_power_of_two(operation, args[0], shift, axes)
         if operation in HELPERS:
@@ -223,6 +226,13 @@ def _multiply(left: Value, right: Value, axes, kind) -> Value:
 
 def _function(name: str, args, axes, kind) -> Value:
     return Value(f"{name}({', '.join(arg.spread(axes) for arg in args)})", axes, kind)
+
+
+def _one_block(index: Value, divisor: Value) -> Value | None:
+    """The first index of a tile that lies within one block of so many: the quotient is one number for all of it."""
+    if index.tile is None or not divisor.text.isdigit() or int(divisor.text) % index.tile[1] or divisor.text == "0":
+        return None
+    return Value(index.tile[0])
 
 
 def _exact_log2(divisor: Value) -> int | None:

@@ -72,7 +72,8 @@ class BackwardGenerator(Generator):
         """As :meth:`sweep`, with keys along the first side of a tile and rows along the second."""
         before, steps, count = flatten(parts, "i", "row_tile")
         inside = self.rows_before.inner()
-        symbols = self.symbols(q=Value("rows", KEYS, plain=True), k=Value("keys", ROWS, plain=True))
+        tile = ("first_key", self.spec.tiles.block_m)
+        symbols = self.symbols(q=Value("rows", KEYS, plain=True), k=Value("keys", ROWS, plain=True, tile=tile))
         # the head changes from turn to turn, so nothing is computed before the loop
         algebra = Source(symbols, self.loads, inside, inside, key_mask="row_ok", row_mask="key_ok")
         sweep = Sweep(title, edge, count, before, steps, lines=inside.lines)

@@ -244,12 +244,14 @@ class Generator:
 
     def symbols(self, **more: Value) -> dict[str, Value]:
         head = Value("head", ROWS if self.spec.kind == "decode" else SCALAR, plain=True)
+        aligned = self.spec.kind in ("prefill", "backward") and not self.shift
+        tile = ("first_row", self.spec.tiles.block_m) if aligned else None
         found = {
             "b": Value("batch", plain=True),
             "h": head,
             "Nq": Value("q_len"),
             "Nk": Value("k_len"),
-            "q": Value("rows", ROWS, plain=True),
+            "q": Value("rows", ROWS, plain=True, tile=tile),
             "k": Value("keys", frozenset("k"), plain=True),
             "s": Value("scores", TILE, "float"),
         }
