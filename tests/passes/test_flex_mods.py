@@ -7,6 +7,7 @@ import warnings
 
 import pytest
 import torch
+from comparing import assert_close
 from compiled import compiled
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention, or_masks
 
@@ -253,7 +254,7 @@ def test_gradients_of_scores(mod, monkeypatch):
     torch._dynamo.reset()
     fast = torch.compile(call(mod), backend="effattn", options={"rest": "eager", "strict": True})
     for got, want in zip(torch.autograd.grad((fast(*inputs) ** 2).sum(), inputs), expected, strict=True):
-        torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-4)
+        assert_close(got, want, 1e-4)
 
 
 # -- what is left alone --------------------------------------------------------------------------------------------
