@@ -88,6 +88,7 @@ def from_flex(view: GraphView, call: Call, readers: dict[tuple, Reader]) -> Draf
         out_index=(b, h, q, depth),
         reader=reader,
         zero_when_empty=True,
+        autocast=view.held(out).dtype != view.held(query).dtype,  # it casts query, key and value alike
         before=call.node,
         lse=lse,
     )

@@ -71,7 +71,7 @@ def compiled() -> dict[str, tuple[KernelSpec | ScoreSpec | int, str, str]]:
         made = {f"{name} prefill": spec(name, arch) for name in PREFILL}
         made |= {f"{name} decode": spec(name, arch, "decode") for name in DECODE}
         made |= {f"causal D {dim}": spec("causal", arch, dim=dim, value_dim=dv) for dim, dv in ((60, 60), (96, 64))}
-        made["powers and bits"] = spec("powers_and_bits", arch, dim=64)
+        made["powers and bits"] = spec("powers_and_bits", arch, dim=64, tiles=Tiles(64, 32, 4, 2))
         made["causal D 256"] = spec("causal", arch, dim=256)
         made["causal fp32"] = spec("causal", arch, dtype="float32", dim=64)
         made["causal fp32 D 128"] = spec("causal", arch, dtype="float32")

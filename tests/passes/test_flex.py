@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from comparing import assert_close
@@ -359,6 +361,65 @@ def test_block_lists_that_the_graph_computes_are_left_alone(qkv):
     report, _ = compiled(call, *qkv)
     assert report.sites == []
     assert "computed in the graph" in report.missed[0].reason
+
+
+# -- neighbours: grouped heads, other lengths, block sizes, batches ------------------------------------------------
+
+KEYS = 57
+LENGTHS = torch.tensor([30, 50])
+
+
+def up_to_the_length(b, h, i, j):
+    return j < LENGTHS[b]
+
+
+def wider_with_each_head(b, h, i, j):
+    return j <= i + 3 * h
+
+
+def made(mask, *sizes, size: Any = BLOCK, rows: int = N):
+    return create_block_mask(mask, *sizes, rows, KEYS, device="cpu", BLOCK_SIZE=size)
+
+
+OF_BATCHES, OF_HEADS = made(up_to_the_length, B, None), made(wider_with_each_head, None, H)
+NOT_SQUARE = made(causal_mod, None, None, size=(16, 32))
+NEIGHBOURS = {
+    "batches, from outside": lambda q, k, v: grouped(q, k, v, OF_BATCHES),
+    "heads, from outside, and the LSE": lambda q, k, v: grouped(q, k, v, OF_HEADS, return_lse=True),
+    "blocks that are not square, from outside": lambda q, k, v: grouped(q, k, v, NOT_SQUARE),
+    "blocks that are not square": lambda q, k, v: grouped(q, k, v, made(causal_mod, None, None, size=(32, 16))),
+    "one batch of keys": lambda q, k, v: grouped(q, k[:1], v[:1], made(up_to_the_length, B, None)),
+    "one row": lambda q, k, v: grouped(q[:, :, :1], k, v, made(lambda b, h, i, j: j <= i + 30, None, None, rows=1)),
+    "kernel options": lambda q, k, v: grouped(q, k, v, kernel_options={"BLOCK_M": 32, "PRESCALE_QK": True}),
+    "autocast": lambda q, k, v: in_autocast(q, k, v),
+}
+
+
+def grouped(q, k, v, blocks=None, **options):
+    return flex_attention(q, k, v, block_mask=blocks, enable_gqa=True, **options)
+
+
+def in_autocast(q, k, v):
+    with torch.autocast("cpu", torch.bfloat16):
+        return grouped(q, k, v)
+
+
+@pytest.mark.parametrize("case", NEIGHBOURS)
+def test_neighbours(case):
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((B, H, N, D), (B, 2, KEYS, D), (B, 2, KEYS, 24))
+    report, _ = compiled(NEIGHBOURS[case], *(torch.randn(shape, generator=generator) for shape in shapes))
+    only(report)
+
+
+def test_a_mask_for_one_batch_that_depends_on_the_batch_is_left_alone(qkv):
+    report, _ = compiled(lambda q, k, v: flex_attention(q, k, v, block_mask=made_for_one_batch(q, k)), *qkv)
+    assert report.sites == []
+    assert "depends on the batch index" in report.missed[0].reason
+
+
+def made_for_one_batch(q, k):
+    return create_block_mask(up_to_the_length, None, None, q.shape[2], k.shape[2], device="cpu", BLOCK_SIZE=BLOCK)
 
 
 # -- what is left alone ------------------------------------------------------------------------------------------
