@@ -54,6 +54,7 @@ def write_out(graph: fx.Graph) -> list[fx.Node]:
             insert = Inserter(graph, node)
             with graph.inserting_before(node):
                 tables[known] = insert.call(TABLE, *mask.lists, key, mask.kv_block)
+            tables[known]._rename("blocks")  # as the report shows it
     return list(tables.values())
 
 
