@@ -190,6 +190,12 @@ def loads_of(*terms) -> list[Load]:
     return sorted(found, key=sympy.default_sort_key)
 
 
+def is_of_blocks(load: Load) -> bool:
+    """Whether a load has one element for each pair of a block of queries and a block of keys."""
+    places = [index for index in load.indices if index.has(q, k)]
+    return {index.args[0] for index in places if isinstance(index, FloorDiv)} == {q, k} and len(places) == 2
+
+
 def free_symbols(*terms) -> set[sympy.Symbol]:
     """Symbols of the terms, names of loads not counted."""
     found: set[sympy.Symbol] = set()

@@ -109,7 +109,7 @@ def _role(load: expr.Load, predicate) -> str:
         return "document" if isinstance(pairs[0], sympy.Eq) else "positions"
     if not predicate.has(load):
         return "slopes" if free == {h} else "bias"
-    if {q, k} <= free and all(isinstance(i, expr.FloorDiv) for i in load.indices if i.has(q, k)):
+    if expr.is_of_blocks(load):
         return "blocks"
     if q in free or k in free:
         return "mask" if {q, k} <= free else "padding" if k in free else "rows"

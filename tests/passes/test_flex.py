@@ -324,6 +324,12 @@ def test_masks_of_other_documents_and_lengths(dynamic):
     assert len(report.sites) > 1 or dynamic
 
 
+@pytest.mark.parametrize("policy", ["window", "power"])
+def test_forms_take_masks_from_outside(policy, qkv):
+    report, _ = compiled(lambda q, k, v: flex_attention(q, k, v, block_mask=MADE), *qkv, policy=policy)
+    assert only(report).form == policy
+
+
 def test_layers_share_the_table_of_their_lists(qkv):
     blocks, _ = documents_mask()
 

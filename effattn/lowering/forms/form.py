@@ -107,9 +107,17 @@ def no_data_mask(site: Site, _params: Params) -> bool:
     return walk(site.predicate).residual == sympy.true
 
 
+def _beside_lists(residual: Any) -> Any:
+    """Conditions on data without lists of blocks that a caller passes: they hide whole blocks at most, none of a mask
+    that create_block_mask made, so that nothing is counted from where they begin."""
+    parts = expr.conjuncts(residual)
+    lists = [part for part in parts if isinstance(part, sympy.Ne) and isinstance(part.lhs, expr.Load)]
+    return sympy.And(*[part for part in parts if part not in lists or not expr.is_of_blocks(part.lhs)])
+
+
 def padding_at_most(site: Site, _params: Params) -> bool:
     """No data in the mask but by batch and key."""
-    alone, others = key_conditions(walk(site.predicate).residual)
+    alone, others = key_conditions(_beside_lists(walk(site.predicate).residual))
     named = any(spec.name == expr.FIRST_KEY for spec in site.loads)
     return others == sympy.true and not (alone != sympy.true and named)
 
@@ -118,7 +126,7 @@ def has_sinks(site: Site, params: Any) -> bool:
     """Whether every query that sees a key still does: in text with padding its own key may be masked."""
     keys = walk(site.predicate)
     out_of_reach = bool(keys.lower) and site.empty_rows == "nan"  # sinks beyond the model's own window
-    return keys.residual == sympy.true or (params.sinks > 0 and not out_of_reach)
+    return _beside_lists(keys.residual) == sympy.true or (params.sinks > 0 and not out_of_reach)
 
 
 def no_gradient(site: Site, _params: Params) -> bool:
