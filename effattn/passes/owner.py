@@ -13,6 +13,7 @@ import re
 from collections.abc import Iterator, Mapping
 from types import CodeType
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import fx
@@ -27,12 +28,18 @@ class _Frame(NamedTuple):
     variables: Mapping[str, Mapping[str, Any]]  # L: of the function, G: of its Python module
 
 
+_owners: WeakKeyDictionary[fx.Graph, str | None] = WeakKeyDictionary()  # one graph has one frame, and many sites
+
+
 def classes_around(node: fx.Node) -> tuple[str, ...]:
     """Class names of the modules around a node, outermost first, from the one that is compiled on."""
     frame = _compiled_frame()
     found: dict[str, None] = {}
-    if frame is not None and (owner := _owner(frame)) is not None:
-        found[owner] = None
+    if frame is not None:
+        if node.graph not in _owners:
+            _owners[node.graph] = _owner(frame)
+        if (owner := _owners[node.graph]) is not None:
+            found[owner] = None
     for source, kind in _recorded(node):
         for _, module in _along(source, frame):
             if isinstance(module, torch.nn.Module):
