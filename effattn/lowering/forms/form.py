@@ -77,7 +77,8 @@ class Form:
 
     def kept(self, params: Params, site: Site) -> Any:
         """What is kept at a site."""
-        if FROM_THE_FIRST_KEY in self.rules and walk(site.predicate).residual != sympy.true:
+        padding, _ = key_conditions(walk(site.predicate).residual)
+        if FROM_THE_FIRST_KEY in self.rules and padding != sympy.true:
             return self.keep(params, site.position, expr.first_key)
         return self.keep(params, site.position)
 
