@@ -272,7 +272,8 @@ OP_RULES = (
     Rule(
         "gradient of the bias",
         lambda site, params: not site.loads_need_grad,
-        "a tensor that the score reads needs a gradient itself (a learned bias), which the op does not compute",
+        "a tensor that the score reads needs a gradient itself (a learned bias or scale), "
+        "which the op does not compute",
         "run under torch.no_grad()",
     ),
     Rule(

@@ -72,6 +72,45 @@ class SpatialReduction(nn.Module):
         return (attn @ v).transpose(1, 2).reshape(batch, length, width)
 
 
+class DecomposedPositions(nn.Module):
+    """MViTv2: positions of rows and columns apart, written into the part of the scores behind the class token."""
+
+    def __init__(self, side: int = 3):
+        super().__init__()
+        self.side, self.qkv = side, nn.Linear(WIDTH, 3 * WIDTH)
+        self.rows, self.columns = (nn.Parameter(torch.randn(2 * side - 1, WIDTH // HEADS)) for _ in range(2))
+
+    def forward(self, x):
+        batch, length, width = x.shape
+        side = self.side
+        q, k, v = self.qkv(x).reshape(batch, length, 3, HEADS, width // HEADS).permute(2, 0, 3, 1, 4).unbind(0)
+        attn = (q * 0.35) @ k.transpose(-2, -1)
+        distance = torch.arange(side)[:, None] - torch.arange(side)[None, :] + side - 1
+        image = q[:, :, 1:].reshape(batch, HEADS, side, side, -1)
+        rows = torch.einsum("byhwc,hkc->byhwk", image, self.rows[distance])
+        columns = torch.einsum("byhwc,wkc->byhwk", image, self.columns[distance])
+        attn[:, :, 1:, 1:] = (
+            attn[:, :, 1:, 1:].view(batch, -1, side, side, side, side)
+            + rows[:, :, :, :, :, None]
+            + columns[:, :, :, :, None, :]
+        ).view(batch, -1, side * side, side * side)
+        return (attn.softmax(dim=-1) @ v).transpose(1, 2).reshape(batch, length, width)
+
+
+class ChannelAttention(nn.Module):
+    """XCiT: channels attend to channels, normalised over tokens, with a learned temperature for each head."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv, self.temperature = nn.Linear(WIDTH, 3 * WIDTH), nn.Parameter(torch.rand(HEADS, 1, 1) + 0.5)
+
+    def forward(self, x):
+        batch, length, width = x.shape
+        q, k, v = self.qkv(x).reshape(batch, length, 3, HEADS, width // HEADS).permute(2, 0, 3, 4, 1).unbind(0)
+        attn = F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).transpose(-2, -1) * self.temperature
+        return (attn.softmax(dim=-1) @ v).permute(0, 3, 1, 2).reshape(batch, length, width)
+
+
 def window_partition(x, size):
     batch, height, width, channels = x.shape
     x = x.view(batch, height // size, size, width // size, size, channels)
@@ -389,6 +428,8 @@ ROWS = [
     Row(lambda: Vit(fused=True), tokens(), name="vit-fused"),
     Row(ClassAttention, tokens()),
     Row(SpatialReduction, tokens(2, 16, WIDTH), symbolic=(0,)),
+    Row(DecomposedPositions, tokens(2, 10, WIDTH), score="Where(1 <= k & 1 <= q, 0.35*s + ", symbolic=(0,)),
+    Row(ChannelAttention, tokens(2, 10, WIDTH), score="s*slopes[h, 0, 0]", symbolic=(0,)),
     Row(lambda: Swin(), image, name="swin", symbolic=(0,)),
     Row(lambda: Swin(shift=2), image, name="swin-shifted", symbolic=(0,)),
     Row(lambda: Swin(shift=2, fused=True), image, name="swin-shifted-fused", symbolic=(0,)),

@@ -170,13 +170,14 @@ class TorchTune(nn.Module):
 class XTransformers(nn.Module):
     """lucidrains: einsum, one key head for all, memory keys in front, a causal mask that starts at the diagonal."""
 
-    def __init__(self, one_kv_head: bool, memories: int = 0, talking: str = ""):
+    def __init__(self, one_kv_head: bool, memories: int = 0, talking: str = "", sink: bool = False):
         super().__init__()
         self.memories, self.one, self.talking = memories, one_kv_head, talking
         kv = 8 if one_kv_head else WIDTH
         self.to_q, self.to_k, self.to_v = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, kv), nn.Linear(WIDTH, kv)
         if memories:
             self.mem_k, self.mem_v = (nn.Parameter(torch.randn(HEADS, memories, 8)) for _ in range(2))
+        self.sink = nn.Parameter(torch.randn(HEADS)) if sink else None
         if talking:
             self.mix = nn.Linear(HEADS, HEADS) if talking == "linear" else nn.Conv2d(HEADS, HEADS, 1, bias=False)
 
@@ -205,7 +206,11 @@ class XTransformers(nn.Module):
         i, j = dots.shape[-2:]
         causal = torch.ones((i, j), device=dots.device, dtype=torch.bool).triu(j - i + 1)
         dots = dots.masked_fill(causal, value)
+        if self.sink is not None:
+            dots = torch.cat((self.sink.view(1, HEADS, 1, 1).expand(b, -1, n, -1), dots), dim=-1)
         attn = F.softmax(dots, dim=-1, dtype=torch.float32).type(dots.dtype)
+        if self.sink is not None:
+            attn = attn[..., 1:]
         out = torch.einsum(f"b h i j, {kv_pattern} -> b h i d", attn, v)
         return out.transpose(1, 2).reshape(b, n, -1)
 
@@ -422,6 +427,7 @@ ROWS = [
     Row(lambda: XTransformers(False), tokens(), CAUSAL, name="x-transformers"),
     Row(lambda: XTransformers(True), tokens(), CAUSAL, name="x-transformers-one-kv-head"),
     Row(lambda: XTransformers(False, memories=3), tokens(), "k <= 3 + q", name="x-transformers-memories"),
+    Row(lambda: XTransformers(False, sink=True), tokens(), CAUSAL, name="x-transformers-sink"),
     Row(
         lambda: XTransformers(False, memories=3),
         lambda: (padded()()[0], padded()()[1].bool()),

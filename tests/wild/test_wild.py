@@ -19,21 +19,23 @@ import layouts
 import masking
 import modules
 import positions
+import proteins
 import softmaxes
 from row import Row, check
 
 ROWS = [
     row
-    for module in (images, language, positions, softmaxes, diffusion, masking, modules, layouts)
+    for module in (images, language, positions, proteins, softmaxes, diffusion, masking, modules, layouts)
     for row in module.ROWS
 ]
 # one row of each kind: ways to make scores, to mask, to place heads, to leave attention alone
 WITH_GRADIENTS = {
     *("vit-normed", "swin-shifted", "SwinV2", "Sam", "Axial", "neighbours-2d", "perceiver-padded", "windows-split"),
     *("nanogpt", "llama-reference-later", "whisper", "x-transformers-one-kv-head", "x-transformers-memories-padded"),
-    *("T5", "TransformerXl", "differential-outputs", "GptOss", "mla", "Fairseq", "PairBias", "softmax-by-exp"),
-    *("talking-linear", "baddbmm-mask", "VaeBlock", "Joint", "float-from-caller-eager", "by_lengths", "stacked"),
-    *("mha-both", "transformer-padded", "grouped-eager", "groups_apart", "192-and-128", "fewer-queries"),
+    *("T5", "TransformerXl", "TiedRows", "x-transformers-sink", "differential-outputs", "GptOss", "mla", "Fairseq"),
+    *("PairBias", "softmax-by-exp", "talking-linear", "baddbmm-mask", "VaeBlock", "Joint", "float-from-caller-eager"),
+    *("by_lengths", "stacked", "mha-both", "transformer-padded", "grouped-eager", "groups_apart", "192-and-128"),
+    *("fewer-queries",),
 }
 
 

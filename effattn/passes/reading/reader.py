@@ -17,6 +17,7 @@ from effattn.passes.vocabulary import Call
 
 Kind = Literal["bool", "int", "float"]
 Index = tuple[sympy.Expr, ...]
+MAX_WRITES = 2  # a mask of which more parts were written one after the other is kept as data
 MAX_OPERATIONS = 2000  # an expression larger than this is kept as data
 
 
@@ -129,7 +130,8 @@ class Reader:
             whole = call is not None and call.name != "setitem"
             if self.view.written_as(last) is value and last is not value and whole:
                 return self.read(last, time)  # x.masked_fill_(...) and then x: the written value
-            return self._written_in_part(value, last) or self._load(value, time)
+            few = len(writers) <= MAX_WRITES or self._was_product(value)
+            return (self._written_in_part(value, last) if few else None) or self._load(value, time)
         if value not in self._definitions:
             self._definitions[value] = self._define(value)
         return self._definitions[value] or self._load(value, time)
@@ -145,6 +147,12 @@ class Reader:
     def as_data(self, node: fx.Node, time: int) -> Reading:
         """The node as a named load, without looking into it."""
         return self._load(node, time)
+
+    def _was_product(self, value: fx.Node) -> bool:
+        """Whether a tensor held the product of query and key before anyone wrote to it."""
+        reading = self.read(value, self.view.time[value] + 1)
+        loads = expr.loads_of(reading.at(generic_index(len(reading.shape))))
+        return any(load.name in self.raw for load in loads)
 
     def _written_in_part(self, value: fx.Node, writer: fx.Node) -> Reading | None:
         if (value, writer) not in self._parts:
