@@ -51,6 +51,7 @@ class Case:
     rank: str = "four"  # "three": batch and heads are one dimension at the softmax
     sdpa_mask: str = UNUSED
     mod: str = UNUSED
+    blocks: str = UNUSED  # "made inside" the function that is compiled, or "given"
     hostile: str = UNUSED
     layout: str = "[B, H, N, D]"
     dtype: str = "float32"
@@ -132,6 +133,13 @@ class Case:
         given = {name: draw.normal(*shape).to(DEVICE) for name, shape in shapes.items()}
         return given | data.tensors(self.data, sizes, dtype, seed, self.hidden)
 
+    def arguments(self, given: dict[str, Any]) -> dict[str, Any]:
+        """What the function is called with: the tensors, and a BlockMask where one is given."""
+        if self.blocks != "given" or MODS[self.mod].mask(given) is None:
+            return given
+        q, k, _ = LAYOUTS[self.layout].open(given, self.sizes)
+        return given | {"blocks": _block_mask(MODS[self.mod].mask(given), q, k)}
+
     def differentiable(self, given: dict[str, Tensor]) -> list[str]:
         own = set(LAYOUTS[self.layout].lengths) | {"wq", "wk", "wv"} | self.learned
         return [name for name, tensor in given.items() if name in own and tensor.is_floating_point()]
@@ -166,7 +174,7 @@ class Case:
         return np.broadcast_to(oracle(*grid, arrays, shape[2:]), shape).astype(bool)
 
     def function(self) -> Callable[[dict[str, Tensor]], Any]:
-        """The attention function; its one argument is what :meth:`tensors` gives."""
+        """The attention function; its one argument is what :meth:`arguments` gives."""
         return {"written": _written, "sdpa": _sdpa, "flex": _flex, "hostile": _hostile}[self.core](self)
 
 
@@ -250,6 +258,10 @@ def _sdpa(case: Case) -> Callable:
     return attention
 
 
+def _block_mask(mask: Callable, q: Tensor, k: Tensor) -> Any:
+    return create_block_mask(mask, *q.shape[:3], k.shape[2], device=q.device, BLOCK_SIZE=16)
+
+
 def _flex(case: Case) -> Callable:
     layout, sizes, mod = LAYOUTS[case.layout], case.sizes, MODS[case.mod]
 
@@ -257,9 +269,7 @@ def _flex(case: Case) -> Callable:
         q, k, v = layout.open(given, sizes)
         mask, score, blocks = mod.mask(given), mod.score(given), None
         if mask is not None:
-            blocks = create_block_mask(
-                mask, q.shape[0], q.shape[1], q.shape[2], k.shape[2], device=q.device, BLOCK_SIZE=16
-            )
+            blocks = given["blocks"] if case.blocks == "given" else _block_mask(mask, q, k)
         grouped = sizes.groups > 1
         return flex_attention(q, k, v, score_mod=score, block_mask=blocks, enable_gqa=grouped, scale=0.3)
 

@@ -101,7 +101,12 @@ def _sdpa(pick: Pick) -> dict[str, Any]:
 def _flex(pick: Pick) -> dict[str, Any]:
     mod = pick(MODS)
     unused = dict.fromkeys((*_WRITTEN, "scale", "mask"), UNUSED)
-    return {**unused, "mod": mod, "hidden": pick((True, False)) and mod == "padding"}
+    return {
+        **unused,
+        "mod": mod,
+        "blocks": pick(("made inside", "made inside", "given")),
+        "hidden": pick((True, False)) and mod == "padding",
+    }
 
 
 def _hostile(pick: Pick) -> dict[str, Any]:

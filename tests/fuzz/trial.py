@@ -192,7 +192,7 @@ class Outcome:
             for dim in dims if name in given else ():
                 torch._dynamo.maybe_mark_dynamic(given[name], dim)
         with torch.set_grad_enabled(case.grad):
-            results = [leaf for leaf in tree_leaves(function(given)) if isinstance(leaf, Tensor)]
+            results = [leaf for leaf in tree_leaves(function(case.arguments(given))) if isinstance(leaf, Tensor)]
             results = [leaf for leaf in results if leaf.is_floating_point()]
         gradients: dict[str, Tensor] = {}
         if wanted and any(leaf.requires_grad for leaf in results):
