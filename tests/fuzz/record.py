@@ -20,8 +20,8 @@ from tests.fuzz.workers import TOO_SLOW
 VERDICTS = ("found", "refused", "nothing", "wrong", "too slow")
 AXES = (
     "core", "mask", "fill", "score", "scale", "norm", "product", "scores_are", "softmax", "sink", "dropout", "output",
-    "group", "order", "rank", "sdpa_mask", "mod", "blocks", "hostile", "layout", "dtype", "shapes", "batches", "threads",
-    "grad", "hidden",
+    "group", "order", "rank", "sdpa_mask", "mod", "blocks", "hostile", "layout", "dtype", "shapes", "batches",
+    "threads", "grad", "hidden",
 )  # fmt: skip
 
 
