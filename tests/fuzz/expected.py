@@ -40,6 +40,10 @@ def _adds_data(case: Case) -> bool:
     return any(part in case.score for part in added) or case.product == "baddbmm, alibi"
 
 
+def _batch_and_heads_are_one_symbol(case: Case) -> bool:
+    return case.layout == "[N, BH, D]" and case.batches == "other"
+
+
 REFUSALS = (
     Refusal("torch.float64", lambda case: "float64" in (case.dtype, case.softmax)),
     Refusal("float stands between the product", lambda case: case.dtype == "float64"),
@@ -48,7 +52,8 @@ REFUSALS = (
     Refusal("not attention", lambda case: case.keys == 1),  # nothing depends on which key it is
     Refusal("", lambda case: case.queries == case.heads * case.groups == 1),  # views cannot tell rows from heads
     # not every multiple of the heads is a whole batch, for all that the graph tells
-    Refusal("the layout of", lambda case: case.layout == "[N, BH, D]" and case.batches == "other"),
+    Refusal("the layout of", _batch_and_heads_are_one_symbol),
+    Refusal("is a symbolic size", _batch_and_heads_are_one_symbol),
     # positions are int32 in FlexAttention's graph, and int64 where it runs eagerly
     Refusal("too large for torch.int32", lambda case: case.mod == "large factors"),
     Refusal(
