@@ -79,7 +79,7 @@ def near():
 
 def signs():
     i = torch.arange(N)
-    return torch.sign(i[:, None] - i) >= 0
+    return torch.sgn(i[:, None] - i) >= 0
 
 
 def predicates(function, **options):
