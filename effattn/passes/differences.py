@@ -92,6 +92,8 @@ def _summands(view: GraphView, node: fx.Node, time: int) -> list[_Term]:
     if call.get("alpha", 1) != 1:
         return []
     found: list[_Term] = []
+    if call.get("input") is call.get("other"):
+        return []  # twice the same: no two softmaxes
     for name, sign in (("input", 1), ("other", _SIGNS[call.name])):
         part = call.get(name)
         if not isinstance(part, fx.Node) or view.tensor(part) is None or view.shape(part) != view.shape(node):

@@ -20,6 +20,8 @@ def refusal_of(error: Exception) -> Refusal:
         return error.refusal
     if isinstance(error, Unreadable):
         return Refusal(Why.READING, str(error))
+    if isinstance(error, RecursionError):
+        return Refusal(Why.SIZE, "its scores or mask are too many operations deep to be read")
     if isinstance(error, GuardOnDataDependentSymNode):
         question = str(getattr(error, "cond", "")) or str(error).splitlines()[0]
         return Refusal(Why.SIZES, f"a size depends on data, and replacing it takes to know whether {question}")

@@ -119,12 +119,13 @@ def _role(load: expr.Load, predicate) -> str:
 def renamed(term, names: dict[str, str], numbers: dict[str, str]):
     if term is None:
         return None
-    swap: dict[Any, Any] = {}
-    for load in expr.loads_of(term):
-        indices = (renamed(index, names, numbers) for index in load.indices)  # which may be loads themselves
-        swap[load] = load.func(sympy.Symbol(names[load.name]), *indices)
-    swap |= {expr.number(old): expr.number(new) for old, new in numbers.items()}
-    return sympy.sympify(term).xreplace(swap) if swap else term
+    swap: dict[Any, Any] = {expr.number(old): expr.number(new) for old, new in numbers.items()}
+    term = sympy.sympify(term).xreplace(swap)
+    # from the inside: an index may hold a load as well
+    return term.replace(
+        lambda part: isinstance(part, expr.Load),
+        lambda part: part.func(sympy.Symbol(names[part.name]), *part.indices),
+    )
 
 
 def load_spec(view: GraphView, name: str, source: LoadSource) -> LoadSpec:

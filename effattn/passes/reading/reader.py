@@ -18,7 +18,10 @@ from effattn.passes.vocabulary import Call
 Kind = Literal["bool", "int", "float"]
 Index = tuple[sympy.Expr, ...]
 MAX_WRITES = 2  # a mask of which more parts were written one after the other is kept as data
-MAX_OPERATIONS = 2000  # an expression larger than this is kept as data
+MAX_OPERATIONS = 2000  # written out; an expression larger than this is kept as data
+MAX_INDEX = 100  # the same of one index of an element
+INDEX_COST = 10  # how much more it takes to simplify an operation of an index
+MAX_WORK = 50_000  # operations of all that is read for one element; what takes more is kept as data
 
 
 @dataclass(frozen=True)
@@ -108,6 +111,8 @@ class Reader:
         self.reasons: dict[fx.Node, str] = {}  # why a node whose operation is known stays data
         self._definitions: dict[fx.Node, Reading | None] = {}
         self._parts: dict[tuple[fx.Node, fx.Node], Reading | None] = {}  # by tensor and who wrote a part of it last
+        self._work = 0  # for the element that is being read
+        self._sizes: dict[int, tuple[Any, int]] = {}  # of terms, by identity: they share most of their parts
         self._load_names: dict[tuple[fx.Node, int], str] = {}
 
     # -- values ---------------------------------------------------------------------------------------------
@@ -174,13 +179,40 @@ class Reader:
         """The reading, each index of it read once; None if it turns out to have no symbolic meaning."""
         if reading is None:
             return None
-        reading = Reading(reading.shape, reading.kind, _remember(reading.at))
+        reading = Reading(reading.shape, reading.kind, self._bounded(node, reading.at))
         try:
             reading.at(generic_index(len(reading.shape)))
         except Unreadable as unreadable:
             self.reasons[node] = str(unreadable)
             return None
         return reading
+
+    def _bounded(self, node: fx.Node, at: Callable[[Index], Any]) -> Callable[[Index], Any]:
+        """``at``, each element read once, with an end to its work: graphs share values, expressions spell them out."""
+        known: dict[Index, Any] = {}
+
+        def bounded(index: Index):
+            index = tuple(index)
+            if index not in known:
+                outermost = self._work == 0
+                try:
+                    self._work += 1 + INDEX_COST * sum(self._size(node, entry, MAX_INDEX) for entry in index)
+                    value = at(index)
+                    self._work += self._size(node, value, MAX_OPERATIONS)
+                    if self._work > MAX_WORK:
+                        raise Unreadable(f"{node.name} takes more than {MAX_WORK} operations to read")
+                finally:
+                    if outermost:
+                        self._work = 0
+                known[index] = value
+            return known[index]
+
+        return bounded
+
+    def _size(self, node: fx.Node, term: Any, most: int) -> int:
+        if (size := tree_size(term, self._sizes)) > most:
+            raise Unreadable(f"{node.name} has more than {most} operations")
+        return size
 
     def _product(self, call: Call, product: Contraction) -> Reading:
         name = f"raw_{call.node.name}"
@@ -354,16 +386,25 @@ class Unreadable(Exception):
     """A value that has no symbolic meaning and cannot be loaded as a tensor either."""
 
 
-def _remember(at: Callable[[Index], Any]) -> Callable[[Index], Any]:
-    known: dict[Index, Any] = {}
+def tree_size(term: Any, known: dict[int, tuple[Any, int]]) -> int:
+    """How many operations, symbols and numbers a term has when it is written out, without walking it so.
 
-    def remembered(index: Index):
-        index = tuple(index)
-        if index not in known:
-            known[index] = at(index)
-        return known[index]
-
-    return remembered
+    ``known`` holds terms that were counted before, by identity, and keeps them so that an identity stays theirs.
+    """
+    waiting = [term]
+    while waiting:
+        part = waiting[-1]
+        if id(part) in known:
+            waiting.pop()
+            continue
+        args = getattr(part, "args", ())
+        missing = [arg for arg in args if id(arg) not in known]
+        if missing:
+            waiting += missing
+            continue
+        known[id(part)] = (part, 1 + sum(known[id(arg)][1] for arg in args))
+        waiting.pop()
+    return known[id(term)][1]
 
 
 def _identifier(name: str) -> str:
