@@ -16,7 +16,7 @@ from effattn.compiler import generators
 from effattn.errors import VerificationError
 from effattn.ir import expr
 from effattn.passes import masks, products
-from effattn.passes.reading import elementwise, reader
+from effattn.passes.reading import elementwise, logic, reader
 
 B, H, N, D = 2, 4, 13, 8
 
@@ -105,7 +105,7 @@ SABOTAGE = {
     "le read as lt": (causal, elementwise._COMPARISONS, "le", sympy.Lt, "mask was read as"),
     "le read as ge": (causal, elementwise._COMPARISONS, "le", sympy.Ge, "mask was read as"),
     "lt read as le": (window, elementwise._COMPARISONS, "lt", sympy.Le, "mask was read as"),
-    "and read as or": (window, elementwise._LOGIC, "and", sympy.Or, "mask was read as"),
+    "and read as or": (window, logic._LOGIC, "and", sympy.Or, "mask was read as"),
     "eq read as le": (documents, elementwise._COMPARISONS, "eq", sympy.Le, "mask was read as"),
     "triangle off by one": (triangle, reader.HANDLERS, "triu", wrong_triangle, "mask was read as"),
     "loads shifted": (documents, reader.Reader, "_load", shifted_load(reader.Reader._load), "mask was read as"),
