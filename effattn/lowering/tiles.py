@@ -23,6 +23,8 @@ from effattn.ir.expr import FloorDiv, IsPowerOfTwo, k, q
 
 CLEAR_FRACTION = 2**-8  # how far from an integer a constant must be for its rounding to be certain
 
+MOST_KEYS = 2**30  # as a bound, a larger number says the same
+
 
 @dataclass(frozen=True)
 class PowerList:
@@ -144,7 +146,11 @@ def _bound(atom) -> tuple[str, Any] | None:
     limit = _whole(-rest if sign == 1 else rest, up=strict == (sign == 1))
     if limit is None or not _never_decreases(limit):
         return None
-    limit = limit + 1 if strict != (sign == 1) else limit
+    one_more = strict != (sign == 1)
+    if expr.loads_of(limit):  # data may be as large as its type, which leaves no room for what follows
+        limit = sympy.Min(limit, MOST_KEYS // block) if one_more or block != 1 else limit
+        limit = sympy.Max(limit, -MOST_KEYS // block) if block != 1 else limit
+    limit = limit + 1 if one_more else limit
     return ("upper" if sign == 1 else "lower", sympy.expand(limit * block))
 
 

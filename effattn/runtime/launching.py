@@ -12,16 +12,28 @@ from typing import Any
 
 import torch
 
+from effattn.lowering.triton.algebra import LENGTH
+
 Known = Mapping[str, Any]  # what a launcher found out at a first call; never written to afterwards
 
 ALONE = threading.RLock()  # Triton's compiler and its interpreter serve one thread at a time
 MOST_CALLS = 4096
-WIDEST_STRIDE = 1 << 22  # offsets within a tile are 32-bit
+WIDEST_STRIDE = 1 << 21  # offsets within a tile are 32-bit, and sums over its rows and dimensions
 
 
 def facts(tensor: torch.Tensor) -> tuple:
     """All that a launch depends on beside the place of the data: kernels are specialised on its alignment alone."""
     return tensor.shape, tensor.stride(), tensor.dtype, tensor.data_ptr() % 16 == 0, tensor.get_device()
+
+
+def width(size: int) -> int:
+    """0 for a size or scalar that kernels take to be small, 1 where a sum needs 64 bits, 2 where the number does."""
+    return 0 if -LENGTH <= size <= LENGTH else 1 if -(1 << 31) <= size < 1 << 31 else 2
+
+
+def far(*sizes: int) -> bool:
+    """Whether kernels for small lengths and scalars could count too far."""
+    return any(map(width, sizes))
 
 
 class Calls:

@@ -29,7 +29,18 @@ from effattn.lowering.triton.spec import (
     padded,
 )
 from effattn.runtime import kernels
-from effattn.runtime.launching import Calls, Known, architecture, facts, multiprocessors, narrow, on_device, tf32
+from effattn.runtime.launching import (
+    Calls,
+    Known,
+    architecture,
+    facts,
+    far,
+    multiprocessors,
+    narrow,
+    on_device,
+    tf32,
+    width,
+)
 from effattn.runtime.select.run import select
 
 MAX_SPLITS = 128
@@ -73,10 +84,10 @@ def run(
     tensors = (query, key, value, *loads)
     given = [float(number) for number in numbers]
     # a plan is known by its place in memory, which the call keeps for it: to hash its expressions takes longer
-    known_by = (id(plan), config, kind, splits, tf32(), *map(facts, tensors), *(scalar >> 31 for scalar in scalars))
+    known_by = (id(plan), config, kind, splits, tf32(), *map(facts, tensors), *map(width, scalars))
     return _CALLS.run(
         known_by,
-        lambda: _prepared(plan, query, key, value, loads, config, kind, splits),
+        lambda: _prepared(plan, query, key, value, loads, scalars, config, kind, splits),
         lambda call: _started(call, query, key, value, loads, scalars, given),
     )
 
@@ -137,7 +148,9 @@ def forget() -> None:
     _BACKWARD_CALLS.clear()
 
 
-def _prepared(plan: Plan, query, key, value, loads, config: Tiles | None, kind: Kind | None, splits: int | None):
+def _prepared(
+    plan: Plan, query, key, value, loads, scalars, config: Tiles | None, kind: Kind | None, splits: int | None
+):
     """Checks a call and chooses its kernel; see :func:`run`."""
     given = plan
     batches, heads, q_len, head_dim = query.shape
@@ -156,6 +169,7 @@ def _prepared(plan: Plan, query, key, value, loads, config: Tiles | None, kind: 
     kind = kind or kind_of(plan, q_len, groups)
     tensors = (narrow(query), narrow(key), narrow(value))
     spec = spec_of(plan, query.dtype, q_len, groups, head_dim, value_dim, device, kind, config)
+    spec = replace(spec, wide=far(*query.shape[:3], *key.shape[:3], *scalars))
     if kind == "decode" and batches == 1:
         spec = replace(spec, key_ranges=False)  # one short row is seldom padded: not worth a second kernel
     if spec.tiles.descriptors and not (_describable(tensors[1]) and _describable(tensors[2])):
@@ -205,7 +219,7 @@ def run_backward(
     groups = query.shape[1] // key.shape[1]
     inputs = (narrow(query), narrow(key), narrow(value), out, lse, narrow(grad_out))
     grad_lse = None if grad_lse is None else grad_lse.float().contiguous()
-    known_by: tuple = (id(plan), config, tf32(), *map(facts, (*inputs, *loads)), *(scalar >> 31 for scalar in scalars))
+    known_by: tuple = (id(plan), config, tf32(), *map(facts, (*inputs, *loads)), *map(width, scalars))
     known_by += (None if grad_lse is None else facts(grad_lse),)
     of_query, of_key, of_value = (_empty_like(plan, tensor, tensor.dtype) for tensor in (query, key, value))
     grads = (of_query, of_key, of_value)
@@ -214,6 +228,7 @@ def run_backward(
     def prepared() -> _BackwardCall:
         widths = (query.shape[3], value.shape[3])
         spec = spec_of(plan, query.dtype, query.shape[2], groups, *widths, query.device, "backward", config)
+        spec = replace(spec, wide=far(*query.shape[:3], *key.shape[:3], *scalars))
         return _BackwardCall(plan, kernels.load(spec).module.launch)
 
     def started(call: _BackwardCall) -> tuple[None, Known]:

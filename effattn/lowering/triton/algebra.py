@@ -3,15 +3,20 @@
 A value knows along which axes of the tile it varies: not at all (a scalar), along its query rows (``{"q"}``, a
 vector), along its keys (``{"k"}``, a vector), or both (a tile). Vectors are broadcast only where they meet. Whatever
 does not vary along keys is computed once, before the loop over key tiles.
+
+Whole numbers are exact, as an expression means them: a value also knows between which numbers it lies, and what may not
+fit into 32 bits is computed in 64.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
+from effattn.ir import bounds
+from effattn.ir.bounds import INT32, INT64, TRUTH, UNKNOWN, Interval, around
 from effattn.ir.expr import INDICES
 from effattn.ir.fold import UnknownOperation
-from effattn.ir.plan import LoadSpec
+from effattn.ir.plan import LoadSpec, Plan
 
 SCALAR: frozenset[str] = frozenset()
 ROWS = frozenset("q")
@@ -24,6 +29,10 @@ LONGEST = 60
 UNLIMITED = 1 << 30
 
 SMALL_INTEGERS = {"bool", "int8", "uint8", "int16", "uint16"}
+UNSIGNED = {"uint32", "uint64"}  # which 32 bits with a sign do not hold
+LENGTH = 2**28  # sizes, indices and scalars are taken to be no larger, unless a kernel is made for larger ones
+NARROW = around(LENGTH)  # of which a sum of a few still fits into 32 bits
+FAR = around(2**62)  # what a kernel for larger ones takes them to be
 
 
 @dataclass(frozen=True)
@@ -34,8 +43,19 @@ class Value:
     axes: frozenset[str] = SCALAR
     kind: str = "int"  # "int", "float", "bool"
     level: int = ATOM
-    plain: bool = False  # an index symbol that is known to lie within bounds
+    plain: bool = False  # an index symbol that is known to lie within the tensor
     tile: tuple[str, int] | None = None  # of consecutive indices: the first one, a multiple of how many there are
+    bounds: Interval = NARROW  # of a whole number; of others they say nothing
+    wide: bool = False  # the text has 64 bits for certain
+
+    @property
+    def literal(self) -> bool:
+        """Whether the text is a number, which takes the width of what it meets."""
+        return self.text.lstrip("-").isdigit()
+
+    def widened(self) -> Value:
+        """The same in 64 bits."""
+        return self if self.wide else replace(self, text=f"{self.at(ATOM)}.to(tl.int64)", level=ATOM, wide=True)
 
     def at(self, level: int) -> str:
         """The text, in parentheses if it binds less tightly than ``level``."""
@@ -77,6 +97,7 @@ FLOAT_FUNCTIONS = {
     "tanh": "_tanh",
 }
 BITS = {"bit_and": "&", "bit_or": "|", "bit_xor": "^"}
+WHOLE = {"add", "mul", "min", "max", "abs", "floordiv", "mod", "sign", "is_power_of_two", *BITS, *COMPARISONS}
 HELPERS = {"floordiv": "_floor_div", "mod": "_modulo", "sign": "_sign"}
 
 
@@ -111,7 +132,9 @@ class Source:
         self.longest = longest
 
     def constant(self, value):
-        kind = "bool" if isinstance(value, bool) else "int" if isinstance(value, int) else "float"
+        if isinstance(value, int) and not isinstance(value, bool):
+            return _whole_number(value)
+        kind = "bool" if isinstance(value, bool) else "float"
         text = repr(value) if value == value and abs(value) != float("inf") else f'float("{value}")'
         return Value(text, kind=kind, level=UNARY if text.startswith("-") else ATOM)
 
@@ -126,6 +149,19 @@ class Source:
         return replace(value, text=lines.assign("part", value.text), level=ATOM)
 
     def _call(self, operation, *args):
+        if operation == "group":
+            return args[0]
+        found = bounds.TABLE[operation](*(TRUTH if arg.kind == "bool" else arg.bounds for arg in args))
+        narrow = operation in WHOLE and all(arg.kind == "int" and not arg.wide for arg in args)
+        if narrow and not found.joined(*(arg.bounds for arg in args)).within(INT32):
+            # one operand of 64 bits is enough: the others follow
+            first = next(place for place, arg in enumerate(args) if not arg.literal)
+            args = (*args[:first], args[first].widened(), *args[first + 1 :])
+        value = self._operation(operation, *args)
+        wide = any(arg.wide for arg in args if arg.kind == "int")
+        return replace(value, bounds=found, wide=wide) if value.kind == "int" else value
+
+    def _operation(self, operation, *args):
         axes = frozenset().union(*(arg.axes for arg in args))
         number = "float" if any(arg.kind == "float" for arg in args) else "int"
         if operation == "add":
@@ -145,8 +181,6 @@ class Source:
         if operation in BITS:
             left, right = (arg.spread(axes, SHIFT) for arg in args)
             return Value(f"({left} {BITS[operation]} {right})", axes)
-        if operation == "group":
-            return args[0]
         if operation == "not":
             return Value(f"~{args[0].at(UNARY)}", axes, "bool", UNARY)
         if operation in FUNCTIONS:
@@ -193,15 +227,35 @@ class Source:
             text += "" if spec.dtype == "float32" else ".to(tl.float32)"
         elif spec.dtype in SMALL_INTEGERS:
             text += ".to(tl.int32)"
+        elif spec.dtype in UNSIGNED:
+            text += ".to(tl.int64)"
         lines = self.inside if "k" in axes else self.before
-        return Value(lines.assign(name, text), axes, kind)
+        found = bounds.INTEGERS.get(spec.dtype, UNKNOWN)
+        return Value(lines.assign(name, text), axes, kind, bounds=found, wide=kind == "int" and not found.within(INT32))
 
     def _float(self, value: Value) -> Value:
         if value.kind == "float":
             return value
-        if value.text.lstrip("-").isdigit():
+        if value.literal:
             return self.constant(float(value.text))
         return Value(f"{value.at(ATOM)}.to(tl.float32)", value.axes, "float")
+
+
+def _whole_number(value: int) -> Value:
+    found = Interval(value, value)
+    if found.within(INT32):
+        return Value(str(value), level=UNARY if value < 0 else ATOM, bounds=found)
+    if not found.within(INT64):
+        raise UnknownOperation(f"no kernel computes with {value}")
+    return Value(f"tl.full([], {value}, tl.int64)", bounds=found, wide=True)
+
+
+def all_symbols(indices: dict[str, Value], plan: Plan, wide: bool) -> dict[str, Value]:
+    """Values of the indices and the score, as they are given, and of lengths, scalars and numbers."""
+    found = {"Nq": Value("q_len"), "Nk": Value("k_len"), **indices}
+    found |= {name: Value(f"scalar_{name}") for name in plan.scalars}
+    found |= {name: Value(f"number_{name}", kind="float") for name in plan.numbers}
+    return {name: replace(value, bounds=FAR, tile=None) for name, value in found.items()} if wide else found
 
 
 def tested_dims(load) -> list[int]:

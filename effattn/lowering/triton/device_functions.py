@@ -52,7 +52,8 @@ def _floor_div(x, divisor):
 @triton.jit
 def _modulo(x, divisor):
     """Never negative. The divisor is positive."""
-    return (x % divisor + divisor) % divisor
+    rest = x % divisor
+    return tl.where(rest < 0, rest + divisor, rest)
 ''',
     "_sign": """
 @triton.jit

@@ -8,7 +8,7 @@ and test the mask only where a row of the tile may not see a key.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 from typing import Any, Literal
 
@@ -19,7 +19,7 @@ from effattn.ir.fold import fold
 from effattn.ir.plan import Plan
 from effattn.ir.text import text
 from effattn.lowering.tiles import walk
-from effattn.lowering.triton.algebra import KEYS, ROWS, TILE, Lines, Source, Value
+from effattn.lowering.triton.algebra import KEYS, ROWS, SCALAR, TILE, Lines, Source, Value, all_symbols
 from effattn.lowering.triton.source import (
     LOG2_E,
     Param,
@@ -53,6 +53,7 @@ class ScoreSpec:
     splits: int  # parts of the keys in ``row_totals``; a power of two
     stages: int = 2
     tf32: bool = False
+    wide: bool = False  # as in KernelSpec
 
     @property
     def bits(self) -> int:
@@ -154,22 +155,21 @@ def generate(spec: ScoreSpec) -> str:
     """
     loads = {load.name: load for load in spec.plan.loads}
     before, bound_lines = Lines(), Lines()
-    symbols = {
+    indices = {
         "b": Value("batch", plain=True),
         "h": Value("head", plain=True),
-        "Nq": Value("q_len"),
-        "Nk": Value("k_len"),
         "q": Value("rows", ROWS, plain=True),
         "k": Value("keys", KEYS, plain=True),
         "s": Value("scores", TILE, "float"),
     }
-    symbols |= {name: Value(f"scalar_{name}") for name in spec.plan.scalars}
-    symbols |= {name: Value(f"number_{name}", kind="float") for name in spec.plan.numbers}
+    symbols = all_symbols(indices, spec.plan, spec.wide)
     scale = constant_scale(spec.plan.score)
     sweeps = [_sweep(spec.plan, symbols, loads, before, scale is None, edge) for edge in (False, True)]
     (upper,) = walk(spec.plan.predicate).upper
+    one_row = replace(symbols["q"], axes=SCALAR, plain=False)
     first_bound, last_bound = (
-        fold(upper, Source({**symbols, "q": Value(row)}, loads, bound_lines)).text for row in ("first_row", "last_row")
+        fold(upper, Source({**symbols, "q": replace(one_row, text=row)}, loads, bound_lines)).text
+        for row in ("first_row", "last_row")
     )
     template = template_named("score.py.jinja")
     params, constants = parameters(spec, "cells"), spec.constants()

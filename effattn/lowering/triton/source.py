@@ -22,14 +22,15 @@ from effattn.ir.plan import Plan
 from effattn.ir.text import text
 from effattn.lowering.tiles import KeyWalk, key_conditions, walk
 from effattn.lowering.triton import allowed
-from effattn.lowering.triton.algebra import LONGEST, ROWS, SCALAR, TILE, Lines, Source, Value, tested_dims
+from effattn.lowering.triton.algebra import LONGEST, ROWS, SCALAR, TILE, Lines, Source, Value, all_symbols, tested_dims
 from effattn.lowering.triton.device_functions import DEVICE_FUNCTIONS
 from effattn.lowering.triton.ranges import Part, Ranges, flatten, position_offset, visits
 from effattn.lowering.triton.spec import DTYPES, KernelSpec
 
 LOG2_E = 1.4426950408889634
 CACHED_KEYS = 20 << 20  # bytes of keys and values that heads running side by side may share the L2 cache with
-_POINTER = {**DTYPES, "bool": "i1", "uint8": "u8", "float64": "fp64", **{f"int{n}": f"i{n}" for n in (8, 16, 32, 64)}}
+_POINTER = {**DTYPES, "bool": "i1", "float64": "fp64"}
+_POINTER |= {f"{sign}int{n}": f"{sign or 'i'}{n}" for sign in ("", "u") for n in (8, 16, 32, 64)}
 
 
 @dataclass(frozen=True)
@@ -246,18 +247,14 @@ class Generator:
         head = Value("head", ROWS if self.spec.kind == "decode" else SCALAR, plain=True)
         aligned = self.spec.kind in ("prefill", "backward") and not self.shift
         tile = ("first_row", self.spec.tiles.block_m) if aligned else None
-        found = {
+        indices = {
             "b": Value("batch", plain=True),
             "h": head,
-            "Nq": Value("q_len"),
-            "Nk": Value("k_len"),
             "q": Value("rows", ROWS, plain=True, tile=tile),
             "k": Value("keys", frozenset("k"), plain=True),
             "s": Value("scores", TILE, "float"),
         }
-        found |= {name: Value(f"scalar_{name}") for name in self.plan.scalars}
-        found |= {name: Value(f"number_{name}", kind="float") for name in self.plan.numbers}
-        return found | more
+        return all_symbols(indices | more, self.plan, self.spec.wide)
 
     def scalar_text(self, term: Any, lines: Lines, row: str | None = None, longest: int = LONGEST) -> str:
         """Source of a term that is one number for the whole tile, with q standing for the row called ``row``."""

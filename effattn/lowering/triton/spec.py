@@ -47,6 +47,7 @@ class KernelSpec:
     key_ranges: bool = True  # find the keys that data allows first, and visit no others
     list_block: int = 0  # listed: rows that share a list of units
     list_unit: int = 0  # listed: consecutive keys of a unit
+    wide: bool = False  # lengths or scalars may be large, so that sums of them need 64 bits
 
     @property
     def block_d(self) -> int:

@@ -17,7 +17,7 @@ from effattn.lowering.triton import score as score_source
 from effattn.lowering.triton.score import ScoreSpec
 from effattn.lowering.triton.spec import canonical
 from effattn.runtime import kernels
-from effattn.runtime.launching import Calls, Known, facts, tf32
+from effattn.runtime.launching import Calls, Known, facts, far, tf32, width
 from effattn.runtime.select import portable_steps as portable
 from effattn.runtime.select.places import Places
 from effattn.runtime.select.vectors import vectors
@@ -60,6 +60,7 @@ class Scorer(portable.Scorer):
             self.reduce.columns,
             splits_for(row_tiles, key.shape[2]),
             tf32=tf32() and query.dtype == torch.float32,
+            wide=far(batch, self.q_len, self.k_len, *self.given[1]),
         )
         units = -(-self.k_len // self.expand.unit)
         nothing = -torch.inf if self.reduce.columns == "max" else 0.0
@@ -72,7 +73,7 @@ class Scorer(portable.Scorer):
             sizes = (row_start, divisor, self.q_len, self.k_len)
             return out, call.launch(query, key, out, *sizes, *self.given, call.known)
 
-        known_by = (spec, *map(facts, (query, key, *loads)), *(scalar >> 31 for scalar in scalars))
+        known_by = (spec, *map(facts, (query, key, *loads)), *map(width, scalars))
         return _CALLS.run(known_by, lambda: _Call(_score_module(spec).launch), started)
 
 
