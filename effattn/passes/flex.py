@@ -12,6 +12,7 @@ import operator
 from typing import Any
 
 import sympy
+import torch
 from torch import fx
 
 from effattn.ir import expr
@@ -156,4 +157,17 @@ class _ModReader(Reader):
 
     def __init__(self, inside: GraphView, outer: Reader, given: dict[fx.Node, Any]):
         super().__init__(inside, outer.sizes)
+        self._outer = outer
+        names = {call.name for node in inside.graph.nodes if (call := inside.call(node)) is not None}
+        self._casts = not names.isdisjoint(("to", "type_as", "cast_int32"))
         self._definitions.update({node: value for node, value in given.items() if isinstance(value, Reading)})
+
+    def dtype_of_load(self, name: str) -> torch.dtype | None:
+        return super().dtype_of_load(name) or self._outer.dtype_of_load(name)
+
+    def computes_in(self, dtype: torch.dtype, *values: Any) -> torch.dtype:
+        """Positions are int32 in the graph of a mod, and int64 where PyTorch runs it without compiling."""
+        if dtype != torch.int32 or self._casts:
+            return dtype
+        outside = (value.xreplace(dict.fromkeys(expr.loads_of(value), sympy.Integer(0))) for value in values)
+        return torch.int64 if any(value.has(*expr.INDICES) for value in outside) else dtype

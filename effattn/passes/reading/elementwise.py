@@ -10,15 +10,12 @@ import sympy
 import torch
 
 from effattn.ir import expr
-from effattn.passes.reading.reader import Index, Reader, Reading, Unreadable, generic_index, kind_of, reads
+from effattn.passes.reading.reader import Index, Reader, Reading, Unreadable, kind_of, reads
+from effattn.passes.reading.widths import COUNTS, check_held, check_operands, compared_in, fits
 from effattn.passes.vocabulary import Call, is_dead_dropout
 
 _HALF = (torch.float16, torch.bfloat16)
 _LARGE = 1000.0  # a score of a few units keeps its digits beside numbers up to here
-_NARROW = (torch.uint8, torch.int8, torch.int16)  # arithmetic in them wraps around where a symbolic reading would not
-# the largest factor and summand of whole numbers in a wider type that cannot wrap around at 2**20 positions
-_ROOM = {torch.int32: (2**11, 2**30), torch.int64: (2**42, 2**62)}
-_COUNTED = 2**24  # float32 holds every whole number up to here
 
 
 def aligned(reading: Reading, index: Index, shape: Index) -> Index:
@@ -72,12 +69,13 @@ def stored_as(value, dtype: torch.dtype):
 def pointwise(reader: Reader, call: Call, shape, names: tuple[str, ...], function: Callable):
     operands = [reader.argument(call, name) for name in names]
     tensor = reader.view.tensor(call.node)
-    if tensor is None or tensor.dtype in _NARROW or tensor.is_complex():
+    if tensor is None or tensor.is_complex():
         return None
 
     def at(index: Index):
         values = [operand.number_at(aligned(operand, index, shape)) for operand in operands]
         value = distribute(function, *values)
+        check_operands(reader, values, reader.computes_in(tensor.dtype, value))
         if tensor.dtype.is_floating_point and not value.is_integer:
             value = distribute(function, *[reader.grouped(value) for value in values])
         return stored_as(exact(reader, value, tensor.dtype), tensor.dtype)
@@ -99,17 +97,8 @@ def exact(reader: Reader, value, dtype: torch.dtype):
         raise Unreadable("rounded in half precision")
     if dtype.is_floating_point and _swallows(value):
         raise Unreadable("a large number is added to data")
-    if dtype in _ROOM and _may_wrap(value, *_ROOM[dtype]):
-        raise Unreadable(f"whole numbers may be too large for {dtype}")
+    check_held(reader, value, reader.computes_in(dtype, value))
     return value
-
-
-def _may_wrap(value, factor: int, summand: int) -> bool:
-    for term in sympy.preorder_traversal(value):
-        limit = factor if isinstance(term, sympy.Mul) else summand if isinstance(term, sympy.Add) else None
-        if limit is not None and any(abs(part) > limit for part in term.args if part.is_Number):
-            return True
-    return False
 
 
 def _swallows(value) -> bool:
@@ -224,6 +213,8 @@ def clamp(reader: Reader, call: Call, shape):
         x = x if low is None else sympy.Max(x, low)
         return x if high is None else sympy.Min(x, high)
 
+    if any(isinstance(number, int) and not fits(number, reader.view.tensor(call.node)) for number in (low, high)):
+        return None
     return pointwise(reader, call, shape, ("input",), limit)
 
 
@@ -233,12 +224,14 @@ _COMPARISONS = {"le": sympy.Le, "lt": sympy.Lt, "ge": sympy.Ge, "gt": sympy.Gt, 
 @reads(*_COMPARISONS)
 def comparison(reader: Reader, call: Call, shape):
     left, right = reader.argument(call, "input"), reader.argument(call, "other")
-    relation = _COMPARISONS[call.name]
+    relation, dtype = _COMPARISONS[call.name], compared_in(reader, call.get("input"), call.get("other"))
 
     def at(index: Index):
         x, y = left.number_at(aligned(left, index, shape)), right.number_at(aligned(right, index, shape))
         _check_comparable(x, y)
         _check_rounding(reader, call, x, y)
+        if dtype is not None:
+            check_operands(reader, (x, y), reader.computes_in(dtype, x, y))
         if all(isinstance(term, expr.Where) or term.is_number for term in (x, y)):
             return _decided(relation, x, y)
         return relation(x, y)
@@ -286,14 +279,14 @@ def _check_rounding(reader: Reader, call: Call, x, y) -> None:
         raise Unreadable("data is compared in float64")
     if any(dtype.is_floating_point for dtype in dtypes) and any(counts(reader, term) for term in data):
         other = [leaf for term in (x, y) if not expr.loads_of(term) for leaf in _leaves(term)]
-        if len(data) == 2 or not all(leaf.is_number and abs(leaf) <= _COUNTED for leaf in other):
+        if len(data) == 2 or not all(leaf.is_number and abs(leaf) <= COUNTS[torch.float32] for leaf in other):
             raise Unreadable("whole numbers are compared as floats, which may round them")
 
 
 def counts(reader: Reader, term) -> bool:
     """Whether a term reads whole numbers that may be larger than a float32 can count."""
-    sources = (reader.loads.get(load.name) for load in expr.loads_of(term) if isinstance(load, expr.IntLoad))
-    return any(source is not None and reader.view.held(source.node).dtype.itemsize > 2 for source in sources)
+    held = (reader.dtype_of_load(load.name) for load in expr.loads_of(term) if isinstance(load, expr.IntLoad))
+    return any(dtype is not None and dtype.itemsize > 2 for dtype in held)
 
 
 def _leaves(term) -> list:
@@ -328,8 +321,9 @@ def _select(reader: Reader, call: Call, condition: Reading, x: Reading, y: Readi
         if kind == "bool":
             yes, no = x.bool_at(aligned(x, index, shape)), y.bool_at(aligned(y, index, shape))
             return sympy.Or(sympy.And(test, yes), sympy.And(sympy.Not(test), no))
-        chosen = expr.Where(test, x.number_at(aligned(x, index, shape)), y.number_at(aligned(y, index, shape)))
-        return stored_as(chosen, tensor.dtype)
+        values = [operand.number_at(aligned(operand, index, shape)) for operand in (x, y)]
+        check_operands(reader, values, reader.computes_in(tensor.dtype, *values))
+        return stored_as(expr.Where(test, *values), tensor.dtype)
 
     return Reading(shape, kind, at)
 
@@ -349,8 +343,8 @@ def cast(reader: Reader, call: Call, shape):
         return Reading(shape, "bool", reading.bool_at)
     if kind == "int" and reading.kind == "float":
         return Reading(shape, kind, _cut)
-    if target.is_complex() or (target.dtype in _NARROW and source.dtype != target.dtype and not _small(reading)):
-        return None  # values may wrap around
+    if target.is_complex():
+        return None
     if target.dtype.is_floating_point and target.dtype.itemsize < 2:
         return None  # an 8-bit float is another value, not only a less exact one
     widens = source.dtype == target.dtype
@@ -360,8 +354,11 @@ def cast(reader: Reader, call: Call, shape):
         value = reading.number_at(index)
         if source.dtype == torch.float64 != target.dtype and expr.loads_of(value):
             raise Unreadable("data is rounded from float64")
-        if source.dtype != target.dtype and kind_of(source.dtype) == "int" and counts(reader, value):
-            raise Unreadable("whole numbers may be rounded or wrap around in another type")
+        if kind == "float" and kind_of(source.dtype) == "int" and not reader.everything and counts(reader, value):
+            raise Unreadable("whole numbers may be rounded")
+        if kind == "int":
+            check_held(reader, value, target.dtype)
+            return value
         return stored_as(value if widens else exact(reader, value, target.dtype), target.dtype)
 
     return Reading(shape, kind, at)
@@ -369,12 +366,6 @@ def cast(reader: Reader, call: Call, shape):
 
 def _cut(index: Index):
     raise Unreadable("a number is cut to a whole one, and rounding may decide to which")
-
-
-def _small(reading: Reading) -> bool:
-    """Whether an integer reading is a constant or 0/1, exact in any float type."""
-    probe = reading.at(generic_index(len(reading.shape)))
-    return probe.is_number or (isinstance(probe, expr.Where) and all(branch.is_number for branch in probe.args[1:]))
 
 
 @reads("identity")

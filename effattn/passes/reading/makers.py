@@ -10,6 +10,7 @@ import torch
 from effattn.ir import expr
 from effattn.passes.reading.elementwise import stored_as
 from effattn.passes.reading.reader import Index, Reader, Reading, generic_index, kind_of, reads
+from effattn.passes.reading.widths import check_held, fits
 from effattn.passes.vocabulary import Call
 
 
@@ -30,7 +31,13 @@ def arange(reader: Reader, call: Call, shape):
     else:
         start = reader.extent(values[0]) if len(values) > 1 else sympy.Integer(0)
         step = reader.extent(values[2]) if len(values) > 2 else sympy.Integer(1)
-    return Reading(shape, kind_of(tensor.dtype), lambda index: start + step * index[0])
+
+    def at(index: Index):
+        value = start + step * index[0]
+        check_held(reader, value, tensor.dtype)
+        return value
+
+    return Reading(shape, kind_of(tensor.dtype), at)
 
 
 def _filled(reader: Reader, call: Call, shape, value: Any):
@@ -40,6 +47,8 @@ def _filled(reader: Reader, call: Call, shape, value: Any):
     kind = kind_of(tensor.dtype)
     if kind == "bool":
         return Reading(shape, "bool", lambda index: sympy.true if value else sympy.false)
+    if not fits(value, tensor):
+        return None
     held = stored_as(sympy.sympify(value), tensor.dtype)
     return Reading(shape, kind, lambda index: held)
 
@@ -62,17 +71,27 @@ def full(reader: Reader, call: Call, shape):
     return _filled(reader, call, shape, value)
 
 
+def _half(dtype: torch.dtype) -> bool:
+    return dtype.is_floating_point and dtype.itemsize < 4
+
+
 @reads("cumsum")
 def cumsum(reader: Reader, call: Call, shape):
     source, dim, dtype = reader.argument(call, "input"), call.get("dim"), reader.view.held(call.node).dtype
-    if not isinstance(dim, int) or not source.shape or kind_of(dtype) == "bool" or dtype.itemsize < 4:
+    if not isinstance(dim, int) or not source.shape or kind_of(dtype) == "bool" or _half(dtype):
         return None
     dim %= len(source.shape)
     probe = sympy.Symbol("along", integer=True, nonnegative=True)
     generic = tuple(probe if axis == dim else i for axis, i in enumerate(generic_index(len(source.shape))))
     if source.number_at(generic).has(probe):
         return None  # a true running sum: it stays data
-    return Reading(shape, "int" if source.kind == "bool" else source.kind, lambda i: source.number_at(i) * (i[dim] + 1))
+
+    def at(index: Index):
+        value = source.number_at(index) * (index[dim] + 1)
+        check_held(reader, value, dtype)
+        return value
+
+    return Reading(shape, "int" if source.kind == "bool" else source.kind, at)
 
 
 @reads("diff")
@@ -81,7 +100,8 @@ def diff(reader: Reader, call: Call, shape):
     dim, steps = call.get("dim", -1), call.get("n", 1)
     if steps != 1 or call.get("append") is not None or not isinstance(dim, int) or source.kind == "bool":
         return None
-    if reader.view.held(call.node).dtype.itemsize < 4:
+    dtype = reader.view.held(call.node).dtype
+    if _half(dtype):
         return None
     dim %= len(source.shape)
     before = call.get("prepend")
@@ -90,7 +110,9 @@ def diff(reader: Reader, call: Call, shape):
 
     def at(index: Index):
         following = tuple(i + 1 if axis == dim else i for axis, i in enumerate(index))
-        return source.at(following) - source.at(index)
+        value = source.at(following) - source.at(index)
+        check_held(reader, value, dtype)
+        return value
 
     return Reading(shape, source.kind, at)
 

@@ -108,6 +108,7 @@ class Reader:
         self.raw: dict[str, Contraction] = {}
         self.loads: dict[str, LoadSource] = {}
         self.numbers: dict[str, fx.Node] = {}
+        self.probed: dict[sympy.Symbol, sympy.Expr] = {}  # as ``sizes``, while a node is read for the first time
         self.reasons: dict[fx.Node, str] = {}  # why a node whose operation is known stays data
         self._definitions: dict[fx.Node, Reading | None] = {}
         self._parts: dict[tuple[fx.Node, fx.Node], Reading | None] = {}  # by tensor and who wrote a part of it last
@@ -180,11 +181,15 @@ class Reader:
         if reading is None:
             return None
         reading = Reading(reading.shape, reading.kind, self._bounded(node, reading.at))
+        outside, generic = self.probed, generic_index(len(reading.shape))
+        self.probed = dict(zip(generic, reading.shape, strict=True))
         try:
-            reading.at(generic_index(len(reading.shape)))
+            reading.at(generic)
         except Unreadable as unreadable:
             self.reasons[node] = str(unreadable)
             return None
+        finally:
+            self.probed = outside
         return reading
 
     def _bounded(self, node: fx.Node, at: Callable[[Index], Any]) -> Callable[[Index], Any]:
@@ -261,6 +266,8 @@ class Reader:
             self.loads[name] = LoadSource(node, time)
         kind = kind_of(tensor.dtype)
         shape = self.view.shape(node)
+        if tensor.dtype == torch.uint64:
+            raise Unreadable(f"{node.name} may be larger than any number of 64 bits with a sign")
 
         def at(index: Index):
             # an index of a dimension of size 1 can only be 0; b and h are kept, so that a batch of one reads like any
@@ -272,6 +279,15 @@ class Reader:
             return sympy.Ne(element, 0) if kind == "bool" else element
 
         return Reading(shape, kind, at)
+
+    def dtype_of_load(self, name: str) -> torch.dtype | None:
+        """What a load is read from; None for the product of query and key."""
+        source = self.loads.get(name)
+        return None if source is None else self.view.held(source.node).dtype
+
+    def computes_in(self, dtype: torch.dtype, *values: Any) -> torch.dtype:
+        """The type in which the author's code computes with ``values``, where the graph says ``dtype``."""
+        return dtype
 
     def grouped(self, value):
         """A sum that takes part in floating point arithmetic, kept together: see :class:`effattn.ir.expr.Group`.
