@@ -3,10 +3,15 @@
 Masks come as ``where(allowed, s, fill)``, as an added ``where(allowed, 0, fill)``, or several of both; the fill is
 -inf, the most negative float, or another large negative number. Splitting keeps what the author wrote where the
 difference shows: in rows that may attend to nothing.
+
+What counts is what reaches the softmax: a fill that is divided afterwards, or stands beside scores that may be as low
+as itself, hides nothing for certain. It stays in the score as the author computes it.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,14 +21,18 @@ from effattn.ir import expr
 from effattn.ir.expr import Where, b, h, k, q
 from effattn.ir.plan import EmptyRows
 from effattn.ir.site import Layout
+from effattn.passes.magnitude import plausible
 from effattn.passes.predicates import assuming, simplify
 
 # A finite fill this low is a mask: exp underflows to exactly 0 unless every key of the row is masked.
 FILL = -1e8
+UNDERFLOW = 104.0  # exp of minus this, and of anything lower, is 0 in float32
+
 # Adding a fill this low to any score gives the fill itself in float32, so that a masked row is uniform.
 ABSORBS = -1e30
 LOWEST = 3.4028234663852886e38  # -finfo(float32).min
 LARGE = 1000.0  # half precision has no digits of a score of a few units left beside larger numbers
+LARGE_FLOAT32 = 2.0**16
 HALF_FILL = -65504.0  # finfo(float16).min
 INFINITE = sympy.S.NegativeInfinity
 
@@ -76,7 +85,9 @@ def split(term) -> Split:
     Raises:
         Unclear: a mask stands where it has no meaning as one (inside tanh, multiplied, ...).
     """
-    part = _peel(sympy.sympify(term))
+    part = _peel(sympy.sympify(term), sympy.Integer(1))
+    if part.score is not None and not _hides(part):
+        part = _peel(sympy.sympify(term), None)
     if part.score is None:
         raise Unclear("the mask allows nothing at all")
     predicate = simplify(part.allowed)
@@ -88,17 +99,30 @@ def split(term) -> Split:
     return Split(score, predicate, part.fills)
 
 
-def _peel(term) -> _Part:
+def _hides(part: _Part) -> bool:
+    """Whether every finite fill lies so far below any score that the softmax gives it nothing."""
+    fills = [fill for fill in part.fills if fill.value is not INFINITE]
+    if not fills:
+        return True
+    for fill in fills:
+        low, high = plausible(part.score, in_half=fill.value > FILL)
+        if not float(fill.value) + (0.0 if fill.replaces else high) + UNDERFLOW <= low:
+            return False
+    return True
+
+
+def _peel(term, factor) -> _Part:
+    """Masks off ``term``, which is multiplied by ``factor`` before the softmax; None: only -inf is a fill."""
     if isinstance(term, Where):
-        return _peel_where(*term.args)
+        return _peel_where(term, factor)
     if isinstance(term, sympy.Add):
-        return _peel_sum([_peel(part) for part in term.args])
-    if isinstance(term, sympy.Mul) and (scaled := _peel_product(term)) is not None:
+        return _peel_sum([_peel(part, factor) for part in term.args])
+    if isinstance(term, sympy.Mul) and (scaled := _peel_product(term, factor)) is not None:
         return scaled
     if isinstance(term, sympy.Max) and len(term.args) == 2:
         floor, rest = term.args if term.args[0].is_number else reversed(term.args)
-        if is_fill(floor) and floor is not INFINITE:
-            part = _peel(rest)  # a score is never as low as a fill, so the limit only raises other fills
+        if _fills(floor, factor) and floor is not INFINITE:
+            part = _peel(rest, factor)  # a score is never as low as a fill, so the limit only raises other fills
             fills = frozenset(
                 Fill(sympy.Max(fill.value, floor), fill.replaces or fill.value is INFINITE) for fill in part.fills
             )
@@ -106,23 +130,33 @@ def _peel(term) -> _Part:
     return _Part(term)
 
 
-def _peel_product(term: sympy.Mul) -> _Part | None:
+def _fills(value, factor) -> bool:
+    """Whether ``value`` is a fill once it is multiplied by ``factor``."""
+    return value is INFINITE or (factor is not None and value.is_number and is_fill(factor * value))
+
+
+def _peel_product(term: sympy.Mul, outer) -> _Part | None:
     """A masked term times something positive; None if it is anything else."""
     masked = [arg for arg in term.args if arg.has(Where)]
     factor = sympy.Mul(*[arg for arg in term.args if not arg.has(Where)])
     if len(masked) != 1 or not factor.is_positive:
         return None
-    part = _peel(masked[0])
-    infinite = all(fill.value is INFINITE for fill in part.fills)
-    if not part.fills or not (infinite or factor.is_number):
+    part = _peel(masked[0], outer * factor if outer is not None and factor.is_number else None)
+    if not part.fills:
         return None
-    fills = frozenset(fill if infinite else Fill(factor * fill.value, fill.replaces) for fill in part.fills)
+    fills = frozenset(Fill(_overflowing(factor * fill.value), fill.replaces) for fill in part.fills)
     return _Part(None if part.score is None else factor * part.score, part.allowed, fills)
 
 
-def _peel_where(condition, yes, no) -> _Part:
+def _overflowing(value):
+    """What a float32 holds of a fill."""
+    return INFINITE if value.is_infinite or value < -LOWEST else value
+
+
+def _peel_where(choice: Where, factor) -> _Part:
+    condition, yes, no = choice.args
     kept, other = (
-        _Part(None, sympy.false, frozenset({Fill(branch, True)})) if is_fill(branch) else _peel(branch)
+        _Part(None, sympy.false, frozenset({Fill(branch, True)})) if _fills(branch, factor) else _peel(branch, factor)
         for branch in (yes, no)
     )
     fills = kept.fills | other.fills
@@ -163,20 +197,32 @@ def may_be_infinite(score) -> bool:
     return any(logarithm.args[0].is_positive is not True for logarithm in score.atoms(sympy.log))
 
 
-def not_lowered(score) -> list[Any]:
-    """Where a score that takes large numbers as summands takes none: half precision loses its digits elsewhere.
+def not_lowered(score, lose_digits: Callable[[Any, Any], bool]) -> list[Any]:
+    """Where a score that takes large numbers as summands takes none: it loses its digits elsewhere.
 
-    Nowhere, if they raise it: then the scores without digits are those that count.
+    Nowhere, if they raise it: then the scores without digits are those that count. ``lose_digits`` says which do, of a
+    factor and the number that it multiplies.
     """
     sums = [term for term in sympy.preorder_traversal(score) if isinstance(term, sympy.Add)]
     parts = [(part.as_coeff_Mul()[0], part.atoms(Where)) for term in sums for part in term.args]
     found: list[Any] = []
     for factor, (condition, yes, no) in ((factor, choice.args) for factor, choices in parts for choice in choices):
-        if no.is_number and abs(no) > LARGE:
+        if no.is_number and lose_digits(factor, no):
             found.append(condition if factor * no < 0 else sympy.false)
-        elif yes.is_number and abs(yes) > LARGE:
+        elif yes.is_number and lose_digits(factor, yes):
             found.append(sympy.Not(condition) if factor * yes < 0 else sympy.false)
     return found
+
+
+def in_half(factor, number) -> bool:
+    """Beside which numbers half precision has no digits of a score left."""
+    return abs(number) > LARGE
+
+
+def in_float32(factor, number) -> bool:
+    """The same for float32, where a kernel does not round as the author: it adds what is scaled, not before."""
+    scaled = abs(math.frexp(float(factor))[0]) != 0.5
+    return scaled and abs(number * factor) > LARGE_FLOAT32
 
 
 def empty_rows(found: Split, layout: Layout, *, sdpa: bool, dtype: str, data: frozenset[str]) -> EmptyRows:

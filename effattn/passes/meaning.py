@@ -96,15 +96,15 @@ def _check_large_numbers(view: GraphView, draft: Draft, score) -> None:
 
 
 def _check_digits(view: GraphView, draft: Draft, score, lengths: Layout) -> None:
-    """Beside a large number half precision has no digits left for a score: such rows must have other keys."""
-    if draft.scores is None or view.held(draft.scores.node).dtype not in (torch.float16, torch.bfloat16):
-        return
-    shown = sympy.And(*masks.not_lowered(score))
+    """Beside a large number a score has no digits left: such rows must have other keys."""
+    half = draft.scores is not None and view.held(draft.scores.node).dtype in (torch.float16, torch.bfloat16)
+    shown = sympy.And(*masks.not_lowered(score, masks.in_half if half else masks.in_float32))
     if shown != sympy.true and not masks.every_row_sees_a_key(masks.simplify(shown), lengths):
         raise Refused(
             Why.ROWS_WITHOUT_KEYS,
-            "a row may attend to nothing, and a large number that is added in half precision takes its digits",
-            "fill with -inf, or add in float32",
+            "a row may attend to nothing, and a large number that is added takes its digits"
+            + (" in half precision" if half else ""),
+            "fill with -inf" + (", or add in float32" if half else ""),
         )
 
 
