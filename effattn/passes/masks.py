@@ -61,6 +61,8 @@ class Split:
     def threshold(self) -> float:
         """A number between every finite fill and any score: above it a key is allowed."""
         finite = [float(fill.value) for fill in self.fills if fill.value is not INFINITE]
+        if not finite and plausible(self.score, in_half=False).low <= FILL:
+            return -LOWEST / 2
         return max([FILL, *(value / 2 for value in finite)])
 
 
