@@ -129,6 +129,19 @@ def test_mods_of_flex_attention(after):
     compiled(attend, *QKV, SEEN)
 
 
+@pytest.mark.parametrize("fill", [-1e9, -4e4])
+def test_a_fill_that_half_precision_does_not_hold(fill):
+    """It is -inf there, and stays so whatever it is divided by."""
+
+    def attend(q, k, v, padding):
+        s = (q @ k.mT).half() * 0.01
+        s = (s.float() + torch.where(causal(), 0.0, fill)).half() * 2
+        return (s.float() / 3e8).softmax(-1) @ v
+
+    report, _ = compiled(attend, *QKV, SEEN)
+    assert report.sites[0].predicate == "k <= q"
+
+
 def test_a_fill_that_overflows_when_it_is_scaled():
     """The lowest float times two is -inf: a row of nothing else is NaN."""
     lowest = torch.finfo(torch.float32).min

@@ -54,12 +54,23 @@ def _is_small_choice(term) -> bool:
 
 
 def stored_as(value, dtype: torch.dtype):
-    """``value`` as a tensor of ``dtype`` holds it: constants beyond its range are infinite, also inside a where()."""
+    """``value`` as a tensor of ``dtype`` holds it: constants beyond its range are infinite, also inside a where().
+
+    So are those that are added to something: what a type holds beside them is too small to bring them back.
+    """
     if not dtype.is_floating_point:
         return value
     if isinstance(value, expr.Where):
         condition, yes, no = value.args
         return expr.Where(condition, stored_as(yes, dtype), stored_as(no, dtype))
+    if isinstance(value, sympy.Add):
+        return sympy.Add(*[stored_as(part, dtype) for part in value.args])
+    if isinstance(value, sympy.Mul) and len(value.args) == 2 and isinstance(value.args[1], expr.Where):
+        factor, choice = value.args
+        if factor.is_number and _is_small_choice(choice):
+            scaled = distribute(lambda branch: factor * branch, choice)
+            return value if (held := stored_as(scaled, dtype)) == scaled else held
+        return value
     if value.is_number and value.is_finite and value.is_real and abs(value) > torch.finfo(dtype).max:
         held = float(torch.tensor(float(value), dtype=torch.float64).to(dtype))
         return sympy.sympify(held) if abs(held) == float("inf") else value
