@@ -10,7 +10,6 @@ as itself, hides nothing for certain. It stays in the score as the author comput
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -222,9 +221,8 @@ def in_half(factor, number) -> bool:
 
 
 def in_float32(factor, number) -> bool:
-    """The same for float32, where a kernel does not round as the author: it adds what is scaled, not before."""
-    scaled = abs(math.frexp(float(factor))[0]) != 0.5
-    return scaled and abs(number * factor) > LARGE_FLOAT32
+    """The same for float32: in which order several summands meet such a number decides what is left of them."""
+    return abs(number * factor) > LARGE_FLOAT32
 
 
 def empty_rows(found: Split, layout: Layout, *, sdpa: bool, dtype: str, data: frozenset[str]) -> EmptyRows:
