@@ -21,6 +21,7 @@ from effattn.ir.site import Site
 from effattn.passes.choose import SHORT, Choice
 from effattn.policy import Policy, Rule
 from effattn.policy.layers import read
+from effattn.versions import graph_being_made
 
 UNKNOWN = "which {} an attention is in is not known here; compile the whole model instead of parts of it"
 
@@ -184,10 +185,6 @@ def tell(gm: fx.GraphModule, choices: Sequence[Choice], policy: Policy) -> None:
 
 def _compiled_by(gm: fx.GraphModule) -> tuple[Any, bool]:
     """(what all graphs of one ``torch.compile`` have in common, whether the model ends with this graph)."""
-    from torch._dynamo.symbolic_convert import InstructionTranslator  # takes a second to import
-
     broken = getattr(getattr(gm, "compile_subgraph_reason", None), "graph_break", False)
-    try:
-        return InstructionTranslator.current_tx().output.compiler_fn, not broken
-    except AttributeError:  # nothing is being compiled, or Dynamo keeps it elsewhere
-        return gm, not broken
+    made = graph_being_made()
+    return (gm if made is None else made.compiler_fn), not broken

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,6 +13,7 @@ from effattn.compiler.backend import effattn as backend
 from effattn.compiler.options import Options
 from effattn.compiler.outside import Watch
 from effattn.compiler.report import Report
+from effattn.versions import compiled_alone
 
 
 def explain(
@@ -48,7 +48,7 @@ def explain(
         return watch.graph(compiled, heard.graphs[-1].ran)
 
     with collect.listening() as heard, torch._dynamo.config.patch(_limits()), watch:
-        torch.compile(_uncompiled(model), backend=explained, **_isolated())(*args, **kwargs)
+        torch.compile(_uncompiled(model), backend=explained, **compiled_alone())(*args, **kwargs)
     report = heard.report(settings, watch.outside())
     settings.policy.check_sites(choice.match.site for choice in heard.choices)
     return report
@@ -60,12 +60,6 @@ def _uncompiled(model: Any) -> Any:
     return model._call_impl if in_place else model
 
 
-def _isolated() -> dict[str, Any]:
-    """What keeps the compilations before this one from counting against the limit of recompilations."""
-    has = "isolate_recompiles" in inspect.signature(torch.compile).parameters  # torch 2.13
-    return {"isolate_recompiles": True} if has else {}
-
-
 def _limits() -> dict[str, Any]:
-    """Where they count, a limit that lets this one through: less true of a model that runs into the limit by itself."""
-    return {} if _isolated() else {"recompile_limit": 64}
+    """Where earlier compilations count, a limit that lets this one through, less true of a model that runs into it."""
+    return {} if compiled_alone() else {"recompile_limit": 64}

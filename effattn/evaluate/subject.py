@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import inspect
 import platform
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,6 +16,7 @@ from effattn.errors import EvaluationError
 from effattn.evaluate.perplexity import logits_of
 from effattn.evaluate.rope import context_of
 from effattn.evaluate.setting import Setting
+from effattn.versions import cache_argument
 
 SAMPLE = 256  # values of every weight that go into the model's fingerprint
 
@@ -54,8 +54,8 @@ class Subject:
 
     @property
     def cache(self) -> str:
-        """What the layers call the key/value cache: transformers has renamed it."""
-        return "cache" if "cache" in inspect.signature(self.model.base_model.forward).parameters else "past_key_values"
+        """What the layers call the key/value cache."""
+        return cache_argument(self.model.base_model.forward)
 
     def check(self, setting: Setting) -> None:
         """What cannot work with this model is told before anything runs.

@@ -18,6 +18,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import fx
 
+from effattn.versions import graph_being_made
+
 _PART = re.compile(r"\.(\w+)|\['([^']*)'\]|\[(\d+)\]")
 
 
@@ -80,13 +82,10 @@ def _recorded(node: fx.Node) -> list[tuple[str, Any]]:
 
 
 def _compiled_frame() -> _Frame | None:
-    from torch._dynamo.symbolic_convert import InstructionTranslator  # takes a second to import
-
-    try:
-        frame = InstructionTranslator.current_tx().output.root_tx
-        return _Frame(frame.f_code, {"L": frame.f_locals, "G": frame.f_globals})
-    except AttributeError:  # nothing is being compiled, or Dynamo keeps it elsewhere
+    if (made := graph_being_made()) is None:
         return None
+    frame = made.root_tx
+    return _Frame(frame.f_code, {"L": frame.f_locals, "G": frame.f_globals})
 
 
 def _owner(frame: _Frame) -> str | None:

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from torch.nn.attention.flex_attention import flex_attention
 
 import effattn
+from effattn.versions import compiled_alone
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 LAYERS = 5
@@ -227,9 +228,7 @@ def test_a_reason_outlives_its_run():
     assert [one.reason for one in second.outside] == [one.reason for one in first.outside]
 
 
-@pytest.mark.skipif(
-    "isolate_recompiles" not in inspect.signature(torch.compile).parameters, reason="needs limits for each compilation"
-)
+@pytest.mark.skipif(not compiled_alone(), reason="needs limits for each compilation")
 def test_recompile_limit():
     limit = torch._dynamo.config.recompile_limit
     report = explained(Layers(NeverTheSame(number) for number in range(1, limit + LAYERS)))

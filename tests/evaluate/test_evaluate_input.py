@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import types
 
 import pytest
@@ -19,6 +18,7 @@ from effattn.evaluate.records import Looked
 from effattn.evaluate.rope import RopeScaling, scaled
 from effattn.evaluate.setting import Setting
 from effattn.evaluate.text import long_text
+from effattn.versions import cache_argument
 
 
 @pytest.fixture(scope="module")
@@ -129,8 +129,7 @@ def test_a_passkey_is_where_it_should_be(length, depth):
 
 def test_the_answer_is_greedy(model):
     prompt = ids(40)
-    cache = "cache" if "cache" in inspect.signature(model.model.forward).parameters else "past_key_values"
-    found = answer(model.model, model.lm_head, Characters(), prompt, cache)
+    found = answer(model.model, model.lm_head, Characters(), prompt, cache_argument(model.model.forward))
     with torch.no_grad():
         made = prompt
         for _ in range(ANSWER_TOKENS):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
-
 import pytest
 import torch
 from comparing import assert_close
@@ -14,10 +12,10 @@ from effattn.compiler.backend import effattn
 from effattn.compiler.options import Options
 from effattn.errors import DecayChanged
 from effattn.ir.refusal import Why
+from effattn.versions import cache_argument
 
 LINEAR, FULL = "linear_attention", "full_attention"
-# transformers has renamed it
-CACHE = "cache" if "cache" in inspect.signature(MiniMaxForCausalLM.forward).parameters else "past_key_values"
+CACHE = cache_argument(MiniMaxForCausalLM.forward)
 # before, Dynamo leaves the end of the last block symbolic where the length is
 LOOPS_ARE_UNROLLED = not torch.__version__.startswith("2.11")
 
