@@ -17,6 +17,7 @@ import sys
 import time
 import traceback
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -109,6 +110,7 @@ def check_one(job) -> dict:
     """The largest error of output and LSE against float64."""
     from plans import CASES, CAUSAL, Call, Sizes, power_keep, s, tensors
 
+    from effattn.ir.attention import AttentionSpec
     from effattn.ir.plan import Plan
     from effattn.lowering.triton.spec import Tiles
     from effattn.runtime import triton_target
@@ -124,7 +126,7 @@ def check_one(job) -> dict:
     if name in CASES or name == "holes":
         call = built(name, sizes, device)
     else:
-        call = Call(Plan("power", sizes.scale * s, CAUSAL, power_keep(128, 256, 128)))
+        call = Call(Plan("power", AttentionSpec(sizes.scale * s, CAUSAL, power_keep(128, 256, 128))))
         config = Tiles(128, 64, 8, 3, descriptors=True) if name == "descriptors" else None
     query, key, value = tensors(sizes, device, getattr(torch, dtype), order="bnhd")
     out, lse = triton_target.run(
@@ -188,22 +190,27 @@ def our_call(mask: str, length: int):
     import sympy
     from plans import CAUSAL, Call, b, k, load, s
 
+    from effattn.ir.attention import AttentionSpec, LoadSpec
     from effattn.ir.expr import q
-    from effattn.ir.plan import LoadSpec, Plan
+    from effattn.ir.plan import Plan
+    from effattn.ir.site import Layout, called_site
     from effattn.lowering.forms.power import POWER
     from effattn.lowering.forms.window import WINDOW as WINDOW_FORM
 
     score = HEAD_DIM**-0.5 * s
     if mask == "causal":
-        return Call(Plan("exact", score, CAUSAL, empty_rows="never"))
+        return Call(Plan("exact", AttentionSpec(score, CAUSAL, empty_rows="never")))
     if mask in ("padding", "left"):
         seen = sympy.And(CAUSAL, sympy.Ne(load("padding", [b, k], integer=True), 0))
-        plan = Plan("exact", score, seen, loads=(LoadSpec("padding", "bool", 2),))
+        plan = Plan("exact", AttentionSpec(score, seen, loads=(LoadSpec("padding", "bool", 2),)))
         return Call(plan, loads=[padding_of(mask, length)])
+    plain = AttentionSpec(score, CAUSAL, empty_rows="never")
+    site = called_site(plain, q, Layout(1, HEADS, KV_HEADS, length, length, HEAD_DIM, HEAD_DIM))
     if mask == "power":
         params = POWER.params(block=BLOCK, window=WINDOW, sinks=SINKS)
-        return Call(Plan("power", score, CAUSAL, POWER.keep(params, q), empty_rows="never"))
-    return Call(Plan("window", score, CAUSAL, WINDOW_FORM.keep(WINDOW_FORM.params(window=WINDOW, sinks=SINKS), q)))
+        return Call(Plan("power", replace(plain, keep=POWER.keep(params, site))))
+    params = WINDOW_FORM.params(window=WINDOW, sinks=SINKS)
+    return Call(Plan("window", replace(plain, keep=WINDOW_FORM.keep(params, site))))
 
 
 def blocks(mask: str, length: int):

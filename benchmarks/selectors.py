@@ -23,8 +23,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import effattn
 from benchmarks import harness, llama
 from benchmarks.harness import EFFATTN
+from effattn.ir.attention import AttentionSpec
 from effattn.ir.expr import Nk, Nq, k, q, s
-from effattn.ir.plan import Plan
+from effattn.ir.plan import Plan, Sparsity
+from effattn.ir.site import Layout, called_site
 from effattn.runtime.select.block_list import BlockList
 from effattn.runtime.select.run import select
 
@@ -92,8 +94,10 @@ def dense(backend: SDPBackend | None, given: Sequence[Tensor]) -> Callable[[], T
 
 def plan_of(form: str, params: dict[str, Any], head_dim: int) -> Plan:
     chosen = effattn.forms()[form]
-    selector = chosen.selector(chosen.params(**params))
-    return Plan(form, head_dim**-0.5 * s, k <= q + Nk - Nq, select=selector)
+    position = q + Nk - Nq
+    spec = AttentionSpec(head_dim**-0.5 * s, k <= position)
+    site = called_site(spec, position, Layout(1, 32, 8, Nq, Nk, head_dim, head_dim))
+    return Plan(form, spec, Sparsity(chosen.selector(chosen.params(**params), site)))
 
 
 def density(listed: BlockList, heads: int, length: int) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import sympy
@@ -11,8 +12,10 @@ from torch import Tensor
 
 from effattn.errors import FormRefused, OptionError
 from effattn.ir import expr
-from effattn.ir.plan import LoadSpec, Plan
+from effattn.ir.attention import AttentionSpec, LoadSpec
+from effattn.ir.plan import Plan, Sparsity
 from effattn.ir.selector import BOUNDARIES
+from effattn.ir.site import Layout, called_site
 from effattn.lowering.forms import FORMS, Form
 from effattn.lowering.forms.feature_maps import FEATURE_MAPS
 from effattn.lowering.forms.form import CAUSAL
@@ -23,6 +26,7 @@ from effattn.runtime import attend as _registers_the_op  # noqa: F401
 from effattn.runtime.feature_attention import feature_attention
 
 SCALE = expr.number("scale")
+BATCH = expr.scalar("batch")  # plans are made for any
 
 
 def forms() -> dict[str, Form]:
@@ -65,7 +69,9 @@ def attention(
     _check(q, k, v)
     if form in FORMS and not FORMS[form].softmax:
         return _without_softmax(q, k, v, form, causal, scale, params)
-    plan = _plan(form, bool(causal), tuple(params.items()), boundaries is not None)
+    plan = _plan(
+        form, bool(causal), tuple(params.items()), boundaries is not None, (*q.shape[1::2], k.shape[1], v.shape[3])
+    )
     factor = 1.0 / math.sqrt(q.shape[3]) if scale is None else scale
     loads = [] if boundaries is None else [_checked_boundaries(boundaries, k)]
     return torch.ops.effattn.attend(q, k, v, loads, [], [factor], plan)[0]
@@ -108,30 +114,31 @@ def _checked(form: str, params: tuple[tuple[str, Any], ...]) -> Any:
 
 
 @torch.compiler.assume_constant_result
-def _plan(form: str, causal: bool, params: tuple[tuple[str, Any], ...], cut: bool) -> str:
-    """The encoded plan of a form with these parameters; ``cut``: boundaries are given."""
+def _plan(form: str, causal: bool, params: tuple[tuple[str, Any], ...], cut: bool, sizes: tuple[int, ...]) -> str:
+    """The encoded plan of a form with these parameters; ``cut``: boundaries are given;
+    ``sizes``: query heads, head_dim, key heads, value_dim."""
     if form not in FORMS:
         raise OptionError(f"attention: {unknown('form', str(form), FORMS)}")
     checked = _checked(form, params)
-    selector = FORMS[form].selector(checked)
+    position = expr.q + expr.Nk - expr.Nq
+    spec = AttentionSpec(
+        score=SCALE * expr.s,
+        predicate=expr.k <= position if causal else sympy.true,
+        loads=(LoadSpec(BOUNDARIES, "bool", 2),) if cut else (),
+        numbers=(SCALE.name,),
+    )
+    heads, head_dim, kv_heads, value_dim = map(int, sizes)
+    layout = Layout(BATCH, heads, kv_heads, expr.Nq, expr.Nk, head_dim, value_dim)
+    site = called_site(spec, position if causal else None, layout)
+    selector = FORMS[form].selector(checked, site)
     wanted = selector is not None and selector.needs_boundaries
     if wanted != cut:
         needs = "needs boundaries, bool [B, Nk]" if wanted else 'takes no boundaries: they belong to chunks="given"'
         raise OptionError(f"attention(form={form!r}) {needs}")
     if not causal and CAUSAL in FORMS[form].rules:
         raise FormRefused(f"attention(form={form!r}, causal=False): {CAUSAL.otherwise}. {CAUSAL.hint}")
-    position = expr.q + expr.Nk - expr.Nq
-    plan = Plan(
-        form=form,
-        score=SCALE * expr.s,
-        predicate=expr.k <= position if causal else sympy.true,
-        keep=FORMS[form].keep(checked, position),
-        select=selector,
-        loads=(LoadSpec(BOUNDARIES, "bool", 2),) if cut else (),
-        numbers=(SCALE.name,),
-        empty_rows="zero",
-    )
-    return plan.encode()
+    spec = replace(spec, keep=FORMS[form].keep(checked, site))
+    return Plan(form, spec, Sparsity(selector)).encode()
 
 
 def _checked_boundaries(boundaries: Tensor, k: Tensor) -> Tensor:

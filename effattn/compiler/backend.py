@@ -97,5 +97,5 @@ def _tell_errors(outcome: Outcome) -> None:
 def _tell_portable(outcome: Outcome) -> None:
     """Say once that generated kernels need a GPU: timings on a CPU are not those of the kernels."""
     ops = [(choice.match.site.device, choice.plan) for choice in outcome.choices if choice.plan is not None]
-    if any(device != "cuda" and plan.target is None for device, plan in ops):
+    if any(device != "cuda" and plan.dispatch.target is None for device, plan in ops):
         warn_once("no GPU here: attention that needs a generated kernel runs on the portable target (ATen, blockwise)")

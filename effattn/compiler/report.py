@@ -229,8 +229,8 @@ def _site(choice: Choice) -> SiteReport:
         form=choice.form,
         exact=choice.exact,
         here=_here(choice),
-        predicate=text(site.predicate),
-        score=text(site.score),
+        predicate=text(site.spec.predicate),
+        score=text(site.spec.score),
         reason=choice.reason,
         candidates=tuple(
             {"form": one.form, "accepted": one.accepted, "reasons": one.reasons} for one in choice.candidates
@@ -238,7 +238,7 @@ def _site(choice: Choice) -> SiteReport:
         kernel=_kernel(choice),
         location=site.location,
         layout=str(site.layout),
-        empty_rows=site.empty_rows,
+        empty_rows=site.spec.empty_rows,
         notes=site.notes,
         params=choice.params.model_dump(),
         path=site.path,
@@ -254,8 +254,8 @@ def _here(choice: Choice) -> str:
 
 
 def _shown(site: Site) -> dict[str, Any]:
-    names = dict(zip((load.name for load in site.loads), site.reads, strict=True))
-    predicate, score = (text(renamed(term, names, {})) for term in (site.predicate, site.score))
+    names = dict(zip((load.name for load in site.spec.loads), site.reads, strict=True))
+    predicate, score = (text(renamed(term, names, {})) for term in (site.spec.predicate, site.spec.score))
     return {"reads": names, "predicate_shown": predicate, "score_shown": score}
 
 
@@ -271,14 +271,14 @@ def _linear_site(one: LinearMatch) -> SiteReport:
         form="linear",
         exact=True,
         here="linear",
-        predicate=text(site.predicate),
-        score=f"{text(site.score)}, no softmax{sums}",
+        predicate=text(site.spec.predicate),
+        score=f"{text(site.spec.score)}, no softmax{sums}",
         reason="the graph spells linear attention: the same function, in chunks with a state between them",
         candidates=(),
         kernel=linear_kernel_path(one),
         location=site.location,
         layout=str(site.layout),
-        empty_rows=site.empty_rows,
+        empty_rows=site.spec.empty_rows,
         notes=site.notes,
         path=site.path,
     )
@@ -292,7 +292,7 @@ def _kernel(choice: Choice) -> str | None:
     if choice.plan is None:
         is_sdpa = choice.route == "sdpa" or choice.match.anchors.is_sdpa
         return "torch.nn.functional.scaled_dot_product_attention" if is_sdpa else None
-    target = choice.plan.target or ("triton" if choice.match.site.device == "cuda" else "portable")
+    target = choice.plan.dispatch.target or ("triton" if choice.match.site.device == "cuda" else "portable")
     return "portable (ATen, blockwise)" if target == "portable" else kernel_path(choice)
 
 
@@ -305,7 +305,7 @@ def stanza(choices: list[Choice], policy: str) -> str:
                 choice.form,
                 choice.match.site.stage,
                 str(choice.params),
-                choice.plan.min_length if choice.plan else 0,
+                choice.plan.dispatch.min_length if choice.plan else 0,
             )
             groups.setdefault(key, []).append(choice)
     rules: list[dict[str, Any]] = []

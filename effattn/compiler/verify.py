@@ -113,12 +113,12 @@ class _Checker(fx.Interpreter):
         }
         loads = {
             spec.name: self.values[source.node.name, source.time]
-            for spec, source in zip(site.loads, match.anchors.loads, strict=True)
+            for spec, source in zip(site.spec.loads, match.anchors.loads, strict=True)
         }
-        for name, source in zip(site.scalars, match.anchors.scalars, strict=True):
+        for name, source in zip(site.spec.scalars, match.anchors.scalars, strict=True):
             held = self.plain[source.node.name]
             index[name] = held if source.dim is None else held[source.dim]
-        for name, number in zip(site.numbers, match.anchors.numbers, strict=True):
+        for name, number in zip(site.spec.numbers, match.anchors.numbers, strict=True):
             index[name] = self.plain[number.name]
         device = allowed.device
         places = [evaluate(entry, index, loads, torch.float64, device) for entry in match.anchors.scores_index]
@@ -127,15 +127,15 @@ class _Checker(fx.Interpreter):
             torch.zeros_like(place) if size == 1 else place for place, size in zip(places, allowed.shape, strict=True)
         ]
         expected = allowed[tuple(places)]
-        read = torch.as_tensor(evaluate(site.predicate, index, loads, torch.float64, device), device=device)
+        read = torch.as_tensor(evaluate(site.spec.predicate, index, loads, torch.float64, device), device=device)
         # a mask may also be data that is added to the score: then the predicate leaves it to the score
-        added = evaluate(site.score, {**index, "s": 0.0}, loads, torch.float64, device)
+        added = evaluate(site.spec.score, {**index, "s": 0.0}, loads, torch.float64, device)
         read = read & (torch.as_tensor(added, device=device) > match.anchors.threshold)
         expected, read = torch.broadcast_tensors(expected, read)
         if not torch.equal(expected, read):
             wrong = int((expected != read).sum())
             raise VerificationError(
-                f"{site.name} ({site.location}): the mask was read as {text(site.predicate)}, "
+                f"{site.name} ({site.location}): the mask was read as {text(site.spec.predicate)}, "
                 f"but {wrong} of {read.numel()} checked entries differ from the model's own mask"
             )
 

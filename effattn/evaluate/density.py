@@ -10,6 +10,8 @@ from torch import Tensor
 
 from effattn.errors import FormRefused
 from effattn.ir import expr
+from effattn.ir.attention import AttentionSpec
+from effattn.ir.site import Layout, called_site
 from effattn.lowering.forms import FORMS
 from effattn.lowering.tiles import KeyWalk, walk
 from effattn.runtime.algebra import evaluate
@@ -33,7 +35,9 @@ def density_of(form: str, length: int, params: dict[str, Any] | None = None, min
     causal = sympy.Le(expr.k, expr.q)
     if length < min_length:
         return 1.0
-    keep = chosen.keep(chosen.params(**(params or {})), expr.q)
+    sizes = Layout(1, 1, 1, length, length, 1, 1)
+    site = called_site(AttentionSpec(expr.s, causal), expr.q, sizes)
+    keep = chosen.keep(chosen.params(**(params or {})), site)
     return density(sympy.And(causal, keep), causal, length, length)
 
 

@@ -8,10 +8,9 @@ once, before the first mask, and then writes each chunk of its block list out as
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Protocol
 
-import sympy
 import torch
 from torch import Tensor
 
@@ -32,7 +31,7 @@ class KeptRows(Protocol):
         """Yield, for each ``(start, stop)`` of ``chunks`` in order, bool [B or 1, Hq or 1, stop - start, Nk].
 
         True where the row keeps the key. Keys that the author's mask forbids may be True too: whoever asks combines
-        with :func:`allowed_rows`. Nothing of Nq x Nk values may be held. Rules by length (``plan.min_length``) are
+        with :func:`allowed_rows`. Nothing of Nq x Nk values may be held. Rules by length (``Dispatch.min_length``) are
         applied by :func:`kept_rows` and need not be looked at.
         """
         ...
@@ -59,18 +58,18 @@ def is_static(plan: Plan) -> bool:
 
 def allowed_rows(captured: Captured, plan: Plan, chunks: Sequence[Rows]) -> Iterator[Tensor]:
     """What the author's mask allows, whatever the form keeps of it."""
-    return rule_rows(captured, replace(plan, keep=sympy.true, select=None), chunks)
+    return rule_rows(captured, Plan(plan.form, plan.spec.dense()), chunks)
 
 
 def rule_rows(captured: Captured, plan: Plan, chunks: Sequence[Rows]) -> Iterator[Tensor]:
-    """Masks of a plan whose kept keys are an expression: ``plan.rule``, evaluated chunk by chunk."""
+    """Masks of a plan whose kept keys are an expression: ``plan.spec.rule``, evaluated chunk by chunk."""
     keys = captured.shape[3]
     given = with_first_keys(plan, captured.key, captured.loads, captured.scalars, captured.numbers)
-    symbols, loads = bindings(plan, given, captured.scalars, captured.numbers)
+    symbols, loads = bindings(plan.spec, given, captured.scalars, captured.numbers)
     device = captured.query.device
     for start, stop in chunks:
         values = symbols | indices(captured, (start, stop), keys)
-        kept = evaluate(plan.rule, values, loads, torch.float64, device)
+        kept = evaluate(plan.spec.rule, values, loads, torch.float64, device)
         mask = torch.as_tensor(kept, device=device).to(torch.bool)
         mask = mask.view([1] * (4 - mask.ndim) + list(mask.shape))
         yield mask.expand(mask.shape[0], mask.shape[1], stop - start, keys)
@@ -91,8 +90,8 @@ def indices(captured: Captured, rows: Rows, keys: int) -> dict[str, Any]:
 
 def reach(captured: Captured, plan: Plan, chunks: Sequence[Rows]) -> list[int]:
     """For each chunk, the number of leading keys beyond which the author's mask allows none: saves half if causal."""
-    symbols, loads = bindings(plan, captured.loads, captured.scalars, captured.numbers)
-    walker = Walker(plan.predicate, captured.shape, symbols, loads)
+    symbols, loads = bindings(plan.spec, captured.loads, captured.scalars, captured.numbers)
+    walker = Walker(plan.spec.predicate, captured.shape, symbols, loads)
     runs = [walker.runs(start, stop) for start, stop in chunks]
     return [max((run.stop for run in found), default=0) for found in runs]
 
@@ -104,13 +103,13 @@ def _source(plan: Plan) -> Source:
 def listed_rows(captured: Captured, plan: Plan, chunks: Sequence[Rows]) -> Iterator[Tensor]:
     """Masks of a plan that chooses at run time: its selection runs once, its block lists are written out by chunks."""
     given = (captured.loads, captured.scalars, captured.numbers)
-    target = "triton" if captured.query.device.type == "cuda" and plan.target != "portable" else "portable"
+    target = "triton" if captured.query.device.type == "cuda" and plan.dispatch.target != "portable" else "portable"
     listed = select(plan, captured.query, captured.key, *given, target=target)
     for start, stop in chunks:
         yield listed.rows(start, stop, captured.shape[1], captured.shape[3])
 
 
 SOURCES: tuple[Source, ...] = (
-    Source(lambda plan: plan.select is not None, listed_rows),
+    Source(lambda plan: plan.sparsity.select is not None, listed_rows),
     Source(lambda plan: True, rule_rows),
 )

@@ -169,7 +169,7 @@ class Layers:
             f"policy {policy!r} stays exact at {count} of {len(found)} attentions: {reason}"
             for reason, count in reasons.items()
         ]
-        since = min((low.plan.min_length for low in found if low.form != "exact"), default=0)
+        since = min((low.plan.dispatch.min_length for low in found if low.form != "exact"), default=0)
         dense = [f"{length:,}" for length in self.setting.lengths if length < since]
         if dense:
             notes.append(f"policy {policy!r} is exact below {since:,} keys, so at {', '.join(dense)}")
@@ -201,7 +201,7 @@ def _density(plan: Plan, length: int) -> float | None:
     if not is_static(plan):
         return None
     try:
-        allowed = kept_pairs(plan.predicate, length, length)
-        return kept_pairs(plan.rule, length, length) / allowed if allowed else 1.0
+        allowed = kept_pairs(plan.spec.predicate, length, length)
+        return kept_pairs(plan.spec.rule, length, length) / allowed if allowed else 1.0
     except (FormRefused, KeyError):  # data, or a length that is only known at run time
         return None

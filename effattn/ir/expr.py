@@ -141,6 +141,35 @@ class Where(sympy.Function):
         return None
 
 
+class Table(sympy.Function):
+    """``Table(index, v0, v1, ...)``: one of a few numbers that are known when compiling, as a window for each head is.
+
+    Below 0 the index is 0, and beyond the last it is the last.
+    """
+
+    is_real = True
+    LONGEST = 256
+
+    @classmethod
+    def eval(cls, index, *values):
+        if not 0 < len(values) <= cls.LONGEST or not all(value.is_Number and value.is_finite for value in values):
+            raise ValueError(f"a table holds 1 to {cls.LONGEST} finite numbers, got {len(values)}: {values[:4]}")
+        if len(set(values)) == 1:
+            return values[0]
+        return values[min(max(int(index), 0), len(values) - 1)] if index.is_Integer else None
+
+    @property
+    def index(self) -> sympy.Expr:
+        return self.args[0]
+
+    @property
+    def values(self) -> tuple[sympy.Number, ...]:
+        return self.args[1:]
+
+    def _eval_is_integer(self):
+        return all(value.is_integer for value in self.values)
+
+
 class Group(sympy.Function):
     """A sum that is computed before what is around it: ``0.1*(t[q] - t[k])``.
 

@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Protocol
 import sympy
 
 from effattn.errors import EffattnError
-from effattn.ir.expr import BitAnd, BitOr, BitXor, FloorDiv, Group, IsPowerOfTwo, Load, Modulo, Where
+from effattn.ir.expr import BitAnd, BitOr, BitXor, FloorDiv, Group, IsPowerOfTwo, Load, Modulo, Table, Where
 
 
 class Algebra(Protocol):
@@ -90,11 +90,21 @@ def fold(expression, algebra: Algebra) -> Any:
             return algebra.load(term.name, [visit(index) for index in term.indices])
         if isinstance(term, sympy.Pow):
             return power(term)
+        if isinstance(term, Table):
+            return table(visit(term.index), term.values, int if term.is_integer else float)
         if (chain := CHAINS.get(type(term))) is not None:
             return reduce(lambda x, y: algebra.call(chain, x, y), [visit(arg) for arg in term.args])
         if (name := OPERATIONS.get(type(term))) is not None:
             return algebra.call(name, *[visit(arg) for arg in term.args])
         raise UnknownOperation(f"no target can compute {type(term).__name__} in {expression}")
+
+    def table(index, values, kind, first=0):
+        """A choice between two halves, so that no target needs tables; ``first``: the place of the first value."""
+        if len(set(values)) == 1:
+            return algebra.constant(kind(values[0]))
+        half = len(values) // 2
+        low, high = table(index, values[:half], kind, first), table(index, values[half:], kind, first + half)
+        return algebra.call("where", algebra.call("lt", index, algebra.constant(first + half)), low, high)
 
     def power(term):
         base, exponent = term.args

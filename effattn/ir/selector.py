@@ -170,13 +170,6 @@ class Selector(Piece):
     def needs_boundaries(self) -> bool:
         return isinstance(self.score.key, Chunks) and self.score.key.find == "given"
 
-    def of_layer(self, layer: int | None) -> Selector:
-        """The same with the weights of this layer, where any are read."""
-        if not isinstance(self.score.key, Trained):
-            return self
-        key = self.score.key.model_copy(update={"layer": layer})
-        return self.model_copy(update={"score": self.score.model_copy(update={"key": key})})
-
     def keeps_all(self, k_len: int) -> bool:
         """Whether the budget covers every key of this many, whatever the data: then dense attention is the same."""
         budget = self.pick.budget

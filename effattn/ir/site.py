@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from effattn.ir.plan import EmptyRows, LoadSpec
+from effattn.ir.attention import AttentionSpec
 
 Stage = Literal["prefill", "decode", "train", "cross", "encoder"]
 STAGES: tuple[Stage, ...] = ("prefill", "decode", "train", "cross", "encoder")
@@ -50,13 +50,8 @@ class Site:
     stage: Stage
     layout: Layout
     hints: Layout  # the same sizes as plain ints, for costs
-    score: Any  # sympy term in s and the indices, scale included
-    predicate: Any  # sympy boolean
+    spec: AttentionSpec  # what the user's code computes: keeps all that the mask allows
     position: Any | None  # absolute index of query row q among the keys, from the causal condition; None if not causal
-    loads: tuple[LoadSpec, ...]
-    scalars: tuple[str, ...]
-    numbers: tuple[str, ...]
-    empty_rows: EmptyRows
     dtype: str  # of query, key and value: "float32", "bfloat16", "float16"
     device: str  # "cpu", "cuda"
     needs_grad: bool  # of the output
@@ -70,3 +65,20 @@ class Site:
     sink: bool = False  # one more column takes part in the softmax, with a score and without a value
     reads: tuple[str, ...] = ()  # the user's own names of ``loads``, in order: attention_mask for padding
     notes: tuple[str, ...] = field(default=())  # things worth telling: grouped heads folded back, opaque mask, ...
+
+
+def called_site(spec: AttentionSpec, position: Any, layout: Layout) -> Site:
+    """The site of an attention that is called by the name of its form: no graph, layer or user code is around it."""
+    return Site(
+        name="attention",
+        found_as="sdpa",
+        stage="prefill",
+        layout=layout,
+        hints=layout,
+        spec=spec,
+        position=position,
+        dtype="float32",
+        device="cpu",
+        needs_grad=False,
+        output_layout="bhnd",
+    )

@@ -11,6 +11,7 @@ _FLIPPED = {sympy.Ge: (sympy.Le, "<="), sympy.Gt: (sympy.Lt, "<")}
 _SIGNS = {sympy.Le: "<=", sympy.Lt: "<", sympy.Eq: "==", sympy.Ne: "!="}
 _BITS = {expr.BitAnd: "&", expr.BitOr: "|", expr.BitXor: "^"}
 _FEW_DIGITS = 8
+_FEW_VALUES = 8  # of a table that are shown
 
 
 class _Printer(StrPrinter):
@@ -29,6 +30,11 @@ class _Printer(StrPrinter):
         return f"({self._operand(term.args[0])} {_BITS[type(term)]} {self._operand(term.args[1])})"
 
     _print_BitOr = _print_BitXor = _print_BitAnd
+
+    def _print_Table(self, term):
+        shown = [self._print(value) for value in term.values[:_FEW_VALUES]]
+        more = ["..."] if len(term.values) > _FEW_VALUES else []
+        return f"[{', '.join([*shown, *more])}][{self._print(term.index)}]"
 
     def _print_Group(self, term):
         return f"({self._print(term.args[0])})"

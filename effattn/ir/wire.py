@@ -10,7 +10,7 @@ from effattn.errors import PlanError
 from effattn.ir import expr
 from effattn.ir.fold import CHAINS, OPERATIONS
 
-_NAMES = {**OPERATIONS, **CHAINS}
+_NAMES = {**OPERATIONS, **CHAINS, expr.Table: "table"}
 _CLASSES = {name: cls for cls, name in _NAMES.items()}
 _KNOWN = {str(symbol): symbol for symbol in (*expr.INDICES, expr.s, expr.Nq, expr.Nk)}
 MAX_DEPTH = 200

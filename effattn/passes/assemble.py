@@ -9,6 +9,7 @@ import sympy
 import torch
 
 from effattn.ir import expr
+from effattn.ir.attention import AttentionSpec
 from effattn.ir.refusal import Why
 from effattn.ir.site import Layout, Site, Stage
 from effattn.passes.admissible import check_gradients, check_operands, check_recorded
@@ -64,6 +65,14 @@ def assemble(view: GraphView, draft: Draft, order: int) -> Match:
         loads_need_grad
         or any(view.held(operand.node).requires_grad for operand in (draft.query, draft.key, draft.value))
     )
+    spec = AttentionSpec(
+        score=score,
+        predicate=predicate,
+        loads=specs,
+        scalars=tuple(str(symbol) for symbol, _ in scalars),
+        numbers=tuple(numbers.values()),
+        empty_rows=empty,
+    )
     hints = Layout(*(_hint(view, size, draft) for size in vars(layout).values()))
     site = Site(
         name=f"{path or 'attention'}#{order}",
@@ -71,13 +80,8 @@ def assemble(view: GraphView, draft: Draft, order: int) -> Match:
         stage=_stage(hints, position, needs_grad),
         layout=layout,
         hints=hints,
-        score=score,
-        predicate=predicate,
+        spec=spec,
         position=position,
-        loads=specs,
-        scalars=tuple(str(symbol) for symbol, _ in scalars),
-        numbers=tuple(numbers.values()),
-        empty_rows=empty,
         dtype=_dtype(view, draft),
         device=tensor.device.type,
         needs_grad=needs_grad,

@@ -10,7 +10,8 @@ import torch
 
 from effattn.errors import FormRefused, TargetError
 from effattn.ir import expr
-from effattn.ir.plan import Plan
+from effattn.ir.attention import AttentionSpec
+from effattn.ir.plan import Dispatch, Plan, Sparsity
 from effattn.ir.refusal import Refusal
 from effattn.ir.site import Site
 from effattn.lowering.forms import FORMS
@@ -81,7 +82,7 @@ class ChooseForms(Pass):
             with left_alone(match.anchors.replaced, outcome.missed, work.strict):
                 choice = choose(match, work.policy, strict=work.strict, target=work.target)
                 if choice.route in ("op", "linear"):
-                    check_target(match.site, work.target if choice.plan is None else choice.plan.target)
+                    check_target(match.site, work.target if choice.plan is None else choice.plan.dispatch.target)
                 outcome.choices.append(choice)
         return False
 
@@ -176,7 +177,8 @@ def _cheapest(match: Match, policy: Policy, rule: PolicyRule, strict: bool, targ
     plan: Plan | None = None
     for first, name in steps:
         params = rule.params_of(name)
-        plan = replace(plan_of(site, name, params, first if plan is not None else 0, target), below=plan)
+        more = plan_of(site, name, params, first if plan is not None else 0, target)
+        plan = more.dispatched(below=plan)
     form = steps[-1][1]
     reason = f"policy {policy.name!r} asks for the cheapest: {found.text(steps)}"
     reason = "; ".join([reason, *also, *_refused(candidates)])
@@ -226,7 +228,7 @@ def exact_route(site: Site, anchors: Anchors) -> tuple[Route, str]:
     if _one_small_row(site):
         return "keep", "one query over few keys, too wide for a kernel: its weights are smaller than the query itself"
     if anchors.lse is None and not site.sink and sdpa_takes(site):
-        causal = "the mask is causal" if site.predicate != sympy.true else "there is no mask"
+        causal = "the mask is causal" if site.spec.predicate != sympy.true else "there is no mask"
         heads = ", which take grouped heads expanded in float32" if needs_all_heads(site) else _grouped(site)
         return "sdpa", f"{causal}: SDPA's own fast kernels, no mask tensor" + heads
     if (refusals := _cannot_lower(site, "exact")) != ():
@@ -255,16 +257,18 @@ def _one_small_row(site: Site) -> bool:
 
 def sdpa_takes(site: Site) -> bool:
     """Whether SDPA without a mask tensor computes the site: no mask or top-left causal, a plain scale, equal widths."""
-    plain = site.predicate == sympy.true or (
-        site.predicate == sympy.Le(expr.k, expr.q) and sympy.expand(site.layout.q_len - site.layout.k_len) == 0
+    plain = site.spec.predicate == sympy.true or (
+        site.spec.predicate == sympy.Le(expr.k, expr.q) and sympy.expand(site.layout.q_len - site.layout.k_len) == 0
     )
     widths = site.layout.head_dim == site.layout.value_dim and site.layout.head_dim <= SDPA_MAX_HEAD_DIM
-    return plain and widths and site.layout.heads <= SDPA_MAX_HEADS and expr.plain_scale(site.score) is not None
+    return plain and widths and site.layout.heads <= SDPA_MAX_HEADS and expr.plain_scale(site.spec.score) is not None
 
 
 def is_opaque(site: Site) -> bool:
     """Whether mask or bias is a tensor that holds a value for every (q, k): there is nothing to save by reading it."""
-    pairs = (load for load in expr.loads_of(site.predicate, site.score) if load.has(expr.q) and load.has(expr.k))
+    pairs = (
+        load for load in expr.loads_of(site.spec.predicate, site.spec.score) if load.has(expr.q) and load.has(expr.k)
+    )
     return any(all(not (index.has(expr.q) and index.has(expr.k)) for index in load.indices) for load in pairs)
 
 
@@ -278,7 +282,7 @@ OP_RULES = (
     ),
     Rule(
         "gradient of empty rows",
-        lambda site, params: not (site.needs_grad and site.empty_rows in ("mean", "nan")),
+        lambda site, params: not (site.needs_grad and site.spec.empty_rows in ("mean", "nan")),
         "gradients are needed, and rows that may attend to nothing have some that depend on rounding",
         "use SDPA, where such rows are zero, or run under torch.no_grad()",
     ),
@@ -293,28 +297,17 @@ def _cannot_lower(site: Site, form: str) -> tuple[Refusal, ...]:
 
 def plan_of(site: Site, form: str, params: Params, min_length: int, target: str | None) -> Plan:
     """The plan that an op needs for this site and form; on the portable target where kernels cannot serve it."""
-    plan = Plan(
-        form=form,
-        score=site.score,
-        predicate=site.predicate,
-        keep=FORMS[form].kept(params, site),
-        select=FORMS[form].selector(params, site.layer),
-        loads=site.loads,
-        scalars=site.scalars,
-        numbers=site.numbers,
-        empty_rows=site.empty_rows,
-        min_length=min_length,
-        layout=site.output_layout,
-        target=target,
-        lse_is_read=False,
-    )
-    return replace(plan, target="portable") if _kernels_cannot(plan, site) else plan
+    spec = replace(site.spec, keep=FORMS[form].keep(params, site))
+    sparsity = Sparsity(FORMS[form].selector(params, site))
+    if _kernels_cannot(spec, site, target):
+        target = "portable"
+    return Plan(form, spec, sparsity, Dispatch(min_length, None, target, site.output_layout, lse_is_read=False))
 
 
-def _kernels_cannot(plan: Plan, site: Site) -> bool:
-    if site.device != "cuda" or plan.target == "portable" or not triton_is_importable():
+def _kernels_cannot(spec: AttentionSpec, site: Site, target: str | None) -> bool:
+    if site.device != "cuda" or target == "portable" or not triton_is_importable():
         return False
     from effattn.runtime import triton_target
 
     widths = int(site.layout.head_dim), int(site.layout.value_dim)
-    return triton_target.unsupported(plan.complete, getattr(torch, site.dtype), *widths) is not None
+    return triton_target.unsupported(spec.complete, getattr(torch, site.dtype), *widths) is not None

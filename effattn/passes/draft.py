@@ -40,9 +40,9 @@ class Anchors:
     key: Operand
     value: Operand
     placement: Placement
-    loads: tuple[LoadSource, ...]  # as in site.loads
-    scalars: tuple[SizeSource, ...]  # as in site.scalars
-    numbers: tuple[fx.Node, ...]  # as in site.numbers
+    loads: tuple[LoadSource, ...]  # as in site.spec.loads
+    scalars: tuple[SizeSource, ...]  # as in site.spec.scalars
+    numbers: tuple[fx.Node, ...]  # as in site.spec.numbers
     threshold: float = FILL  # scores above it are allowed, at or below it masked
     is_plain_sdpa: bool = False  # already SDPA without a mask: its own kernels run, nothing to replace
     sdpa: Mapping[str, Any] | None = None  # SDPA's arguments by name, where the scores are those of an SDPA call

@@ -17,8 +17,8 @@ from typing import Any
 import sympy
 
 from effattn.ir import expr
+from effattn.ir.attention import EmptyRows
 from effattn.ir.expr import Where, b, h, k, q
-from effattn.ir.plan import EmptyRows
 from effattn.ir.site import Layout
 from effattn.passes.magnitude import plausible
 from effattn.passes.predicates import assuming, simplify

@@ -195,16 +195,17 @@ def _match(view: GraphView, product: Contraction, side: str, readers: dict, orde
 def finished(view: GraphView, match: Match, eps: float | None) -> LinearMatch:
     """The match with the meaning of its weights, in the names that ``assemble`` gave to loads."""
     site = match.site
-    term = interpret(site.score)
+    term = interpret(site.spec.score)
     if site.loads_need_grad:
         raise Refused(Why.GRADIENT_OF_DECAY, "decay is learned: it needs a gradient, which the op does not compute")
     if term.rate is not None:
-        named = zip(site.loads, match.anchors.loads, strict=True)
+        named = zip(site.spec.loads, match.anchors.loads, strict=True)
         term = replace(term, rate=plain_loads(term.rate, {load.name: view.shape(at.node) for load, at in named}))
-    predicate: Any = k <= q if term.causal else site.predicate
+    predicate: Any = k <= q if term.causal else site.spec.predicate
     stage = site.stage if site.needs_grad or not term.causal else "prefill"
     position = q if term.causal else None
-    site = replace(site, score=written(term), predicate=predicate, position=position, stage=stage)
+    spec = replace(site.spec, score=written(term), predicate=predicate)
+    site = replace(site, spec=spec, position=position, stage=stage)
     return LinearMatch(replace(match, site=site), term, eps is not None, eps or 0.0)
 
 

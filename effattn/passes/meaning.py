@@ -11,8 +11,8 @@ from torch import fx
 
 from effattn.errors import PlanError
 from effattn.ir import expr, wire
+from effattn.ir.attention import EmptyRows
 from effattn.ir.expr import Nk, k, q
-from effattn.ir.plan import EmptyRows
 from effattn.ir.refusal import Why
 from effattn.ir.site import Layout
 from effattn.passes import masks

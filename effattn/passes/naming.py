@@ -12,8 +12,8 @@ import sympy
 import torch
 
 from effattn.ir import expr
+from effattn.ir.attention import LoadSpec
 from effattn.ir.expr import Nk, Nq, b, h, k, q
-from effattn.ir.plan import LoadSpec
 from effattn.ir.refusal import Why
 from effattn.ir.site import Layout
 from effattn.passes.draft import Draft, Refused, SizeSource

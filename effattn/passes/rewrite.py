@@ -88,7 +88,7 @@ def _sdpa(writer: Writer, choice: Choice) -> fx.Node:
     if not isinstance(scale, float) or scale <= 0:
         # SDPA fixes a number of the graph, and its kernels mask, and find the largest score, before they scale
         query, scale = writer.call(operator.mul, query, scale), 1.0
-    kwargs: dict[str, Any] = {"is_causal": site.predicate != sympy.true, "scale": scale}
+    kwargs: dict[str, Any] = {"is_causal": site.spec.predicate != sympy.true, "scale": scale}
     if needs_all_heads(site):
         key, value = (writer.method("repeat_interleave", node, site.layout.groups, 1) for node in (key, value))
     elif site.layout.groups > 1:
@@ -99,11 +99,11 @@ def _sdpa(writer: Writer, choice: Choice) -> fx.Node:
 def _scale(choice: Choice) -> Any:
     """The factor of a score that is a plain multiple of query . key: a number, or the node that holds it."""
     site = choice.match.site
-    scale = plain_scale(site.score)
+    scale = plain_scale(site.spec.score)
     return (
         float(scale)
         if scale.is_number
-        else dict(zip(site.numbers, choice.match.anchors.numbers, strict=True))[scale.name]
+        else dict(zip(site.spec.numbers, choice.match.anchors.numbers, strict=True))[scale.name]
     )
 
 

@@ -71,7 +71,7 @@ def features_op(
         tensors = (*operands, *mapped, _constant(writer, gamma, operands[0]))
         both = writer.call(torch.ops.effattn.window_linear.default, *tensors, *shape)
         return writer.call(operator.getitem, both, 0)
-    causal = site.predicate != sympy.true
+    causal = site.spec.predicate != sympy.true
     meaning = (1.0, causal, True, params.eps, site.output_layout, target)
     both = writer.call(torch.ops.effattn.linear.default, *mapped, operands[2], None, None, *meaning)
     return writer.call(operator.getitem, both, 0)

@@ -84,9 +84,9 @@ def _rate(writer: Writer, one: LinearMatch) -> fx.Node | None:
         return None
     site, anchors = one.match.site, one.match.anchors
     heads, time = int(site.layout.heads), writer.view.time[anchors.replaced]
-    named = zip(site.loads, anchors.loads, strict=True)
+    named = zip(site.spec.loads, anchors.loads, strict=True)
     sources = {spec.name: source for spec, source in named}
-    values: dict[str, fx.Node] = dict(zip(site.numbers, anchors.numbers, strict=True))
+    values: dict[str, fx.Node] = dict(zip(site.spec.numbers, anchors.numbers, strict=True))
     swap: dict[Any, Any] = {}
     for number, load in enumerate(expr.loads_of(one.term.rate)):
         swap[load] = sympy.Symbol(f"load_{number}", real=True)

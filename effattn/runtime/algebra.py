@@ -16,8 +16,8 @@ import sympy
 import torch
 from torch import Tensor
 
+from effattn.ir.attention import AttentionSpec
 from effattn.ir.fold import Integers, fold
-from effattn.ir.plan import Plan
 
 
 def _floordiv(x, y):
@@ -227,18 +227,18 @@ class TorchAlgebra:
 
 
 def bindings(
-    plan: Plan, loads: Sequence[Tensor], scalars: Sequence[int], numbers: Sequence[float]
+    spec: AttentionSpec, loads: Sequence[Tensor], scalars: Sequence[int], numbers: Sequence[float]
 ) -> tuple[dict, dict]:
-    """``(symbols, tensors)`` that a plan's names stand for in one call. Raises ValueError if the counts differ."""
+    """``(symbols, tensors)`` that the names of a spec stand for in one call. Raises ValueError if the counts differ."""
     for what, names, given in (
-        ("tensors", plan.loads, loads),
-        ("scalars", plan.scalars, scalars),
-        ("numbers", plan.numbers, numbers),
+        ("tensors", spec.loads, loads),
+        ("scalars", spec.scalars, scalars),
+        ("numbers", spec.numbers, numbers),
     ):
         if len(names) != len(given):
             raise ValueError(f"this plan takes {len(names)} {what}, got {len(given)}")
-    symbols: dict[str, Any] = dict(zip((*plan.scalars, *plan.numbers), (*scalars, *numbers), strict=True))
-    return symbols, {spec.name: tensor for spec, tensor in zip(plan.loads, loads, strict=True)}
+    symbols: dict[str, Any] = dict(zip((*spec.scalars, *spec.numbers), (*scalars, *numbers), strict=True))
+    return symbols, {load.name: tensor for load, tensor in zip(spec.loads, loads, strict=True)}
 
 
 class _Recorder:

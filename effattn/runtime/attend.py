@@ -68,7 +68,7 @@ def attend(
     _check_shapes(query, key, value)
     decoded = Plan.decode(plan).at(key.shape[2])
     loads = with_first_keys(decoded, key, loads, scalars, numbers)
-    if decoded.target != "triton":
+    if decoded.dispatch.target != "triton":
         done = sdpa_path(decoded, query, key, value, loads, scalars, numbers)
         if done is not None:
             return done
@@ -103,7 +103,7 @@ def attend_backward(
 
 
 def attend_backward_fake(grad_out, grad_lse, query, key, value, out, lse, loads, scalars, numbers, plan):
-    layout = Plan.decode(plan).layout
+    layout = Plan.decode(plan).dispatch.layout
     return tuple(portable.allocate(layout, tensor, tensor.shape) for tensor in (query, key, value))
 
 
@@ -124,9 +124,9 @@ def _target(plan: Plan, query: Tensor, value: Tensor) -> Any:
     def unsupported() -> str | None:
         from effattn.runtime import triton_target
 
-        return triton_target.unsupported(plan, query.dtype, query.shape[3], value.shape[3])
+        return triton_target.unsupported(plan.spec, query.dtype, query.shape[3], value.shape[3])
 
-    if not kernels_serve(plan.target, query.device, unsupported):
+    if not kernels_serve(plan.dispatch.target, query.device, unsupported):
         return portable
     from effattn.runtime import triton_target
 
@@ -142,7 +142,7 @@ def _setup_context(ctx, inputs, output) -> None:
             "torch.no_grad(), or use another form for training"
         )
     if any(load.requires_grad for load in loads):
-        names = [spec.name for spec, load in zip(decoded.loads, loads, strict=True) if load.requires_grad]
+        names = [spec.name for spec, load in zip(decoded.spec.loads, loads, strict=True) if load.requires_grad]
         raise NoGradient(
             f"effattn::attend has no gradient for the data that a mask or score reads, and {', '.join(names)} requires "
             "one (a learned bias?); detach it, or keep this attention as its author wrote it"

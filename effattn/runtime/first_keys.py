@@ -21,9 +21,9 @@ def with_first_keys(
 
     ``key``: [B, Hkv, Nk, D], for its sizes and device.
     """
-    if len(plan.loads) == len(loads) or not plan.loads or plan.loads[-1].name != FIRST_KEY:
+    if len(plan.spec.loads) == len(loads) or not plan.spec.loads or plan.spec.loads[-1].name != FIRST_KEY:
         return loads
-    names, tensors = bindings(plan.given, loads, scalars, numbers)
+    names, tensors = bindings(plan.spec.given, loads, scalars, numbers)
     device, batch, k_len = key.device, key.shape[0], key.shape[2]
     symbols: dict[str, Any] = {
         **names,
@@ -31,7 +31,7 @@ def with_first_keys(
         "b": torch.arange(batch, device=device)[:, None],
         "k": torch.arange(k_len, device=device),
     }
-    condition, _ = key_conditions(walk(plan.predicate).residual)
+    condition, _ = key_conditions(walk(plan.spec.predicate).residual)
     allowed = torch.as_tensor(evaluate(condition, symbols, tensors, torch.float32, device), device=device)
     return [*loads, first_keys(allowed.to(torch.bool).expand(batch, k_len))]
 

@@ -10,6 +10,7 @@ import sympy
 import torch
 from torch import Tensor
 
+from effattn.ir.attention import AttentionSpec
 from effattn.ir.plan import Plan
 from effattn.runtime.algebra import Span, bindings, evaluate
 from effattn.runtime.chunks import Chunk, Walker, walk_of
@@ -50,11 +51,11 @@ class Call:
         self.dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
         self.query = self.by_group(query)
         self.key, self.value = key, value
-        self.names, self.loads = bindings(plan, loads, scalars, numbers)
-        self.walk = walk_of(plan.rule)
-        self.walker = Walker(plan.rule, (self.batch, self.heads, self.q_len, self.k_len), self.names, self.loads)
+        self.names, self.loads = bindings(plan.spec, loads, scalars, numbers)
+        self.walk = walk_of(plan.spec.rule)
+        self.walker = Walker(plan.spec.rule, (self.batch, self.heads, self.q_len, self.k_len), self.names, self.loads)
         # the score as scale * s + bias, scale None where it is not of this kind
-        factor, self.bias = scale_and_bias(plan.score)
+        factor, self.bias = scale_and_bias(plan.spec.score)
         lengths = {"Nq": self.q_len, "Nk": self.k_len}
         self.scale = None if factor is None else float(self.evaluate(factor, {**self.names, **lengths}))
         self.only_scale = self.scale if self.bias == 0 else None  # c where the score is c * s
@@ -131,7 +132,7 @@ class Call:
         score = raw
         if self.only_scale is None:
             symbols |= {"s": raw, "k": self.all_keys(piece)}
-            score = self.evaluate(self.plan.score, symbols)
+            score = self.evaluate(self.plan.spec.score, symbols)
             if not isinstance(score, Tensor):
                 score = raw.new_full((), score)
             score = score.to(self.dtype)
@@ -190,12 +191,12 @@ def _mask(score: Tensor, conditions: list[tuple[slice, Tensor | bool]]) -> None:
             score[..., columns].fill_(-torch.inf)
 
 
-def empty_output(plan: Plan, value: Tensor, dtype: torch.dtype) -> Tensor:
+def empty_output(spec: AttentionSpec, value: Tensor, dtype: torch.dtype) -> Tensor:
     """What a row that keeps nothing gets: [B, Hkv, 1, 1, Dv]."""
     batch, kv_heads, _, dim = value.shape
-    if plan.empty_rows == "mean":
+    if spec.empty_rows == "mean":
         return value.mean(dim=2, dtype=dtype)[:, :, None, None]
-    fill = torch.nan if plan.empty_rows == "nan" else 0.0
+    fill = torch.nan if spec.empty_rows == "nan" else 0.0
     return value.new_full((), fill, dtype=dtype).expand(batch, kv_heads, 1, 1, dim)
 
 
@@ -210,7 +211,7 @@ def allocate(layout: str, like: Tensor, shape: Sequence[int]) -> Tensor:
 def allocate_output(plan: Plan, query: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
     """Uninitialised (out [B, Hq, Nq, Dv] in the plan's memory order and q's dtype, lse [B, Hq, Nq] float32)."""
     batch, heads, q_len, _ = query.shape
-    out = allocate(plan.layout, query, (batch, heads, q_len, value.shape[3]))
+    out = allocate(plan.dispatch.layout, query, (batch, heads, q_len, value.shape[3]))
     return out, query.new_empty((batch, heads, q_len), dtype=torch.float32)
 
 
@@ -224,7 +225,7 @@ def run(
     numbers: Sequence[float] = (),
 ) -> tuple[Tensor, Tensor]:
     """Output and LSE of a plan, as ``effattn::attend`` defines them. Scores are computed in float32 (or float64)."""
-    if plan.select is not None:
+    if plan.sparsity.select is not None:
         from effattn.runtime import portable_listed
 
         return portable_listed.run(plan, query, key, value, loads, scalars, numbers)
@@ -232,7 +233,7 @@ def run(
     compute = by_flash_kernel if call.takes_flash_kernel() else by_products
     out, lse = allocate_output(plan, query, value)
     grouped_out, grouped_lse = call.by_group(out), call.by_group(lse)
-    fill = empty_output(plan, value, call.dtype)
+    fill = empty_output(plan.spec, value, call.dtype)
     for piece in call.pieces():
         out_rows, lse_rows = call.rows(grouped_out, piece), call.rows(grouped_lse, piece)
         instead = fill[piece.batches, piece.kv_heads].expand_as(out_rows)

@@ -34,7 +34,7 @@ def run_backward(
     call = Call(plan, query, key, value, loads, scalars, numbers, live_blocks=LIVE_BLOCKS)
     grad_out = torch.zeros_like(out) if grad_out is None else grad_out
     through_lse = None if grad_lse is None else call.by_group(grad_lse.to(call.dtype))
-    grad_query = allocate(plan.layout, query, query.shape)
+    grad_query = allocate(plan.dispatch.layout, query, query.shape)
     grad_key = torch.zeros(key.shape, dtype=call.dtype, device=key.device)
     grad_value = torch.zeros(value.shape, dtype=call.dtype, device=value.device)
     grouped_grad, grouped_out, grouped_lse = call.by_group(grad_out), call.by_group(out), call.by_group(lse)
@@ -57,13 +57,13 @@ def run_backward(
         _add_visited(grad_key, of_key, piece)
         _add_visited(grad_value, of_value, piece)
 
-    if plan.empty_rows == "mean":
+    if plan.spec.empty_rows == "mean":
         lost = torch.where(lse[..., None] == -torch.inf, grad_out.to(call.dtype), 0.0)
         grad_value += call.by_group(lost).sum(dim=(2, 3))[:, :, None] / call.k_len
     return (
         grad_query,
-        allocate(plan.layout, key, key.shape).copy_(grad_key),
-        allocate(plan.layout, value, value.shape).copy_(grad_value),
+        allocate(plan.dispatch.layout, key, key.shape).copy_(grad_key),
+        allocate(plan.dispatch.layout, value, value.shape).copy_(grad_value),
     )
 
 
@@ -84,7 +84,7 @@ def _piece(
     if call.only_scale is not None:
         of_raw = of_score.mul_(call.only_scale)
     else:
-        slope = call.evaluate(derivative(call.plan.score), symbols)
+        slope = call.evaluate(derivative(call.plan.spec.score), symbols)
         # a masked score may have any slope, even an infinite one
         of_raw = torch.where(weights == 0, 0.0, of_score * slope)
     of_raw = of_raw.flatten(2, 3)

@@ -44,7 +44,7 @@ def run(
     listed = select(plan, query, key, loads, scalars, numbers)
     call = Call(plan, query, key, value, loads, scalars, numbers)
     out, lse = allocate_output(plan, query, value)
-    fill = empty_output(plan, value, call.dtype)
+    fill = empty_output(plan.spec, value, call.dtype)
     for part in parts(listed, call):
         result, result_lse = attend_part(call, part)
         groups = result.shape[0] // (part.kv_heads.stop - part.kv_heads.start)
@@ -124,7 +124,7 @@ def by_products(call: Call, part: Part, query: Tensor, key: Tensor, value: Tenso
     symbols = indices(call, part)
     kept = rule(call, part, symbols)
     raw = (query @ key.transpose(-1, -2)).view(kept.shape)
-    score = call.evaluate(call.plan.score, {**symbols, "k": part.keys, "s": raw}).masked_fill(~kept, -torch.inf)
+    score = call.evaluate(call.plan.spec.score, {**symbols, "k": part.keys, "s": raw}).masked_fill(~kept, -torch.inf)
     score = score.view(*query.shape[:2], -1)
     lse = score.logsumexp(dim=-1)
     weights = (score - torch.where(lse == -torch.inf, 0.0, lse)[..., None]).exp()

@@ -28,11 +28,11 @@ def dense_mask(
     Raises:
         PlanError: that depends on query and key.
     """
-    if plan.select is not None:
+    if plan.sparsity.select is not None:
         raise PlanError("what a selector keeps depends on query and key: the form's own reference defines it")
-    symbols, tensors = bindings(plan, loads, scalars, numbers)
+    symbols, tensors = bindings(plan.spec, loads, scalars, numbers)
     symbols |= _indices(shape, device)
-    mask = evaluate(plan.rule, symbols, tensors, torch.float64, device)
+    mask = evaluate(plan.spec.rule, symbols, tensors, torch.float64, device)
     return torch.as_tensor(mask, device=device).to(torch.bool).expand(shape)
 
 
@@ -57,18 +57,18 @@ def reference(
 
     Returns:
         out [B, Hq, Nq, Dv] and lse [B, Hq, Nq]. A row that keeps nothing has lse -inf and the output that
-        ``plan.empty_rows`` names.
+        ``plan.spec.empty_rows`` names.
     """
     batch, heads, q_len, _ = query.shape
     groups = heads // key.shape[1]
     shape = (batch, heads, q_len, key.shape[2])
     key, value = (tensor.to(dtype).repeat_interleave(groups, dim=1) for tensor in (key, value))
-    symbols, tensors = bindings(plan, loads, scalars, numbers)
+    symbols, tensors = bindings(plan.spec, loads, scalars, numbers)
     symbols |= _indices(shape, query.device)
     symbols["s"] = query.to(dtype) @ key.transpose(-1, -2)
 
     mask = dense_mask(plan, shape, loads, scalars, numbers, query.device)
-    score = evaluate(plan.score, symbols, tensors, dtype, query.device)
+    score = evaluate(plan.spec.score, symbols, tensors, dtype, query.device)
     score = torch.as_tensor(score, dtype=dtype, device=query.device).expand(shape)
     score = torch.where(mask, score, -torch.inf)
 
@@ -81,9 +81,9 @@ def reference(
 
 
 def _empty_output(plan: Plan, value: Tensor) -> Tensor:
-    if plan.empty_rows == "mean":
+    if plan.spec.empty_rows == "mean":
         return value.mean(dim=2, keepdim=True)
-    fill = torch.nan if plan.empty_rows == "nan" else 0.0
+    fill = torch.nan if plan.spec.empty_rows == "nan" else 0.0
     return torch.full((), fill, dtype=value.dtype, device=value.device)
 
 

@@ -32,14 +32,14 @@ def sdpa_path(
 
     They take a score ``c * s`` and a rule that, at these lengths, keeps everything, or is ``k <= q`` with Nq == Nk.
     """
-    if plan.select is not None or 0 in query.shape or 0 in key.shape or query.shape[3] != value.shape[3]:
+    if plan.sparsity.select is not None or 0 in query.shape or 0 in key.shape or query.shape[3] != value.shape[3]:
         return None
     if query.device.type == "cpu" and query.shape[2] < MANY_ROWS:
         return None
-    symbols, _ = bindings(plan, loads, scalars, numbers)
+    symbols, _ = bindings(plan.spec, loads, scalars, numbers)
     symbols |= {"Nq": query.shape[2], "Nk": key.shape[2]}
-    scale = constant_scale(plan.score, symbols)
-    kind = dense_kind(plan.rule, symbols)
+    scale = constant_scale(plan.spec.score, symbols)
+    kind = dense_kind(plan.spec.rule, symbols)
     kernel = KERNELS.get(query.device.type)
     # they mask before they scale: a scale that is not positive would make +inf or NaN of -inf
     if scale is None or scale <= 0 or kind is None or kernel is None:
@@ -51,7 +51,7 @@ def sdpa_path(
     if found is None:
         return None
     out, lse = found
-    return in_layout(out.to(dtype), plan.layout), lse.reshape(query.shape[:3]).float().contiguous()
+    return in_layout(out.to(dtype), plan.dispatch.layout), lse.reshape(query.shape[:3]).float().contiguous()
 
 
 def _on_cuda(query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor] | None:
@@ -80,7 +80,7 @@ def _on_cpu(query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: floa
 
 def widened_for_lse(plan: Plan, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Operands of the CPU flash kernel: in half precision its LSE is off by 1e-4, good for no more than a gradient."""
-    if not plan.lse_is_read or query.dtype not in (torch.bfloat16, torch.float16):
+    if not plan.dispatch.lse_is_read or query.dtype not in (torch.bfloat16, torch.float16):
         return query, key, value
     return query.float(), key.float(), value.float()
 

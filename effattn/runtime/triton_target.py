@@ -11,6 +11,7 @@ import torch
 
 from effattn.errors import EffattnError
 from effattn.ir import expr
+from effattn.ir.attention import AttentionSpec
 from effattn.ir.fold import UnknownOperation
 from effattn.ir.plan import Plan
 from effattn.lowering.tiles import walk
@@ -25,7 +26,6 @@ from effattn.lowering.triton.spec import (
     KernelSpec,
     Kind,
     Tiles,
-    canonical,
     padded,
 )
 from effattn.runtime import kernels
@@ -75,7 +75,7 @@ def run(
         config, kind, splits: instead of what the tables choose; for measurements.
 
     Returns:
-        out [B, Hq, Nq, Dv] in the dtype of query and the memory order of ``plan.layout``, and the natural
+        out [B, Hq, Nq, Dv] in the dtype of query and the memory order of ``plan.dispatch.layout``, and the natural
         logarithm of the sum of exponentials [B, Hq, Nq] float32, contiguous, -inf for a row without keys.
 
     Raises:
@@ -108,7 +108,7 @@ def _started(call: _Call, query, key, value, loads, scalars, numbers):
         query, key, value = narrow(query), narrow(key), narrow(value)
     extra: tuple = call.splits
     with on_device(query.device):
-        if call.plan.select is not None:
+        if call.plan.sparsity.select is not None:
             listed = select(call.plan, query, key, loads, scalars, numbers, target="triton")
             extra = (listed.order, listed.count, listed.edges)
         known = call.launch(query, key, value, out, lse, loads, scalars, numbers, *extra, call.known)
@@ -157,7 +157,7 @@ def _prepared(
     kv_heads, k_len, value_dim = key.shape[1], key.shape[2], value.shape[3]
     plan = plan.at(k_len)
     _check(plan, query, key, value, loads)
-    transposed = plan.layout == "bnhd"
+    transposed = plan.dispatch.layout == "bnhd"
     shape = (batches, q_len, heads, value_dim) if transposed else (batches, heads, q_len, value_dim)
     call = _Call(plan, given, shape, (batches, heads, q_len), transposed)
     if 0 in call.lse_shape:
@@ -204,7 +204,7 @@ def run_backward(
 
     ``out`` and ``lse`` are what the forward returned. What generated kernels do not serve goes through ATen.
     """
-    if lse.numel() == 0 or key.shape[2] == 0 or _no_backward(plan, query.shape[3], value.shape[3]) is not None:
+    if lse.numel() == 0 or key.shape[2] == 0 or _no_backward(plan.spec, query.shape[3], value.shape[3]) is not None:
         from effattn.runtime import portable_backward
 
         return portable_backward.run_backward(
@@ -236,7 +236,7 @@ def run_backward(
             return None, call.launch(*inputs, grad_lse, grads, loads, scalars, given, call.known)
 
     _BACKWARD_CALLS.run(known_by, prepared, started)
-    if plan.empty_rows == "mean":
+    if plan.spec.empty_rows == "mean":
         lost = torch.where(lse[..., None] == -torch.inf, grad_out.float(), 0.0).sum(dim=2)
         of_value.add_(lost.unflatten(1, (-1, groups)).sum(dim=2)[:, :, None] / key.shape[2])
     return grads
@@ -247,14 +247,14 @@ _no_backward = lru_cache(maxsize=4096)(no_backward)
 
 def _empty_like(plan: Plan, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     batches, heads, length, width = tensor.shape
-    if plan.layout == "bnhd":
+    if plan.dispatch.layout == "bnhd":
         return tensor.new_empty((batches, length, heads, width), dtype=dtype).transpose(1, 2)
     return tensor.new_empty(tensor.shape, dtype=dtype)
 
 
 def kind_of(plan: Plan, q_len: int, groups: int) -> Kind:
     """Few query rows go to the kernel that splits keys over programs, if its tiles can follow the plan's walk."""
-    if plan.select is not None:
+    if plan.sparsity.select is not None:
         return "listed"
     if q_len > DECODE_QUERIES or q_len * groups > DECODE_ROWS:
         return "prefill"
@@ -263,7 +263,7 @@ def kind_of(plan: Plan, q_len: int, groups: int) -> Kind:
 
 @lru_cache(maxsize=4096)
 def _walk_allows_decode(plan: Plan, one_row: bool) -> bool:
-    keys = walk(plan.rule)
+    keys = walk(plan.spec.rule)
     if keys.powers is not None and not one_row:
         return False
     near = (*(keys.near_lower or ()), *keys.near_upper)
@@ -306,10 +306,10 @@ def specialise(
     name = str(dtype).removeprefix("torch.")
     bits = 32 if name == "float32" else 16
     tiles = config or configs.choose(kind, plan, arch, bits, head_dim, value_dim, rows)
-    spec = KernelSpec(kind, canonical(plan), name, head_dim, value_dim, groups, tiles, tf32 and bits == 32)
-    if plan.select is None:
+    spec = KernelSpec(kind, plan.form, plan.spec, name, head_dim, value_dim, groups, tiles, tf32 and bits == 32)
+    if plan.sparsity.select is None:
         return spec
-    expand = plan.select.expand
+    expand = plan.sparsity.select.expand
     return replace(spec, key_ranges=False, list_block=expand.block, list_unit=expand.unit)
 
 
@@ -319,20 +319,20 @@ def splits_for(pairs: int, k_len: int, multiprocessors: int) -> int:
     return max(1, min(wanted, MAX_SPLITS, -(-k_len // KEYS_PER_SPLIT)))
 
 
-def unsupported(plan: Plan, dtype: torch.dtype, head_dim: int, value_dim: int) -> str | None:
+def unsupported(spec: AttentionSpec, dtype: torch.dtype, head_dim: int, value_dim: int) -> str | None:
     """Why kernels cannot serve such calls; None if they can."""
     name = str(dtype).removeprefix("torch.")
     if name not in DTYPES:
         return f"kernels exist for {', '.join(DTYPES)}, not {name}"
     if max(head_dim, value_dim) > MAX_HEAD_DIM:
         return f"head dimensions over {MAX_HEAD_DIM} do not fit on a multiprocessor"
-    return _unwritable(plan)
+    return _unwritable(spec)
 
 
 @lru_cache(maxsize=4096)
-def _unwritable(plan: Plan) -> str | None:
+def _unwritable(spec: AttentionSpec) -> str | None:
     try:
-        generate(KernelSpec("prefill", canonical(plan), "bfloat16", 64, 64, 1, Tiles(16, 16, 4, 1)))
+        generate(KernelSpec("prefill", "exact", spec, "bfloat16", 64, 64, 1, Tiles(16, 16, 4, 1)))
     except (UnknownOperation, KeyError) as error:
         return f"no kernel can be written: {error}"
     return None
@@ -343,12 +343,12 @@ def _check(plan: Plan, query, key, value, loads) -> None:
         raise UnsupportedCall(f"query, key and value must share a dtype: {query.dtype}, {key.dtype}, {value.dtype}")
     if query.shape[1] % key.shape[1]:
         raise UnsupportedCall(f"{query.shape[1]} query heads are no multiple of {key.shape[1]} key heads")
-    reason = unsupported(plan, query.dtype, query.shape[3], value.shape[3])
+    reason = unsupported(plan.spec, query.dtype, query.shape[3], value.shape[3])
     if reason:
         raise UnsupportedCall(reason)
     sizes = {"b": query.shape[0], "h": query.shape[1], "q": query.shape[2], "k": key.shape[2]}
-    by_name = dict(zip((spec.name for spec in plan.loads), loads, strict=True))
-    for name, dim, index in _plain_indices(plan):
+    by_name = dict(zip((spec.name for spec in plan.spec.loads), loads, strict=True))
+    for name, dim, index in _plain_indices(plan.spec):
         held = by_name[name].shape[dim]
         needed = sizes[index] if isinstance(index, str) else index + 1
         if held != 1 and held < needed:
@@ -356,10 +356,10 @@ def _check(plan: Plan, query, key, value, loads) -> None:
 
 
 @lru_cache(maxsize=4096)
-def _plain_indices(plan: Plan) -> tuple[tuple[str, int, str | int], ...]:
+def _plain_indices(spec: AttentionSpec) -> tuple[tuple[str, int, str | int], ...]:
     """(load, dimension, index symbol or constant) wherever a load is indexed so simply that kernels test no bounds."""
     found: set[tuple[str, int, str | int]] = set()
-    for load in expr.loads_of(plan.score, plan.rule):
+    for load in expr.loads_of(spec.score, spec.rule):
         for dim, index in enumerate(load.indices):
             if index in expr.INDICES:
                 found.add((load.name, dim, index.name))

@@ -146,16 +146,16 @@ def _compare_masks(
 ) -> None:
     """What the op was told, and what the report shows, against the case's own mask."""
     for call in calls:
-        _same_mask(call.allowed(), allowed, f"{which}: the op was given the predicate {call.plan.predicate}")
+        _same_mask(call.allowed(), allowed, f"{which}: the op was given the predicate {call.plan.spec.predicate}")
         trial.compared += 1
     for choice in heard[-1].choices if heard else []:
         site = choice.match.site
-        free = expr.free_symbols(site.predicate, site.score) - {*expr.INDICES, expr.s, expr.Nq, expr.Nk}
-        if site.loads or free:
+        free = expr.free_symbols(site.spec.predicate, site.spec.score) - {*expr.INDICES, expr.s, expr.Nq, expr.Nk}
+        if site.spec.loads or free:
             continue
         hints = [int(getattr(site.hints, name)) for name in ("batch", "heads", "q_len", "k_len")]
-        found = seen(site.predicate, sympy.sympify(site.score), tuple(hints), {}, {})
-        _same_mask(found, allowed, f"{which}: the report shows the predicate {site.predicate}")
+        found = seen(site.spec.predicate, sympy.sympify(site.spec.score), tuple(hints), {}, {})
+        _same_mask(found, allowed, f"{which}: the report shows the predicate {site.spec.predicate}")
         trial.compared += 1
 
 

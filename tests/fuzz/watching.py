@@ -36,7 +36,9 @@ class Call:
 
     def allowed(self) -> np.ndarray:
         """bool [B, H, Nq, Nk]: what its predicate allows and its score does not push out of sight."""
-        return seen(self.plan.predicate, self.plan.score, self.shape, self.loads, {**self.scalars, **self.numbers})
+        return seen(
+            self.plan.spec.predicate, self.plan.spec.score, self.shape, self.loads, {**self.scalars, **self.numbers}
+        )
 
 
 class Calls(TorchDispatchMode):
@@ -58,9 +60,9 @@ class Calls(TorchDispatchMode):
                 Call(
                     plan,
                     (*query.shape[:3], key.shape[2]),
-                    {spec.name: load.numpy().copy() for spec, load in zip(plan.loads, held, strict=True)},
-                    dict(zip(plan.scalars, scalars, strict=True)),
-                    dict(zip(plan.numbers, numbers, strict=True)),
+                    {spec.name: load.numpy().copy() for spec, load in zip(plan.spec.loads, held, strict=True)},
+                    dict(zip(plan.spec.scalars, scalars, strict=True)),
+                    dict(zip(plan.spec.numbers, numbers, strict=True)),
                     target_of(plan.at(key.shape[2]), query, value) is not portable,
                 )
             )

@@ -6,10 +6,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from comparing import assert_close
+from sites import causal_site
 
 import effattn
+from effattn.ir.attention import AttentionSpec
 from effattn.ir.expr import Nk, Nq, k, q, s
-from effattn.ir.plan import Plan
+from effattn.ir.plan import Plan, Sparsity
 from effattn.runtime import triton_target
 from effattn.runtime.select.run import select
 
@@ -37,7 +39,11 @@ def qkv(length=1500, heads=8, kv_heads=2, dim=64, dtype=torch.bfloat16, seed=0):
 def plan_of(name: str, dim: int = 64) -> Plan:
     form, params = CASES[name]
     chosen = effattn.forms()[form]
-    return Plan(form, dim**-0.5 * s, k <= q + Nk - Nq, select=chosen.selector(chosen.params(**params)))
+    return Plan(
+        form,
+        AttentionSpec(dim**-0.5 * s, k <= q + Nk - Nq),
+        Sparsity(chosen.selector(chosen.params(**params), causal_site())),
+    )
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -109,7 +115,11 @@ def test_memory_at_128k(name):
     key, value = (torch.randn((1, 8, *shape[2:]), device="cuda", dtype=torch.bfloat16) for _ in range(2))
     form, _ = CASES[name]
     chosen = effattn.forms()[form]
-    plan = Plan(form, 0.125 * s, k <= q, select=chosen.selector(chosen.params(**CASES[name][1])))
+    plan = Plan(
+        form,
+        AttentionSpec(0.125 * s, k <= q),
+        Sparsity(chosen.selector(chosen.params(**CASES[name][1]), causal_site())),
+    )
     triton_target.run(plan, query, key, value)
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 import sympy
 import torch
 
+from effattn.ir.attention import AttentionSpec, LoadSpec
 from effattn.ir.expr import (
     BitAnd,
     BitOr,
@@ -18,6 +19,7 @@ from effattn.ir.expr import (
     Modulo,
     Nk,
     Nq,
+    Table,
     Where,
     b,
     h,
@@ -28,7 +30,7 @@ from effattn.ir.expr import (
     s,
     scalar,
 )
-from effattn.ir.plan import LoadSpec, Plan
+from effattn.ir.plan import Plan
 
 CAUSAL = sympy.Le(k, q)
 
@@ -89,58 +91,60 @@ def _padding(sizes: Sizes, device, left: bool) -> torch.Tensor:
 
 @case
 def none(sizes, device):
-    return Call(Plan("exact", sizes.scale * s))
+    return Call(Plan("exact", AttentionSpec(sizes.scale * s)))
 
 
 @case
 def causal(sizes, device):
-    return Call(Plan("exact", sizes.scale * s, CAUSAL, empty_rows="never"))
+    return Call(Plan("exact", AttentionSpec(sizes.scale * s, CAUSAL, empty_rows="never")))
 
 
 @case
 def causal_from_the_end(sizes, device):
-    return Call(Plan("exact", sizes.scale * s, sympy.Le(k, q + Nk - Nq)))
+    return Call(Plan("exact", AttentionSpec(sizes.scale * s, sympy.Le(k, q + Nk - Nq))))
 
 
 @case
 def window(sizes, device):
-    return Call(Plan("window", sizes.scale * s, CAUSAL, q - k < 13))
+    return Call(Plan("window", AttentionSpec(sizes.scale * s, CAUSAL, q - k < 13)))
 
 
 @case
 def two_sided_window(sizes, device):
-    return Call(Plan("exact", sizes.scale * s, sympy.And(k - q < 9, q - k < 20)))
+    return Call(Plan("exact", AttentionSpec(sizes.scale * s, sympy.And(k - q < 9, q - k < 20))))
 
 
 @case
 def window_and_sinks(sizes, device):
-    return Call(Plan("window", sizes.scale * s, CAUSAL, sympy.Or(q - k < 10, k < 5)))
+    return Call(Plan("window", AttentionSpec(sizes.scale * s, CAUSAL, sympy.Or(q - k < 10, k < 5))))
 
 
 @case
 def wide_window(sizes, device):
-    return Call(Plan("window", sizes.scale * s, CAUSAL, q - k < 37))
+    return Call(Plan("window", AttentionSpec(sizes.scale * s, CAUSAL, q - k < 37)))
 
 
 @case
 def wide_window_and_sinks(sizes, device):
-    return Call(Plan("window", sizes.scale * s, CAUSAL, sympy.Or(q - k < 37, k < 7)))
+    return Call(Plan("window", AttentionSpec(sizes.scale * s, CAUSAL, sympy.Or(q - k < 37, k < 7))))
 
 
 @case
 def chunked(sizes, device):
-    return Call(Plan("exact", sizes.scale * s, sympy.And(CAUSAL, sympy.Ge(FloorDiv(k, 24), FloorDiv(q, 24)))))
+    return Call(
+        Plan("exact", AttentionSpec(sizes.scale * s, sympy.And(CAUSAL, sympy.Ge(FloorDiv(k, 24), FloorDiv(q, 24)))))
+    )
 
 
 @case
 def power_16(sizes, device):
-    return Call(Plan("power", sizes.scale * s, CAUSAL, power_keep(16, 32, 7)))
+    return Call(Plan("power", AttentionSpec(sizes.scale * s, CAUSAL, power_keep(16, 32, 7))))
 
 
 @case
 def power_32_no_sinks(sizes, device):
     distance = FloorDiv(q, 32) - FloorDiv(k, 32)
-    return Call(Plan("power", sizes.scale * s, CAUSAL, sympy.Or(distance < 1, IsPowerOfTwo(distance))))
+    return Call(Plan("power", AttentionSpec(sizes.scale * s, CAUSAL, sympy.Or(distance < 1, IsPowerOfTwo(distance)))))
 
 
 @case
@@ -148,22 +152,25 @@ def power_32_few_sinks(sizes, device):
     """Sinks and near band end within a block: tiles of listed blocks are cut."""
     distance = FloorDiv(q, 32) - FloorDiv(k, 32)
     keep = sympy.Or(q - k < 11, IsPowerOfTwo(distance), k < 7)
-    return Call(Plan("power", sizes.scale * s, CAUSAL, keep))
+    return Call(Plan("power", AttentionSpec(sizes.scale * s, CAUSAL, keep)))
 
 
 @case
 def power_at_an_offset(sizes, device):
     shift = scalar("past")
     position = q + shift
-    plan = Plan("power", sizes.scale * s, sympy.Le(k, position), power_keep(16, 16, 3, position), scalars=("past",))
+    plan = Plan(
+        "power",
+        AttentionSpec(sizes.scale * s, sympy.Le(k, position), power_keep(16, 16, 3, position), scalars=("past",)),
+    )
     return Call(plan, scalars=[sizes.k_len - sizes.q_len])
 
 
 @case
 def power_by_pointer(sizes, device):
     position = q + load("start", [], integer=True)
-    plan = Plan("power", sizes.scale * s, sympy.Le(k, position), power_keep(16, 16, 16, position))
-    plan = replace(plan, loads=(LoadSpec("start", "int64", 0),))
+    plan = Plan("power", AttentionSpec(sizes.scale * s, sympy.Le(k, position), power_keep(16, 16, 16, position)))
+    plan = replace(plan, spec=replace(plan.spec, loads=(LoadSpec("start", "int64", 0),)))
     return Call(plan, loads=[torch.tensor(max(0, sizes.k_len - sizes.q_len - 5), device=device)])
 
 
@@ -172,39 +179,43 @@ def power_two_sided(sizes, device):
     """No causality: blocks behind by the list, a near band that ends, and listed blocks on both sides of it."""
     distance = FloorDiv(q, 16) - FloorDiv(k, 16)
     keep = sympy.Or(sympy.And(distance >= 2, distance < 4), IsPowerOfTwo(distance), k < 3)
-    return Call(Plan("power", sizes.scale * s, sympy.true, keep))
+    return Call(Plan("power", AttentionSpec(sizes.scale * s, sympy.true, keep)))
 
 
 @case
 def power_of_odd_blocks(sizes, device):
     """Blocks that no tile divides: everything in the band is visited and tested."""
-    return Call(Plan("power", sizes.scale * s, CAUSAL, power_keep(12, 12, 2)))
+    return Call(Plan("power", AttentionSpec(sizes.scale * s, CAUSAL, power_keep(12, 12, 2))))
 
 
 @case
 def list_alone(sizes, device):
     distance = FloorDiv(q, 16) - FloorDiv(k, 16)
-    return Call(Plan("power", sizes.scale * s, CAUSAL, sympy.Or(IsPowerOfTwo(distance), k < 4)))
+    return Call(Plan("power", AttentionSpec(sizes.scale * s, CAUSAL, sympy.Or(IsPowerOfTwo(distance), k < 4))))
 
 
 @case
 def right_padding(sizes, device):
     padding = sympy.Ne(load("padding", [b, k], integer=True), 0)
-    plan = Plan("exact", sizes.scale * s, sympy.And(CAUSAL, padding), loads=(LoadSpec("padding", "bool", 2),))
+    plan = Plan(
+        "exact", AttentionSpec(sizes.scale * s, sympy.And(CAUSAL, padding), loads=(LoadSpec("padding", "bool", 2),))
+    )
     return Call(plan, loads=[_padding(sizes, device, left=False)])
 
 
 @case
 def left_padding(sizes, device):
     padding = sympy.Ne(load("padding", [b, k], integer=True), 0)
-    plan = Plan("exact", sizes.scale * s, sympy.And(CAUSAL, padding), loads=(LoadSpec("padding", "bool", 2),))
+    plan = Plan(
+        "exact", AttentionSpec(sizes.scale * s, sympy.And(CAUSAL, padding), loads=(LoadSpec("padding", "bool", 2),))
+    )
     return Call(plan, loads=[_padding(sizes, device, left=True)])
 
 
 @case
 def lengths_per_batch(sizes, device):
-    plan = Plan("exact", sizes.scale * s, k < load("lengths", [b], integer=True))
-    plan = replace(plan, loads=(LoadSpec("lengths", "int32", 1),))
+    plan = Plan("exact", AttentionSpec(sizes.scale * s, k < load("lengths", [b], integer=True)))
+    plan = replace(plan, spec=replace(plan.spec, loads=(LoadSpec("lengths", "int32", 1),)))
     lengths = torch.tensor([max(0, sizes.k_len - 11 * i) for i in range(sizes.batch)], dtype=torch.int32)
     return Call(plan, loads=[lengths.to(device)])
 
@@ -212,7 +223,9 @@ def lengths_per_batch(sizes, device):
 @case
 def documents(sizes, device):
     same = sympy.Eq(load("document", [b, q], integer=True), load("document", [b, k], integer=True))
-    plan = Plan("exact", sizes.scale * s, sympy.And(CAUSAL, same), loads=(LoadSpec("document", "int64", 2),))
+    plan = Plan(
+        "exact", AttentionSpec(sizes.scale * s, sympy.And(CAUSAL, same), loads=(LoadSpec("document", "int64", 2),))
+    )
     ids = torch.arange(max(sizes.q_len, sizes.k_len)).div(19, rounding_mode="floor").expand(sizes.batch, -1)
     return Call(plan, loads=[ids.to(device)])
 
@@ -221,7 +234,9 @@ def documents(sizes, device):
 def blocks_in_a_table(sizes, device):
     """One boolean for each pair of blocks, as FlexAttention's block masks list them."""
     listed = sympy.Ne(load("blocks", [b, 0, FloorDiv(q, 32), FloorDiv(k, 32)], integer=True), 0)
-    plan = Plan("exact", sizes.scale * s, sympy.And(CAUSAL, listed), loads=(LoadSpec("blocks", "bool", 4),))
+    plan = Plan(
+        "exact", AttentionSpec(sizes.scale * s, sympy.And(CAUSAL, listed), loads=(LoadSpec("blocks", "bool", 4),))
+    )
     table = _random((sizes.batch, 1, -(-sizes.q_len // 32), -(-sizes.k_len // 32)), device) > 0
     return Call(plan, loads=[table])
 
@@ -230,14 +245,14 @@ def blocks_in_a_table(sizes, device):
 def cache_by_pointer(sizes, device):
     """A static cache: keys up to a position that only the device knows."""
     live = load("live", [], integer=True)
-    plan = Plan("exact", sizes.scale * s, sympy.Le(k, q + live), loads=(LoadSpec("live", "int64", 0),))
+    plan = Plan("exact", AttentionSpec(sizes.scale * s, sympy.Le(k, q + live), loads=(LoadSpec("live", "int64", 0),)))
     return Call(plan, loads=[torch.tensor(max(0, sizes.k_len // 3), device=device)])
 
 
 @case
 def opaque_mask(sizes, device):
     seen = sympy.Ne(load("mask", [b, h, q, k], integer=True), 0)
-    plan = Plan("exact", sizes.scale * s, seen, loads=(LoadSpec("mask", "bool", 4),))
+    plan = Plan("exact", AttentionSpec(sizes.scale * s, seen, loads=(LoadSpec("mask", "bool", 4),)))
     mask = _random((sizes.batch, 1, sizes.q_len, sizes.k_len), device) > 0
     mask[:, :, sizes.q_len // 2] = False
     return Call(plan, loads=[mask])
@@ -245,28 +260,32 @@ def opaque_mask(sizes, device):
 
 @case
 def soft_cap(sizes, device):
-    return Call(Plan("exact", 5.0 * sympy.tanh(sizes.scale * s / 5.0), CAUSAL))
+    return Call(Plan("exact", AttentionSpec(5.0 * sympy.tanh(sizes.scale * s / 5.0), CAUSAL)))
 
 
 @case
 def decay_of_times(sizes, device):
     """Times so large that the score has no digits left beside one of them, and their difference is small."""
     times = load("times", [q], integer=False) - load("times", [k], integer=False)
-    plan = Plan("exact", sizes.scale * s - 0.1 * Group(times), CAUSAL, loads=(LoadSpec("times", "float32", 1),))
+    plan = Plan(
+        "exact", AttentionSpec(sizes.scale * s - 0.1 * Group(times), CAUSAL, loads=(LoadSpec("times", "float32", 1),))
+    )
     return Call(plan, [1e7 + torch.arange(max(sizes.q_len, sizes.k_len), device=device).float()])
 
 
 @case
 def alibi(sizes, device):
     slopes = load("slopes", [h], integer=False)
-    plan = Plan("exact", sizes.scale * s + slopes * (k - q), CAUSAL, loads=(LoadSpec("slopes", "float32", 1),))
+    plan = Plan(
+        "exact", AttentionSpec(sizes.scale * s + slopes * (k - q), CAUSAL, loads=(LoadSpec("slopes", "float32", 1),))
+    )
     return Call(plan, loads=[2.0 ** -torch.arange(1, sizes.heads + 1, device=device)])
 
 
 @case
 def bias(sizes, device):
     added = load("bias", [0 * b, h, q, k], integer=False)
-    plan = Plan("exact", sizes.scale * s + added, loads=(LoadSpec("bias", "float32", 4),))
+    plan = Plan("exact", AttentionSpec(sizes.scale * s + added, loads=(LoadSpec("bias", "float32", 4),)))
     return Call(plan, loads=[_random((1, sizes.heads, sizes.q_len, sizes.k_len), device)])
 
 
@@ -274,8 +293,8 @@ def bias(sizes, device):
 def bias_by_distance(sizes, device):
     """A table of relative positions, clamped: indices that are computed."""
     place = sympy.Max(0, sympy.Min(31, q - k + 16))
-    plan = Plan("exact", sizes.scale * s + load("table", [h, place], integer=False))
-    plan = replace(plan, loads=(LoadSpec("table", "float32", 2),))
+    plan = Plan("exact", AttentionSpec(sizes.scale * s + load("table", [h, place], integer=False)))
+    plan = replace(plan, spec=replace(plan.spec, loads=(LoadSpec("table", "float32", 2),)))
     return Call(plan, loads=[_random((sizes.heads, 32), device)])
 
 
@@ -285,7 +304,7 @@ def decomposed_positions(sizes, device):
     place = [b, Modulo(h, 2), FloorDiv(q, 8), Modulo(q, 8)]
     rows, columns = (load(name, [*place, at(k, 8)], integer=False) for name, at in (("y", FloorDiv), ("x", Modulo)))
     loads = (LoadSpec("y", "float32", 5), LoadSpec("x", "float32", 5))
-    plan = Plan("exact", sizes.scale * s + Group(rows + columns), loads=loads)
+    plan = Plan("exact", AttentionSpec(sizes.scale * s + Group(rows + columns), loads=loads))
     shape = (sizes.batch, 2, sizes.q_len // 8 + 1, 8)
     return Call(plan, loads=[_random((*shape, sizes.k_len // 8 + 1), device), _random((*shape, 8), device, 4)])
 
@@ -295,14 +314,14 @@ def fills_in_the_score(sizes, device):
     """Two masks that replace or take up the score; where both hide a key there is -inf."""
     lowest, seen = torch.finfo(torch.float32).min, sympy.Ne(load("padding", [b, k], integer=True), 0)
     score = Where(CAUSAL, sizes.scale * s, lowest) + Where(seen, 0, lowest)
-    plan = Plan("exact", score, empty_rows="nan", loads=(LoadSpec("padding", "bool", 2),))
+    plan = Plan("exact", AttentionSpec(score, empty_rows="nan", loads=(LoadSpec("padding", "bool", 2),)))
     return Call(plan, loads=[_padding(sizes, device, left=True)])
 
 
 @case
 def minus_infinity_bias(sizes, device):
     added = load("bias", [b, h, q, k], integer=False)
-    plan = Plan("exact", sizes.scale * s + added, loads=(LoadSpec("bias", "float32", 4),))
+    plan = Plan("exact", AttentionSpec(sizes.scale * s + added, loads=(LoadSpec("bias", "float32", 4),)))
     mask = torch.ones(sizes.q_len, sizes.k_len).tril()[None, None].to(device)
     return Call(plan, loads=[torch.where(mask > 0, 0.0, float("-inf"))])
 
@@ -310,35 +329,38 @@ def minus_infinity_bias(sizes, device):
 @case
 def smallest_number_bias(sizes, device):
     added = load("bias", [b, h, q, k], integer=False)
-    plan = Plan("exact", sizes.scale * s + added, loads=(LoadSpec("bias", "float32", 4),))
+    plan = Plan("exact", AttentionSpec(sizes.scale * s + added, loads=(LoadSpec("bias", "float32", 4),)))
     mask = torch.ones(sizes.q_len, sizes.k_len).tril(-1)[None, None].to(device)
     return Call(plan, loads=[torch.where(mask > 0, 0.0, torch.finfo(torch.float32).min)])
 
 
 @case
 def scale_at_run_time(sizes, device):
-    plan = Plan("exact", number("scale") * s, CAUSAL, numbers=("scale",))
+    plan = Plan("exact", AttentionSpec(number("scale") * s, CAUSAL, numbers=("scale",)))
     return Call(plan, numbers=[sizes.scale])
 
 
 @case
 def negative_scale(sizes, device):
-    return Call(Plan("exact", -sizes.scale * s, CAUSAL))
+    return Call(Plan("exact", AttentionSpec(-sizes.scale * s, CAUSAL)))
 
 
 @case
 def negative_scale_at_run_time(sizes, device):
-    return Call(Plan("exact", number("scale") * s, CAUSAL, numbers=("scale",)), numbers=[-0.3])
+    return Call(Plan("exact", AttentionSpec(number("scale") * s, CAUSAL, numbers=("scale",))), numbers=[-0.3])
 
 
 @case
 def zero_scale_at_run_time(sizes, device):
-    return Call(Plan("exact", number("scale") * s, CAUSAL, numbers=("scale",)), numbers=[0.0])
+    return Call(Plan("exact", AttentionSpec(number("scale") * s, CAUSAL, numbers=("scale",))), numbers=[0.0])
 
 
 @case
 def scale_per_head(sizes, device):
-    plan = Plan("exact", load("scales", [h], integer=False) * s, CAUSAL, loads=(LoadSpec("scales", "float32", 1),))
+    plan = Plan(
+        "exact",
+        AttentionSpec(load("scales", [h], integer=False) * s, CAUSAL, loads=(LoadSpec("scales", "float32", 1),)),
+    )
     return Call(plan, loads=[torch.linspace(-0.5, 0.6, sizes.heads, device=device)])
 
 
@@ -346,39 +368,41 @@ def scale_per_head(sizes, device):
 def many_operations(sizes, device):
     odd = sympy.Or(sympy.Eq(Modulo(q - k, 3), 0), sympy.Not(sympy.Eq(Modulo(k - 40, 7), 2)))
     score = sizes.scale * s * Where(k > q, 0.5, 1.0) + 0.1 * sympy.Abs(FloorDiv(q - k, 5)) - sympy.exp(-0.01 * k)
-    return Call(Plan("exact", score, odd))
+    return Call(Plan("exact", AttentionSpec(score, odd)))
 
 
 @case
 def empty_rows_zero(sizes, device):
-    return Call(Plan("exact", sizes.scale * s, sympy.And(CAUSAL, k >= 20), empty_rows="zero"))
+    return Call(Plan("exact", AttentionSpec(sizes.scale * s, sympy.And(CAUSAL, k >= 20), empty_rows="zero")))
 
 
 @case
 def waves(sizes, device):
-    return Call(Plan("exact", sizes.scale * s + sympy.sin(Group(0.3 * q - 0.3 * k)) * sympy.cos(0.1 * k)))
+    return Call(
+        Plan("exact", AttentionSpec(sizes.scale * s + sympy.sin(Group(0.3 * q - 0.3 * k)) * sympy.cos(0.1 * k)))
+    )
 
 
 @case
 def powers_and_bits(sizes, device):
     score = sizes.scale * s * sympy.Pow(0.99, Group(q - k)) - sympy.Pow(2, -1 - h) * sympy.log(1 + q - k)
     seen = sympy.And(CAUSAL, sympy.Or(BitAnd(BitXor(q, k), 21) < 17, BitOr(q - k, -4) < -2))
-    return Call(Plan("exact", score, seen))
+    return Call(Plan("exact", AttentionSpec(score, seen)))
 
 
 @case
 def empty_rows_nan(sizes, device):
-    return Call(Plan("exact", sizes.scale * s, sympy.And(CAUSAL, k >= 20), empty_rows="nan"))
+    return Call(Plan("exact", AttentionSpec(sizes.scale * s, sympy.And(CAUSAL, k >= 20), empty_rows="nan")))
 
 
 @case
 def empty_rows_mean(sizes, device):
-    return Call(Plan("exact", sizes.scale * s, sympy.And(CAUSAL, k >= 20), empty_rows="mean"))
+    return Call(Plan("exact", AttentionSpec(sizes.scale * s, sympy.And(CAUSAL, k >= 20), empty_rows="mean")))
 
 
 @case
 def nothing_at_all(sizes, device):
-    return Call(Plan("exact", sizes.scale * s, k < 0 * q - 3, empty_rows="zero"))
+    return Call(Plan("exact", AttentionSpec(sizes.scale * s, k < 0 * q - 3, empty_rows="zero")))
 
 
 def tensors(sizes: Sizes, device="cpu", dtype=torch.float32, seed=0, order="bhnd"):
@@ -395,3 +419,16 @@ def tensors(sizes: Sizes, device="cpu", dtype=torch.float32, seed=0, order="bhnd
         back = [order.index(name) for name in "bhnd"]
         made.append(tensor.permute(turn).contiguous().permute(back))
     return made
+
+
+@case
+def window_per_head(sizes, device):
+    """Windows that are known when compiling, one for each head; the last serves all heads beyond."""
+    return Call(Plan("window", AttentionSpec(sizes.scale * s, CAUSAL, q - k < Table(h, 5, 30, 30, 1 << 20))))
+
+
+@case
+def constant_slopes(sizes, device):
+    """ALiBi, its slopes known when compiling; a number for each distance, up to eight."""
+    near = Table(q - k, *(sympy.Float(0.3 * i) for i in range(9)))
+    return Call(Plan("exact", AttentionSpec(sizes.scale * s + Table(h, 0.5, 0.25) * (k - q) + near, CAUSAL)))

@@ -7,12 +7,14 @@ from dataclasses import replace
 import torch
 from plans import CASES, CAUSAL, Sizes, power_keep
 
-from effattn.ir.expr import s
-from effattn.ir.plan import Plan
+from effattn.ir.attention import AttentionSpec
+from effattn.ir.expr import Nk, Nq, q, s
+from effattn.ir.plan import Plan, Sparsity
+from effattn.ir.site import Layout, called_site
 from effattn.lowering.forms import FORMS
 from effattn.lowering.triton import configs
 from effattn.lowering.triton.score import ScoreSpec
-from effattn.lowering.triton.spec import KernelSpec, Tiles, canonical
+from effattn.lowering.triton.spec import KernelSpec, Tiles
 
 ARCHS = ("sm80", "sm90", "sm100", "gfx942")
 PREFILL = ("causal", "left_padding", "window_and_sinks", "power_128", "documents", "soft_cap", "alibi", "bias")
@@ -23,31 +25,34 @@ def spec(name: str, arch: str, kind="prefill", dtype="bfloat16", dim=128, value_
     """The specialisation that a call of this plan gets on ``arch``."""
     sizes = Sizes(head_dim=dim, heads=4, q_len=1 if kind == "decode" else 57)
     if name == "power_128":
-        plan = Plan("power", sizes.scale * s, CAUSAL, power_keep(128, 2048, 128), empty_rows="never")
+        plan = Plan("power", AttentionSpec(sizes.scale * s, CAUSAL, power_keep(128, 2048, 128), empty_rows="never"))
     else:
         plan = CASES[name](sizes, torch.device("cpu")).plan
     value_dim = value_dim or dim
     bits = 32 if dtype == "float32" else 16
     tiles = tiles or configs.choose(kind, plan, arch, bits, dim, value_dim, rows=groups)
-    return KernelSpec(kind, plan, dtype, dim, value_dim, groups, tiles)
+    return KernelSpec(kind, plan.form, plan.spec, dtype, dim, value_dim, groups, tiles)
 
 
 def selector_plan(form: str, **params) -> Plan:
-    chosen = FORMS[form]
-    return Plan(form, Sizes(head_dim=128).scale * s, CAUSAL, select=chosen.selector(chosen.params(**params)))
+    chosen, spec = FORMS[form], AttentionSpec(Sizes(head_dim=128).scale * s, CAUSAL)
+    site = called_site(spec, q, Layout(1, 4, 1, Nq, Nk, 128, 128))
+    return Plan(form, spec, Sparsity(chosen.selector(chosen.params(**params), site)))
 
 
 def listed(arch: str, form: str, dtype="bfloat16", **params) -> KernelSpec:
     plan = selector_plan(form, **params)
     bits = 32 if dtype == "float32" else 16
     tiles = configs.choose("listed", plan, arch, bits, 128, 128)
-    expand = plan.select.expand
-    return KernelSpec("listed", canonical(plan), dtype, 128, 128, 4, tiles, False, False, expand.block, expand.unit)
+    expand = plan.sparsity.select.expand
+    more = (False, False, expand.block, expand.unit)
+    return KernelSpec("listed", plan.form, plan.spec, dtype, 128, 128, 4, tiles, *more)
 
 
 def selectors(arch: str) -> dict[str, tuple[KernelSpec | ScoreSpec | int, str]]:
     """What the forms that choose at run time compile on ``arch``."""
-    ranking = ScoreSpec(canonical(selector_plan("proxy")), "bfloat16", 128, 1, 4, 4, 32, 32, "max", "max", 4)
+    proxy = selector_plan("proxy")
+    ranking = ScoreSpec(proxy.form, proxy.spec, "bfloat16", 128, 1, 4, 4, 32, 32, "max", "max", 4)
     mass = replace(ranking, groups=4, q_stride=1, k_stride=1, height=128, width=128, rows="mean", columns="sum")
     return {
         "proxy listed": (listed(arch, "proxy"), "forward"),

@@ -9,10 +9,12 @@ import sympy
 import torch
 from checking import check
 from plans import CASES, CAUSAL, Call, Sizes, power_keep, tensors
+from sites import causal_site
 from test_backward import check as check_backward
 
+from effattn.ir.attention import AttentionSpec, LoadSpec
 from effattn.ir.expr import b, first_key, h, k, load, q, s
-from effattn.ir.plan import LoadSpec, Plan
+from effattn.ir.plan import Plan
 from effattn.lowering.forms.window import WINDOW
 from effattn.lowering.tiles import key_conditions, walk
 from effattn.lowering.triton.spec import Tiles
@@ -56,7 +58,9 @@ def call_of(pattern: str, rule: str = "causal", empty_rows: str = "zero", dtype=
     loads = {"padding": mask_of(pattern).to(dtype), "document": torch.arange(KEYS).div(40).long().expand(2, -1)}
     names = ["padding", *(["document"] if rule == "documents too" else [])]
     specs = tuple(LoadSpec(name, str(loads[name].dtype).removeprefix("torch."), 2) for name in names)
-    plan = Plan("exact", SIZES.scale * s, sympy.And(RULES[rule], PADDING), loads=specs, empty_rows=empty_rows)
+    plan = Plan(
+        "exact", AttentionSpec(SIZES.scale * s, sympy.And(RULES[rule], PADDING), loads=specs, empty_rows=empty_rows)
+    )
     return Call(plan, [loads[name] for name in names])
 
 
@@ -67,7 +71,7 @@ def test_every_pattern(pattern, rule):
 
 
 FORMS = {
-    "window": WINDOW.keep(WINDOW.params(window=21, sinks=9), q, first_key),
+    "window": WINDOW.keep(WINDOW.params(window=21, sinks=9), causal_site(predicate=sympy.And(CAUSAL, PADDING))),
     "power": power_keep(16, 16, 7).subs(k < 7, k < first_key + 7),
 }
 
@@ -76,8 +80,9 @@ def of_form(form: str, pattern: str, position=q) -> Call:
     """A form whose first keys are counted from where the text begins, as the op completes it."""
     call = call_of(pattern)
     keep = FORMS[form].subs(q, position)
-    plan = replace(call.plan, predicate=sympy.And(k <= position, PADDING), keep=keep).at(KEYS)
-    assert plan.keep.has(first_key)
+    spec = replace(call.plan.spec, predicate=sympy.And(k <= position, PADDING), keep=keep)
+    plan = replace(call.plan, spec=spec).at(KEYS)
+    assert plan.spec.keep.has(first_key)
     return Call(plan, with_first_keys(plan, tensors(SIZES)[1], call.loads, [], []))
 
 
@@ -118,7 +123,7 @@ def test_more_keys_than_one_program_reads_at_once():
     sizes = Sizes(batch=1, heads=1, q_len=3, k_len=70_000)
     seen = torch.zeros(1, 70_000, dtype=torch.int64)
     seen[:, 40_500:66_001] = 1
-    plan = Plan("exact", sizes.scale * s, PADDING, loads=(LoadSpec("padding", "int64", 2),))
+    plan = Plan("exact", AttentionSpec(sizes.scale * s, PADDING, loads=(LoadSpec("padding", "int64", 2),)))
     check(Call(plan, [seen]), *tensors(sizes), config=Tiles(16, 512, 4, 1), kind="prefill")
 
 
@@ -155,4 +160,4 @@ def test_which_conditions_are_found_beforehand():
     alone, others = key_conditions(walk(sympy.And(CAUSAL, PADDING, opaque, by_row, odd)).residual)
     assert alone == PADDING
     assert others == sympy.And(opaque, by_row, odd)
-    assert key_conditions(walk(CASES["causal"](SIZES, CPU).plan.rule).residual) == (sympy.true, sympy.true)
+    assert key_conditions(walk(CASES["causal"](SIZES, CPU).plan.spec.rule).residual) == (sympy.true, sympy.true)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 from comparing import assert_close
@@ -16,7 +14,7 @@ from effattn.runtime.reference import reference
 
 CPU = torch.device("cpu")
 SMALL = Tiles(16, 16, 4, 1)
-SERVED = [name for name, build in CASES.items() if no_backward(build(Sizes(), CPU).plan, 16, 16) is None]
+SERVED = [name for name, build in CASES.items() if no_backward(build(Sizes(), CPU).plan.spec, 16, 16) is None]
 
 
 def check(call, inputs, tolerance=5e-5, config=SMALL, through_lse=True):
@@ -59,7 +57,7 @@ def test_lengths(name, q_len, k_len):
 def test_shapes_and_strides(dim, order, layout):
     sizes = Sizes(batch=1, heads=4, kv_heads=2, q_len=35, k_len=35, head_dim=dim, value_dim=dim + 4)
     call = CASES["left_padding"](sizes, CPU)
-    call.plan = replace(call.plan, layout=layout)
+    call.plan = call.plan.dispatched(layout=layout)
     for grad in check(call, tensors(sizes, order=order), config=Tiles(32, 16, 4, 1)):
         assert (grad if layout == "bhnd" else grad.transpose(1, 2)).is_contiguous()
 
@@ -82,7 +80,7 @@ def test_through_the_op():
     sizes = Sizes(heads=4, kv_heads=2, q_len=40, k_len=40)
     call = CASES["left_padding"](sizes, CPU)
     inputs = [tensor.requires_grad_() for tensor in tensors(sizes)]
-    plan = replace(call.plan, target="triton", layout="bnhd")
+    plan = call.plan.dispatched(target="triton", layout="bnhd")
     out, _ = torch.ops.effattn.attend(*inputs, call.loads, [], [], plan.encode())
     wanted, _ = reference(call.plan, *inputs, call.loads)
     assert_close(out, wanted, exact_dtype=False)

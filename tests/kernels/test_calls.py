@@ -67,7 +67,7 @@ def test_a_plan_that_is_gone_is_not_confused_with_another():
     for scale in range(1, 30):
         plan = CASES["causal"](sizes, CPU).plan
         call = CASES["causal"](sizes, CPU)
-        call.plan = replace(plan, score=plan.score * scale / 10)
+        call.plan = replace(plan, spec=replace(plan.spec, score=plan.spec.score * scale / 10))
         check(call, *tensors(sizes), config=SMALL, kind="prefill")
 
 

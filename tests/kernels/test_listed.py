@@ -8,9 +8,11 @@ import pytest
 import sympy
 import torch
 from comparing import assert_close
+from sites import causal_site
 
+from effattn.ir.attention import AttentionSpec, LoadSpec
 from effattn.ir.expr import Nk, Nq, b, k, load, q, s
-from effattn.ir.plan import LoadSpec, Plan
+from effattn.ir.plan import Plan, Sparsity
 from effattn.lowering.forms import FORMS
 from effattn.lowering.triton.spec import Tiles
 from effattn.runtime import portable, triton_target
@@ -29,7 +31,11 @@ FROM_THE_END = k <= q + Nk - Nq
 def plan_of(name: str, predicate=FROM_THE_END, loads=(), score=0.3 * s) -> Plan:
     form, params = CASES[name]
     chosen = FORMS[form]
-    return Plan(form, score, predicate, loads=loads, select=chosen.selector(chosen.params(**params)))
+    return Plan(
+        form,
+        AttentionSpec(score, predicate, loads=loads),
+        Sparsity(chosen.selector(chosen.params(**params), causal_site())),
+    )
 
 
 def made(q_len=70, k_len=90, heads=4, kv_heads=2, dim=16, value_dim=16, dtype=torch.float32):
@@ -68,7 +74,7 @@ def test_padding(empty_rows):
     padding = torch.arange(90) >= torch.tensor([0, 75])[:, None]
     seen = sympy.Ne(load("padding", [b, k], integer=True), 0)
     plan = plan_of("units_of_a_tile", sympy.And(FROM_THE_END, seen), (LoadSpec("padding", "bool", 2),))
-    compare("units_of_a_tile", replace(plan, empty_rows=empty_rows), made(), [padding])
+    compare("units_of_a_tile", replace(plan, spec=replace(plan.spec, empty_rows=empty_rows)), made(), [padding])
 
 
 def test_soft_cap():

@@ -90,7 +90,7 @@ def test_heads_side_by_side(together):
 def test_memory_order_of_the_output(layout):
     sizes = Sizes(q_len=20, k_len=20, heads=4)
     call = CASES["causal"](sizes, CPU)
-    call.plan = replace(call.plan, layout=layout)
+    call.plan = call.plan.dispatched(layout=layout)
     out, _ = check(call, *tensors(sizes), config=SMALL, kind="prefill")
     assert (out if layout == "bhnd" else out.transpose(1, 2)).is_contiguous()
 
@@ -101,8 +101,8 @@ def test_below_its_least_length_a_form_keeps_everything():
     exact = CASES["causal"](sizes, CPU).plan
     inputs = tensors(sizes)
     wanted, _ = triton_target.run(exact, *inputs, config=SMALL)
-    short, _ = triton_target.run(replace(plan, min_length=58), *inputs, config=SMALL)
-    long, _ = triton_target.run(replace(plan, min_length=57), *inputs, config=SMALL)
+    short, _ = triton_target.run(plan.dispatched(min_length=58), *inputs, config=SMALL)
+    long, _ = triton_target.run(plan.dispatched(min_length=57), *inputs, config=SMALL)
     assert_close(short, wanted)
     assert (long - wanted).abs().max() > 1e-2
 
@@ -120,7 +120,9 @@ def test_no_rows_and_no_keys():
     out, lse = triton_target.run(CASES["causal"](none, CPU).plan, *tensors(none), config=SMALL)
     assert out.shape == (2, 2, 0, 16)
     assert lse.shape == (2, 2, 0)
-    out, lse = triton_target.run(replace(CASES["causal"](empty, CPU).plan, empty_rows="zero"), *tensors(empty))
+    plan = CASES["causal"](empty, CPU).plan
+    plan = replace(plan, spec=replace(plan.spec, empty_rows="zero"))
+    out, lse = triton_target.run(plan, *tensors(empty))
     assert (out == 0).all()
     assert (lse == -torch.inf).all()
 
@@ -136,8 +138,8 @@ def test_what_kernels_do_not_serve():
     padded = CASES["left_padding"](sizes, CPU)
     with pytest.raises(triton_target.UnsupportedCall, match="padding"):
         triton_target.run(padded.plan, query, key, value, [padded.loads[0][:, :50]])
-    assert triton_target.unsupported(causal, torch.bfloat16, 1024, 64) is not None
-    strange = replace(causal, score=sympy.besselj(0, expr.s))
+    assert triton_target.unsupported(causal.spec, torch.bfloat16, 1024, 64) is not None
+    strange = replace(causal.spec, score=sympy.besselj(0, expr.s))
     assert "besselj" in (triton_target.unsupported(strange, torch.bfloat16, 64, 64) or "")
 
 

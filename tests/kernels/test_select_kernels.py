@@ -7,8 +7,9 @@ import sympy
 import torch
 from comparing import assert_close
 
+from effattn.ir.attention import AttentionSpec, LoadSpec
 from effattn.ir.expr import Nk, Nq, b, k, load, q, s
-from effattn.ir.plan import LoadSpec, Plan
+from effattn.ir.plan import Plan, Sparsity
 from effattn.ir.selector import Coverage, Every, Expand, Last, Pick, Reduce, Score, Selector
 from effattn.runtime.select import portable_steps, triton_steps
 from effattn.runtime.select.places import places_of
@@ -30,7 +31,7 @@ def plan_of(block=16, stride=4, lists=1, gamma=0.7, least=32, predicate=FROM_THE
         pick=Pick(budget=budget, sinks=block),
         expand=Expand(block=block, unit=unit or block),
     )
-    return Plan("proxy", 0.3 * s, predicate, loads=loads, select=selector)
+    return Plan("proxy", AttentionSpec(0.3 * s, predicate, loads=loads), Sparsity(selector))
 
 
 def made(q_len=70, k_len=90, heads=4, kv_heads=2, dim=16, dtype=torch.float32):
@@ -49,8 +50,12 @@ def both(plan, score, reduce, query, key, loads=()):
 @pytest.mark.parametrize("which", ["ranking", "mass"])
 def test_scores(which, q_len, k_len):
     plan = plan_of()
-    budget = plan.select.pick.budget
-    score, reduce = (plan.select.score, plan.select.reduce) if which == "ranking" else (budget.score, budget.reduce)
+    budget = plan.sparsity.select.pick.budget
+    score, reduce = (
+        (plan.sparsity.select.score, plan.sparsity.select.reduce)
+        if which == "ranking"
+        else (budget.score, budget.reduce)
+    )
     ours, wanted = both(plan, score, reduce, *made(q_len, k_len))
     assert_close(ours, wanted)
 
@@ -69,14 +74,14 @@ def test_scores(which, q_len, k_len):
 @pytest.mark.parametrize("lists", [0, 1, 2])
 def test_sizes(options, lists):
     plan = plan_of(lists=lists, **options)
-    ours, wanted = both(plan, plan.select.score, plan.select.reduce, *made(150, 300, dim=24))
+    ours, wanted = both(plan, plan.sparsity.select.score, plan.sparsity.select.reduce, *made(150, 300, dim=24))
     assert_close(ours, wanted)
 
 
 def test_splits_add_up(monkeypatch):
     monkeypatch.setattr(triton_steps, "splits_for", lambda row_tiles, keys: 4)
     plan = plan_of()
-    budget = plan.select.pick.budget
+    budget = plan.sparsity.select.pick.budget
     ours, wanted = both(plan, budget.score, budget.reduce, *made(70, 300))
     assert_close(ours, wanted)
 
@@ -85,8 +90,8 @@ def test_masks_on_data():
     padding = torch.arange(90) >= torch.tensor([0, 75])[:, None]
     seen = sympy.Ne(load("padding", [b, k], integer=True), 0)
     plan = plan_of(predicate=sympy.And(FROM_THE_END, seen), loads=(LoadSpec("padding", "bool", 2),))
-    budget = plan.select.pick.budget
-    for score, reduce in ((plan.select.score, plan.select.reduce), (budget.score, budget.reduce)):
+    budget = plan.sparsity.select.pick.budget
+    for score, reduce in ((plan.sparsity.select.score, plan.sparsity.select.reduce), (budget.score, budget.reduce)):
         ours, wanted = both(plan, score, reduce, *made(), [padding])
         assert_close(ours, wanted)
 
@@ -139,7 +144,7 @@ def chosen(scores, number, pick, places):
 def test_ties_forced_units_and_nan(number):
     plan = plan_of(block=16)
     places = places_of(plan, 64, 128, (), (), (), torch.device("cpu"))
-    pick = Pick(budget=plan.select.pick.budget, sinks=16, local=40)
+    pick = Pick(budget=plan.sparsity.select.pick.budget, sinks=16, local=40)
     scores = torch.zeros(1, 1, 4, 8)
     scores[..., 2], scores[..., 1] = torch.nan, 5.0
     ours, wanted = chosen(scores, number, pick, places)
@@ -151,7 +156,7 @@ def test_ties_forced_units_and_nan(number):
 def test_the_best_of_many(number):
     plan = plan_of(block=16)
     places = places_of(plan, 64, 77 * 16, (), (), (), torch.device("cpu"))
-    pick = Pick(budget=plan.select.pick.budget)
+    pick = Pick(budget=plan.sparsity.select.pick.budget)
     scores = torch.randn(1, 1, 4, 77, generator=torch.Generator().manual_seed(5)).mul(1e3).round(decimals=-2)
     scores[..., 5], scores[..., 6] = torch.inf, -torch.inf
     ours, wanted = chosen(scores, number, pick, places)
@@ -163,8 +168,9 @@ def test_counts_cover_the_mass(gamma):
     plan = plan_of(block=16, gamma=gamma, least=0)
     places = places_of(plan, 64, 200, (), (), (), torch.device("cpu"))
     mass = torch.rand(2, 4, 1, 13, generator=torch.Generator().manual_seed(3)) ** 4
-    budget = plan.select.pick.budget
+    budget = plan.sparsity.select.pick.budget
     ours, wanted = (
-        steps.covering_counts(budget, mass, plan.select.pick, 16, places) for steps in (triton_steps, portable_steps)
+        steps.covering_counts(budget, mass, plan.sparsity.select.pick, 16, places)
+        for steps in (triton_steps, portable_steps)
     )
     assert torch.equal(ours, wanted)

@@ -18,7 +18,7 @@ from plans import CASES, Sizes, tensors
 from specs import goldens, spec
 
 from effattn.lowering.triton.source import file_name, generate
-from effattn.lowering.triton.spec import Tiles, canonical
+from effattn.lowering.triton.spec import Tiles
 from effattn.runtime import kernels, triton_target
 
 GOLDENS = Path(__file__).parents[1] / "goldens" / "kernels"
@@ -54,7 +54,8 @@ def test_source_does_not_depend_on_the_process():
 
 def test_templates_are_read_once(monkeypatch):
     plans = [CASES[name](Sizes(head_dim=dim), CPU).plan for name in ("power_16", "alibi") for dim in (30, 31, 32, 33)]
-    specs = [replace(spec("causal", "sm90"), plan=plan, tiles=Tiles(16, 16, 4, 1)) for plan in plans]
+    causal = spec("causal", "sm90")
+    specs = [replace(causal, attention=plan.spec, tiles=Tiles(16, 16, 4, 1)) for plan in plans]
     generate(specs[0])
     monkeypatch.delattr(jinja2.Environment, "compile")
     assert len({generate(one) for one in specs[1:]}) == len(specs[1:])
@@ -72,7 +73,11 @@ def test_file_names_are_readable():
 
 def test_plans_that_differ_outside_the_kernel_share_it():
     plan = CASES["causal"](Sizes(), CPU).plan
-    assert canonical(replace(plan, layout="bnhd", target="triton", min_length=9)) == canonical(plan)
+    other = plan.dispatched(layout="bnhd", target="triton", min_length=9, lse_is_read=False)
+    assert other != plan
+    specs = [triton_target.spec_of(one, torch.bfloat16, 57, 1, 16, 16, CPU, "prefill") for one in (plan, other)]
+    assert specs[0] == specs[1]
+    assert kernels.load(specs[0]) is kernels.load(specs[1])
 
 
 def test_lines_are_computed_once():

@@ -21,9 +21,10 @@ from checking import check
 from plans import CAUSAL, Call, Sizes, tensors
 from widths import ATOMS, NARROW, SIZES, call_of
 
+from effattn.ir.attention import AttentionSpec, LoadSpec
 from effattn.ir.expr import FloorDiv, Nk, Nq, h, k, load, q, s, scalar
 from effattn.ir.fold import Integers, fold
-from effattn.ir.plan import LoadSpec, Plan
+from effattn.ir.plan import Plan
 from effattn.lowering.triton import algebra
 from effattn.lowering.triton.spec import Tiles
 from effattn.runtime import launching, portable, triton_target
@@ -72,17 +73,17 @@ def expected_mask(call: Call, sizes: Sizes) -> torch.Tensor:
     """bool [B, H, Nq, Nk] of a predicate."""
     tables = {
         spec.name: np.array(tensor.tolist(), dtype=object)
-        for spec, tensor in zip(call.plan.loads, call.loads, strict=True)
+        for spec, tensor in zip(call.plan.spec.loads, call.loads, strict=True)
     }
     shape = (sizes.batch, sizes.heads, sizes.q_len, sizes.k_len)
     places = np.indices(shape).astype(object)
     symbols = dict(zip("bhqk", places, strict=True)) | {"Nq": sizes.q_len, "Nk": sizes.k_len}
-    symbols |= dict(zip(call.plan.scalars, call.scalars, strict=True))
+    symbols |= dict(zip(call.plan.spec.scalars, call.scalars, strict=True))
 
     def element(name, indices):
         return tables[name][tuple(np.asarray(index, dtype=np.int64) for index in indices)]
 
-    found = fold(call.plan.predicate, Exact(symbols, element))
+    found = fold(call.plan.spec.predicate, Exact(symbols, element))
     return torch.from_numpy(np.broadcast_to(found, shape).astype(bool))
 
 
@@ -127,7 +128,10 @@ def test_scalars_and_lengths_beyond_a_limit_get_another_kernel(monkeypatch):
     """The same plan, first with a small number and then with a large one."""
     past = scalar("past")
     plan = Plan(
-        "exact", 0.25 * s, sympy.And(CAUSAL, sympy.Le(k * 3, q * 4 + past), past * 2 - 3 * q > 9), scalars=("past",)
+        "exact",
+        AttentionSpec(
+            0.25 * s, sympy.And(CAUSAL, sympy.Le(k * 3, q * 4 + past), past * 2 - 3 * q > 9), scalars=("past",)
+        ),
     )
     sizes = Sizes(1, 1, 1, 20, 20)
     for value in (7, 2**31 - 1, 2**31 + 5, 2**40):
@@ -155,14 +159,14 @@ def test_bounds_of_the_walk_stand_the_largest_numbers(dtype, kind):
         sympy.And(FloorDiv(k, 16) < last, FloorDiv(k, 8) > first),
     ]
     for rule in rules:
-        plan = Plan("exact", sizes.scale * s, rule, loads=loads)
+        plan = Plan("exact", AttentionSpec(sizes.scale * s, rule, loads=loads))
         for high, low in ((limits.max, limits.min), (limits.max, 1), (1, limits.min)):
             call = Call(plan, [torch.tensor([high], dtype=dtype), torch.tensor([low], dtype=dtype)])
             check_exactly(call, sizes, kind)
 
 
 def test_a_number_beyond_64_bits_is_no_kernel():
-    plan = Plan("exact", 0.25 * s, k * 2**70 < q)
+    plan = Plan("exact", AttentionSpec(0.25 * s, k * 2**70 < q))
     assert (
         triton_target.unsupported(plan, torch.float32, 16, 16)
         == f"no kernel can be written: no kernel computes with {2**70}"

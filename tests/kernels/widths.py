@@ -10,8 +10,9 @@ import sympy
 import torch
 from plans import CAUSAL, Call, Sizes
 
+from effattn.ir.attention import AttentionSpec, LoadSpec
 from effattn.ir.expr import FloorDiv, Modulo, Nk, Nq, Where, b, k, load, q, s, scalar
-from effattn.ir.plan import LoadSpec, Plan
+from effattn.ir.plan import Plan
 from effattn.lowering.triton.spec import KernelSpec, Tiles
 
 SIZES = Sizes(2, 2, 1, 45, 50)
@@ -60,14 +61,14 @@ NARROW = {
 def plan_of(name: str) -> Plan:
     predicate, dtypes = ATOMS[name]
     loads = tuple(LoadSpec(load, dtype, 1 if load == "kept" else 2) for load, dtype in dtypes.items())
-    return Plan("exact", SIZES.scale * s, predicate, loads=loads, scalars=("past",))
+    return Plan("exact", AttentionSpec(SIZES.scale * s, predicate, loads=loads, scalars=("past",)))
 
 
 def call_of(name: str, sizes: Sizes) -> Call:
     plan = plan_of(name)
     draw = torch.Generator().manual_seed(4)
     loads = []
-    for spec in plan.loads:
+    for spec in plan.spec.loads:
         dtype = getattr(torch, spec.dtype)
         if spec.name == "kept":
             loads.append(torch.rand(64, generator=draw) < 0.6)
@@ -81,7 +82,7 @@ def call_of(name: str, sizes: Sizes) -> Call:
 
 def atom_spec(what: str | Plan) -> KernelSpec:
     plan = plan_of(what) if isinstance(what, str) else what
-    return KernelSpec("prefill", plan, "float32", 16, 16, 2, Tiles(16, 16, 4, 1))
+    return KernelSpec("prefill", plan.form, plan.spec, "float32", 16, 16, 2, Tiles(16, 16, 4, 1))
 
 
 def types_of(ttir: str) -> list[str]:
@@ -94,7 +95,10 @@ def main() -> None:
     from effattn.lowering.triton.offline import compiled_for
 
     named = {name: atom_spec(name) for name in ATOMS}
-    named |= {f"narrow: {name}": atom_spec(Plan("exact", 0.25 * s, NARROW[name], scalars=("past",))) for name in NARROW}
+    named |= {
+        f"narrow: {name}": atom_spec(Plan("exact", AttentionSpec(0.25 * s, NARROW[name], scalars=("past",))))
+        for name in NARROW
+    }
     print(json.dumps({name: types_of(compiled_for(spec, "sm90").asm["ttir"]) for name, spec in named.items()}))
 
 

@@ -12,8 +12,9 @@ from comparing import assert_close
 
 import effattn
 from effattn.errors import PolicyError
+from effattn.ir.attention import AttentionSpec
 from effattn.ir.expr import k, q, s
-from effattn.ir.plan import Plan
+from effattn.ir.plan import Dispatch, Plan
 from effattn.ir.site import Layout, Site
 from effattn.lowering.cost import LONGEST, ladder, pairs
 from effattn.lowering.device import CPU, DEVICES, OTHER_GPU, device_named
@@ -30,8 +31,8 @@ H100 = device_named("NVIDIA H100 80GB HBM3")
 
 def site(**changes) -> Site:
     body = {
-        "name": "attention", "found_as": "sdpa", "stage": "prefill", "layout": LLAMA, "hints": LLAMA, "score": s,
-        "predicate": k <= q, "position": q, "loads": (), "scalars": (), "numbers": (), "empty_rows": "never",
+        "name": "attention", "found_as": "sdpa", "stage": "prefill", "layout": LLAMA, "hints": LLAMA,
+        "spec": AttentionSpec(s, k <= q, empty_rows="never"), "position": q,
         "dtype": "bfloat16", "device": "cuda", "needs_grad": False, "output_layout": "bhnd",
     }  # fmt: skip
     return Site(**{**body, **changes})
@@ -107,8 +108,14 @@ def test_steps_below_the_least_length_are_exact():
 
 def test_a_plan_of_several_forms_decides_by_length():
     window, power = (FORMS[name] for name in ("window", "power"))
-    low = Plan("window", s, k <= q, window.keep(window.params(), q), min_length=100)
-    plan = Plan("power", s, k <= q, power.keep(power.params(), q), min_length=900, below=low)
+    low = Plan(
+        "window", AttentionSpec(s, k <= q, window.keep(window.params(), site())), dispatch=Dispatch(min_length=100)
+    )
+    plan = Plan(
+        "power",
+        AttentionSpec(s, k <= q, power.keep(power.params(), site())),
+        dispatch=Dispatch(min_length=900, below=low),
+    )
     assert [plan.at(length).form for length in (1, 99, 100, 899, 900)] == [
         "exact",
         "exact",

@@ -357,11 +357,13 @@ def test_what_a_wrong_call_gets():
 
 def test_it_costs_less_than_exact_from_a_few_hundred_tokens_on():
     from effattn.ir import expr
+    from effattn.ir.attention import AttentionSpec
     from effattn.ir.site import Site
 
     sizes = Layout(1, 32, 8, 4096, 4096, 128, 128)
-    rest = {"position": expr.q, "loads": (), "scalars": (), "numbers": (), "empty_rows": "never", "device": "cuda"}
-    site = Site("a", "sdpa", "prefill", sizes, sizes, expr.s, expr.k <= expr.q, **rest, dtype="bfloat16",
+    rest = {"position": expr.q, "device": "cuda"}
+    spec = AttentionSpec(expr.s, expr.k <= expr.q, empty_rows="never")
+    site = Site("a", "sdpa", "prefill", sizes, sizes, spec, **rest, dtype="bfloat16",
                 needs_grad=False, output_layout="bhnd")  # fmt: skip
     linear, exact = (FORMS[name].cost(site, FORMS[name].params()) for name in ("linear", "exact"))
     assert linear.attention.at(128, 128)[0] > exact.attention.at(128, 128)[0]

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from effattn.errors import PolicyError
 from effattn.ir import expr
+from effattn.ir.attention import AttentionSpec
 from effattn.ir.site import Layout, Site
 from effattn.policy import Policy, layers
 from effattn.policy.locate import line_of, lines_of
@@ -28,13 +29,8 @@ def site(
         stage=stage,
         layout=SIZES,
         hints=SIZES,
-        score=expr.s / 4,
-        predicate=expr.k <= expr.q,
+        spec=AttentionSpec(expr.s / 4, expr.k <= expr.q, empty_rows="never"),
         position=expr.q,
-        loads=(),
-        scalars=(),
-        numbers=(),
-        empty_rows="never",
         dtype="float32",
         device="cpu",
         needs_grad=False,
@@ -47,7 +43,7 @@ def site(
 
 
 def test_the_helper_makes_a_real_site():
-    assert site().predicate == sympy.Le(expr.k, expr.q)
+    assert site().spec.predicate == sympy.Le(expr.k, expr.q)
 
 
 POLICY = Policy.of(

@@ -12,10 +12,12 @@ import pytest
 import torch
 from comparing import assert_close
 from plans import CASES, Call, Sizes, tensors
+from sites import causal_site
 
 from effattn.errors import PlanError, TargetError
+from effattn.ir.attention import AttentionSpec, LoadSpec
 from effattn.ir.expr import IntLoad, b, k, load, number, q, s, scalar
-from effattn.ir.plan import LoadSpec, Plan
+from effattn.ir.plan import Dispatch, Plan
 from effattn.lowering.forms import FORMS
 from effattn.runtime import portable, sdpa, targets
 from effattn.runtime.reference import reference
@@ -28,12 +30,14 @@ def everything() -> Call:
     """A plan with a tensor, an integer and a float."""
     plan = Plan(
         "exact",
-        number("scale") * s,
-        (k <= q + scalar("past")) & _kept(PADDING),
-        loads=(LoadSpec("padding", "bool", 2),),
-        scalars=("past",),
-        numbers=("scale",),
-        layout="bnhd",
+        AttentionSpec(
+            number("scale") * s,
+            (k <= q + scalar("past")) & _kept(PADDING),
+            loads=(LoadSpec("padding", "bool", 2),),
+            scalars=("past",),
+            numbers=("scale",),
+        ),
+        dispatch=Dispatch(layout="bnhd"),
     )
     padding = torch.ones(2, 40, dtype=torch.bool)
     padding[0, :9] = False
@@ -61,7 +65,7 @@ def test_opcheck(needs_grad):
 @pytest.mark.parametrize("layout", ["bhnd", "bnhd"])
 def test_opcheck_of_the_backward(layout):
     sizes = Sizes(2, 6, 2, 33, 40, 16, 8)
-    plan = replace(CASES["causal"](sizes, CPU).plan, layout=layout)
+    plan = CASES["causal"](sizes, CPU).plan.dispatched(layout=layout)
     query, key, value = tensors(sizes)
     out, lse = attend_with(Call(plan), query, key, value)
     args = (torch.randn_like(out), None, query, key, value, out, lse, [], [], [], plan.encode())
@@ -100,7 +104,7 @@ def test_compiles_whole_with_gradients(backend, dynamic):
 
 
 def test_a_computed_scale_does_not_specialise_the_size():
-    plan = Plan("exact", number("scale") * s, k <= q, numbers=("scale",)).encode()
+    plan = Plan("exact", AttentionSpec(number("scale") * s, k <= q, numbers=("scale",))).encode()
 
     def block(query, key, value):
         return torch.ops.effattn.attend(query, key, value, [], [], [1 / math.sqrt(query.shape[3])], plan)[0]
@@ -117,8 +121,8 @@ def test_a_computed_scale_does_not_specialise_the_size():
 def test_the_length_decides_when_the_op_runs():
     """One compiled graph: short inputs are dense, long ones take the form."""
     window = FORMS["window"]
-    keep = window.keep(window.params(window=8, sinks=0), q)
-    plan = Plan("window", 0.25 * s, k <= q, keep, min_length=50)
+    keep = window.keep(window.params(window=8, sinks=0), causal_site())
+    plan = Plan("window", AttentionSpec(0.25 * s, k <= q, keep), dispatch=Dispatch(min_length=50))
     text = plan.encode()
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
@@ -136,7 +140,11 @@ def test_the_length_decides_when_the_op_runs():
 
 def test_the_length_decides_for_the_gradient_too():
     window = FORMS["window"]
-    plan = Plan("window", 0.25 * s, k <= q, window.keep(window.params(window=8, sinks=0), q), min_length=50)
+    plan = Plan(
+        "window",
+        AttentionSpec(0.25 * s, k <= q, window.keep(window.params(window=8, sinks=0), causal_site())),
+        dispatch=Dispatch(min_length=50),
+    )
     made = [tensor.double().requires_grad_() for tensor in tensors(Sizes(1, 2, 1, 40, 40))]
     out, _ = attend_with(Call(plan), *made)
     wanted, _ = reference(plan.dense(), *made)
@@ -153,7 +161,7 @@ def test_dense_plans_take_sdpa(name, length, monkeypatch):
     call = CASES[name](sizes, CPU)
     monkeypatch.setattr(portable, "run", None)
     for layout in ("bhnd", "bnhd"):
-        call.plan = replace(call.plan, layout=layout)
+        call.plan = call.plan.dispatched(layout=layout)
         made = tensors(sizes, order="bnhd")
         out, lse = attend_with(call, *made)
         wanted, wanted_lse = reference(call.plan, *made, numbers=call.numbers)
@@ -185,10 +193,10 @@ def test_what_sdpa_would_get_wrong_is_kept_from_it():
 
 def test_every_target_that_a_plan_may_name():
     made = tensors(Sizes(1, 2, 1, 20, 20))
-    plan = Plan("exact", 0.25 * s, k <= q)
+    plan = Plan("exact", AttentionSpec(0.25 * s, k <= q))
     wanted, _ = attend_with(Call(plan), *made)
     for target in ("portable", "triton"):  # Triton runs on its interpreter here
-        out, _ = attend_with(Call(replace(plan, target=target)), *made)
+        out, _ = attend_with(Call(plan.dispatched(target=target)), *made)
         assert_close(out, wanted)
 
 
@@ -209,7 +217,7 @@ def test_kernels_asked_for_where_none_can_run(monkeypatch, reason):
     else:
         monkeypatch.setenv("TRITON_INTERPRET", "0")
     made = tensors(Sizes(1, 2, 1, 20, 20))
-    plan = Plan("exact", 0.25 * s, k <= q, target="triton")
+    plan = Plan("exact", AttentionSpec(0.25 * s, k <= q), dispatch=Dispatch(target="triton"))
     with pytest.raises(TargetError, match=reason):
         attend_with(Call(plan), *made)
     with pytest.raises(TargetError, match=reason):
@@ -232,7 +240,7 @@ def linear_attention(q_, k_, v_):
 
 def test_a_case_without_a_kernel_runs_portably():
     made = tensors(Sizes(1, 2, 1, 20, 20), dtype=torch.float64)
-    plan = Plan("exact", 0.25 * s, k <= q, target="triton")
+    plan = Plan("exact", AttentionSpec(0.25 * s, k <= q), dispatch=Dispatch(target="triton"))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         out, _ = attend_with(Call(plan), *made)
@@ -251,7 +259,7 @@ def test_a_case_without_a_kernel_runs_portably():
 )
 def test_shapes_that_do_not_fit(shapes, message):
     with pytest.raises(ValueError, match=message):
-        attend_with(Call(Plan("exact", s)), *(torch.zeros(shape) for shape in shapes))
+        attend_with(Call(Plan("exact", AttentionSpec(s))), *(torch.zeros(shape) for shape in shapes))
 
 
 def test_a_wrong_number_of_tensors():
@@ -269,7 +277,8 @@ def test_importing_registers_once_and_is_light():
         "import sys, importlib, effattn.runtime.attend as a; import torch;"
         "assert 'triton' not in sys.modules; importlib.reload(a);"
         "q = torch.randn(1, 2, 8, 4); from effattn.ir.plan import Plan; from effattn.ir import expr;"
-        "torch.ops.effattn.attend(q, q, q, [], [], [], Plan('exact', expr.s).encode()); print('ok')"
+        "from effattn.ir.attention import AttentionSpec;"
+        "torch.ops.effattn.attend(q, q, q, [], [], [], Plan('exact', AttentionSpec(expr.s)).encode()); print('ok')"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.stdout.strip() == "ok", done.stderr

@@ -6,11 +6,13 @@ import pytest
 import torch
 from boundary_cases import CHANNELS, DIM, HEADS, KV_HEADS, Published, random_tensors, save
 from comparing import assert_close
+from sites import causal_site
 
 import effattn
 from effattn.errors import OptionError, WeightsError
+from effattn.ir.attention import AttentionSpec
 from effattn.ir.expr import Nk, Nq, k, q, s
-from effattn.ir.plan import Plan
+from effattn.ir.plan import Plan, Sparsity
 from effattn.ir.selector import Trained
 from effattn.lowering.forms import FORMS, boundary_weights
 from effattn.lowering.forms.tensor_file import digest_of
@@ -128,8 +130,8 @@ def test_a_predictor_that_knows_a_rule_cuts_by_it(tmp_path):
 
 def plan_of(layer=None, **params):
     form = FORMS["dhsa"]
-    selector = form.selector(form.params(**params), layer)
-    return Plan("dhsa", 0.3 * s, k <= q + Nk - Nq, select=selector, empty_rows="zero")
+    selector = form.selector(form.params(**params), causal_site(layer=layer))
+    return Plan("dhsa", AttentionSpec(0.3 * s, k <= q + Nk - Nq, empty_rows="zero"), Sparsity(selector))
 
 
 @pytest.mark.parametrize(("q_len", "k_len"), [(100, 100), (33, 90), (1, 64), (17, 17), (96, 40)])
@@ -170,7 +172,7 @@ def test_a_plan_keeps_file_and_digest_and_another_file_is_refused(tmp_path):
     params = {"block": 16, "unit": 1, "budget": 40, "chunks": "trained", "weights": path, "local": 16, "sinks": 4}
     plan = plan_of(5, **params)
     assert Plan.decode(plan.encode()) == plan
-    assert (plan.select.score.key.digest, plan.select.score.key.layer) == (digest_of(path), 5)
+    assert (plan.sparsity.select.score.key.digest, plan.sparsity.select.score.key.layer) == (digest_of(path), 5)
     save(tmp_path / "cut.safetensors", {"all.": random_tensors(seed=9)})
     with pytest.raises(WeightsError, match="not the file with which the model was compiled"):
         portable.run(plan, *made(90))

@@ -5,10 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 from plans import CASES, Sizes, tensors
+from sites import causal_site
 from torch.nn.attention.flex_attention import flex_attention
 
+from effattn.ir.attention import AttentionSpec
 from effattn.ir.expr import k, q, s
-from effattn.ir.plan import Plan
+from effattn.ir.plan import Dispatch, Plan, Sparsity
 from effattn.lowering.forms import FORMS
 from effattn.runtime import sdpa
 from effattn.runtime.portable import run
@@ -16,7 +18,7 @@ from effattn.runtime.reference import reference
 
 HALF = (torch.bfloat16, torch.float16)
 EPS = torch.finfo(torch.float32).eps
-CAUSAL = Plan("exact", 0.125 * s, k <= q)
+CAUSAL = Plan("exact", AttentionSpec(0.125 * s, k <= q))
 
 
 def random(dtype, length, dim=64):
@@ -51,7 +53,9 @@ def test_the_kernel_of_sdpa(dtype):
 @pytest.mark.parametrize("dtype", HALF)
 def test_keys_that_data_chooses(dtype):
     form = FORMS["proxy"]
-    plan = Plan("proxy", 0.125 * s, k <= q, select=form.selector(form.params(gamma=1.0)))
+    plan = Plan(
+        "proxy", AttentionSpec(0.125 * s, k <= q), Sparsity(form.selector(form.params(gamma=1.0), causal_site()))
+    )
     made = random(dtype, 100)
     assert_as_in_float32(run(plan, *made)[1], reference(CAUSAL, *made)[1])
 
@@ -76,7 +80,7 @@ def test_what_flex_attention_returns(dtype):
 @pytest.mark.parametrize("dtype", HALF)
 def test_the_output_is_as_good_as_that_of_sdpa(dtype):
     made = random(dtype, 70)
-    for plan in (CAUSAL, Plan("exact", 0.125 * s, k <= q, lse_is_read=False)):
+    for plan in (CAUSAL, Plan("exact", AttentionSpec(0.125 * s, k <= q), dispatch=Dispatch(lse_is_read=False))):
         out, _ = run(plan, *made)
         wanted, _ = reference(plan, *made)
         theirs = torch.nn.functional.scaled_dot_product_attention(*made, is_causal=True, scale=0.125)

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import sympy
 import torch
 from comparing import assert_close
 from plans import CASES, Call, Sizes, tensors
+from sites import causal_site
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from effattn.ir.attention import AttentionSpec
 from effattn.ir.expr import Nk, Nq, k, q, s
 from effattn.ir.plan import Plan
 from effattn.lowering.forms import FORMS
@@ -83,7 +83,7 @@ def test_sizes(name, sizes, path):
 def test_strides_in_and_out(order, layout, path):
     sizes = Sizes(heads=6, kv_heads=2)
     call = CASES["power_16"](sizes, CPU)
-    call.plan = replace(call.plan, layout=layout)
+    call.plan = call.plan.dispatched(layout=layout)
     query, key, value = tensors(sizes, order=order)
     check(call, query, key, value)
     out, _ = portable.run(call.plan, query, key, value)
@@ -126,7 +126,10 @@ def test_a_decode_row_equals_the_row_of_a_prefill(name, path):
 
 def plan_of(form: str, position=q + Nk - Nq, scale=0.125, **params) -> Plan:
     kind = FORMS[form]
-    return Plan(form, sympy.Float(scale) * s, k <= position, kind.keep(kind.params(**params), position))
+    return Plan(
+        form,
+        AttentionSpec(sympy.Float(scale) * s, k <= position, kind.keep(kind.params(**params), causal_site(position))),
+    )
 
 
 @pytest.mark.parametrize(("q_len", "k_len"), [(1, 1), (17, 17), (257, 257), (40, 257), (1, 257)])

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import sympy
 import torch
@@ -11,6 +9,7 @@ from comparing import assert_close
 from plans import CASES, Sizes, tensors
 
 from effattn.ir import expr
+from effattn.ir.attention import AttentionSpec
 from effattn.ir.expr import Where, k, number, q, s
 from effattn.ir.plan import Plan
 from effattn.runtime import attend, portable
@@ -36,7 +35,7 @@ def test_against_autograd_of_the_definition(name, layout, small, monkeypatch):
         monkeypatch.setattr(portable, "SCORES", 4 * 3 * 24 * 57)
     sizes = Sizes(heads=6, kv_heads=2, head_dim=12, value_dim=8)
     call = CASES[name](sizes, CPU)
-    plan = replace(call.plan, layout=layout)
+    plan = call.plan.dispatched(layout=layout)
     inputs = [tensor.double().requires_grad_() for tensor in tensors(sizes, order=layout)]
     given = (call.loads, call.scalars, call.numbers)
     wanted, wanted_lse = reference(plan, *inputs, *given)
@@ -103,7 +102,7 @@ def test_a_learned_bias_is_refused():
 def test_there_is_no_second_derivative():
     sizes = Sizes(q_len=9, k_len=9)
     inputs = [tensor.requires_grad_() for tensor in tensors(sizes)]
-    out, _ = torch.ops.effattn.attend(*inputs, [], [], [], Plan("exact", s).encode())
+    out, _ = torch.ops.effattn.attend(*inputs, [], [], [], Plan("exact", AttentionSpec(s)).encode())
     (first,) = torch.autograd.grad(out.sum(), inputs[:1], create_graph=True)
     with pytest.raises(attend.NoGradient):
         first.sum().backward()
@@ -141,7 +140,7 @@ def test_no_n_by_n_tensor_in_the_backward(monkeypatch):
     sizes = Sizes(1, 4, 2, 1024, 1024, 16, 16)
     inputs = [tensor.requires_grad_() for tensor in tensors(sizes)]
     score = 20 * sympy.tanh(s / 80)
-    out, _ = torch.ops.effattn.attend(*inputs, [], [], [], Plan("exact", score, expr.k <= q).encode())
+    out, _ = torch.ops.effattn.attend(*inputs, [], [], [], Plan("exact", AttentionSpec(score, expr.k <= q)).encode())
     with LargestTensor() as largest:
         out.sum().backward()
     assert largest.elements < 1024 * 1024 / 8

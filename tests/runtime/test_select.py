@@ -8,10 +8,12 @@ import pytest
 import sympy
 import torch
 from comparing import assert_close
+from sites import causal_site
 
 import effattn
+from effattn.ir.attention import AttentionSpec, LoadSpec
 from effattn.ir.expr import IntLoad, Nk, Nq, k, load, q, s
-from effattn.ir.plan import LoadSpec, Plan
+from effattn.ir.plan import Plan, Sparsity
 from effattn.lowering.forms import FORMS
 from effattn.runtime import portable
 from effattn.runtime.select.places import places_of
@@ -24,7 +26,9 @@ SCALE = 0.3
 def plan_of(form: str, predicate=FROM_THE_END, loads=(), **params) -> Plan:
     chosen = FORMS[form]
     return Plan(
-        form, SCALE * s, predicate, loads=loads, select=chosen.selector(chosen.params(**params)), empty_rows="zero"
+        form,
+        AttentionSpec(SCALE * s, predicate, loads=loads, empty_rows="zero"),
+        Sparsity(chosen.selector(chosen.params(**params), causal_site())),
     )
 
 
@@ -91,8 +95,8 @@ def test_attention_is_over_what_is_kept(name, q_len, k_len):
 def test_dense_at_full_budget(form, params):
     query, key, value = made()
     plan = plan_of(form, **params)
-    assert plan.at(100).select is None
-    forced = replace(plan, select=plan.select.model_copy())
+    assert plan.at(100).sparsity.select is None
+    forced = replace(plan, sparsity=Sparsity(plan.sparsity.select.model_copy()))
     dense, dense_lse = portable.run(plan.dense(), query, key, value)
     for out, lse in (portable.run(plan.at(100), query, key, value), portable.run(forced, query, key, value)):
         assert_close(out, dense)

@@ -79,7 +79,7 @@ class DhsaParams(Params):
         return self
 
 
-def select(params: DhsaParams) -> Selector:
+def select(params: DhsaParams, site: Site) -> Selector:
     if params.unit > 1:
         score = Score(query=Mean(size=params.block), key=Mean(size=params.unit))
         return Selector(
@@ -89,20 +89,20 @@ def select(params: DhsaParams) -> Selector:
             expand=Expand(block=params.block, unit=params.unit),
         )
     return Selector(
-        score=Score(query=Mean(size=params.block, root_length=True), key=_chunks(params), lists=1),
+        score=Score(query=Mean(size=params.block, root_length=True), key=_chunks(params, site.layer), lists=1),
         reduce=Reduce(),
         pick=Pick(budget=Tokens(tokens=params.budget), sinks=params.sinks, local=params.local),
         expand=Expand(block=params.block, unit=1),
     )
 
 
-def _chunks(params: DhsaParams) -> Mean | Chunks | Trained:
+def _chunks(params: DhsaParams, layer: int | None) -> Mean | Chunks | Trained:
     """How keys are cut where single tokens are taken."""
     if params.chunks == "fixed":
         return Mean(size=params.chunk, root_length=True)
     if params.chunks == "trained":
         path = os.path.abspath(params.weights)
-        return Trained(weights=path, digest=digest_of(path), threshold=params.logit, block=params.block)
+        return Trained(weights=path, digest=digest_of(path), layer=layer, threshold=params.logit, block=params.block)
     return Chunks(find=params.chunks, threshold=params.threshold)
 
 

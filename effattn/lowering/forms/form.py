@@ -60,27 +60,19 @@ class Form:
     rules: tuple[Rule, ...]
     kept_keys: Callable[[Any], Any]  # params -> keys that a causal row of Nk keeps, as a sympy term in Nk: for costs
     reference: Callable[..., Any]
-    # predicate over (position, k); forms with the rule FROM_THE_FIRST_KEY take the number of the first key, where it is
-    # not 0, as a third argument
-    keep: Callable[..., Any] = lambda params, position: sympy.true
-    select: Callable[[Any], Selector] | None = None  # params -> what is decided by data
+    # (params, site) -> predicate in the indices: which of the allowed keys are kept; see Site.position, first_key
+    keep: Callable[[Any, Site], Any] = lambda params, site: sympy.true
+    select: Callable[[Any, Site], Selector] | None = None  # (params, site) -> what is decided by data
     selector_work: Callable[[Any, Layout, int], Work] | None = None  # (params, sizes, bytes of an element) -> its cost
     softmax: bool = True  # False: another function, by an op of its own; what is kept says nothing about it
 
-    def selector(self, params: Params, layer: int | None = None) -> Selector | None:
-        """What is decided by data when the op runs, in this layer; None: nothing.
+    def selector(self, params: Params, site: Site) -> Selector | None:
+        """What is decided by data when the op runs; None: nothing.
 
         Raises:
             WeightsError: the parameters name a file that cannot be read.
         """
-        return None if self.select is None else self.select(params).of_layer(layer)
-
-    def kept(self, params: Params, site: Site) -> Any:
-        """What is kept at a site."""
-        padding, _ = key_conditions(walk(site.predicate).residual)
-        if FROM_THE_FIRST_KEY in self.rules and padding != sympy.true:
-            return self.keep(params, site.position, expr.first_key)
-        return self.keep(params, site.position)
+        return None if self.select is None else self.select(params, site)
 
     def refusals(self, site: Site, params: Params) -> tuple[Refusal, ...]:
         """Every reason why this form does not apply to ``site``; empty if it does."""
@@ -100,12 +92,18 @@ class Form:
         return Cost(attention, selector, dense=self.kind == "exact")
 
 
+def first_key(site: Site) -> Any:
+    """The number of the first key of a query's text, for forms with the rule FROM_THE_FIRST_KEY."""
+    padding, _ = key_conditions(walk(site.spec.predicate).residual)
+    return sympy.Integer(0) if padding == sympy.true else expr.first_key
+
+
 def is_causal(site: Site, _params: Params) -> bool:
     return site.position is not None
 
 
 def no_data_mask(site: Site, _params: Params) -> bool:
-    return walk(site.predicate).residual == sympy.true
+    return walk(site.spec.predicate).residual == sympy.true
 
 
 def _beside_lists(residual: Any) -> Any:
@@ -118,15 +116,15 @@ def _beside_lists(residual: Any) -> Any:
 
 def padding_at_most(site: Site, _params: Params) -> bool:
     """No data in the mask but by batch and key."""
-    alone, others = key_conditions(_beside_lists(walk(site.predicate).residual))
-    named = any(spec.name == expr.FIRST_KEY for spec in site.loads)
+    alone, others = key_conditions(_beside_lists(walk(site.spec.predicate).residual))
+    named = any(spec.name == expr.FIRST_KEY for spec in site.spec.loads)
     return others == sympy.true and not (alone != sympy.true and named)
 
 
 def has_sinks(site: Site, params: Any) -> bool:
     """Whether every query that sees a key still does: in text with padding its own key may be masked."""
-    keys = walk(site.predicate)
-    out_of_reach = bool(keys.lower) and site.empty_rows == "nan"  # sinks beyond the model's own window
+    keys = walk(site.spec.predicate)
+    out_of_reach = bool(keys.lower) and site.spec.empty_rows == "nan"  # sinks beyond the model's own window
     return _beside_lists(keys.residual) == sympy.true or (params.sinks > 0 and not out_of_reach)
 
 
@@ -136,7 +134,7 @@ def no_gradient(site: Site, _params: Params) -> bool:
 
 def only_causal(site: Site, _params: Params) -> bool:
     """``k <= position`` and conditions on data, nothing else; the position is the same in all batches and heads."""
-    keys = walk(site.predicate)
+    keys = walk(site.spec.predicate)
     return (
         site.position is not None
         and not keys.choice
@@ -147,7 +145,7 @@ def only_causal(site: Site, _params: Params) -> bool:
 
 
 def plain_score(site: Site, _params: Params) -> bool:
-    return not expr.free_symbols(site.score) & set(expr.INDICES) and not expr.loads_of(site.score)
+    return not expr.free_symbols(site.spec.score) & set(expr.INDICES) and not expr.loads_of(site.spec.score)
 
 
 def is_prefill(site: Site, _params: Params) -> bool:
@@ -155,7 +153,7 @@ def is_prefill(site: Site, _params: Params) -> bool:
 
 
 def same_mask_for_heads(site: Site, _params: Params) -> bool:
-    return expr.h not in expr.free_symbols(site.predicate)
+    return expr.h not in expr.free_symbols(site.spec.predicate)
 
 
 CAUSAL = Rule(

@@ -90,16 +90,16 @@ def _known_layer(site: Site, params: LinearParams) -> bool:
 
 
 def _causal_window(site: Site, params: LinearParams) -> bool:
-    return params.window == 0 or site.predicate != sympy.true
+    return params.window == 0 or site.spec.predicate != sympy.true
 
 
 def _plain_window(site: Site, params: LinearParams) -> bool:
-    return params.window == 0 or expr.plain_scale(site.score) is not None
+    return params.window == 0 or expr.plain_scale(site.spec.score) is not None
 
 
 def _from_the_first_key(site: Site, _params: LinearParams) -> bool:
-    causal = site.predicate == sympy.Le(expr.k, expr.q)
-    return site.predicate == sympy.true or (causal and sympy.expand(site.layout.q_len - site.layout.k_len) == 0)
+    causal = site.spec.predicate == sympy.Le(expr.k, expr.q)
+    return site.spec.predicate == sympy.true or (causal and sympy.expand(site.layout.q_len - site.layout.k_len) == 0)
 
 
 ACCEPTED = Rule(

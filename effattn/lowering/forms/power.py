@@ -6,7 +6,16 @@ import sympy
 from pydantic import Field, model_validator
 
 from effattn.ir.expr import FloorDiv, IsPowerOfTwo, Nk, k
-from effattn.lowering.forms.form import CAUSAL, FROM_THE_FIRST_KEY, NO_BACKWARD, SINKS_ON_PADDING, Form, Params
+from effattn.ir.site import Site
+from effattn.lowering.forms.form import (
+    CAUSAL,
+    FROM_THE_FIRST_KEY,
+    NO_BACKWARD,
+    SINKS_ON_PADDING,
+    Form,
+    Params,
+    first_key,
+)
 
 
 class PowerParams(Params):
@@ -25,10 +34,10 @@ class PowerParams(Params):
         return self
 
 
-def keep(params: PowerParams, position, first=0):
-    distance = FloorDiv(position, params.block) - FloorDiv(k, params.block)
+def keep(params: PowerParams, site: Site):
+    distance = FloorDiv(site.position, params.block) - FloorDiv(k, params.block)
     kept = [distance < params.window // params.block, IsPowerOfTwo(distance)]
-    return sympy.Or(*kept, k < first + params.sinks) if params.sinks else sympy.Or(*kept)
+    return sympy.Or(*kept, k < first_key(site) + params.sinks) if params.sinks else sympy.Or(*kept)
 
 
 def reference(params: PowerParams, q_index, k_index):

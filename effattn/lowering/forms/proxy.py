@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from effattn.ir.expr import Nk, Nq
 from effattn.ir.selector import KEY_HEADS, Coverage, Every, Expand, Last, Pick, Reduce, Score, Selector
-from effattn.ir.site import Layout
+from effattn.ir.site import Layout, Site
 from effattn.lowering.cost import CHOICE, Work
 from effattn.lowering.forms.form import (
     CAUSAL,
@@ -53,7 +53,7 @@ class ProxyParams(Params):
         return min(self.stride, self.block)
 
 
-def select(params: ProxyParams) -> Selector:
+def select(params: ProxyParams, site: Site) -> Selector:
     of_each_head = Coverage(
         gamma=params.gamma,
         least=params.least,

@@ -6,7 +6,16 @@ import sympy
 from pydantic import Field
 
 from effattn.ir.expr import Nk, k
-from effattn.lowering.forms.form import CAUSAL, FROM_THE_FIRST_KEY, NO_BACKWARD, SINKS_ON_PADDING, Form, Params
+from effattn.ir.site import Site
+from effattn.lowering.forms.form import (
+    CAUSAL,
+    FROM_THE_FIRST_KEY,
+    NO_BACKWARD,
+    SINKS_ON_PADDING,
+    Form,
+    Params,
+    first_key,
+)
 
 
 class WindowParams(Params):
@@ -16,9 +25,9 @@ class WindowParams(Params):
     sinks: int = Field(default=128, ge=0, description="keys at the start that every query sees")
 
 
-def keep(params: WindowParams, position, first=0):
-    near = position - k < params.window
-    return sympy.Or(near, k < first + params.sinks) if params.sinks else near
+def keep(params: WindowParams, site: Site):
+    near = site.position - k < params.window
+    return sympy.Or(near, k < first_key(site) + params.sinks) if params.sinks else near
 
 
 def reference(params: WindowParams, q_index, k_index):

@@ -13,10 +13,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 
 from effattn.ir import bounds
+from effattn.ir.attention import AttentionSpec, LoadSpec
 from effattn.ir.bounds import INT32, INT64, TRUTH, UNKNOWN, Interval, around
 from effattn.ir.expr import INDICES
 from effattn.ir.fold import UnknownOperation
-from effattn.ir.plan import LoadSpec, Plan
 
 SCALAR: frozenset[str] = frozenset()
 ROWS = frozenset("q")
@@ -250,11 +250,11 @@ def _whole_number(value: int) -> Value:
     return Value(f"tl.full([], {value}, tl.int64)", bounds=found, wide=True)
 
 
-def all_symbols(indices: dict[str, Value], plan: Plan, wide: bool) -> dict[str, Value]:
+def all_symbols(indices: dict[str, Value], attention: AttentionSpec, wide: bool) -> dict[str, Value]:
     """Values of the indices and the score, as they are given, and of lengths, scalars and numbers."""
     found = {"Nq": Value("q_len"), "Nk": Value("k_len"), **indices}
-    found |= {name: Value(f"scalar_{name}") for name in plan.scalars}
-    found |= {name: Value(f"number_{name}", kind="float") for name in plan.numbers}
+    found |= {name: Value(f"scalar_{name}") for name in attention.scalars}
+    found |= {name: Value(f"number_{name}", kind="float") for name in attention.numbers}
     return {name: replace(value, bounds=FAR, tile=None) for name, value in found.items()} if wide else found
 
 

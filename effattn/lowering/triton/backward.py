@@ -7,8 +7,8 @@ from typing import Any
 import sympy
 
 from effattn.ir import expr
+from effattn.ir.attention import AttentionSpec
 from effattn.ir.fold import fold
-from effattn.ir.plan import Plan
 from effattn.lowering.tiles import walk
 from effattn.lowering.triton import allowed
 from effattn.lowering.triton.algebra import KEYS, ROWS, TILE, UNLIMITED, Lines, Source, Value
@@ -19,12 +19,12 @@ from effattn.lowering.triton.spec import KernelSpec
 WIDEST = 256  # head dimension: two accumulators of a tile of keys must fit in registers
 
 
-def no_backward(plan: Plan, head_dim: int, value_dim: int) -> str | None:
+def no_backward(attention: AttentionSpec, head_dim: int, value_dim: int) -> str | None:
     """Why there is no generated backward for a plan; None if there is."""
-    keys = walk(plan.rule)
-    if affine_slope(plan.score) is None:
+    keys = walk(attention.rule)
+    if affine_slope(attention.score) is None:
         return "the score is not a multiple of s plus a bias"
-    if any(load.has(expr.q, expr.k) for load in expr.loads_of(plan.score)):
+    if any(load.has(expr.q, expr.k) for load in expr.loads_of(attention.score)):
         return "the bias is data for each query or key: a row of nothing but its least value has no exact LSE"
     if keys.powers is not None:
         return "the rows that see a key are not consecutive"
@@ -41,7 +41,7 @@ class BackwardGenerator(Generator):
 
     def __init__(self, spec: KernelSpec):
         super().__init__(spec)
-        self.slope = affine_slope(self.plan.score)
+        self.slope = affine_slope(self.attention.score)
         self.rows_before = Lines()
 
     def context(self) -> dict[str, Any]:
@@ -79,8 +79,8 @@ class BackwardGenerator(Generator):
         sweep = Sweep(title, edge, count, before, steps, lines=inside.lines)
         sweep.slope = fold(self.slope, algebra).text
         if self.scale is None:
-            sweep.score = fold(self.plan.score, algebra).spread(TILE)
-        condition = self.plan.rule if edge else self.residual
+            sweep.score = fold(self.attention.score, algebra).spread(TILE)
+        condition = self.attention.rule if edge else self.residual
         if condition != sympy.true:
             sweep.keep = fold(condition, algebra).spread(TILE)
         return sweep

@@ -90,17 +90,17 @@ def choose(kind: Kind, plan: Plan, arch: str, bits: int, head_dim: int, value_di
     tiles = next(tiles for limit, tiles in found if width <= limit)
     if kind in ("prefill", "listed"):
         tiles = SPARSE.get((arch, bits, mask_kind(plan), width), tiles)
-    if plan.select is not None:
-        return within_block(tiles, plan.select.expand.block, plan.select.expand.unit)
+    if plan.sparsity.select is not None:
+        return within_block(tiles, plan.sparsity.select.expand.block, plan.sparsity.select.expand.unit)
     fitting = aligned(tiles, plan)
     return replace(fitting, block_m=padded(rows), warps=tiles.warps) if kind == "decode" else fitting
 
 
 def mask_kind(plan: Plan) -> str:
     """ "list": blocks at power-of-two distances, that tiles of 128 divide; "band": rows keep no keys far behind."""
-    if plan.select is not None:
-        return "list" if plan.select.expand.unit % 128 == 0 else "small list"
-    keys = walk(plan.rule)
+    if plan.sparsity.select is not None:
+        return "list" if plan.sparsity.select.expand.unit % 128 == 0 else "small list"
+    keys = walk(plan.spec.rule)
     if keys.powers is not None:
         return "list" if keys.powers.block % 128 == 0 else "small list"
     return "band" if keys.lower or keys.near_lower else "dense"
@@ -120,7 +120,7 @@ def within_block(tiles: Tiles, block: int, unit: int) -> Tiles:
 
 def aligned(tiles: Tiles, plan: Plan) -> Tiles:
     """Tiles that divide the blocks of the plan's block list, if it has one."""
-    powers = walk(plan.rule).powers
+    powers = walk(plan.spec.rule).powers
     if powers is None:
         return tiles
     divisor = powers.block & -powers.block

@@ -76,8 +76,8 @@ class ListedGenerator(Generator):
         algebra = Source(self.symbols(), self.loads, self.before, inside, key_mask=key_mask)
         sweep = Sweep(title, edge, count, [], steps, lines=inside.lines, gathered=self.gathered)
         if self.scale is None:
-            sweep.score = fold(self.plan.score, algebra).spread(TILE)
-        condition = self.plan.rule if edge else self.residual
+            sweep.score = fold(self.attention.score, algebra).spread(TILE)
+        condition = self.attention.rule if edge else self.residual
         keep = [] if condition == sympy.true else [fold(condition, algebra)]
         if key_mask:
             keep.append(Value(key_mask, KEYS, "bool"))

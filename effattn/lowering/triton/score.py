@@ -15,8 +15,8 @@ from typing import Any, Literal
 import sympy
 
 from effattn.ir import expr
+from effattn.ir.attention import AttentionSpec
 from effattn.ir.fold import fold
-from effattn.ir.plan import Plan
 from effattn.ir.text import text
 from effattn.lowering.tiles import walk
 from effattn.lowering.triton.algebra import KEYS, ROWS, SCALAR, TILE, Lines, Source, Value, all_symbols
@@ -40,7 +40,8 @@ TILE_SIDE = {16: 128, 32: 64}  # by bits of the dtype
 class ScoreSpec:
     """One specialisation of the score kernels."""
 
-    plan: Plan  # its predicate and score; see :func:`canonical`
+    form: str  # for people
+    attention: AttentionSpec
     dtype: str
     head_dim: int
     groups: int  # lists that share one key head
@@ -100,12 +101,12 @@ def parameters(spec: ScoreSpec, kernel: str) -> list[Param]:
     element = f"*{DTYPES[spec.dtype]}"
     found = [Param("query", element), Param("key", element), Param("totals", "*fp32")]
     found += [Param("out", "*fp32")] if kernel == "cells" else []
-    found += data_parameters(spec.plan)
+    found += data_parameters(spec.attention)
     found += [Param(f"{name}_stride_{dim}", "i32") for name in ("query", "key") for dim in "bhnd"]
     sizes = ("lists", "vectors", "key_vectors", "row_blocks", "key_units", "splits", "row_start")
     found += [Param(name, "i32", False) for name in sizes]
     found += [Param("divisor", "fp32", False)] + [Param(name, "i32", False) for name in ("q_len", "k_len")]
-    return found + data_sizes(spec.plan) + [Param(name, "constexpr") for name in spec.constants()]
+    return found + data_sizes(spec.attention) + [Param(name, "constexpr") for name in spec.constants()]
 
 
 def constant_scale(score: Any) -> float | None:
@@ -127,11 +128,13 @@ class Sweep:
     reads_keys: bool
 
 
-def _sweep(plan: Plan, symbols: dict[str, Value], loads: Any, before: Lines, scored: bool, edge: bool) -> Sweep:
+def _sweep(
+    attention: AttentionSpec, symbols: dict[str, Value], loads: Any, before: Lines, scored: bool, edge: bool
+) -> Sweep:
     inside = before.inner()
     algebra = Source(symbols, loads, before, inside, key_mask="key_ok" if edge else "")
-    score = fold(plan.score, algebra).spread(TILE) if scored else ""
-    condition = plan.predicate if edge else walk(plan.predicate).residual
+    score = fold(attention.score, algebra).spread(TILE) if scored else ""
+    condition = attention.predicate if edge else walk(attention.predicate).residual
     keep = [] if condition == sympy.true else [fold(condition, algebra)]
     keep += [Value("key_ok", KEYS, "bool")] if edge else []
     kept = reduce(lambda x, y: algebra.call("and", x, y), keep).spread(TILE) if keep else ""
@@ -153,7 +156,7 @@ def generate(spec: ScoreSpec) -> str:
     Raises:
         UnknownOperation: the score or predicate holds an operation that kernels do not have.
     """
-    loads = {load.name: load for load in spec.plan.loads}
+    loads = {load.name: load for load in spec.attention.loads}
     before, bound_lines = Lines(), Lines()
     indices = {
         "b": Value("batch", plain=True),
@@ -162,10 +165,10 @@ def generate(spec: ScoreSpec) -> str:
         "k": Value("keys", KEYS, plain=True),
         "s": Value("scores", TILE, "float"),
     }
-    symbols = all_symbols(indices, spec.plan, spec.wide)
-    scale = constant_scale(spec.plan.score)
-    sweeps = [_sweep(spec.plan, symbols, loads, before, scale is None, edge) for edge in (False, True)]
-    (upper,) = walk(spec.plan.predicate).upper
+    symbols = all_symbols(indices, spec.attention, spec.wide)
+    scale = constant_scale(spec.attention.score)
+    sweeps = [_sweep(spec.attention, symbols, loads, before, scale is None, edge) for edge in (False, True)]
+    (upper,) = walk(spec.attention.predicate).upper
     one_row = replace(symbols["q"], axes=SCALAR, plain=False)
     first_bound, last_bound = (
         fold(upper, Source({**symbols, "q": replace(one_row, text=row)}, loads, bound_lines)).text
@@ -174,9 +177,9 @@ def generate(spec: ScoreSpec) -> str:
     template = template_named("score.py.jinja")
     params, constants = parameters(spec, "cells"), spec.constants()
     context: dict[str, Any] = {
-        "form": spec.plan.form,
-        "predicate_text": text(spec.plan.predicate),
-        "score_text": text(spec.plan.score),
+        "form": spec.form,
+        "predicate_text": text(spec.attention.predicate),
+        "score_text": text(spec.attention.score),
         "dtype": spec.dtype,
         "head_dim": spec.head_dim,
         "q_stride": spec.q_stride,
@@ -206,7 +209,7 @@ def generate(spec: ScoreSpec) -> str:
         "params_totals": parameters(spec, "row_totals"),
         "params_cells": params,
         "unspecialised": [p.name for p in params if p.type in ("i32", "fp32") and not p.specialise],
-        "tested": list(sizes_tested(spec.plan).values()),
+        "tested": list(sizes_tested(spec.attention).values()),
     }
     context["host_helpers"] = template_named("host.jinja").render({**context, "descriptors": False})
     body = template.render(context, helpers="")

@@ -17,8 +17,8 @@ import jinja2
 import sympy
 
 from effattn.ir import expr
+from effattn.ir.attention import AttentionSpec
 from effattn.ir.fold import fold
-from effattn.ir.plan import Plan
 from effattn.ir.text import text
 from effattn.lowering.tiles import KeyWalk, key_conditions, walk
 from effattn.lowering.triton import allowed
@@ -80,13 +80,13 @@ def generate(spec: KernelSpec) -> str:
 
 def file_name(spec: KernelSpec, source: str) -> str:
     """A readable name that differs wherever the source differs: ``power_causal_bf16_d128_g4_ab12cd34.py``."""
-    keys = walk(spec.plan.rule)
+    keys = walk(spec.attention.rule)
     mask = "causal" if any(bound.has(expr.q) for bound in keys.upper) else "full"
     mask = "masked" if keys.residual != sympy.true else mask
     width = f"d{spec.head_dim}" + (f"x{spec.value_dim}" if spec.value_dim != spec.head_dim else "")
     kind = "" if spec.kind == "prefill" else f"_{spec.kind}"
     digest = hashlib.sha256(source.encode()).hexdigest()[:8]
-    return f"{spec.plan.form}_{mask}{kind}_{DTYPES[spec.dtype]}_{width}_g{spec.groups}_{digest}.py"
+    return f"{spec.form}_{mask}{kind}_{DTYPES[spec.dtype]}_{width}_g{spec.groups}_{digest}.py"
 
 
 def parameters(spec: KernelSpec, kernel: str = "forward") -> list[Param]:
@@ -98,12 +98,12 @@ def parameters(spec: KernelSpec, kernel: str = "forward") -> list[Param]:
     allowed_keys = [Param("allowed", "*i32")] if key_condition(spec) != sympy.true else []
     if kernel == "find_allowed":
         common = [param for param in _common_parameters(spec) if param.type != "constexpr"]
-        return [*allowed_keys, *data_parameters(spec.plan), *common]
+        return [*allowed_keys, *data_parameters(spec.attention), *common]
     if kernel != "forward":
         grads = {"grad_query": ["grad_of_query"], "grad_key_value": ["grad_of_key", "grad_of_value"]}[kernel]
         inputs = ["query", "key", "value", "grad_out"]
         found = [Param(name, element) for name in inputs] + [Param(name, "*fp32") for name in ("lse", "delta")]
-        found += [*allowed_keys, *(Param(name, element) for name in grads), *data_parameters(spec.plan)]
+        found += [*allowed_keys, *(Param(name, element) for name in grads), *data_parameters(spec.attention)]
         found += [Param(f"{name}_stride_{dim}", "i32") for name in (*inputs, *grads) for dim in "bhnd"]
         return found + _common_parameters(spec)
     found = [Param(name, element) for name in ("query", "key", "value", "out")]
@@ -116,7 +116,7 @@ def parameters(spec: KernelSpec, kernel: str = "forward") -> list[Param]:
         for name, width in (("key_tiles", spec.block_d), ("value_tiles", spec.block_dv)):
             shape = f"1, 1, {spec.tiles.block_n}, {width}"
             found.append(Param(name, f"tensordesc<{DTYPES[spec.dtype]}[{shape}]>", False))
-    found += data_parameters(spec.plan)
+    found += data_parameters(spec.attention)
     found += [Param(f"{name}_stride_{dim}", "i32") for name in ("query", "key", "value", "out") for dim in "bhnd"]
     if spec.kind == "listed":
         found += [Param(name, "i32", False) for name in ("lists", "counted", "row_blocks", "width")]
@@ -124,37 +124,37 @@ def parameters(spec: KernelSpec, kernel: str = "forward") -> list[Param]:
     return found + _common_parameters(spec)
 
 
-def data_parameters(plan: Plan) -> list[Param]:
+def data_parameters(attention: AttentionSpec) -> list[Param]:
     """The tensors that the predicate and score read."""
-    return [Param(f"data_{load.name}", f"*{_POINTER.get(load.dtype, load.dtype)}") for load in plan.loads]
+    return [Param(f"data_{load.name}", f"*{_POINTER.get(load.dtype, load.dtype)}") for load in attention.loads]
 
 
-def data_sizes(plan: Plan) -> list[Param]:
+def data_sizes(attention: AttentionSpec) -> list[Param]:
     """Strides of those tensors, and the sizes that kernels test; scalars and numbers."""
     found = []
-    tested = sizes_tested(plan)
-    for load in plan.loads:
+    tested = sizes_tested(attention)
+    for load in attention.loads:
         found += [Param(f"{load.name}_stride_{dim}", "i32") for dim in range(load.ndim)]
         found += [Param(f"{load.name}_size_{dim}", "i32", False) for dim in tested[load.name]]
-    found += [Param(f"scalar_{name}", "i32", False) for name in plan.scalars]
-    return found + [Param(f"number_{name}", "fp32", False) for name in plan.numbers]
+    found += [Param(f"scalar_{name}", "i32", False) for name in attention.scalars]
+    return found + [Param(f"number_{name}", "fp32", False) for name in attention.numbers]
 
 
 def _common_parameters(spec: KernelSpec) -> list[Param]:
     """Lengths, strides of data, scalars, numbers and constants."""
     found = [Param(name, "i32", False) for name in ("heads", "q_len", "k_len")]
-    return found + data_sizes(spec.plan) + [Param(name, "constexpr") for name in kernel_constants(spec)]
+    return found + data_sizes(spec.attention) + [Param(name, "constexpr") for name in kernel_constants(spec)]
 
 
 def key_condition(spec: KernelSpec) -> Any:
     """What is found out about keys before the main kernel starts; true: nothing."""
-    return key_conditions(walk(spec.plan.rule).residual)[0] if spec.key_ranges else sympy.true
+    return key_conditions(walk(spec.attention.rule).residual)[0] if spec.key_ranges else sympy.true
 
 
-def sizes_tested(plan: Plan) -> dict[str, list[int]]:
+def sizes_tested(attention: AttentionSpec) -> dict[str, list[int]]:
     """Load -> dimensions whose size a kernel needs to test a computed index."""
-    tested: dict[str, set[int]] = {load.name: set() for load in plan.loads}
-    for load in expr.loads_of(plan.score, plan.rule):
+    tested: dict[str, set[int]] = {load.name: set() for load in attention.loads}
+    for load in expr.loads_of(attention.score, attention.rule):
         tested[load.name].update(tested_dims(load))
     return {name: sorted(dims) for name, dims in tested.items()}
 
@@ -189,7 +189,7 @@ def kernel_constants(spec: KernelSpec) -> dict[str, int | bool]:
         "BLOCK_DV": spec.block_dv,
         "GROUPS": spec.groups,
     }
-    powers = walk(spec.plan.rule).powers
+    powers = walk(spec.attention.rule).powers
     if powers is not None and powers.block % spec.tiles.block_n == 0:
         found["LIST_TILES"] = powers.block // spec.tiles.block_n
     if spec.kind == "decode":
@@ -223,15 +223,15 @@ class Generator:
 
     def __init__(self, spec: KernelSpec):
         self.spec = spec
-        self.plan = spec.plan
-        self.walk: KeyWalk = walk(self.plan.rule)
+        self.attention = spec.attention
+        self.walk: KeyWalk = walk(self.attention.rule)
         self.key_condition = key_condition(spec)
         self.allowed = self.key_condition != sympy.true
         self.residual = key_conditions(self.walk.residual)[1] if self.allowed else self.walk.residual
-        self.loads = {load.name: load for load in self.plan.loads}
+        self.loads = {load.name: load for load in self.attention.loads}
         self.early = Lines()  # before the rows of the tile are known: only scalars
         self.before = self.early.inner()  # before the loops
-        self.scale = linear_scale(self.plan.score, spec)
+        self.scale = linear_scale(self.attention.score, spec)
         self.shift = ""
         self.offset = None
         if self.walk.powers is not None:
@@ -241,7 +241,7 @@ class Generator:
     @property
     def may_mask(self) -> bool:
         """Whether a score may be -inf by itself: by data that is added, or as a logarithm."""
-        return self.scale is None and (bool(expr.loads_of(self.plan.score)) or self.plan.score.has(sympy.log))
+        return self.scale is None and (bool(expr.loads_of(self.attention.score)) or self.attention.score.has(sympy.log))
 
     def symbols(self, **more: Value) -> dict[str, Value]:
         head = Value("head", ROWS if self.spec.kind == "decode" else SCALAR, plain=True)
@@ -254,7 +254,7 @@ class Generator:
             "k": Value("keys", frozenset("k"), plain=True),
             "s": Value("scores", TILE, "float"),
         }
-        return all_symbols(indices | more, self.plan, self.spec.wide)
+        return all_symbols(indices | more, self.attention, self.spec.wide)
 
     def scalar_text(self, term: Any, lines: Lines, row: str | None = None, longest: int = LONGEST) -> str:
         """Source of a term that is one number for the whole tile, with q standing for the row called ``row``."""
@@ -280,9 +280,9 @@ class Generator:
             scale_expression = self.scalar_text(self.scale, self.before)
         params = parameters(spec)
         return {
-            "form": self.plan.form,
-            "predicate_text": text(self.plan.rule),
-            "score_text": text(self.plan.score),
+            "form": self.spec.form,
+            "predicate_text": text(self.attention.rule),
+            "score_text": text(self.attention.score),
             "dtype": spec.dtype,
             "head_dim": spec.head_dim,
             "value_dim": spec.value_dim,
@@ -296,7 +296,7 @@ class Generator:
             "together": self.together(),
             "descriptors": tiles.descriptors,
             "descriptor_arguments": self.descriptor_arguments(),
-            "empty_rows": self.plan.empty_rows,
+            "empty_rows": self.attention.empty_rows,
             "constants": {name: value for name, value in kernel_constants(spec).items() if name != "DIRECT"},
             "params": params,
             "unspecialised": [p.name for p in params if p.type in ("i32", "i64", "fp32") and not p.specialise],
@@ -313,7 +313,7 @@ class Generator:
             "scale_base2": None if scale_constant is None else abs(scale_constant) * LOG2_E,
             "scale_expression": scale_expression,
             "score_expression": self.scale is None,
-            "tested": list(sizes_tested(spec.plan).values()),
+            "tested": list(sizes_tested(spec.attention).values()),
             "listed": spec.kind == "listed",
             "gathered": False,
             **self.allowed_context(),
@@ -399,8 +399,8 @@ class Generator:
         algebra = Source(self.symbols(), self.loads, self.before, inside, key_mask="key_ok" if edge else "")
         sweep = Sweep(title, edge, count, before, steps, lines=inside.lines)
         if self.scale is None:
-            sweep.score = fold(self.plan.score, algebra).spread(TILE)
-        condition = self.plan.rule if edge else self.residual
+            sweep.score = fold(self.attention.score, algebra).spread(TILE)
+        condition = self.attention.rule if edge else self.residual
         keep = [] if condition == sympy.true else [fold(condition, algebra)]
         if edge:
             keep.append(Value("key_ok", frozenset("k"), "bool"))

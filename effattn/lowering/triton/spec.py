@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
-from effattn.ir.plan import Plan
+from effattn.ir.attention import AttentionSpec
 
 Kind = Literal["prefill", "listed", "decode", "backward"]
 DTYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}  # torch's name -> Triton's
@@ -37,7 +37,8 @@ class KernelSpec:
     """One specialisation. Equal specs give equal source, in any process."""
 
     kind: Kind
-    plan: Plan
+    form: str  # for people: the name of the file, and its first lines
+    attention: AttentionSpec
     dtype: str  # of query, key, value and out, as in torch: "bfloat16"
     head_dim: int
     value_dim: int
@@ -62,8 +63,3 @@ class KernelSpec:
 def padded(size: int) -> int:
     """The next power of two that a tile side may have."""
     return max(MIN_TILE, 1 << (size - 1).bit_length())
-
-
-def canonical(plan: Plan) -> Plan:
-    """``plan`` without what a kernel does not depend on, so that such plans share one kernel."""
-    return replace(plan, min_length=0, layout="bhnd", target=None, select=None, below=None, lse_is_read=True)

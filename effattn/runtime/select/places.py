@@ -9,15 +9,16 @@ import sympy
 import torch
 from torch import Tensor
 
+from effattn.ir.attention import AttentionSpec
 from effattn.ir.plan import Plan
 from effattn.lowering.tiles import walk
 from effattn.runtime.algebra import bindings, evaluate
 
 
 @lru_cache(maxsize=4096)
-def position_of(plan: Plan) -> sympy.Expr:
-    """Absolute index of row q among the keys, from the plan's causal condition ``k <= position``."""
-    (upper,) = walk(plan.predicate).upper
+def position_of(spec: AttentionSpec) -> sympy.Expr:
+    """Absolute index of row q among the keys, from the causal condition ``k <= position``."""
+    (upper,) = walk(spec.predicate).upper
     return sympy.expand(upper - 1)
 
 
@@ -55,16 +56,16 @@ class Places:
 
 def places_of(plan: Plan, q_len: int, k_len: int, loads, scalars, numbers, device: torch.device) -> Places:
     """The places of a call of a plan that has a selector."""
-    assert plan.select is not None
-    block, unit = plan.select.expand.block, plan.select.expand.unit
-    names, tensors = bindings(plan, loads, scalars, numbers)
+    assert plan.sparsity.select is not None
+    block, unit = plan.sparsity.select.expand.block, plan.sparsity.select.expand.unit
+    names, tensors = bindings(plan.spec, loads, scalars, numbers)
     blocks, units = -(-q_len // block), -(-k_len // unit)
     starts = torch.arange(blocks, device=device) * block
     ends = (starts + block - 1).clamp(max=q_len - 1)
 
     def at(rows: Tensor) -> Tensor:
         value = evaluate(
-            position_of(plan), {**names, "Nq": q_len, "Nk": k_len, "q": rows}, tensors, torch.float64, device
+            position_of(plan.spec), {**names, "Nq": q_len, "Nk": k_len, "q": rows}, tensors, torch.float64, device
         )
         return torch.as_tensor(value, device=device).expand(blocks).clamp(max=k_len - 1)
 

@@ -35,10 +35,10 @@ def select(
         query: [B, Hq, Nq, D]; key: [B, Hkv, Nk, D]; loads, scalars, numbers: what the plan names, in its order.
         target: "triton" scores and picks by generated kernels, "portable" through ATen.
     """
-    assert plan.select is not None
+    assert plan.sparsity.select is not None
     given = (loads, scalars, numbers)
     places = places_of(plan, query.shape[2], key.shape[2], *given, query.device)
-    expand = plan.select.expand
+    expand = plan.sparsity.select.expand
     if expand.unit == 1:
         order, count = _tokens(plan, query, key, given, places)
     else:
@@ -58,7 +58,7 @@ def _steps(target: str) -> Any:
 
 
 def _units(plan: Plan, query: Tensor, key: Tensor, given: tuple, places: Places, steps: Any) -> tuple[Tensor, Tensor]:
-    selector = plan.select
+    selector = plan.sparsity.select
     assert selector is not None
     pick, unit = selector.pick, selector.expand.unit
     scorer = steps.Scorer(plan, selector.score, selector.reduce, query, key, *given)
@@ -86,11 +86,11 @@ def _units(plan: Plan, query: Tensor, key: Tensor, given: tuple, places: Places,
 
 def _tokens(plan: Plan, query: Tensor, key: Tensor, given: tuple, places: Places) -> tuple[Tensor, Tensor]:
     """Chunks of keys are scored, tokens are taken."""
-    selector = plan.select
+    selector = plan.sparsity.select
     assert selector is not None
     score = selector.score
     assert isinstance(score.key, (Chunks, Trained, Mean))
-    _, tensors = bindings(plan, *given)
+    _, tensors = bindings(plan.spec, *given)
     pooled: Any = pool_heads(key, 1)
     found = chunked.cut(score.key, key, pooled, tensors)
     means = chunked.chunk_means(score.key, pooled, found)

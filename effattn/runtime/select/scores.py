@@ -21,10 +21,10 @@ class Scorer:
 
     def __init__(self, plan: Plan, score: Score, reduce: Reduce, query: Tensor, key: Tensor, loads, scalars, numbers):
         """``query`` [B, Hq, Nq, D], ``key`` [B, Hkv, Nk, D]; the rest as ``effattn::attend`` gets it."""
-        assert plan.select is not None
-        self.plan, self.score, self.reduce, self.expand = plan, score, reduce, plan.select.expand
+        assert plan.sparsity.select is not None
+        self.plan, self.score, self.reduce, self.expand = plan, score, reduce, plan.sparsity.select.expand
         self.q_len, self.k_len = query.shape[2], key.shape[2]
-        self.names, self.loads = bindings(plan, loads, scalars, numbers)
+        self.names, self.loads = bindings(plan.spec, loads, scalars, numbers)
         self.pooled = key.shape[1] if score.lists == KEY_HEADS else score.lists
         self.query, self.key = query, vectors(key, score.key, self.pooled)
         self.lists = self.pooled or query.shape[1]
@@ -76,8 +76,8 @@ class Scorer:
         if self.lists != 1:
             symbols["h"] = torch.arange(self.lists, device=products.device).view(-1, 1, 1)
         device = products.device
-        score = evaluate(self.plan.score, {**symbols, "s": products}, self.loads, torch.float32, device)
-        allowed = evaluate(self.plan.predicate, symbols, self.loads, torch.float32, device)
+        score = evaluate(self.plan.spec.score, {**symbols, "s": products}, self.loads, torch.float32, device)
+        allowed = evaluate(self.plan.spec.predicate, symbols, self.loads, torch.float32, device)
         logits = score if isinstance(allowed, bool) and allowed else torch.where(allowed, score, -torch.inf)
         total = logits.logsumexp(dim=-1, keepdim=True)
         return logits - torch.where(total == -torch.inf, 0.0, total)

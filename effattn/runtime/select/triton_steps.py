@@ -15,7 +15,6 @@ from effattn.ir.selector import Coverage, Every, Last, Pick, Reduce, Score
 from effattn.lowering.triton import pick as pick_source
 from effattn.lowering.triton import score as score_source
 from effattn.lowering.triton.score import ScoreSpec
-from effattn.lowering.triton.spec import canonical
 from effattn.runtime import kernels
 from effattn.runtime.launching import Calls, Known, facts, far, tf32, width
 from effattn.runtime.select import portable_steps as portable
@@ -48,7 +47,8 @@ class Scorer(portable.Scorer):
         height = self.expand.block // q_stride
         row_tiles = -(-rows // score_source.TILE_SIDE[16]) * batch * lists
         spec = ScoreSpec(
-            canonical(self.plan),
+            self.plan.form,
+            self.plan.spec,
             str(query.dtype).removeprefix("torch."),
             head_dim,
             lists // key.shape[1],
@@ -97,7 +97,7 @@ _CALLS = Calls()
 @lru_cache(maxsize=256)
 def _score_module(spec: ScoreSpec) -> Any:
     source = score_source.generate(spec)
-    return kernels.load_source(f"{spec.plan.form}_score_{spec.dtype}_d{spec.head_dim}", source)
+    return kernels.load_source(f"{spec.form}_score_{spec.dtype}_d{spec.head_dim}", source)
 
 
 @lru_cache(maxsize=64)

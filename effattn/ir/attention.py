@@ -1,0 +1,105 @@
+"""What one attention means: score, predicate, kept keys and the data that they read.
+
+Never where, when or how fast: sites that mean the same hold equal records, and share a kernel.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, Literal
+
+import sympy
+
+from effattn.errors import PlanError
+from effattn.ir import expr, wire
+
+EmptyRows = Literal["never", "zero", "nan", "mean"]
+EMPTY_ROWS: tuple[EmptyRows, ...] = ("never", "zero", "nan", "mean")
+
+
+@dataclass(frozen=True)
+class LoadSpec:
+    """One captured tensor that the predicate or score reads: its name in expressions, dtype and dimensions."""
+
+    name: str
+    dtype: str  # as in torch, without "torch.": "bool", "int64", "float32"
+    ndim: int
+
+
+@dataclass(frozen=True)
+class AttentionSpec:
+    """The function that is computed.
+
+    out[b, h, q] = softmax over kept k of score(s = query[b, h, q] . key[b, h // G, k]) times value[b, h // G, k],
+    with k kept where ``predicate & keep`` holds.
+    """
+
+    score: Any  # sympy term in s and the indices; natural units, scale included
+    predicate: Any = sympy.true  # what the user's mask allows
+    keep: Any = sympy.true  # what a form keeps of that
+    loads: tuple[LoadSpec, ...] = ()  # captured tensors, in the order in which they are passed
+    scalars: tuple[str, ...] = ()  # names of integers passed at run time, in order
+    numbers: tuple[str, ...] = ()  # names of floats passed at run time, in order
+    empty_rows: EmptyRows = "zero"  # output of a row that may attend to nothing: 0, NaN, or the mean of all values
+
+    @cached_property
+    def rule(self) -> Any:
+        """The whole predicate: what is both allowed and kept."""
+        return sympy.And(self.predicate, self.keep)
+
+    def dense(self) -> AttentionSpec:
+        """The same without a form: keeps all that the mask allows, and reads what callers pass."""
+        return replace(self.given, keep=sympy.true)
+
+    @cached_property
+    def complete(self) -> AttentionSpec:
+        """The record with the load that no caller passes, as the last, if a form reads it."""
+        if any(load.name == expr.FIRST_KEY for load in self.loads) or not self.keep.has(expr.first_key):
+            return self
+        return replace(self, loads=(*self.loads, LoadSpec(expr.FIRST_KEY, "int32", 1)))
+
+    @cached_property
+    def given(self) -> AttentionSpec:
+        """The record with the loads that callers pass."""
+        return replace(self, loads=tuple(load for load in self.loads if load.name != expr.FIRST_KEY))
+
+    def encode(self) -> dict[str, Any]:
+        """The record as JSON values: equal records give equal bytes, in any process."""
+        return {
+            "score": wire.encode(self.score),
+            "predicate": wire.encode(self.predicate),
+            "keep": wire.encode(self.keep),
+            "loads": [[load.name, load.dtype, load.ndim] for load in self.loads],
+            "scalars": list(self.scalars),
+            "numbers": list(self.numbers),
+            "empty_rows": self.empty_rows,
+        }
+
+    @staticmethod
+    def decode(body: dict[str, Any]) -> AttentionSpec:
+        """What :meth:`encode` wrote.
+
+        Raises:
+            PlanError: names, tensors or expressions that it cannot have written.
+            KeyError, TypeError, ValueError: it lacks or misuses a field.
+        """
+        if body["empty_rows"] not in EMPTY_ROWS:
+            raise PlanError(f"bad empty_rows in plan: {body['empty_rows']!r}; allowed: {EMPTY_ROWS}")
+        loads = tuple(LoadSpec(str(name), str(dtype), int(ndim)) for name, dtype, ndim in body["loads"])
+        names = [*(load.name for load in loads), *body["scalars"], *body["numbers"]]
+        if not all(isinstance(name, str) and name.isidentifier() for name in names) or len(set(names)) < len(names):
+            raise PlanError(f"names in a plan must be distinct identifiers: {names}")
+        spec = AttentionSpec(
+            score=wire.decode(body["score"]),
+            predicate=wire.decode(body["predicate"]),
+            keep=wire.decode(body["keep"]),
+            loads=loads,
+            scalars=tuple(body["scalars"]),
+            numbers=tuple(body["numbers"]),
+            empty_rows=body["empty_rows"],
+        )
+        used = {load.name for load in expr.loads_of(spec.score, spec.predicate, spec.keep)}
+        if unknown := used - {expr.FIRST_KEY} - {load.name for load in loads}:
+            raise PlanError(f"a plan reads tensors that it does not list: {sorted(unknown)}")
+        return spec
