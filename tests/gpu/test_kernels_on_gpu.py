@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from comparing import assert_close
-from plans import CASES, Sizes, tensors
+from plans import BY_HEAD, CASES, Sizes, tensors
 
 import effattn
 from effattn.runtime import attend as _registers_the_op  # noqa: F401
@@ -40,6 +40,8 @@ def run_and_check(name: str, kind: str, dtype: torch.dtype, sizes: Sizes) -> Non
 @pytest.mark.parametrize("kind", ["prefill", "decode"])
 @pytest.mark.parametrize("name", CASES)
 def test_every_plan(name, kind):
+    if kind == "decode" and name in BY_HEAD:
+        pytest.skip("heads of a tile see different keys: never decoded")
     run_and_check(name, kind, torch.bfloat16, sizes_of(kind))
 
 

@@ -432,3 +432,6 @@ def constant_slopes(sizes, device):
     """ALiBi, its slopes known when compiling; a number for each distance, up to eight."""
     near = Table(q - k, *(sympy.Float(0.3 * i) for i in range(9)))
     return Call(Plan("exact", AttentionSpec(sizes.scale * s + Table(h, 0.5, 0.25) * (k - q) + near, CAUSAL)))
+
+
+BY_HEAD = ("window_per_head",)  # heads of a tile see different keys: never decoded

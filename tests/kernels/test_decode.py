@@ -5,14 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 from checking import check
-from plans import CASES, Sizes, tensors
+from plans import BY_HEAD, CASES, Sizes, tensors
 
 from effattn.lowering.triton.spec import Tiles
 from effattn.runtime import triton_target
 
 # a decode tile cannot follow a block list for several rows at once
 LISTED = [name for name in CASES if name.startswith(("power", "list"))]
-BY_HEAD = ("window_per_head",)  # heads of a tile see different keys: never decoded
 
 
 def _decode(name: str, sizes: Sizes, splits: int):

@@ -168,7 +168,7 @@ def test_bounds_of_the_walk_stand_the_largest_numbers(dtype, kind):
 def test_a_number_beyond_64_bits_is_no_kernel():
     plan = Plan("exact", AttentionSpec(0.25 * s, k * 2**70 < q))
     assert (
-        triton_target.unsupported(plan, torch.float32, 16, 16)
+        triton_target.unsupported(plan.spec, torch.float32, 16, 16)
         == f"no kernel can be written: no kernel computes with {2**70}"
     )
 

@@ -69,6 +69,8 @@ def stored_as(value, dtype: torch.dtype):
         factor, choice = value.args
         if factor.is_number and _is_small_choice(choice):
             scaled = distribute(lambda branch: factor * branch, choice)
+            if not isinstance(scaled, expr.Where):  # zero times infinity in a branch
+                return value
             return value if (held := stored_as(scaled, dtype)) == scaled else held
         return value
     if value.is_number and value.is_finite and value.is_real and abs(value) > torch.finfo(dtype).max:
