@@ -42,8 +42,8 @@ COUNTERS = {
 
 def compile_once(options: argparse.Namespace) -> dict[str, Any]:
     """Compile the model, run it twice, and count: seconds of everything, and of our passes."""
-    from effattn.compiler import collect
     from effattn.compiler.options import Options
+    from effattn.compiler.report import collect
 
     device, model, ids = torch.device(options.device), *model_and_tokens(options)
     function = harness.compiled(model, EFFATTN, options.tiny)

@@ -15,7 +15,7 @@ import sys
 
 from effattn.errors import EvaluationError
 from effattn.evaluate import Evaluation
-from effattn.evaluate.tables import heading, tables
+from effattn.evaluate.show.tables import heading, tables
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 RESULTS, DOCS = ROOT / "benchmarks" / "results", ROOT / "docs"

@@ -36,7 +36,7 @@ BLOCK, WINDOW, SINKS = 128, 2048, 128
 
 
 def configs():
-    from effattn.lowering.triton.spec import Tiles
+    from effattn.lowering.kernels.spec import Tiles
 
     return {
         "default": None,
@@ -57,7 +57,7 @@ def configs():
 
 def quick_configs(mask: str):
     """What the tables choose and the three candidates that came closest."""
-    from effattn.lowering.triton.spec import Tiles
+    from effattn.lowering.kernels.spec import Tiles
 
     tma = {"tma 128 w8 s2": Tiles(128, 128, 8, 2, descriptors=True)}
     small = {"64x64 w4 s3": Tiles(64, 64, 4, 3)}
@@ -112,9 +112,9 @@ def check_one(job) -> dict:
 
     from effattn.ir.attention import AttentionSpec
     from effattn.ir.plan import Plan
-    from effattn.lowering.triton.spec import Tiles
-    from effattn.runtime import triton_target
-    from effattn.runtime.reference import reference
+    from effattn.lowering.kernels.spec import Tiles
+    from effattn.runtime.reference.attention import reference
+    from effattn.runtime.targets import triton as triton_target
 
     name, kind, dtype, dim, value_dim = job
     if kind == "backward":
@@ -149,8 +149,8 @@ def check_backward(job) -> dict:
     """The largest relative error of the three gradients against autograd in float64."""
     from plans import Sizes, tensors
 
-    from effattn.runtime import triton_target
-    from effattn.runtime.reference import reference
+    from effattn.runtime.reference.attention import reference
+    from effattn.runtime.targets import triton as triton_target
 
     name, _, dtype, dim, value_dim = job
     sizes = Sizes(2, 8, 2, 333, 333, dim, value_dim)
@@ -264,7 +264,7 @@ def variants(mask: str, length: int, quick: bool = False):
 
     def ours(config):
         def make():
-            from effattn.runtime import triton_target
+            from effattn.runtime.targets import triton as triton_target
 
             call, (q, k, v) = our_call(mask, length), inputs(length)
             return lambda: triton_target.run(call.plan, q, k, v, call.loads, config=config)
@@ -284,7 +284,7 @@ def variants(mask: str, length: int, quick: bool = False):
         return make
 
     def op():
-        import effattn.runtime.attend  # noqa: F401  (registers the op)
+        import effattn.runtime.ops.attend  # noqa: F401  (registers the op)
 
         call, (q, k, v) = our_call(mask, length), inputs(length)
         plan = call.plan.encode()
@@ -300,13 +300,13 @@ def variants(mask: str, length: int, quick: bool = False):
 
 
 def decode_variants(batch: int, length: int, live: int):
-    from effattn.lowering.triton.spec import Tiles
+    from effattn.lowering.kernels.spec import Tiles
 
     def ours(config, splits):
         def make():
             from plans import CASES, Sizes
 
-            from effattn.runtime import triton_target
+            from effattn.runtime.targets import triton as triton_target
 
             call = CASES["cache_by_pointer"](Sizes(head_dim=HEAD_DIM), torch.device("cuda"))
             call.loads = [torch.tensor(live - 1, device="cuda")]
@@ -334,11 +334,11 @@ BACKWARD = (("causal", 8192), ("causal", 32768), ("padding", 32768), ("window", 
 
 def backward_variants(mask: str, length: int):
     """The backward alone: gradients of all three inputs."""
-    from effattn.lowering.triton.spec import Tiles
+    from effattn.lowering.kernels.spec import Tiles
 
     def ours(config):
         def make():
-            from effattn.runtime import triton_target
+            from effattn.runtime.targets import triton as triton_target
 
             call, (q, k, v) = our_call(mask, length), inputs(length)
             out, lse = triton_target.run(call.plan, q, k, v, call.loads)
@@ -408,8 +408,8 @@ def check_cuda_graph() -> dict:
     """A captured decode step follows the cache length, which lives on the device."""
     from plans import CASES, Sizes, tensors
 
-    from effattn.runtime import triton_target
-    from effattn.runtime.reference import reference
+    from effattn.runtime.reference.attention import reference
+    from effattn.runtime.targets import triton as triton_target
 
     sizes = Sizes(2, 8, 2, 1, 3000, 64, 64)
     call = CASES["cache_by_pointer"](sizes, torch.device("cuda"))
@@ -427,8 +427,8 @@ def check_cuda_graph() -> dict:
 
 def host_cost() -> dict[str, float]:
     """Microseconds of Python that one small call takes: of the target alone, with padding too, and through the op."""
-    import effattn.runtime.attend  # noqa: F401  (registers the op)
-    from effattn.runtime import triton_target
+    import effattn.runtime.ops.attend  # noqa: F401  (registers the op)
+    from effattn.runtime.targets import triton as triton_target
 
     found = {}
     for mask in ("causal", "padding", "window"):

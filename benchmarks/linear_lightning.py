@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import effattn.runtime.linear  # noqa: F401  (registers the op)
+import effattn.runtime.ops.linear  # noqa: F401  (registers the op)
 from benchmarks import harness
 from benchmarks.harness import EAGER, EFFATTN
 
@@ -108,8 +108,8 @@ def some_rows(out: Tensor) -> Tensor:
 
 def sweep(suite: harness.Suite, given: tuple[Tensor, ...], case: str) -> None:
     """Every combination of tiles and parts, forward."""
-    from effattn.lowering.triton.linear_spec import LinearTiles
-    from effattn.runtime import linear_triton
+    from effattn.lowering.kernels.linear_spec import LinearTiles
+    from effattn.runtime.targets import triton_linear as linear_triton
 
     views = [tensor.transpose(1, 2) for tensor in given]
     decay, out = rates(given[0]), torch.empty_like(given[2]).transpose(1, 2)

@@ -27,8 +27,8 @@ from effattn.ir.attention import AttentionSpec
 from effattn.ir.expr import Nk, Nq, k, q, s
 from effattn.ir.plan import Plan, Sparsity
 from effattn.ir.site import Layout, called_site
-from effattn.runtime.select.block_list import BlockList
-from effattn.runtime.select.run import select
+from effattn.runtime.selection.block_list import BlockList
+from effattn.runtime.selection.run import select
 
 CUDNN, FLASH = "dense, cuDNN", "dense, flash"
 LENGTHS, TINY_LENGTHS = (32_768, 131_072), (300,)

@@ -22,8 +22,8 @@ from effattn.lowering.forms.form import CAUSAL
 from effattn.lowering.forms.linear import CAUSAL_WINDOW
 from effattn.policy.fields import params_of
 from effattn.policy.problems import spelled, unknown
-from effattn.runtime import attend as _registers_the_op  # noqa: F401
-from effattn.runtime.feature_attention import feature_attention
+from effattn.runtime.ops import attend as _registers_the_op  # noqa: F401
+from effattn.runtime.ops.feature_attention import feature_attention
 
 SCALE = expr.number("scale")
 BATCH = expr.scalar("batch")  # plans are made for any
@@ -94,7 +94,7 @@ def _map_of(form: str, params: tuple[tuple[str, Any], ...], causal: bool) -> tup
     if FEATURE_MAPS[checked.feature_map].trained:
         raise FormRefused(
             f"attention(form={form!r}): the map {checked.feature_map!r} needs weights; "
-            "call effattn.runtime.feature_attention.feature_attention with them, or use a policy"
+            "call effattn.runtime.ops.feature_attention.feature_attention with them, or use a policy"
         )
     if not checked.window:
         return checked.feature_map, checked.eps

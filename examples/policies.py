@@ -10,7 +10,8 @@ import torch
 from rich.table import Table
 from screen import Screen, table
 
-from effattn.evaluate import density_of, perplexity, timed
+from effattn.evaluate import density_of, timed
+from effattn.evaluate.tasks import perplexity
 from effattn.policy import Policy
 
 

@@ -33,7 +33,7 @@ def test_every_file_of_the_package_is_in_it(wheel):
         if path.suffix in (".py", ".toml", ".jinja", ".typed")
     }
     assert there <= packed
-    assert {"effattn/py.typed", "effattn/policies/power.toml", "effattn/compiler/report.html.jinja"} <= packed
+    assert {"effattn/py.typed", "effattn/policies/power.toml", "effattn/compiler/report/report.html.jinja"} <= packed
 
 
 def test_entry_points(wheel):
@@ -46,7 +46,7 @@ def test_entry_points(wheel):
 
 SCRIPT = """
 import pathlib, sys, effattn
-from effattn.compiler.report_html import render
+from effattn.compiler.report.html import render
 from effattn.policy import Policy
 assert pathlib.Path(effattn.__file__).is_relative_to(sys.path[1]), effattn.__file__
 assert Policy.named("power").rules

@@ -88,8 +88,8 @@ def evaluate(
 
     from effattn.cli import models
     from effattn.evaluate import evaluate as run
-    from effattn.evaluate.progress import Shown
-    from effattn.evaluate.tables import heading, rich_tables
+    from effattn.evaluate.show.progress import Shown
+    from effattn.evaluate.show.tables import heading, rich_tables
 
     tell = Shown(Console(stderr=True))
     tell.say(f"loading {model}")

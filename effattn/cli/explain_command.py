@@ -86,7 +86,7 @@ def explain(
 
         typer.echo(json.dumps(report.to_dict(), indent=2, default=str))
     elif passes:
-        from effattn.compiler.report_text import render_passes
+        from effattn.compiler.report.text import render_passes
 
         typer.echo(render_passes(report))
     elif graph is not None:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from effattn.passes.assumed import Assumed
+from effattn.passes.canonicalize.assumed import Assumed
 from effattn.settings import warn_once
 
 MOST_SEEN = 1024  # tensors that are remembered: one graph may serve many layers

@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import fx
 
-from effattn.compiler import collect, effect
 from effattn.compiler.assumptions import assuming
+from effattn.compiler.inner_backend import compile_rest
 from effattn.compiler.options import Options
 from effattn.compiler.pipeline import run_passes
 from effattn.compiler.raising import as_they_are
-from effattn.compiler.rest import compile_rest
+from effattn.compiler.report import collect, effect
 from effattn.compiler.verify import verified
 from effattn.errors import OptionError
 from effattn.ir.refusal import Why

@@ -11,7 +11,7 @@ from torch import Tensor, fx
 
 from effattn.compiler.pipeline import observe_sites
 from effattn.ir.site import Site
-from effattn.passes.draft import Match, Missed
+from effattn.passes.candidate.record import Match, Missed
 
 
 @dataclass(frozen=True)

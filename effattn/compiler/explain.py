@@ -8,11 +8,11 @@ from typing import Any
 import torch
 
 from effattn import settings as environment
-from effattn.compiler import collect
 from effattn.compiler.backend import effattn as backend
 from effattn.compiler.options import Options
-from effattn.compiler.outside import Watch
-from effattn.compiler.report import Report
+from effattn.compiler.report import collect
+from effattn.compiler.report.model import Report
+from effattn.compiler.report.outside import Watch
 from effattn.versions import compiled_alone
 
 

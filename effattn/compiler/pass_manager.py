@@ -1,7 +1,7 @@
 """Runs passes over one graph: in the order of a list, each timed, all or nothing.
 
-A failure of one attention is that attention's own (:func:`effattn.passes.failures.left_alone`). Of a pass as a whole:
-an optional one is left out and the others run again; any other one leaves the graph as it was.
+A failure of one attention is that attention's own (:func:`effattn.passes.candidate.failures.left_alone`). Of a pass as
+a whole: an optional one is left out and the others run again; any other one leaves the graph as it was.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from typing import Any
 from torch import fx
 
 from effattn.errors import OptionError
-from effattn.passes.check import check
+from effattn.passes.candidate.failures import refusal_of
+from effattn.passes.candidate.record import Missed
 from effattn.passes.compilation import Compilation, MakesPass, Outcome, Pass, PassRecord, RunWithout
-from effattn.passes.draft import Missed
-from effattn.passes.failures import refusal_of
+from effattn.passes.rewrite.check import check
 
 SOURCE = "_dynamo_source"
 

@@ -12,18 +12,18 @@ from torch import fx
 from effattn import settings
 from effattn.compiler import pass_manager
 from effattn.compiler.options import Options
-from effattn.passes.block_lists import TabulateBlockLists
-from effattn.passes.checkpoints import InlineCheckpoints
-from effattn.passes.choose import ChooseForms
+from effattn.passes.canonicalize.block_lists import TabulateBlockLists
+from effattn.passes.canonicalize.checkpoints import InlineCheckpoints
+from effattn.passes.canonicalize.compound import DecomposeCompound
+from effattn.passes.canonicalize.mask_buffers import DecomposeMaskBuffers
+from effattn.passes.canonicalize.sums_of_weights import DistributeSums
+from effattn.passes.choose.choice import ChooseForms
 from effattn.passes.compilation import Compilation, MakesPass, Outcome, Pass
-from effattn.passes.differences import DistributeSums
-from effattn.passes.mask_buffers import DecomposeMaskBuffers
-from effattn.passes.match import MatchSoftmax, mentions_attention
-from effattn.passes.match_linear import may_hold_linear
-from effattn.passes.normalize import DecomposeCompound
-from effattn.passes.rewrite import RewriteSites
-from effattn.passes.rewrite_linear import ReplaceLinear
-from effattn.passes.tap import ObserveSites
+from effattn.passes.match.anchors.linear import may_hold_linear
+from effattn.passes.match.find import MatchSoftmax, mentions_attention
+from effattn.passes.rewrite.linear import ReplaceLinear
+from effattn.passes.rewrite.observe import ObserveSites
+from effattn.passes.rewrite.sites import RewriteSites
 from effattn.policy import Policy
 
 

@@ -17,8 +17,8 @@ from effattn.compiler.options import Options
 from effattn.errors import VerificationError
 from effattn.ir import expr
 from effattn.ir.text import text
+from effattn.passes.candidate.record import Match
 from effattn.passes.compilation import Outcome
-from effattn.passes.draft import Match
 from effattn.runtime.algebra import evaluate
 
 ROWS = 128

@@ -5,11 +5,11 @@
 model on long text without an N x vocabulary tensor in float32; ``timed`` times calls on any device.
 """
 
-from effattn.evaluate.clock import Timing, timed
-from effattn.evaluate.density import density, density_of, kept_pairs
 from effattn.evaluate.evaluation import Evaluation
-from effattn.evaluate.perplexity import Perplexity, perplexity
 from effattn.evaluate.run import evaluate
+from effattn.evaluate.tasks.clock import Timing, timed
+from effattn.evaluate.tasks.density import density, density_of, kept_pairs
+from effattn.evaluate.tasks.perplexity import Perplexity, perplexity
 
 __all__ = [
     "Evaluation",

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from effattn.evaluate.passkey import ANSWER_TOKENS
 from effattn.evaluate.records import Looked
 from effattn.evaluate.setting import Setting
+from effattn.evaluate.tasks.passkey import ANSWER_TOKENS
 
 GRAPHS = 3  # that a policy compiles: without a cache, into one, from one
 INDUCTOR = 6.0  # how much longer Inductor takes than the passes alone

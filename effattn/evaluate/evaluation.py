@@ -88,11 +88,11 @@ class Evaluation(Record):
 
     def picture(self, path: str | os.PathLike) -> str | None:
         """Draw the heat maps as a PNG; what is missing to do so, in words, if it could not be done."""
-        from effattn.evaluate.picture import draw
+        from effattn.evaluate.show.picture import draw
 
         return draw(self, pathlib.Path(path))
 
     def __str__(self) -> str:
-        from effattn.evaluate.tables import plain
+        from effattn.evaluate.show.tables import plain
 
         return plain(self)

@@ -8,16 +8,16 @@ from collections.abc import Sequence
 
 from effattn.compiler.capture import Captured, Tapped
 from effattn.errors import EvaluationError, FormRefused
-from effattn.evaluate.clock import wait
-from effattn.evaluate.density import kept_pairs
 from effattn.evaluate.estimate import Estimate
-from effattn.evaluate.kept import is_static
-from effattn.evaluate.progress import Silent
 from effattn.evaluate.records import Density, ErrorsDone, FormAtSite, Looked, Record, SiteErrors
 from effattn.evaluate.setting import Setting
-from effattn.evaluate.site_errors import Lowered, lower, site_errors
+from effattn.evaluate.show.progress import Silent
 from effattn.evaluate.store import Store
 from effattn.evaluate.subject import Subject
+from effattn.evaluate.tasks.clock import wait
+from effattn.evaluate.tasks.density import kept_pairs
+from effattn.evaluate.tasks.kept import is_static
+from effattn.evaluate.tasks.site_errors import Lowered, lower, site_errors
 from effattn.evaluate.text import LongText
 from effattn.ir.plan import Plan
 

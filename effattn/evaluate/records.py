@@ -34,7 +34,7 @@ class Looked(Record):
 
 
 class FormAtSite(Record):
-    """One policy at one attention; see :class:`effattn.evaluate.site_errors.FormErrors`."""
+    """One policy at one attention; see :class:`effattn.evaluate.tasks.site_errors.FormErrors`."""
 
     policy: str
     form: str

@@ -14,19 +14,19 @@ import torch
 from torch import Tensor
 
 from effattn.errors import EvaluationError
-from effattn.evaluate import passkey as keys
 from effattn.evaluate.bodies import body_of, forget, quiet
-from effattn.evaluate.clock import timed, wait
 from effattn.evaluate.estimate import Estimate
 from effattn.evaluate.evaluation import Evaluation
 from effattn.evaluate.layers import Layers
-from effattn.evaluate.perplexity import perplexity
-from effattn.evaluate.progress import Shown, Silent, duration
 from effattn.evaluate.records import PasskeyAnswer, PrefillTime, Record, TextLoss
 from effattn.evaluate.rope import scaled
 from effattn.evaluate.setting import DENSE, TASKS, PolicySource, Setting
+from effattn.evaluate.show.progress import Shown, Silent, duration
 from effattn.evaluate.store import PICTURE, RESULTS, Store, write_json
 from effattn.evaluate.subject import Subject
+from effattn.evaluate.tasks import passkey as keys
+from effattn.evaluate.tasks.clock import timed, wait
+from effattn.evaluate.tasks.perplexity import perplexity
 from effattn.evaluate.text import LongText, long_text
 from effattn.policy import Policy
 

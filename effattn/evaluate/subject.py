@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from effattn.compiler.report import versions
+from effattn.compiler.report.model import versions
 from effattn.errors import EvaluationError
-from effattn.evaluate.perplexity import logits_of
 from effattn.evaluate.rope import context_of
 from effattn.evaluate.setting import Setting
+from effattn.evaluate.tasks.perplexity import logits_of
 from effattn.versions import cache_argument
 
 SAMPLE = 256  # values of every weight that go into the model's fingerprint

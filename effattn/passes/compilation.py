@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import fx
 
-from effattn.passes.graph import GraphView
+from effattn.passes.graph.view import GraphView
 
 if TYPE_CHECKING:
-    from effattn.passes.assumed import Assumed
-    from effattn.passes.choose import Choice
-    from effattn.passes.draft import Match, Missed
-    from effattn.passes.match_linear import LinearMatch
+    from effattn.passes.candidate.record import Match, Missed
+    from effattn.passes.canonicalize.assumed import Assumed
+    from effattn.passes.choose.choice import Choice
+    from effattn.passes.match.anchors.linear import LinearMatch
     from effattn.policy import Policy
 
 

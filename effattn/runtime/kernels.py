@@ -11,9 +11,9 @@ from functools import lru_cache
 from pathlib import Path
 from types import ModuleType
 
-from effattn.lowering.triton.module import module_from
-from effattn.lowering.triton.source import file_name, generate
-from effattn.lowering.triton.spec import KernelSpec
+from effattn.lowering.dialects.triton.module import module_from
+from effattn.lowering.kernels.source import file_name, generate
+from effattn.lowering.kernels.spec import KernelSpec
 from effattn.runtime.cache import keep_source
 
 

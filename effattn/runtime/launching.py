@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from effattn.lowering.triton.algebra import LENGTH
+from effattn.lowering.dialects.triton.terms import LENGTH
 
 Known = Mapping[str, Any]  # what a launcher found out at a first call; never written to afterwards
 

@@ -9,7 +9,7 @@ from torch._inductor import metrics
 from torch.utils.checkpoint import checkpoint
 
 import effattn
-from effattn.passes.as_written import keep_as_written
+from effattn.passes.rewrite.as_written import keep_as_written
 
 
 def over_queries(q, k, v):

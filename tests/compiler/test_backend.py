@@ -9,9 +9,10 @@ from comparing import assert_close
 
 import effattn
 from effattn.compiler import pipeline
-from effattn.passes import match, rewrite
-from effattn.passes.choose import ChooseForms
-from effattn.passes.differences import DistributeSums
+from effattn.passes.canonicalize.sums_of_weights import DistributeSums
+from effattn.passes.choose.choice import ChooseForms
+from effattn.passes.match import find as match
+from effattn.passes.rewrite import sites as rewrite
 
 
 def attention(q, k, v):

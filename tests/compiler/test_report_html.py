@@ -8,7 +8,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from effattn.compiler.report_html import render
+from effattn.compiler.report.html import render
 
 ATTACK = "<script>alert('x')</script>\" onload=\"x"
 

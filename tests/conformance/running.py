@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import flex_attention
 from torch.profiler import ProfilerActivity, profile
 
-from effattn.compiler import collect
+from effattn.compiler.report import collect
 from tests.comparing import assert_close
 from tests.conformance.row import Row
 

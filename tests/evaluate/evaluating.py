@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from effattn.evaluate.progress import Silent
+from effattn.evaluate.show.progress import Silent
 from effattn.policy import Policy
 
 CONTEXT = 1024

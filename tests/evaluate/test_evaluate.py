@@ -9,7 +9,8 @@ import sympy
 import torch
 
 from effattn.errors import FormRefused
-from effattn.evaluate import density_of, kept_pairs, perplexity, timed
+from effattn.evaluate import density_of, kept_pairs, timed
+from effattn.evaluate.tasks import perplexity
 from effattn.ir import expr
 from effattn.lowering.forms import FORMS
 

@@ -12,11 +12,11 @@ from effattn.compiler.capture import Tapped
 from effattn.errors import EvaluationError, PolicyError
 from effattn.evaluate import evaluate
 from effattn.evaluate.estimate import Estimate
-from effattn.evaluate.passkey import ANSWER_TOKENS, answer, passkey, retrieved
-from effattn.evaluate.progress import duration
 from effattn.evaluate.records import Looked
 from effattn.evaluate.rope import RopeScaling, scaled
 from effattn.evaluate.setting import Setting
+from effattn.evaluate.show.progress import duration
+from effattn.evaluate.tasks.passkey import ANSWER_TOKENS, answer, passkey, retrieved
 from effattn.evaluate.text import long_text
 from effattn.versions import cache_argument
 

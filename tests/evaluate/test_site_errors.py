@@ -12,8 +12,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from effattn.compiler.capture import capture
 from effattn.errors import EvaluationError
-from effattn.evaluate import kept
-from effattn.evaluate.site_errors import lower, site_errors
+from effattn.evaluate.tasks import kept
+from effattn.evaluate.tasks.site_errors import lower, site_errors
 from effattn.lowering.forms import FORMS
 from effattn.policy import Policy
 
@@ -110,7 +110,7 @@ def test_small_chunks_change_nothing(monkeypatch):
     captured = captured_of()[0]
     forms = [lower(captured, policy("power", **POWER)), lower(captured, policy("window", **WINDOW))]
     whole = site_errors(captured, forms)
-    monkeypatch.setattr("effattn.evaluate.site_errors.SCORES", 1)
+    monkeypatch.setattr("effattn.evaluate.tasks.site_errors.SCORES", 1)
     for one, other in zip(whole, site_errors(captured, forms), strict=True):
         assert one.mass == pytest.approx(other.mass, abs=1e-6)
         assert one.oracle_mass == pytest.approx(other.oracle_mass, abs=1e-6)
@@ -167,7 +167,7 @@ class Largest(TorchDispatchMode):
 
 
 def test_nothing_is_as_large_as_the_square(monkeypatch):
-    monkeypatch.setattr("effattn.evaluate.site_errors.SCORES", 1)
+    monkeypatch.setattr("effattn.evaluate.tasks.site_errors.SCORES", 1)
     length, sizes = 1280, []
 
     def receive(captured):

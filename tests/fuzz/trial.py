@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from effattn.compiler import collect
 from effattn.compiler.backend import effattn
+from effattn.compiler.report import collect
 from effattn.ir import expr
 from tests.fuzz.case import Case
 from tests.fuzz.expected import problem

@@ -16,8 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from effattn.ir.fold import fold
 from effattn.ir.plan import Plan
-from effattn.runtime import portable
-from effattn.runtime.attend import _target as target_of
+from effattn.runtime.ops.attend import _target as target_of
+from effattn.runtime.targets import portable
 from tests.fuzz.where import COMPILED, DEVICE
 
 MASKED = -5000.0  # a score of nothing but fills is below, a score of data above
@@ -96,8 +96,8 @@ def small_tiles(on: bool) -> Iterator[None]:
     if not on or DEVICE == "cpu":
         yield
         return
-    from effattn.lowering.triton import configs
-    from effattn.runtime import triton_target
+    from effattn.lowering.schedules import attention as configs
+    from effattn.runtime.targets import triton as triton_target
 
     choose = configs.choose
 

@@ -8,9 +8,9 @@ from comparing import assert_close
 from plans import BY_HEAD, CASES, Sizes, tensors
 
 import effattn
-from effattn.runtime import attend as _registers_the_op  # noqa: F401
-from effattn.runtime import triton_target
-from effattn.runtime.reference import reference
+from effattn.runtime.ops import attend as _registers_the_op  # noqa: F401
+from effattn.runtime.reference.attention import reference
+from effattn.runtime.targets import triton as triton_target
 
 DEVICE = torch.device("cuda")
 # kept in half precision, results err by rounding of the inputs' products and of the output

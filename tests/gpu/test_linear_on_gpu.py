@@ -13,8 +13,8 @@ from comparing import assert_close
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "runtime"))
 from linear_cases import CASES, Case
 
-from effattn.runtime import linear as _registers_the_ops  # noqa: F401
-from effattn.runtime.linear_reference import quadratic
+from effattn.runtime.ops import linear as _registers_the_ops  # noqa: F401
+from effattn.runtime.reference.linear import quadratic
 
 ops = torch.ops.effattn
 DEVICE = torch.device("cuda")

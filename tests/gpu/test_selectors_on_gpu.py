@@ -12,8 +12,8 @@ import effattn
 from effattn.ir.attention import AttentionSpec
 from effattn.ir.expr import Nk, Nq, k, q, s
 from effattn.ir.plan import Plan, Sparsity
-from effattn.runtime import triton_target
-from effattn.runtime.select.run import select
+from effattn.runtime.selection.run import select
+from effattn.runtime.targets import triton as triton_target
 
 pytestmark = [
     pytest.mark.gpu,

@@ -14,9 +14,9 @@ from boundary_cases import random_tensors, save
 
 from effattn.ir.selector import Trained
 from effattn.lowering.forms.tensor_file import digest_of
-from effattn.runtime.hybrid_reference import hybrid
-from effattn.runtime.select import predictor
-from effattn.runtime.window_hybrid import window_hybrid
+from effattn.runtime.ops.window_hybrid import window_hybrid
+from effattn.runtime.reference.hybrid import hybrid
+from effattn.runtime.selection import predictor
 
 TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 4e-3, torch.float32: 2e-5}  # of the largest value
 

@@ -13,8 +13,9 @@ import torch
 
 import effattn
 from effattn.lowering import forms
-from effattn.passes import match, vocabulary
-from effattn.passes.reading import reader
+from effattn.passes.graph import vocabulary
+from effattn.passes.match import find as match
+from effattn.passes.symbolic import reader
 
 ROOT = pathlib.Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
@@ -36,7 +37,7 @@ def added(monkeypatch, tmp_path):
     def add(heading: str) -> None:
         new: dict = {}
         for file, table, code in blocks(heading):
-            if file == "effattn/passes/vocabulary.py":
+            if file == "effattn/passes/graph/vocabulary.py":
                 for name, spellings in eval(f"({code})", vars(vocabulary)):
                     for spelling in spellings:
                         monkeypatch.setitem(vocabulary._BY_TARGET, spelling.target, (name, spelling.params))

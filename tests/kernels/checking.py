@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from comparing import assert_close
 
-from effattn.runtime import triton_target
-from effattn.runtime.reference import reference
+from effattn.runtime.reference.attention import reference
+from effattn.runtime.targets import triton as triton_target
 
 
 def check(call, query, key, value, tolerance=None, **options):

@@ -6,7 +6,7 @@ import json
 
 from specs import compiled
 
-from effattn.lowering.triton.offline import TARGETS, compile_for
+from effattn.lowering.kernels.offline import TARGETS, compile_for
 
 
 def main() -> None:

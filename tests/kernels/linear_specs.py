@@ -6,8 +6,8 @@ from typing import Any
 
 from specs import ARCHS
 
-from effattn.lowering.triton import linear_configs
-from effattn.lowering.triton.linear_spec import LinearKind, LinearSpec
+from effattn.lowering.kernels.linear_spec import LinearKind, LinearSpec
+from effattn.lowering.schedules import linear as linear_configs
 
 
 def spec(arch: str, kind: LinearKind = "chunks", dtype="bfloat16", features=128, value_dim=128, **traits: Any):

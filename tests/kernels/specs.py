@@ -12,9 +12,9 @@ from effattn.ir.expr import Nk, Nq, q, s
 from effattn.ir.plan import Plan, Sparsity
 from effattn.ir.site import Layout, called_site
 from effattn.lowering.forms import FORMS
-from effattn.lowering.triton import configs
-from effattn.lowering.triton.score import ScoreSpec
-from effattn.lowering.triton.spec import KernelSpec, Tiles
+from effattn.lowering.kernels.score import ScoreSpec
+from effattn.lowering.kernels.spec import KernelSpec, Tiles
+from effattn.lowering.schedules import attention as configs
 
 ARCHS = ("sm80", "sm90", "sm100", "gfx942")
 PREFILL = ("causal", "left_padding", "window_and_sinks", "power_128", "documents", "soft_cap", "alibi", "bias")

@@ -16,10 +16,10 @@ from effattn.ir.attention import AttentionSpec, LoadSpec
 from effattn.ir.expr import b, first_key, h, k, load, q, s
 from effattn.ir.plan import Plan
 from effattn.lowering.forms.window import WINDOW
-from effattn.lowering.tiles import key_conditions, walk
-from effattn.lowering.triton.spec import Tiles
-from effattn.runtime import triton_target
-from effattn.runtime.first_keys import with_first_keys
+from effattn.lowering.iteration.tile_ranges import key_conditions, walk
+from effattn.lowering.kernels.spec import Tiles
+from effattn.runtime.targets import triton as triton_target
+from effattn.runtime.targets.first_keys import with_first_keys
 
 CPU = torch.device("cpu")
 SMALL = Tiles(16, 16, 4, 1)

@@ -13,7 +13,7 @@ from effattn.ir.attention import AttentionSpec, LoadSpec
 from effattn.ir.expr import FloorDiv, IsPowerOfTwo, Nk, Nq, b, k, load, q
 from effattn.ir.expr import s as raw
 from effattn.ir.plan import Plan
-from effattn.lowering.triton.spec import Tiles
+from effattn.lowering.kernels.spec import Tiles
 
 LOADS = (LoadSpec("padding", "bool", 2), LoadSpec("start", "int64", 0))
 

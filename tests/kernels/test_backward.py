@@ -7,10 +7,10 @@ import torch
 from comparing import assert_close
 from plans import CASES, Sizes, tensors
 
-from effattn.lowering.triton.backward import no_backward
-from effattn.lowering.triton.spec import Tiles
-from effattn.runtime import triton_target
-from effattn.runtime.reference import reference
+from effattn.lowering.kernels.backward import no_backward
+from effattn.lowering.kernels.spec import Tiles
+from effattn.runtime.reference.attention import reference
+from effattn.runtime.targets import triton as triton_target
 
 CPU = torch.device("cpu")
 SMALL = Tiles(16, 16, 4, 1)
@@ -75,7 +75,7 @@ def test_what_kernels_do_not_serve_goes_through_aten():
 
 def test_through_the_op():
     """Autograd reaches the generated kernels when a plan asks for them."""
-    import effattn.runtime.attend  # noqa: F401  (registers the op)
+    import effattn.runtime.ops.attend  # noqa: F401  (registers the op)
 
     sizes = Sizes(heads=4, kv_heads=2, q_len=40, k_len=40)
     call = CASES["left_padding"](sizes, CPU)

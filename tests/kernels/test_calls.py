@@ -9,8 +9,9 @@ import torch
 from checking import check
 from plans import CASES, Sizes, tensors
 
-from effattn.lowering.triton.spec import Tiles
-from effattn.runtime import launching, triton_target
+from effattn.lowering.kernels.spec import Tiles
+from effattn.runtime import launching
+from effattn.runtime.targets import triton as triton_target
 
 CPU = torch.device("cpu")
 SMALL = Tiles(16, 16, 4, 1)

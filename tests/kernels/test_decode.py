@@ -7,8 +7,8 @@ import torch
 from checking import check
 from plans import BY_HEAD, CASES, Sizes, tensors
 
-from effattn.lowering.triton.spec import Tiles
-from effattn.runtime import triton_target
+from effattn.lowering.kernels.spec import Tiles
+from effattn.runtime.targets import triton as triton_target
 
 # a decode tile cannot follow a block list for several rows at once
 LISTED = [name for name in CASES if name.startswith(("power", "list"))]

@@ -14,8 +14,9 @@ from effattn.ir.attention import AttentionSpec, LoadSpec
 from effattn.ir.expr import Nk, Nq, b, k, load, q, s
 from effattn.ir.plan import Plan, Sparsity
 from effattn.lowering.forms import FORMS
-from effattn.lowering.triton.spec import Tiles
-from effattn.runtime import portable, triton_target
+from effattn.lowering.kernels.spec import Tiles
+from effattn.runtime.targets import portable
+from effattn.runtime.targets import triton as triton_target
 
 CASES = {
     "units_of_a_tile": ("proxy", {"block": 16, "stride": 4, "least": 32, "gamma": 0.7}),

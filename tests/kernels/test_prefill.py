@@ -12,8 +12,8 @@ from comparing import assert_close
 from plans import CASES, Sizes, tensors
 
 from effattn.ir import expr
-from effattn.lowering.triton.spec import Tiles
-from effattn.runtime import triton_target
+from effattn.lowering.kernels.spec import Tiles
+from effattn.runtime.targets import triton as triton_target
 
 CPU = torch.device("cpu")
 SMALL = Tiles(16, 16, 4, 1)

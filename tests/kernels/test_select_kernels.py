@@ -11,9 +11,9 @@ from effattn.ir.attention import AttentionSpec, LoadSpec
 from effattn.ir.expr import Nk, Nq, b, k, load, q, s
 from effattn.ir.plan import Plan, Sparsity
 from effattn.ir.selector import Coverage, Every, Expand, Last, Pick, Reduce, Score, Selector
-from effattn.runtime.select import portable_steps, triton_steps
-from effattn.runtime.select.places import places_of
-from effattn.runtime.select.run import select
+from effattn.runtime.selection import portable_steps, triton_steps
+from effattn.runtime.selection.places import places_of
+from effattn.runtime.selection.run import select
 
 FROM_THE_END = k <= q + Nk - Nq
 

@@ -17,9 +17,10 @@ from checking import check
 from plans import CASES, Sizes, tensors
 from specs import goldens, spec
 
-from effattn.lowering.triton.source import file_name, generate
-from effattn.lowering.triton.spec import Tiles
-from effattn.runtime import kernels, triton_target
+from effattn.lowering.kernels.source import file_name, generate
+from effattn.lowering.kernels.spec import Tiles
+from effattn.runtime import kernels
+from effattn.runtime.targets import triton as triton_target
 
 GOLDENS = Path(__file__).parents[1] / "goldens" / "kernels"
 CPU = torch.device("cpu")
@@ -36,7 +37,7 @@ def test_golden(name):
 
 
 def test_source_does_not_depend_on_the_process():
-    script = "from specs import goldens; from effattn.lowering.triton.source import *\n"
+    script = "from specs import goldens; from effattn.lowering.kernels.source import *\n"
     script += "print([file_name(s, generate(s)) for s in goldens().values()])"
     folder = Path(__file__).parent
     seen = {

@@ -7,9 +7,9 @@ import torch
 from checking import check
 from plans import CASES, Sizes, tensors
 
-from effattn.lowering.triton.spec import Tiles
-from effattn.runtime import triton_target
+from effattn.lowering.kernels.spec import Tiles
 from effattn.runtime.launching import tf32
+from effattn.runtime.targets import triton as triton_target
 
 BACKENDS = torch.backends
 

@@ -25,10 +25,12 @@ from effattn.ir.attention import AttentionSpec, LoadSpec
 from effattn.ir.expr import FloorDiv, Nk, Nq, h, k, load, q, s, scalar
 from effattn.ir.fold import Integers, fold
 from effattn.ir.plan import Plan
-from effattn.lowering.triton import algebra
-from effattn.lowering.triton.spec import Tiles
-from effattn.runtime import launching, portable, triton_target
-from effattn.runtime.reference import reference
+from effattn.lowering.dialects.triton import terms as algebra
+from effattn.lowering.kernels.spec import Tiles
+from effattn.runtime import launching
+from effattn.runtime.reference.attention import reference
+from effattn.runtime.targets import portable
+from effattn.runtime.targets import triton as triton_target
 
 TILES = Tiles(16, 16, 4, 1)
 

@@ -13,7 +13,7 @@ from plans import CAUSAL, Call, Sizes
 from effattn.ir.attention import AttentionSpec, LoadSpec
 from effattn.ir.expr import FloorDiv, Modulo, Nk, Nq, Where, b, k, load, q, s, scalar
 from effattn.ir.plan import Plan
-from effattn.lowering.triton.spec import KernelSpec, Tiles
+from effattn.lowering.kernels.spec import KernelSpec, Tiles
 
 SIZES = Sizes(2, 2, 1, 45, 50)
 FAR = 50_000_017
@@ -92,7 +92,7 @@ def types_of(ttir: str) -> list[str]:
 
 
 def main() -> None:
-    from effattn.lowering.triton.offline import compiled_for
+    from effattn.lowering.kernels.offline import compiled_for
 
     named = {name: atom_spec(name) for name in ATOMS}
     named |= {

@@ -19,7 +19,7 @@ from effattn.ir.site import Layout, Site
 from effattn.lowering.cost import LONGEST, ladder, pairs
 from effattn.lowering.device import CPU, DEVICES, OTHER_GPU, device_named
 from effattn.lowering.forms import FORMS
-from effattn.passes import cheapest as cheapest_pass
+from effattn.passes.choose import cheapest as cheapest_pass
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "passes"))
 from compiled import compiled

@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from effattn.ir.expr import FloorDiv, IsPowerOfTwo, Modulo, Nk, Nq, b, h, k, load, number, q, scalar
-from effattn.lowering.tiles import walk
+from effattn.lowering.iteration.tile_ranges import walk
 from effattn.runtime.algebra import evaluate
-from effattn.runtime.chunks import Walker
+from effattn.runtime.targets.chunks import Walker
 
 BATCH, HEADS = 2, 3
 SCALARS = {"past": 5, "number": 2.5}

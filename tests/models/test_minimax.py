@@ -7,9 +7,9 @@ import torch
 from comparing import assert_close
 from transformers import MiniMaxConfig, MiniMaxForCausalLM
 
-from effattn.compiler import collect
 from effattn.compiler.backend import effattn
 from effattn.compiler.options import Options
+from effattn.compiler.report import collect
 from effattn.errors import DecayChanged
 from effattn.ir.refusal import Why
 from effattn.versions import cache_argument

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from comparing import assert_close
 
-from effattn.compiler import collect
 from effattn.compiler.backend import effattn
 from effattn.compiler.options import Options
-from effattn.compiler.report import Report
+from effattn.compiler.report import collect
+from effattn.compiler.report.model import Report
 
 assert_same = assert_close
 

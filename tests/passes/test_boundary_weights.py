@@ -13,9 +13,9 @@ from compiled import compiled
 from torch import nn
 
 import effattn
-from effattn.compiler import collect
 from effattn.compiler.backend import effattn as backend
 from effattn.compiler.options import Options
+from effattn.compiler.report import collect
 from effattn.errors import PolicyError
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "runtime"))

@@ -8,7 +8,7 @@ from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from effattn.errors import RewriteError
-from effattn.passes.check import check
+from effattn.passes.rewrite.check import check
 
 
 def graph(*outputs) -> fx.Graph:

@@ -11,10 +11,10 @@ from compiled import compiled
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-import effattn.runtime.attend as attend_ops
-from effattn.compiler import collect
+import effattn.runtime.ops.attend as attend_ops
 from effattn.compiler.options import Options
-from effattn.passes import checkpoints
+from effattn.compiler.report import collect
+from effattn.passes.canonicalize import checkpoints
 
 WIDTH, HEADS, LENGTH = 16, 2, 9
 

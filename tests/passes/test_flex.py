@@ -10,9 +10,9 @@ from comparing import assert_close
 from compiled import compiled
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-from effattn.compiler import collect
 from effattn.compiler.backend import effattn
 from effattn.compiler.options import Options
+from effattn.compiler.report import collect
 
 B, H, N, D = 2, 4, 40, 16
 BLOCK = 16

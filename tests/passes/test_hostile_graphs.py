@@ -7,8 +7,8 @@ import torch
 from compiled import compiled
 
 from effattn.ir.refusal import Why
-from effattn.passes.reading import reader
-from effattn.passes.reading.reader import MAX_OPERATIONS, MAX_WORK, tree_size
+from effattn.passes.symbolic import reader
+from effattn.passes.symbolic.reader import MAX_OPERATIONS, MAX_WORK, tree_size
 
 N = 16
 

@@ -9,17 +9,17 @@ from comparing import assert_close
 from compiled import compiled
 from torch import nn
 
-from effattn.compiler import collect
 from effattn.compiler.backend import effattn
 from effattn.compiler.options import Options
+from effattn.compiler.report import collect
 from effattn.errors import FormRefused, OptionError
 from effattn.functional import attention
 from effattn.ir.site import Layout
 from effattn.lowering.forms import FORMS
 from effattn.lowering.forms.feature_maps import FEATURE_MAPS
-from effattn.runtime.feature_attention import feature_attention
-from effattn.runtime.hybrid_reference import hybrid
-from effattn.runtime.linear_reference import quadratic
+from effattn.runtime.ops.feature_attention import feature_attention
+from effattn.runtime.reference.hybrid import hybrid
+from effattn.runtime.reference.linear import quadratic
 
 B, H, KV, N, D = 2, 4, 2, 40, 16
 
@@ -186,7 +186,7 @@ class TestTheCheapest:
     @pytest.fixture(autouse=True)
     def _an_h100(self, monkeypatch):
         from effattn.lowering.device import device_named
-        from effattn.passes import cheapest
+        from effattn.passes.choose import cheapest
 
         monkeypatch.setattr(cheapest, "device_named", lambda name: device_named("NVIDIA H100 80GB HBM3"))
 

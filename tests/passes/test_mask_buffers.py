@@ -10,8 +10,8 @@ from compiled import compiled
 from torch import nn
 
 from effattn.compiler.backend import effattn
-from effattn.passes import mask_buffers
-from effattn.runtime.mask_tables import holds_triangle
+from effattn.passes.canonicalize import mask_buffers
+from effattn.runtime.ops.mask_tables import holds_triangle
 
 B, H, N, D, LONGEST = 2, 3, 9, 8, 16
 INF = float("inf")

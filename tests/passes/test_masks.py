@@ -528,7 +528,7 @@ POSITIONS = [
 )
 def test_position_of_a_query_among_the_keys(function, options, position):
     """Forms that measure distances need it; a row that sees what comes after it has none."""
-    from effattn.compiler import collect
+    from effattn.compiler.report import collect
     from effattn.ir.text import text
 
     more = options.get("more", ())

@@ -6,7 +6,7 @@ import torch
 from compiled import compiled
 from torch import nn
 
-from effattn.passes.provenance import clean
+from effattn.passes.graph.provenance import clean
 
 
 class Attention(nn.Module):

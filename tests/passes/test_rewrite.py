@@ -20,9 +20,9 @@ from effattn.compiler import pass_manager
 from effattn.compiler.backend import effattn
 from effattn.errors import RewriteError
 from effattn.ir.plan import Plan
-from effattn.passes.choose import ChooseForms
-from effattn.passes.match import MatchSoftmax
-from effattn.passes.rewrite import RewriteSites
+from effattn.passes.choose.choice import ChooseForms
+from effattn.passes.match.find import MatchSoftmax
+from effattn.passes.rewrite.sites import RewriteSites
 
 GOLDENS = Path(__file__).parent.parent / "goldens" / "graphs"
 B, H, N, D = 2, 4, 11, 8
@@ -121,7 +121,7 @@ def given_grouped_in_half(q, k, v):
 )
 def test_grouped_heads_are_expanded_where_sdpa_would_hold_all_scores(function, expands, monkeypatch):
     """A GPU's kernels of SDPA take grouped heads in half precision alone."""
-    from effattn.passes import choose
+    from effattn.passes.choose import choice as choose
 
     monkeypatch.setattr(choose, "GROUPED_ONLY_IN_HALF", ("cpu",))
     report, _ = compiled(function, *qkv(H, H // 2, H // 2), tolerance=2e-5 if expands else 2e-3)
@@ -350,7 +350,7 @@ def test_an_exception_leaves_the_graph_as_it_was(step, monkeypatch):
 
 
 def test_the_check_between_passes_notices_lost_writes():
-    from effattn.passes.check import check
+    from effattn.passes.rewrite.check import check
 
     graphs = []
     torch._dynamo.reset()
@@ -370,7 +370,7 @@ def test_the_check_between_passes_notices_lost_writes():
 
 
 def test_a_replacement_of_another_shape_is_refused(monkeypatch):
-    from effattn.passes import rewrite
+    from effattn.passes.rewrite import sites as rewrite
 
     def smaller(writer, choice):
         return writer.call(torch.narrow, choice.match.anchors.query.node, 2, 0, 3)

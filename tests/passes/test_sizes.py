@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from comparing import assert_close
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-from effattn.compiler import collect
 from effattn.compiler.backend import effattn
 from effattn.compiler.options import Options
+from effattn.compiler.report import collect
 
 H, D = 4, 8
 SIZES = [(2, 20), (3, 33), (5, 47)]  # batch, length

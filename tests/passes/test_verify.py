@@ -15,8 +15,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from effattn.compiler import generators
 from effattn.errors import VerificationError
 from effattn.ir import expr
-from effattn.passes import masks, products
-from effattn.passes.reading import elementwise, logic, reader
+from effattn.passes.masks import split as masks
+from effattn.passes.match import products
+from effattn.passes.symbolic import elementwise, logic, reader
 
 B, H, N, D = 2, 4, 13, 8
 

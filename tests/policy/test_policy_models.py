@@ -11,8 +11,8 @@ from comparing import assert_close
 from torch.nn.functional import scaled_dot_product_attention
 
 import effattn
-from effattn.compiler import collect
 from effattn.compiler.options import Options
+from effattn.compiler.report import collect
 
 
 def window(model):

@@ -19,8 +19,9 @@ from effattn.ir.attention import AttentionSpec, LoadSpec
 from effattn.ir.expr import IntLoad, b, k, load, number, q, s, scalar
 from effattn.ir.plan import Dispatch, Plan
 from effattn.lowering.forms import FORMS
-from effattn.runtime import portable, sdpa, targets
-from effattn.runtime.reference import reference
+from effattn.runtime.reference.attention import reference
+from effattn.runtime.targets import choice as targets
+from effattn.runtime.targets import portable, sdpa
 
 CPU = torch.device("cpu")
 PADDING = load("padding", [b, k], integer=True)
@@ -274,7 +275,7 @@ def test_a_plan_that_is_none():
 
 def test_importing_registers_once_and_is_light():
     code = (
-        "import sys, importlib, effattn.runtime.attend as a; import torch;"
+        "import sys, importlib, effattn.runtime.ops.attend as a; import torch;"
         "assert 'triton' not in sys.modules; importlib.reload(a);"
         "q = torch.randn(1, 2, 8, 4); from effattn.ir.plan import Plan; from effattn.ir import expr;"
         "from effattn.ir.attention import AttentionSpec;"

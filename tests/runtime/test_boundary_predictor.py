@@ -16,9 +16,9 @@ from effattn.ir.plan import Plan, Sparsity
 from effattn.ir.selector import Trained
 from effattn.lowering.forms import FORMS, boundary_weights
 from effattn.lowering.forms.tensor_file import digest_of
-from effattn.runtime import portable
-from effattn.runtime.select import predictor as running
-from effattn.runtime.select.run import select
+from effattn.runtime.selection import predictor as running
+from effattn.runtime.selection.run import select
+from effattn.runtime.targets import portable
 
 safetensors = pytest.importorskip("safetensors.torch")
 

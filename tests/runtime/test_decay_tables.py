@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-import effattn.runtime.linear  # noqa: F401  (the namespace of ops)
+import effattn.runtime.ops.linear  # noqa: F401  (the namespace of ops)
 from effattn.errors import DecayChanged
-from effattn.runtime.decay_tables import checked_decay, follow
+from effattn.runtime.ops.decay_tables import checked_decay, follow
 
 SLOPES = torch.tensor([0.9, 0.13, 3e-6])
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

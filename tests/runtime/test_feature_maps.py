@@ -10,7 +10,7 @@ from comparing import assert_close
 from effattn.errors import WeightsError
 from effattn.lowering.forms.feature_maps import FEATURE_MAPS
 from effattn.lowering.forms.feature_weights import load_layer
-from effattn.runtime.feature_attention import feature_attention
+from effattn.runtime.ops.feature_attention import feature_attention
 
 safetensors = pytest.importorskip("safetensors.torch")
 HEADS, KV_HEADS, DIM = 4, 2, 16

@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from effattn.compiler import collect
 from effattn.compiler.capture import capture
 from effattn.compiler.options import Options
-from effattn.evaluate.site_errors import lower, site_errors
+from effattn.compiler.report import collect
+from effattn.evaluate.tasks.site_errors import lower, site_errors
 from effattn.policy import Policy
-from effattn.runtime.first_keys import first_keys
+from effattn.runtime.targets.first_keys import first_keys
 
 LENGTH, HEADS, DIM = 70, 2, 16
 FORMS = {

@@ -7,7 +7,7 @@ import torch
 from comparing import assert_close
 from linear_cases import CASES
 
-from effattn.runtime.linear_reference import quadratic, recurrent
+from effattn.runtime.reference.linear import quadratic, recurrent
 
 CAUSAL = {name: case for name, case in CASES.items() if case.causal}
 

@@ -12,9 +12,9 @@ from effattn.ir.attention import AttentionSpec
 from effattn.ir.expr import k, q, s
 from effattn.ir.plan import Dispatch, Plan, Sparsity
 from effattn.lowering.forms import FORMS
-from effattn.runtime import sdpa
-from effattn.runtime.portable import run
-from effattn.runtime.reference import reference
+from effattn.runtime.reference.attention import reference
+from effattn.runtime.targets import sdpa
+from effattn.runtime.targets.portable import run
 
 HALF = (torch.bfloat16, torch.float16)
 EPS = torch.finfo(torch.float32).eps

@@ -14,10 +14,10 @@ from effattn.ir.attention import AttentionSpec
 from effattn.ir.expr import Nk, Nq, k, q, s
 from effattn.ir.plan import Plan
 from effattn.lowering.forms import FORMS
-from effattn.runtime import portable
-from effattn.runtime.chunks import Walker, names_of_loads
-from effattn.runtime.portable_backward import run_backward
-from effattn.runtime.reference import reference
+from effattn.runtime.reference.attention import reference
+from effattn.runtime.targets import portable
+from effattn.runtime.targets.chunks import Walker, names_of_loads
+from effattn.runtime.targets.portable_backward import run_backward
 
 CPU = torch.device("cpu")
 

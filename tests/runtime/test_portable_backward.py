@@ -12,10 +12,11 @@ from effattn.ir import expr
 from effattn.ir.attention import AttentionSpec
 from effattn.ir.expr import Where, k, number, q, s
 from effattn.ir.plan import Plan
-from effattn.runtime import attend, portable
 from effattn.runtime.algebra import evaluate
-from effattn.runtime.derivative import derivative
-from effattn.runtime.reference import reference
+from effattn.runtime.ops import attend
+from effattn.runtime.reference.attention import reference
+from effattn.runtime.targets import portable
+from effattn.runtime.targets.derivative import derivative
 
 CPU = torch.device("cpu")
 

@@ -15,9 +15,9 @@ from effattn.ir.attention import AttentionSpec, LoadSpec
 from effattn.ir.expr import IntLoad, Nk, Nq, k, load, q, s
 from effattn.ir.plan import Plan, Sparsity
 from effattn.lowering.forms import FORMS
-from effattn.runtime import portable
-from effattn.runtime.select.places import places_of
-from effattn.runtime.select.run import select
+from effattn.runtime.selection.places import places_of
+from effattn.runtime.selection.run import select
+from effattn.runtime.targets import portable
 
 FROM_THE_END = k <= q + Nk - Nq
 SCALE = 0.3

@@ -16,7 +16,7 @@ from effattn.ir.expr import Nk, Table, h, k, q, s
 from effattn.ir.text import text
 from effattn.lowering import forms
 from effattn.lowering.forms.form import CAUSAL, FROM_THE_START, NO_BACKWARD, Form, Params
-from effattn.lowering.tiles import walk
+from effattn.lowering.iteration.tile_ranges import walk
 from effattn.runtime.algebra import evaluate
 
 VALUES = (3, 1, 4, 1, 5)

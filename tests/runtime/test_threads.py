@@ -15,9 +15,11 @@ from plans import CASES, Sizes, tensors
 
 import effattn
 from effattn import settings
-from effattn.compiler import collect
-from effattn.lowering.triton.spec import Tiles
-from effattn.runtime import kernels, linear_triton, triton_target
+from effattn.compiler.report import collect
+from effattn.lowering.kernels.spec import Tiles
+from effattn.runtime import kernels
+from effattn.runtime.targets import triton as triton_target
+from effattn.runtime.targets import triton_linear as linear_triton
 
 CPU = torch.device("cpu")
 SIZES = Sizes(q_len=20, k_len=20)

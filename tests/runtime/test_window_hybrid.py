@@ -8,10 +8,10 @@ import torch.nn.functional as F
 from comparing import assert_close
 
 from effattn.lowering.forms.feature_maps import FEATURE_MAPS
-from effattn.runtime import window_blocks
-from effattn.runtime.feature_attention import feature_attention
-from effattn.runtime.hybrid_reference import hybrid, masks
-from effattn.runtime.window_hybrid import window_hybrid
+from effattn.runtime.ops.feature_attention import feature_attention
+from effattn.runtime.ops.window_hybrid import window_hybrid
+from effattn.runtime.reference.hybrid import hybrid, masks
+from effattn.runtime.targets import window_blocks
 
 
 def made(length, heads=4, kv_heads=2, dim=16, value_dim=8, features=12, batch=2, dtype=torch.float32, seed=0):

@@ -17,10 +17,10 @@ from comparing import assert_close
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from effattn.compiler import collect
 from effattn.compiler.backend import effattn
 from effattn.compiler.options import Options
-from effattn.compiler.report import Report
+from effattn.compiler.report import collect
+from effattn.compiler.report.model import Report
 
 
 @dataclass(frozen=True)

@@ -22,9 +22,9 @@ from images import Vit
 from modules import HIDDEN, Nested
 from row import check_gradients, compiled, seeded
 
-from effattn.compiler import collect
 from effattn.compiler.backend import effattn
 from effattn.compiler.options import Options
+from effattn.compiler.report import collect
 
 
 def model(**options) -> Model:

@@ -24,7 +24,7 @@ Row = dict[str, Any]
 
 def this_run() -> Row:
     """Date, versions and commit of the run that begins now."""
-    from effattn.compiler.report import versions
+    from effattn.compiler.report.model import versions
 
     asked = ["git", "describe", "--always", "--dirty"]
     commit = subprocess.run(asked, cwd=HERE, capture_output=True, text=True).stdout.strip()

@@ -17,8 +17,8 @@ from settings import SETTINGS, Call
 from torch.utils._pytree import tree_leaves
 from watching import softmaxes_of, watching
 
-from effattn.compiler import collect
 from effattn.compiler.backend import effattn
+from effattn.compiler.report import collect
 
 FLEX = "flex_attention"
 ATTENTIONS = ("eager", "sdpa", FLEX)

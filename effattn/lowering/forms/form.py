@@ -14,7 +14,7 @@ from effattn.ir.refusal import Refusal
 from effattn.ir.selector import Selector
 from effattn.ir.site import Layout, Site
 from effattn.lowering.cost import Cost, Work, pairs
-from effattn.lowering.tiles import key_conditions, walk
+from effattn.lowering.iteration.tile_ranges import key_conditions, walk
 
 Kind = Literal["exact", "approximate", "trained"]
 

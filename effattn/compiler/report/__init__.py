@@ -1,0 +1,1 @@
+"""What happened to every attention: the data, and its views as text and HTML."""

@@ -1,0 +1,347 @@
+"""The report: what happened to every attention of a model, and why. Plain data; printing and HTML are views of it."""
+
+from __future__ import annotations
+
+import platform
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from effattn.compiler.options import Options
+from effattn.compiler.report.effect import Reached, shortcomings
+from effattn.compiler.report.kernel_path import kernel_path, linear_kernel_path
+from effattn.compiler.report.outside import Outside
+from effattn.ir.refusal import Why
+from effattn.ir.site import Site
+from effattn.ir.text import text
+from effattn.passes.candidate.naming import renamed
+from effattn.passes.choose.choice import Choice
+from effattn.passes.compilation import Outcome, PassRecord
+from effattn.passes.match.anchors.linear import LinearMatch
+from effattn.policy import write
+
+
+@dataclass(frozen=True)
+class SiteReport:
+    """One attention that was found."""
+
+    name: str
+    layer: int | None
+    stage: str
+    found_as: str
+    form: str
+    exact: bool
+    here: str  # the form at the length of this call: below a policy's min_length it is exact
+    predicate: str
+    score: str
+    reason: str
+    candidates: tuple[dict[str, Any], ...]
+    kernel: str | None  # path of the generated kernel, or what runs instead
+    location: str
+    layout: str
+    empty_rows: str
+    notes: tuple[str, ...]
+    params: dict[str, Any] = field(default_factory=dict)
+    path: str = ""  # of its module in the model, as named_modules() has it
+    replaced: bool = True  # False: it runs as the user wrote it, and ``reason`` says why
+    reads: dict[str, str] = field(default_factory=dict)  # the user's own names of what predicate and score read
+    predicate_shown: str = ""  # with these names: attention_mask[b, k] for padding[b, k]
+    score_shown: str = ""
+
+
+@dataclass(frozen=True)
+class Counts:
+    """How many attentions a model has, by what became of them: ``total`` is found + missed + outside."""
+
+    found: int  # with a closed form of score and mask
+    replaced: int  # of those found
+    missed: int  # not understood, or not such that it can be replaced: each has its reason
+    outside: int  # calls that ran eagerly
+
+    @property
+    def total(self) -> int:
+        return self.found + self.missed + self.outside
+
+    @property
+    def left_alone(self) -> int:
+        """In compiled graphs: those that are missed, and those that are found and run as they are written."""
+        return self.found - self.replaced + self.missed
+
+
+@dataclass(frozen=True)
+class MissedReport:
+    """A softmax or SDPA call that was left alone."""
+
+    name: str
+    location: str
+    reason: str
+    hint: str = ""
+    attention: bool = True  # False: a softmax over something else, as in a router
+    rule: str = ""  # which of effattn.ir.refusal.Why
+    cause: str = ""  # "file:line: code" of the operation that the reason names
+
+
+@dataclass
+class GraphReport:
+    """One graph that Dynamo made of the model."""
+
+    sites: tuple[SiteReport, ...]
+    missed: tuple[MissedReport, ...]
+    before: str
+    after: str
+    erased: int
+    seconds: dict[str, float]
+    failure: str | None
+    passes: tuple[PassRecord, ...] = ()  # in the order in which they ran
+    calls: int = 0  # in the call that was explained: the layers of a loop with a break in it share one graph
+
+    def ran(self) -> None:
+        self.calls += 1
+
+
+@dataclass
+class Report:
+    """Everything about one model; the graphs in the order in which they were compiled."""
+
+    graphs: list[GraphReport]
+    policy: str
+    policy_toml: str
+    stanza: str
+    shortcomings: tuple[str, ...] = ()  # what the policy asks for and does not get, each with what to do
+    outside: tuple[Outside, ...] = ()  # attention that ran eagerly: Dynamo made no graph of it
+
+    @property
+    def sites(self) -> list[SiteReport]:
+        return [site for graph in self.graphs for site in graph.sites]
+
+    @property
+    def missed(self) -> list[MissedReport]:
+        return [missed for graph in self.graphs for missed in graph.missed]
+
+    @property
+    def counts(self) -> Counts:
+        return Counts(
+            found=len(self.sites),
+            replaced=sum(site.replaced for site in self.sites),
+            missed=sum(missed.attention for missed in self.missed),
+            outside=sum(one.calls for one in self.outside),
+        )
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        total: Counter[str] = Counter()
+        for graph in self.graphs:
+            total.update(graph.seconds)
+        return dict(total)
+
+    def graph(self, before: bool = False, number: int = 0) -> str:
+        """The code of graph ``number``, as Dynamo made it (``before``) or after the rewriting."""
+        if not 0 <= number < len(self.graphs):
+            raise IndexError(f"the model has {len(self.graphs)} graphs, there is no graph {number}")
+        return self.graphs[number].before if before else self.graphs[number].after
+
+    def to_dict(self) -> dict[str, Any]:
+        """Values that JSON can hold."""
+        return {
+            "versions": versions(),
+            "policy": {"name": self.policy, "toml": self.policy_toml, "shortcomings": list(self.shortcomings)},
+            "seconds": self.seconds,
+            "counts": asdict(self.counts) | {"total": self.counts.total, "left_alone": self.counts.left_alone},
+            "sites": [asdict(site) for site in self.sites],
+            "missed": [asdict(missed) for missed in self.missed],
+            "outside": [asdict(outside) for outside in self.outside],
+            "graphs": [
+                {
+                    "before": graph.before,
+                    "after": graph.after,
+                    "erased": graph.erased,
+                    "failure": graph.failure,
+                    "calls": graph.calls,
+                    "passes": [asdict(record) for record in graph.passes],
+                }
+                for graph in self.graphs
+            ],
+            "stanza": self.stanza,
+        }
+
+    def to_html(self, path: str | Path) -> Path:
+        """Write the report as one HTML page and return its path."""
+        from effattn.compiler.report.html import render
+
+        path = Path(path)
+        path.write_text(render(self.to_dict()), encoding="utf-8")
+        return path
+
+    def __str__(self) -> str:
+        from effattn.compiler.report.text import render
+
+        return render(self)
+
+
+def versions() -> dict[str, str]:
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {"python": platform.python_version(), "torch": torch.__version__}
+    for package in ("effattn", "triton", "transformers"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def graph_report(after: str, outcome: Outcome, failure: Exception | None, before: str) -> GraphReport:
+    """The report of one compiled graph."""
+    return GraphReport(
+        sites=tuple([_site(choice) for choice in outcome.choices] + [_linear_site(one) for one in outcome.linear]),
+        missed=tuple(
+            MissedReport(
+                missed.name,
+                missed.location,
+                missed.refusal.reason,
+                missed.refusal.hint,
+                missed.refusal.rule != Why.NOT_ATTENTION,
+                str(missed.refusal.rule),
+                missed.refusal.cause,
+            )
+            for missed in outcome.missed
+        ),
+        before=before,
+        after=after,
+        erased=outcome.erased,
+        seconds=outcome.seconds,
+        failure=f"{type(failure).__name__}: {failure}" if failure is not None else None,
+        passes=tuple(outcome.passes),
+    )
+
+
+def _site(choice: Choice) -> SiteReport:
+    site = choice.match.site
+    return SiteReport(
+        name=site.path or site.name,
+        layer=site.layer,
+        stage=site.stage,
+        found_as=site.found_as,
+        form=choice.form,
+        exact=choice.exact,
+        here=_here(choice),
+        predicate=text(site.spec.predicate),
+        score=text(site.spec.score),
+        reason=choice.reason,
+        candidates=tuple(
+            {"form": one.form, "accepted": one.accepted, "reasons": one.reasons} for one in choice.candidates
+        ),
+        kernel=_kernel(choice),
+        location=site.location,
+        layout=str(site.layout),
+        empty_rows=site.spec.empty_rows,
+        notes=site.notes,
+        params=choice.params.model_dump(),
+        path=site.path,
+        replaced=choice.route != "keep",
+        **_shown(site),
+    )
+
+
+def _here(choice: Choice) -> str:
+    """The form at the length that the graph was compiled at."""
+    keys = choice.match.site.hints.k_len
+    return choice.form if choice.plan is None or not keys else choice.plan.at(keys).form
+
+
+def _shown(site: Site) -> dict[str, Any]:
+    names = dict(zip((load.name for load in site.spec.loads), site.reads, strict=True))
+    predicate, score = (text(renamed(term, names, {})) for term in (site.spec.predicate, site.spec.score))
+    return {"reads": names, "predicate_shown": predicate, "score_shown": score}
+
+
+def _linear_site(one: LinearMatch) -> SiteReport:
+    """Attention without a softmax: there is one form of it, and it is the author's own function."""
+    site = one.match.site
+    sums = f", each row divided by its sum{f' + {one.eps:g}' if one.eps else ''}" if one.normalised else ""
+    return SiteReport(
+        name=site.path or site.name,
+        layer=site.layer,
+        stage=site.stage,
+        found_as=site.found_as,
+        form="linear",
+        exact=True,
+        here="linear",
+        predicate=text(site.spec.predicate),
+        score=f"{text(site.spec.score)}, no softmax{sums}",
+        reason="the graph spells linear attention: the same function, in chunks with a state between them",
+        candidates=(),
+        kernel=linear_kernel_path(one),
+        location=site.location,
+        layout=str(site.layout),
+        empty_rows=site.spec.empty_rows,
+        notes=site.notes,
+        path=site.path,
+    )
+
+
+def _kernel(choice: Choice) -> str | None:
+    """What runs: the author's own call, SDPA, or the op with the file of its generated kernel."""
+    if choice.route == "linear":
+        op = "window_linear" if getattr(choice.params, "window", 0) else "linear"
+        return f"effattn::{op}, after the feature maps"
+    if choice.plan is None:
+        is_sdpa = choice.route == "sdpa" or choice.match.anchors.is_sdpa
+        return "torch.nn.functional.scaled_dot_product_attention" if is_sdpa else None
+    target = choice.plan.dispatch.target or ("triton" if choice.match.site.device == "cuda" else "portable")
+    return "portable (ATen, blockwise)" if target == "portable" else kernel_path(choice)
+
+
+def stanza(choices: list[Choice], policy: str) -> str:
+    """A policy that repeats these choices: pasteable into a TOML file."""
+    groups: dict[tuple, list[Choice]] = {}
+    for choice in choices:
+        if choice.form != "exact":
+            key = (
+                choice.form,
+                choice.match.site.stage,
+                str(choice.params),
+                choice.plan.dispatch.min_length if choice.plan else 0,
+            )
+            groups.setdefault(key, []).append(choice)
+    rules: list[dict[str, Any]] = []
+    for (form, stage, _, min_length), members in groups.items():
+        layers = sorted({choice.match.site.layer for choice in members if choice.match.site.layer is not None})
+        rule: dict[str, Any] = {"layers": ranges(layers)} if layers else {}
+        rule |= {"stage": [stage], **({"min_length": min_length} if min_length else {}), "forms": [form]}
+        params = members[0].params.model_dump()
+        rules.append({**rule, **({"params": {form: params}} if params else {})})
+    return write.policy({"schema": 1, "name": f"{policy}-as-chosen", "rule": rules})
+
+
+def ranges(numbers: list[int]) -> str:
+    parts: list[list[int]] = []
+    for number in numbers:
+        if parts and number == parts[-1][-1] + 1:
+            parts[-1][-1:] = [parts[-1][0], number] if len(parts[-1]) == 1 else [number]
+        else:
+            parts.append([number])
+    return ", ".join("-".join(map(str, part)) for part in parts)
+
+
+def merge(
+    graphs: list[GraphReport], choices: list[Choice], options: Options, outside: Sequence[Outside] = ()
+) -> Report:
+    """One report for all graphs of a model."""
+    return Report(
+        graphs=graphs,
+        policy=options.policy.name,
+        policy_toml=options.policy.to_toml(),
+        stanza=stanza(choices, options.policy.name),
+        outside=tuple(outside),
+        shortcomings=tuple(
+            shortcomings(options.policy, [Reached.of(one, options.policy) for one in choices], whole=True)
+        ),
+    )
+
+
+__all__ = ["GraphReport", "MissedReport", "Report", "SiteReport", "graph_report", "merge"]

@@ -1,0 +1,1 @@
+"""Triton: terms as source, functions on the device, modules, compilation without a GPU."""

@@ -1,0 +1,86 @@
+"""The source of gradients: one kernel walks keys as the forward does, another walks rows for each tile of keys."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import sympy
+
+from effattn.ir import expr
+from effattn.ir.attention import AttentionSpec
+from effattn.ir.fold import fold
+from effattn.lowering.dialects.triton.terms import KEYS, ROWS, TILE, UNLIMITED, Lines, Source, Value
+from effattn.lowering.iteration.tile_ranges import walk
+from effattn.lowering.kernels import allowed_keys as allowed
+from effattn.lowering.kernels.range_source import Part, flatten, rows_of
+from effattn.lowering.kernels.source import Generator, Sweep, affine_slope, parameters
+from effattn.lowering.kernels.spec import KernelSpec
+
+WIDEST = 256  # head dimension: two accumulators of a tile of keys must fit in registers
+
+
+def no_backward(attention: AttentionSpec, head_dim: int, value_dim: int) -> str | None:
+    """Why there is no generated backward for a plan; None if there is."""
+    keys = walk(attention.rule)
+    if affine_slope(attention.score) is None:
+        return "the score is not a multiple of s plus a bias"
+    if any(load.has(expr.q, expr.k) for load in expr.loads_of(attention.score)):
+        return "the bias is data for each query or key: a row of nothing but its least value has no exact LSE"
+    if keys.powers is not None:
+        return "the rows that see a key are not consecutive"
+    near = (*(keys.near_lower or ()), *keys.near_upper)
+    if any(sympy.sympify(bound).has(expr.h) for bound in (*keys.lower, *keys.upper, *near, keys.prefix or 0)):
+        return "heads that share a key see different rows"
+    if max(head_dim, value_dim) > WIDEST:
+        return f"head dimensions over {WIDEST}"
+    return None
+
+
+class BackwardGenerator(Generator):
+    """Fills the template of gradients."""
+
+    def __init__(self, spec: KernelSpec):
+        super().__init__(spec)
+        self.slope = affine_slope(self.attention.score)
+        self.rows_before = Lines()
+
+    def context(self) -> dict[str, Any]:
+        slope = self.scalar_text(self.slope, self.before)
+        found = super().context()
+        for sweep in found["sweeps"]:
+            sweep.slope = slope
+
+        def bound_text(bound: Any, row: str) -> str:
+            # the row changes as the bisection goes on: no part of a bound is computed before it
+            return self.scalar_text(bound, self.rows_before, row, UNLIMITED)
+
+        ranges = rows_of(self.walk, bound_text, self.allowed)
+        data = "" if self.residual == sympy.true else " but for conditions on data"
+        sweeps = [
+            self.rows_sweep(f"rows that keep every key of the tile{data}", ranges.full, edge=False),
+            self.rows_sweep("rows on the edges", ranges.edge, edge=True),
+        ]
+        return found | {
+            "query_params": parameters(self.spec, "grad_query"),
+            "key_params": parameters(self.spec, "grad_key_value"),
+            "rows_before": self.rows_before.lines,
+            "rows_lines": [*(allowed.SUMS if self.allowed else ()), *ranges.lines],
+            "rows_sweeps": sweeps,
+        }
+
+    def rows_sweep(self, title: str, parts: tuple[Part, ...], edge: bool) -> Sweep:
+        """As :meth:`sweep`, with keys along the first side of a tile and rows along the second."""
+        before, steps, count = flatten(parts, "i", "row_tile")
+        inside = self.rows_before.inner()
+        tile = ("first_key", self.spec.tiles.block_m)
+        symbols = self.symbols(q=Value("rows", KEYS, plain=True), k=Value("keys", ROWS, plain=True, tile=tile))
+        # the head changes from turn to turn, so nothing is computed before the loop
+        algebra = Source(symbols, self.loads, inside, inside, key_mask="row_ok", row_mask="key_ok")
+        sweep = Sweep(title, edge, count, before, steps, lines=inside.lines)
+        sweep.slope = fold(self.slope, algebra).text
+        if self.scale is None:
+            sweep.score = fold(self.attention.score, algebra).spread(TILE)
+        condition = self.attention.rule if edge else self.residual
+        if condition != sympy.true:
+            sweep.keep = fold(condition, algebra).spread(TILE)
+        return sweep

@@ -1,0 +1,131 @@
+"""Compile a kernel for a GPU that need not be there, and read off what it uses.
+
+Not available under Triton's interpreter (``TRITON_INTERPRET=1``), which replaces what compiles.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from effattn.lowering.dialects.triton.module import module_from
+from effattn.lowering.kernels import linear_source, pick, score
+from effattn.lowering.kernels.linear_spec import LinearSpec
+from effattn.lowering.kernels.score import ScoreSpec
+from effattn.lowering.kernels.source import Param, file_name, generate, kernel_constants, parameters
+from effattn.lowering.kernels.spec import KernelSpec
+
+# architecture -> (backend, name in that backend, lanes of a warp, bytes of shared memory that a program may use)
+TARGETS: dict[str, tuple[str, Any, int, int]] = {
+    "sm80": ("cuda", 80, 32, 163 * 1024),
+    "sm90": ("cuda", 90, 32, 227 * 1024),
+    "sm100": ("cuda", 100, 32, 227 * 1024),
+    "gfx942": ("hip", "gfx942", 64, 64 * 1024),
+}
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What one compiled kernel uses on a multiprocessor."""
+
+    registers: int  # of one thread
+    spilled: int  # bytes of one thread that did not fit in registers
+    shared: int  # bytes of one program
+
+    def __str__(self) -> str:
+        return f"{self.registers} registers, {self.spilled} bytes spilled, {self.shared} bytes of shared memory"
+
+
+def compile_for(spec: KernelSpec | ScoreSpec | LinearSpec | int, arch: str, kernel: str = "forward") -> Resources:
+    """Compile a kernel of ``spec`` for ``arch`` (a key of ``TARGETS``), with contiguous last dimensions.
+
+    ``spec`` is that of an attention kernel, of a selector's scores, of linear attention, or the width of a selector's
+    pick.
+    """
+    compiled = compiled_for(spec, arch, kernel)
+    if TARGETS[arch][0] == "hip":
+        registers, spilled = _read_amd(compiled.asm["amdgcn"])
+    else:
+        registers, spilled = _read_nvidia(compiled.asm["cubin"])
+    return Resources(registers, spilled, compiled.metadata.shared)
+
+
+def compiled_for(spec: KernelSpec | ScoreSpec | LinearSpec | int, arch: str, kernel: str = "forward") -> Any:
+    """What ``triton.compile`` returns: ``.asm`` holds every stage from ``ttir`` down to machine code."""
+    if isinstance(spec, LinearSpec):
+        params, every = (
+            linear_source.parameters(spec, kernel),
+            {**linear_source.kernel_constants(spec), "HAS_STATE": True},
+        )
+        used = {param.name: every[param.name] for param in params if param.name in every}
+        schedule = (spec.tiles.warps, spec.tiles.stages)
+        return _compiled(linear_source.generate(spec), "linear.py", arch, kernel, params, used, schedule, ())
+    if isinstance(spec, int):
+        warps = pick.warps_for(spec)
+        params = pick.parameters(kernel)
+        constants = {"WIDTH": spec} | ({"SHARING": 4} if kernel == "choose" else {})
+        return _compiled(pick.generate(spec, warps), f"pick_{spec}.py", arch, kernel, params, constants, (warps, 1), ())
+    last = [f"{load.name}_stride_{load.ndim - 1}" for load in spec.attention.loads]
+    if isinstance(spec, ScoreSpec):
+        params, constants = score.parameters(spec, kernel), dict(spec.constants())
+        schedule = (spec.warps, spec.stages)
+        return _compiled(score.generate(spec), "score.py", arch, kernel, params, constants, schedule, last)
+    source = generate(spec)
+    found: dict[str, Any] = {} if kernel == "find_allowed" else dict(kernel_constants(spec))
+    schedule = (spec.tiles.warps, spec.tiles.stages)
+    return _compiled(source, file_name(spec, source), arch, kernel, parameters(spec, kernel), found, schedule, last)
+
+
+def _compiled(
+    source: str,
+    name: str,
+    arch: str,
+    kernel: str,
+    params: list[Param],
+    constants: dict[str, Any],
+    schedule: tuple[int, int],
+    ones: Sequence[str],
+) -> Any:
+    """``schedule`` is (warps, stages); ``ones`` are strides that are 1, as are all that end in ``_stride_d``."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    backend, architecture, lanes, _ = TARGETS[arch]
+    module = module_from(source, Path(name))
+    signature, attributes = {}, {}
+    for place, param in enumerate(params):
+        last_stride = param.name.endswith("_stride_d") or param.name in ones
+        signature[param.name] = "constexpr" if last_stride else param.type
+        if last_stride:
+            constants[param.name] = 1
+        elif param.type != "constexpr" and param.specialise:
+            attributes[(place,)] = [["tt.divisibility", 16]]
+    ast = ASTSource(getattr(module, kernel), signature, constants, attributes)
+    options = {"num_warps": schedule[0], "num_stages": schedule[1]} if constants else {}
+    return triton.compile(ast, target=GPUTarget(backend, architecture, lanes), options=options)
+
+
+def _read_nvidia(cubin: bytes) -> tuple[int, int]:
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        done = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True)
+    usage = dict(re.findall(r"\b(REG|STACK|LOCAL):(\d+)", done.stdout))
+    return int(usage["REG"]), int(usage["STACK"]) + int(usage["LOCAL"])
+
+
+def _read_amd(assembly: str) -> tuple[int, int]:
+    def count(name: str) -> int:
+        return int(re.search(rf"\.{name}:\s*(\d+)", assembly)[1])  # type: ignore[index]
+
+    # scalar registers spill into lanes of vector registers; only the private segment is memory
+    return count("vgpr_count"), count("private_segment_fixed_size")

@@ -1,0 +1,439 @@
+"""From a kernel's specialisation to its source file: a pure function, milliseconds, no device.
+
+The templates beside this file hold the kernels; what is filled in are expressions (``algebra``) and the walk over
+keys (``ranges``).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from dataclasses import dataclass, field
+from functools import cache, reduce
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import sympy
+
+from effattn.ir import expr
+from effattn.ir.attention import AttentionSpec
+from effattn.ir.fold import fold
+from effattn.ir.text import text
+from effattn.lowering.dialects.triton.device_functions import DEVICE_FUNCTIONS
+from effattn.lowering.dialects.triton.terms import (
+    LONGEST,
+    ROWS,
+    SCALAR,
+    TILE,
+    Lines,
+    Source,
+    Value,
+    all_symbols,
+    tested_dims,
+)
+from effattn.lowering.iteration.tile_ranges import KeyWalk, key_conditions, walk
+from effattn.lowering.kernels import allowed_keys as allowed
+from effattn.lowering.kernels.range_source import Part, Ranges, flatten, position_offset, visits
+from effattn.lowering.kernels.spec import DTYPES, KernelSpec
+
+LOG2_E = 1.4426950408889634
+CACHED_KEYS = 20 << 20  # bytes of keys and values that heads running side by side may share the L2 cache with
+_POINTER = {**DTYPES, "bool": "i1", "float64": "fp64"}
+_POINTER |= {f"{sign}int{n}": f"{sign or 'i'}{n}" for sign in ("", "u") for n in (8, 16, 32, 64)}
+
+
+@dataclass(frozen=True)
+class Param:
+    """A parameter of the kernel: its name, and its type as Triton's signatures write it."""
+
+    name: str
+    type: str  # "*bf16", "i32", "fp32", "constexpr"
+    specialise: bool = True  # integers: whether divisibility by 16 and the value 1 may be compiled in
+
+
+@dataclass
+class Sweep:
+    """One loop over key tiles, as the template needs it."""
+
+    title: str
+    edge: bool  # positions are tested
+    count: str
+    before: list[str]
+    steps: list[str]
+    lines: list[str] = field(default_factory=list)
+    keep: str = ""
+    score: str = ""
+    slope: str = ""  # what the raw score is multiplied by
+    guard: bool = False  # a row may have met no key yet
+    reads_keys: bool = False
+    stages: int = 0
+    gathered: bool = False  # the keys of a tile lie apart: ``steps`` say which they are
+
+
+def generate(spec: KernelSpec) -> str:
+    """The source of the kernel that ``spec`` asks for: a Python module with ``launch`` in it.
+
+    Raises:
+        UnknownOperation: the score or predicate holds an operation that kernels do not have.
+    """
+    if spec.kind == "backward":
+        from effattn.lowering.kernels.backward import BackwardGenerator
+
+        return BackwardGenerator(spec).source()
+    if spec.kind == "listed":
+        from effattn.lowering.kernels.listed import ListedGenerator
+
+        return ListedGenerator(spec).source()
+    return Generator(spec).source()
+
+
+def file_name(spec: KernelSpec, source: str) -> str:
+    """A readable name that differs wherever the source differs: ``power_causal_bf16_d128_g4_ab12cd34.py``."""
+    keys = walk(spec.attention.rule)
+    mask = "causal" if any(bound.has(expr.q) for bound in keys.upper) else "full"
+    mask = "masked" if keys.residual != sympy.true else mask
+    width = f"d{spec.head_dim}" + (f"x{spec.value_dim}" if spec.value_dim != spec.head_dim else "")
+    kind = "" if spec.kind == "prefill" else f"_{spec.kind}"
+    digest = hashlib.sha256(source.encode()).hexdigest()[:8]
+    return f"{spec.form}_{mask}{kind}_{DTYPES[spec.dtype]}_{width}_g{spec.groups}_{digest}.py"
+
+
+def parameters(spec: KernelSpec, kernel: str = "forward") -> list[Param]:
+    """The parameters of a kernel in the file, in order.
+
+    ``forward``, or ``grad_query`` and ``grad_key_value``; ``find_allowed`` if there is a :func:`key_condition`.
+    """
+    element = f"*{DTYPES[spec.dtype]}"
+    allowed_keys = [Param("allowed", "*i32")] if key_condition(spec) != sympy.true else []
+    if kernel == "find_allowed":
+        common = [param for param in _common_parameters(spec) if param.type != "constexpr"]
+        return [*allowed_keys, *data_parameters(spec.attention), *common]
+    if kernel != "forward":
+        grads = {"grad_query": ["grad_of_query"], "grad_key_value": ["grad_of_key", "grad_of_value"]}[kernel]
+        inputs = ["query", "key", "value", "grad_out"]
+        found = [Param(name, element) for name in inputs] + [Param(name, "*fp32") for name in ("lse", "delta")]
+        found += [*allowed_keys, *(Param(name, element) for name in grads), *data_parameters(spec.attention)]
+        found += [Param(f"{name}_stride_{dim}", "i32") for name in (*inputs, *grads) for dim in "bhnd"]
+        return found + _common_parameters(spec)
+    found = [Param(name, element) for name in ("query", "key", "value", "out")]
+    found += [Param("lse", "*fp32"), *allowed_keys]
+    if spec.kind == "decode":
+        found += [Param(name, "*fp32") for name in ("parts", "parts_top", "parts_total")]
+    if spec.kind == "listed":
+        found += [Param(name, "*i32") for name in ("order", "counts", "edges")]
+    if spec.tiles.descriptors:
+        for name, width in (("key_tiles", spec.block_d), ("value_tiles", spec.block_dv)):
+            shape = f"1, 1, {spec.tiles.block_n}, {width}"
+            found.append(Param(name, f"tensordesc<{DTYPES[spec.dtype]}[{shape}]>", False))
+    found += data_parameters(spec.attention)
+    found += [Param(f"{name}_stride_{dim}", "i32") for name in ("query", "key", "value", "out") for dim in "bhnd"]
+    if spec.kind == "listed":
+        found += [Param(name, "i32", False) for name in ("lists", "counted", "row_blocks", "width")]
+    found.append(Param("splits" if spec.kind == "decode" else "together", "i32", False))
+    return found + _common_parameters(spec)
+
+
+def data_parameters(attention: AttentionSpec) -> list[Param]:
+    """The tensors that the predicate and score read."""
+    return [Param(f"data_{load.name}", f"*{_POINTER.get(load.dtype, load.dtype)}") for load in attention.loads]
+
+
+def data_sizes(attention: AttentionSpec) -> list[Param]:
+    """Strides of those tensors, and the sizes that kernels test; scalars and numbers."""
+    found = []
+    tested = sizes_tested(attention)
+    for load in attention.loads:
+        found += [Param(f"{load.name}_stride_{dim}", "i32") for dim in range(load.ndim)]
+        found += [Param(f"{load.name}_size_{dim}", "i32", False) for dim in tested[load.name]]
+    found += [Param(f"scalar_{name}", "i32", False) for name in attention.scalars]
+    return found + [Param(f"number_{name}", "fp32", False) for name in attention.numbers]
+
+
+def _common_parameters(spec: KernelSpec) -> list[Param]:
+    """Lengths, strides of data, scalars, numbers and constants."""
+    found = [Param(name, "i32", False) for name in ("heads", "q_len", "k_len")]
+    return found + data_sizes(spec.attention) + [Param(name, "constexpr") for name in kernel_constants(spec)]
+
+
+def key_condition(spec: KernelSpec) -> Any:
+    """What is found out about keys before the main kernel starts; true: nothing."""
+    return key_conditions(walk(spec.attention.rule).residual)[0] if spec.key_ranges else sympy.true
+
+
+def sizes_tested(attention: AttentionSpec) -> dict[str, list[int]]:
+    """Load -> dimensions whose size a kernel needs to test a computed index."""
+    tested: dict[str, set[int]] = {load.name: set() for load in attention.loads}
+    for load in expr.loads_of(attention.score, attention.rule):
+        tested[load.name].update(tested_dims(load))
+    return {name: sorted(dims) for name, dims in tested.items()}
+
+
+def linear_scale(score: Any, spec: KernelSpec) -> Any | None:
+    """c where the score is ``c * s`` with one c for all of a tile, so that it folds into the exponent; else None."""
+    factor = sympy.expand(score).coeff(expr.s, 1)
+    one_head = spec.kind in ("prefill", "listed")  # of a tile
+    varying = (expr.s, expr.q, expr.k) if one_head else (expr.s, expr.q, expr.k, expr.h)
+    if factor.has(*varying) or (factor.is_zero is not False and factor.is_number):
+        return None
+    return factor if sympy.expand(score - factor * expr.s) == 0 else None
+
+
+def affine_slope(score: Any) -> Any | None:
+    """c where the score is ``c * s`` plus something without s, c the same for all of a tile and not zero; else None."""
+    whole = sympy.expand(score)
+    slope = whole.coeff(expr.s, 1)
+    if slope.has(expr.s, expr.q, expr.k) or slope == 0 or sympy.expand(whole - slope * expr.s).has(expr.s):
+        return None
+    return slope
+
+
+def kernel_constants(spec: KernelSpec) -> dict[str, int | bool]:
+    """The compile-time constants of ``forward``."""
+    found: dict[str, int | bool] = {
+        "BLOCK_M": spec.tiles.block_m,
+        "BLOCK_N": spec.tiles.block_n,
+        "HEAD_DIM": spec.head_dim,
+        "BLOCK_D": spec.block_d,
+        "VALUE_DIM": spec.value_dim,
+        "BLOCK_DV": spec.block_dv,
+        "GROUPS": spec.groups,
+    }
+    powers = walk(spec.attention.rule).powers
+    if powers is not None and powers.block % spec.tiles.block_n == 0:
+        found["LIST_TILES"] = powers.block // spec.tiles.block_n
+    if spec.kind == "decode":
+        found["DIRECT"] = False
+    if spec.kind == "listed":
+        found |= {"LIST_BLOCK": spec.list_block, "LIST_UNIT": spec.list_unit}
+    return found
+
+
+@cache
+def _environment() -> jinja2.Environment:
+    return jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        undefined=jinja2.StrictUndefined,
+    )
+
+
+def template_named(name: str) -> jinja2.Template:
+    return _environment().get_template(name)
+
+
+class Generator:
+    """Fills the template of one specialisation."""
+
+    @property
+    def template(self) -> str:
+        return self.spec.kind
+
+    def __init__(self, spec: KernelSpec):
+        self.spec = spec
+        self.attention = spec.attention
+        self.walk: KeyWalk = walk(self.attention.rule)
+        self.key_condition = key_condition(spec)
+        self.allowed = self.key_condition != sympy.true
+        self.residual = key_conditions(self.walk.residual)[1] if self.allowed else self.walk.residual
+        self.loads = {load.name: load for load in self.attention.loads}
+        self.early = Lines()  # before the rows of the tile are known: only scalars
+        self.before = self.early.inner()  # before the loops
+        self.scale = linear_scale(self.attention.score, spec)
+        self.shift = ""
+        self.offset = None
+        if self.walk.powers is not None:
+            rows = spec.tiles.block_m if spec.kind != "decode" else 1  # decode: kernels with a list take one row
+            self.offset = position_offset(self.walk.powers, rows, spec.tiles.block_n)
+
+    @property
+    def may_mask(self) -> bool:
+        """Whether a score may be -inf by itself: by data that is added, or as a logarithm."""
+        return self.scale is None and (bool(expr.loads_of(self.attention.score)) or self.attention.score.has(sympy.log))
+
+    def symbols(self, **more: Value) -> dict[str, Value]:
+        head = Value("head", ROWS if self.spec.kind == "decode" else SCALAR, plain=True)
+        aligned = self.spec.kind in ("prefill", "backward") and not self.shift
+        tile = ("first_row", self.spec.tiles.block_m) if aligned else None
+        indices = {
+            "b": Value("batch", plain=True),
+            "h": head,
+            "q": Value("rows", ROWS, plain=True, tile=tile),
+            "k": Value("keys", frozenset("k"), plain=True),
+            "s": Value("scores", TILE, "float"),
+        }
+        return all_symbols(indices | more, self.attention, self.spec.wide)
+
+    def scalar_text(self, term: Any, lines: Lines, row: str | None = None, longest: int = LONGEST) -> str:
+        """Source of a term that is one number for the whole tile, with q standing for the row called ``row``."""
+        symbols = self.symbols(**({"q": Value(row)} if row else {}))
+        return fold(term, Source(symbols, self.loads, lines, longest=longest)).text
+
+    def source(self) -> str:
+        context = self.context()
+        context["host_helpers"] = template_named("host.jinja").render(context)
+        template = template_named(f"{self.template}.py.jinja")
+        body = template.render(context, helpers="")
+        return tidy(template.render(context, helpers=helpers_for(body)))
+
+    def context(self) -> dict[str, Any]:
+        """What the templates ask for."""
+        spec, tiles = self.spec, self.spec.tiles
+        self.align()
+        ranges = self.ranges()
+        sweeps = self.sweeps(ranges)
+        scale_constant = float(self.scale) if self.scale is not None and self.scale.is_number else None
+        scale_expression = ""
+        if self.scale is not None and scale_constant is None:
+            scale_expression = self.scalar_text(self.scale, self.before)
+        params = parameters(spec)
+        return {
+            "form": self.spec.form,
+            "predicate_text": text(self.attention.rule),
+            "score_text": text(self.attention.score),
+            "dtype": spec.dtype,
+            "head_dim": spec.head_dim,
+            "value_dim": spec.value_dim,
+            "block_dv": spec.block_dv,
+            "groups": spec.groups,
+            "tiles": tiles,
+            "block_m": tiles.block_m,
+            "block_n": tiles.block_n,
+            "warps": tiles.warps,
+            "stages": tiles.stages,
+            "together": self.together(),
+            "descriptors": tiles.descriptors,
+            "descriptor_arguments": self.descriptor_arguments(),
+            "empty_rows": self.attention.empty_rows,
+            "constants": {name: value for name, value in kernel_constants(spec).items() if name != "DIRECT"},
+            "params": params,
+            "unspecialised": [p.name for p in params if p.type in ("i32", "i64", "fp32") and not p.specialise],
+            "pad_d": spec.block_d != spec.head_dim,
+            "pad_dv": spec.block_dv != spec.value_dim,
+            "precision": self.precision(),
+            "shifted": bool(self.shift),
+            "shift": self.shift,
+            "shift_lines": self.early.lines,
+            "before": self.before.lines,
+            "range_lines": list(ranges.lines),
+            "sweeps": sweeps,
+            "scale_constant": scale_constant,
+            "scale_base2": None if scale_constant is None else abs(scale_constant) * LOG2_E,
+            "scale_expression": scale_expression,
+            "score_expression": self.scale is None,
+            "tested": list(sizes_tested(spec.attention).values()),
+            "listed": spec.kind == "listed",
+            "gathered": False,
+            **self.allowed_context(),
+        }
+
+    def allowed_context(self) -> dict[str, Any]:
+        """What the kernel ``find_allowed`` is written from."""
+        if not self.allowed:
+            return {"allowed": False}
+        head = {"h": Value("0"), "q": Value("0")}  # neither occurs
+        lines, keep = allowed.lines_and_keep(self.key_condition, self.symbols(**head), self.loads)
+        params = parameters(self.spec, "find_allowed")
+        return {
+            "allowed": True,
+            "allowed_params": params,
+            "allowed_unspecialised": [p.name for p in params if not p.specialise],
+            "allowed_lines": lines,
+            "allowed_keep": keep,
+            "allowed_parts": allowed.PARTS,
+            "allowed_keys": allowed.KEYS_AT_ONCE,
+        }
+
+    def descriptor_arguments(self) -> str:
+        if not self.spec.tiles.descriptors:
+            return ""
+        sides = (("key", self.spec.block_d), ("value", self.spec.block_dv))
+        return "".join(f" tiles_of({name}, {self.spec.tiles.block_n}, {width})," for name, width in sides)
+
+    def together(self) -> str:
+        """How many heads run side by side, as source of the launcher."""
+        spec = self.spec
+        if spec.tiles.heads_together:
+            return str(spec.tiles.heads_together)
+        width = (spec.head_dim + spec.value_dim) * (4 if spec.dtype == "float32" else 2)
+        return f"{spec.groups} * max(1, {CACHED_KEYS} // ({width} * max(1, key.shape[2])))"
+
+    def precision(self) -> str:
+        if self.spec.dtype != "float32":
+            return ""
+        return f', input_precision="{"tf32" if self.spec.tf32 else "ieee"}"'
+
+    def align(self) -> None:
+        """Move tiles so that the rows of each lie within one block of absolute position."""
+        if self.offset is None or self.spec.kind == "decode":
+            return
+        if self.offset.is_Integer and int(self.offset) % self.spec.tiles.block_m == 0:
+            return
+        offset = self.scalar_text(self.offset, self.early)
+        self.shift = f"(({offset}) & (BLOCK_M - 1)).to(tl.int32)"
+
+    def ranges(self) -> Ranges:
+        listed = self.offset is not None
+        split = self.spec.kind != "decode"
+        found = visits(
+            self.walk, lambda bound, row: self.scalar_text(bound, self.before, row), listed, split, self.allowed
+        )
+        lines = [*(allowed.SUMS if self.allowed else ()), *found.lines]
+        if listed and self.walk.choice:
+            powers = self.walk.powers
+            assert powers is not None
+            block = self.scalar_text(expr.FloorDiv(powers.position, powers.block), self.before, "first_row")
+            lines.insert(0, f"position_block = {block}")
+        return Ranges(tuple(lines), found.full, found.edge)
+
+    def sweeps(self, ranges: Ranges) -> list[Sweep]:
+        spec = self.spec
+        found = []
+        if spec.kind == "decode":
+            found.append(self.sweep("", ranges.edge, edge=True))
+        else:
+            title = "tiles in which every row keeps every key"
+            if self.residual != sympy.true:
+                title = "tiles in which only conditions on data are tested"
+            if ranges.full:
+                found.append(self.sweep(title, ranges.full, edge=False))
+            found.append(self.sweep("tiles on the edges: every condition is tested", ranges.edge, edge=True))
+            found[-1].stages = spec.tiles.edge_stages
+        return found
+
+    def sweep(self, title: str, parts: tuple[Part, ...], edge: bool) -> Sweep:
+        before, steps, count = flatten(parts, "i")
+        inside = self.before.inner()
+        algebra = Source(self.symbols(), self.loads, self.before, inside, key_mask="key_ok" if edge else "")
+        sweep = Sweep(title, edge, count, before, steps, lines=inside.lines)
+        if self.scale is None:
+            sweep.score = fold(self.attention.score, algebra).spread(TILE)
+        condition = self.attention.rule if edge else self.residual
+        keep = [] if condition == sympy.true else [fold(condition, algebra)]
+        if edge:
+            keep.append(Value("key_ok", frozenset("k"), "bool"))
+        if keep:
+            whole = reduce(lambda x, y: algebra.call("and", x, y), keep)
+            sweep.keep = whole.spread(TILE)
+        sweep.guard = bool(keep) or self.may_mask
+        used = " ".join([*inside.lines, sweep.score, sweep.keep])
+        sweep.reads_keys = re.search(r"\bkeys\b", used) is not None
+        return sweep
+
+
+def helpers_for(body: str) -> str:
+    """Device functions that ``body`` calls, with those that they call themselves."""
+    wanted: list[str] = []
+    for name in DEVICE_FUNCTIONS:
+        if f"{name}(" in body or any(f"{name}(" in DEVICE_FUNCTIONS[other] for other in wanted):
+            wanted.append(name)
+    return "".join(f"{DEVICE_FUNCTIONS[name].strip()}\n\n\n" for name in reversed(wanted))
+
+
+def tidy(source: str) -> str:
+    source = re.sub(r"[ \t]+\n", "\n", source)
+    source = re.sub(r"\n{4,}", "\n\n\n", source)
+    source = re.sub(r"(\n    [^\n]*)\n{3,}(?=    )", r"\1\n\n", source)
+    return source.strip() + "\n"

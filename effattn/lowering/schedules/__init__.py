@@ -1,0 +1,1 @@
+"""Tile sizes, warps and stages by device, dtype and head_dim."""

@@ -1,0 +1,131 @@
+"""Tile sizes by architecture, dtype and head dimension: a table of what was measured or compiles without spills."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from effattn.ir.plan import Plan
+from effattn.lowering.iteration.tile_ranges import walk
+from effattn.lowering.kernels.spec import MIN_TILE, Kind, Tiles, padded
+
+# On an H200 at D 128 causal attention was fastest with tiles of 128 x 64, 8 warps and 3 stages; 4 warps spill. On an
+# H100 at D 64 and 131,072 tokens it took 1.07 times cuDNN's time with 4 warps, 1.34 with 8.
+# (architecture, bits of the dtype) -> rows (largest padded head dimension, tiles); the first row that fits is taken
+PREFILL: dict[tuple[str, int], tuple[tuple[int, Tiles], ...]] = {
+    ("sm90", 16): (
+        (64, Tiles(128, 64, 4, 3)),
+        (128, Tiles(128, 64, 8, 3)),
+        (256, Tiles(128, 64, 8, 2)),
+        (512, Tiles(32, 32, 8, 2)),
+    ),
+    ("sm100", 16): (
+        (128, Tiles(128, 64, 8, 3)),
+        (256, Tiles(128, 32, 8, 2)),
+        (512, Tiles(32, 32, 8, 2)),
+    ),
+    ("sm80", 16): (
+        (64, Tiles(128, 64, 8, 3)),
+        (128, Tiles(128, 64, 8, 3)),
+        (256, Tiles(64, 32, 8, 2)),
+        (512, Tiles(32, 32, 8, 1)),
+    ),
+    ("gfx942", 16): (
+        (128, Tiles(128, 64, 4, 1)),
+        (256, Tiles(64, 32, 4, 1)),
+        (512, Tiles(32, 16, 4, 1)),
+    ),
+    ("any", 32): (
+        (64, Tiles(64, 32, 8, 2)),
+        (128, Tiles(32, 16, 4, 2)),
+        (256, Tiles(32, 16, 8, 1)),
+        (512, Tiles(16, 16, 8, 1)),
+    ),
+    ("interpreter", 16): ((512, Tiles(32, 32, 4, 1)),),
+    ("interpreter", 32): ((512, Tiles(32, 32, 4, 1)),),
+}
+# masks of which a row keeps few keys: (architecture, bits, kind of mask, padded head dimension), instead of the rows
+# above; measured at 8K to 128K
+SPARSE: dict[tuple[str, int, str, int], Tiles] = {
+    ("sm90", 16, "list", 128): Tiles(128, 128, 8, 2),
+    ("sm90", 16, "band", 128): Tiles(64, 64, 4, 3),
+}
+DECODE: dict[tuple[str, int], tuple[tuple[int, Tiles], ...]] = {
+    ("sm90", 16): ((128, Tiles(16, 64, 4, 3)), (256, Tiles(16, 64, 4, 2)), (512, Tiles(16, 32, 8, 2))),
+    ("sm100", 16): ((128, Tiles(16, 64, 4, 3)), (256, Tiles(16, 64, 4, 2)), (512, Tiles(16, 32, 8, 2))),
+    ("sm80", 16): ((128, Tiles(16, 64, 4, 3)), (256, Tiles(16, 32, 4, 2)), (512, Tiles(16, 32, 8, 1))),
+    ("gfx942", 16): ((128, Tiles(16, 64, 4, 1)), (512, Tiles(16, 32, 4, 1))),
+    ("any", 32): ((128, Tiles(16, 32, 8, 2)), (256, Tiles(16, 16, 4, 2)), (512, Tiles(16, 16, 4, 1))),
+    ("interpreter", 16): ((512, Tiles(16, 32, 4, 1)),),
+    ("interpreter", 32): ((512, Tiles(16, 32, 4, 1)),),
+}
+# gradients of queries hold block_m queries, those of keys hold block_m keys; the others stream by, block_n at a time
+BACKWARD: dict[tuple[str, int], tuple[tuple[int, Tiles], ...]] = {
+    ("sm90", 16): ((64, Tiles(128, 64, 8, 2)), (128, Tiles(64, 64, 8, 2)), (256, Tiles(32, 32, 8, 1))),
+    ("sm100", 16): ((128, Tiles(128, 64, 8, 2)), (256, Tiles(64, 32, 8, 1))),
+    ("sm80", 16): ((64, Tiles(128, 32, 8, 2)), (128, Tiles(64, 32, 8, 2)), (256, Tiles(32, 32, 8, 1))),
+    ("gfx942", 16): ((128, Tiles(64, 32, 4, 1)), (256, Tiles(32, 32, 4, 1))),
+    ("gfx942", 32): ((128, Tiles(32, 16, 8, 1)), (256, Tiles(16, 16, 8, 1))),
+    ("any", 32): ((64, Tiles(32, 32, 8, 1)), (128, Tiles(32, 16, 8, 1)), (256, Tiles(16, 16, 8, 1))),
+    ("interpreter", 16): ((512, Tiles(32, 32, 4, 1)),),
+    ("interpreter", 32): ((512, Tiles(32, 32, 4, 1)),),
+}
+NARROW = 32  # keys of a tile below which gathering is better
+TABLES = {"prefill": PREFILL, "listed": PREFILL, "decode": DECODE, "backward": BACKWARD}
+# an architecture that has no rows of its own takes those of a relative with no more shared memory
+RELATIVES = {"sm86": "sm80", "sm89": "sm80", "sm120": "sm80", "sm103": "sm100"}
+
+
+def choose(kind: Kind, plan: Plan, arch: str, bits: int, head_dim: int, value_dim: int, rows: int = 0) -> Tiles:
+    """The tiles for a kernel.
+
+    Args:
+        arch: "sm90", "gfx942", ..., or "interpreter".
+        bits: of the dtype of query, key and value.
+        rows: for decode, query rows times group members.
+    """
+    table = TABLES[kind]
+    arch = RELATIVES.get(arch, arch)
+    found = table.get((arch, bits)) or table.get(("any", bits)) or table["sm80", bits]
+    width = padded(max(head_dim, value_dim))
+    tiles = next(tiles for limit, tiles in found if width <= limit)
+    if kind in ("prefill", "listed"):
+        tiles = SPARSE.get((arch, bits, mask_kind(plan), width), tiles)
+    if plan.sparsity.select is not None:
+        return within_block(tiles, plan.sparsity.select.expand.block, plan.sparsity.select.expand.unit)
+    fitting = aligned(tiles, plan)
+    return replace(fitting, block_m=padded(rows), warps=tiles.warps) if kind == "decode" else fitting
+
+
+def mask_kind(plan: Plan) -> str:
+    """ "list": blocks at power-of-two distances, that tiles of 128 divide; "band": rows keep no keys far behind."""
+    if plan.sparsity.select is not None:
+        return "list" if plan.sparsity.select.expand.unit % 128 == 0 else "small list"
+    keys = walk(plan.spec.rule)
+    if keys.powers is not None:
+        return "list" if keys.powers.block % 128 == 0 else "small list"
+    return "band" if keys.lower or keys.near_lower else "dense"
+
+
+def within_block(tiles: Tiles, block: int, unit: int) -> Tiles:
+    """Tiles whose rows lie within one block of rows that share a list.
+
+    A tile of keys lies within one unit, unless that is very narrow: to gather several units into one tile cost 1.6
+    times as much as tiles of 32 keys (H100, D 64, units of 32).
+    """
+    block_m = min(tiles.block_m, block)
+    block_n, stages = (unit, tiles.stages + 1) if NARROW <= unit < tiles.block_n else (tiles.block_n, tiles.stages)
+    warps = tiles.warps if block_m >= 128 else min(tiles.warps, 4)
+    return replace(tiles, block_m=block_m, block_n=block_n, warps=warps, stages=stages)
+
+
+def aligned(tiles: Tiles, plan: Plan) -> Tiles:
+    """Tiles that divide the blocks of the plan's block list, if it has one."""
+    powers = walk(plan.spec.rule).powers
+    if powers is None:
+        return tiles
+    divisor = powers.block & -powers.block
+    if divisor < MIN_TILE:
+        return tiles
+    block_m, block_n = min(tiles.block_m, divisor), min(tiles.block_n, divisor)
+    warps = tiles.warps if block_m >= 128 else min(tiles.warps, 4)
+    return replace(tiles, block_m=block_m, block_n=block_n, warps=warps)

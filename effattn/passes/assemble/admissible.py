@@ -1,0 +1,93 @@
+"""What keeps a draft from being computed by an op: each check raises Refused with its reason."""
+
+from __future__ import annotations
+
+import torch
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from effattn.ir.expr import k, q
+from effattn.ir.refusal import Why
+from effattn.ir.site import Layout
+from effattn.passes.candidate.record import Draft, Refused
+from effattn.passes.graph.provenance import spelled
+from effattn.passes.graph.sizes import equal, is_broadcast
+from effattn.passes.graph.view import GraphView
+
+SUPPORTED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def check_recorded(view: GraphView, draft: Draft) -> None:
+    """Under vmap, grad and jvp Dynamo records tensors of torch.func, of which an op would see the inside.
+
+    Subclasses of Tensor that hold others inside would each have to say what the op means for them.
+    """
+    nodes = (draft.replaced, draft.query.node, draft.key.node, draft.value.node)
+    leaves = [leaf for node in nodes for leaf in pytree.tree_leaves(view.value(node))]
+    for leaf in leaves:
+        if is_traceable_wrapper_subclass(leaf):
+            raise Refused(Why.SUBCLASS, f"its tensors are {type(leaf).__name__}s, a subclass that holds other tensors")
+    if any(isinstance(leaf, torch.Tensor) and getattr(leaf, "fake_mode", None) is None for leaf in leaves):
+        raise Refused(
+            Why.TORCH_FUNC, "it runs inside a transformation of torch.func (vmap, grad, jvp)", "not supported yet"
+        )
+
+
+def check_gradients(view: GraphView, draft: Draft) -> None:
+    """The op's gradient reaches query and key whenever they need one: the author's must do so too."""
+    if not view.gradient_flows(view.time[draft.replaced]):
+        return
+    query, key, value = (view.held(operand.node).requires_grad for operand in (draft.query, draft.key, draft.value))
+    stops = (query or key or value) and not view.held(draft.replaced).requires_grad
+    weights = view.tensor(draft.anchor)
+    if stops or (draft.anchor is not draft.replaced and weights is not None and (query or key) > weights.requires_grad):
+        raise Refused(Why.GRADIENT, "the gradient is stopped between query and key and the output (detach or no_grad)")
+
+
+def check_operands(view: GraphView, draft: Draft, layout: Layout) -> None:
+    _check_lengths(view, draft)
+    end = view.time[draft.replaced]
+    for name, operand in (("query", draft.query), ("key", draft.key), ("value", draft.value)):
+        if writers := view.writes_between(operand.node, operand.time - 1, end):
+            reason = f"{name} is written between the scores and the output (by {spelled(writers[0])})"
+            raise Refused(Why.MEMORY, reason, at=writers[0])
+        size = layout.batch if operand.dims[0] is None else view.shape(operand.node)[operand.dims[0]]
+        if is_broadcast(view, size, layout.batch) is not False:  # one batch for all has no dimension
+            raise Refused(Why.BATCH, f"{name} has a batch of {size} where the scores have {layout.batch}")
+    if draft.query.groups != 1 or (draft.query.dims[1] and draft.query.heads_in(view) != layout.heads):
+        raise Refused(Why.HEADS, "the query has fewer heads than the scores")
+    key_heads, value_heads = draft.key.heads_in(view), draft.value.heads_in(view)
+    if key_heads != value_heads:
+        raise Refused(Why.HEADS, f"key has {key_heads} heads and value {value_heads}")
+    if not (layout.heads.is_Integer and key_heads.is_Integer) or int(layout.heads) % int(key_heads):
+        raise Refused(Why.HEADS, f"{layout.heads} query heads over {key_heads} key heads")
+    for operand in (draft.key, draft.value):
+        grouped = operand.groups if operand.dims[1] else int(layout.heads)
+        if grouped * int(key_heads) != int(layout.heads):
+            raise Refused(Why.HEADS, "query heads do not map to key heads in groups of equal size")
+    dtypes = {view.held(operand.node).dtype for operand in (draft.query, draft.key, draft.value)}
+    target = view.held(draft.replaced).dtype
+    if target not in SUPPORTED_DTYPES:
+        raise Refused(Why.DTYPE, f"attention in {target} is not supported")
+    scores = (view.tensor(node) for node in (draft.anchor, *draft.anchor.all_input_nodes[:1]))
+    if any(tensor is not None and tensor.dtype == torch.float64 for tensor in scores):
+        raise Refused(Why.DTYPE, "the scores are computed in torch.float64, which is not supported")
+    if dtypes != {target} and draft.sdpa is None and not draft.autocast:
+        raise Refused(
+            Why.DTYPE, f"query, key and value mix {', '.join(sorted(map(str, dtypes)))} for a {target} result"
+        )
+    if not (layout.head_dim.is_Integer and layout.value_dim.is_Integer):
+        raise Refused(Why.HEAD_DIM, "head_dim is not a constant")
+    if any(size == 0 for size in vars(layout).values()):
+        raise Refused(Why.EMPTY, "there is nothing to attend to or from: a length is 0")
+
+
+def _check_lengths(view: GraphView, draft: Draft) -> None:
+    """Scores that are put together of several products have more rows or keys than one of them."""
+    if draft.scores is None:
+        return
+    sizes = dict(zip(draft.scores_index, view.shape(draft.scores.node), strict=True))
+    for name, operand, symbol in (("query", draft.query, q), ("key", draft.key, k), ("value", draft.value, k)):
+        rows = view.shape(operand.node)[operand.dims[2]]
+        if not equal(view, rows, sizes[symbol]):
+            raise Refused(Why.LENGTHS, f"{name} has {rows} rows where the scores have {sizes[symbol]}")

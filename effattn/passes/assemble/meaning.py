@@ -1,0 +1,181 @@
+"""What a draft computes: score and predicate in closed form, and what a row gives that may attend to nothing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+
+from effattn.errors import PlanError
+from effattn.ir import expr, wire
+from effattn.ir.attention import EmptyRows
+from effattn.ir.expr import Nk, k, q
+from effattn.ir.refusal import Why
+from effattn.ir.site import Layout
+from effattn.passes.candidate.naming import in_lengths, with_lengths
+from effattn.passes.candidate.operands import Operand
+from effattn.passes.candidate.record import Draft, Refused
+from effattn.passes.graph.contraction import contraction
+from effattn.passes.graph.view import GraphView
+from effattn.passes.masks import split as masks
+from effattn.passes.symbolic import LoadSource
+
+MAX_TERMS = 400  # operations in score and predicate together; more is no mask that a person wrote
+
+
+@dataclass(frozen=True)
+class Meaning:
+    """Score, predicate and position as in a site, with the graph's own names of loads and numbers."""
+
+    score: Any
+    predicate: Any
+    position: Any | None
+    empty_rows: EmptyRows
+    threshold: float  # scores at or below it are masked
+
+
+def meaning(view: GraphView, draft: Draft, layout: Layout) -> Meaning:
+    """Score and mask of a draft taken apart; a note where fills stay in the score.
+
+    Raises:
+        Refused: they cannot be, or not in a way that gives what the author's arithmetic gives.
+    """
+    try:
+        found = masks.split(draft.term)
+    except masks.Unclear as unclear:
+        raise Refused(Why.SCORE_AND_MASK, str(unclear)) from unclear
+    score = with_lengths(found.score, layout)
+    predicate = masks.simplify(with_lengths(found.predicate, layout))
+    _check_expressions(score, predicate)
+    _check_large_numbers(view, draft, score)
+    lengths = in_lengths(layout)
+    position = masks.query_position(predicate, lengths)
+    if position is None and predicate == sympy.true and layout.q_len == 1 and _appended(view, draft.key):
+        position = q + Nk - 1  # a decode step without a mask: the query is the last of the keys
+    _check_digits(view, draft, score, lengths)
+    dtype = _score_dtype(view, draft)
+    try:
+        empty = masks.empty_rows(
+            masks.Split(score, predicate, found.fills),
+            lengths,
+            sdpa=draft.zero_when_empty,
+            dtype=dtype,
+            data=_masks_that_are_data(view, score, draft.reader.loads),
+        )
+    except masks.Unclear as unclear:
+        if draft.zeroed or not masks.may_stay_in_score(found, draft.term, dtype):
+            raise Refused(Why.ROWS_WITHOUT_KEYS, str(unclear), "use a boolean mask with SDPA") from unclear
+        score, predicate, position = with_lengths(draft.term, layout), sympy.true, None
+        empty = "zero" if draft.zero_when_empty else "nan"
+        draft.notes.append("a row may attend to nothing: the mask's fill values are added as the author adds them")
+    empty = _after_softmax(draft, layout, predicate, empty)
+    return Meaning(score, predicate, position, empty, found.threshold)
+
+
+def _after_softmax(draft: Draft, layout: Layout, predicate, empty: EmptyRows) -> EmptyRows:
+    """What a row without keys gives once weights were divided by hand, zeroed, or shared with a sink."""
+    if draft.nan_when_empty and empty == "mean":
+        empty = "nan"
+    for zeroed in draft.zeroed:
+        if masks.simplify(sympy.Not(masks.simplify(with_lengths(zeroed.where, layout)))) != predicate:
+            reason = "weights are set to zero by another mask than that of the scores"
+            raise Refused(Why.WEIGHTS, reason, at=zeroed.node)
+        empty = "zero" if zeroed.nan_too or empty == "mean" else empty
+    if draft.nan_is_zero and empty == "nan":
+        empty = "zero"
+    return empty if draft.sink is None or empty == "nan" else "zero"  # the sink takes all of the weight
+
+
+def _check_large_numbers(view: GraphView, draft: Draft, score) -> None:
+    scaled_fill = any(_is_huge(number) for number in score.atoms(sympy.Number))
+    if scaled_fill and _score_dtype(view, draft) == "float16":
+        raise Refused(Why.SCORE_AND_MASK, "a fill value is scaled by data in float16, which may make it infinite")
+
+
+def _check_digits(view: GraphView, draft: Draft, score, lengths: Layout) -> None:
+    """Beside a large number a score has no digits left: such rows must have other keys."""
+    half = draft.scores is not None and view.held(draft.scores.node).dtype in (torch.float16, torch.bfloat16)
+    shown = sympy.And(*masks.not_lowered(score, masks.in_half if half else masks.in_float32))
+    if shown != sympy.true and not masks.every_row_sees_a_key(masks.simplify(shown), lengths):
+        raise Refused(
+            Why.ROWS_WITHOUT_KEYS,
+            "a row may attend to nothing, and a large number that is added takes its digits"
+            + (" in half precision" if half else ""),
+            "fill with -inf" + (", or add in float32" if half else ""),
+        )
+
+
+def _check_expressions(score, predicate) -> None:
+    if predicate == sympy.false:
+        raise Refused(Why.EMPTY_MASK, "the mask allows nothing at all")
+    if predicate.has(expr.s):
+        raise Refused(Why.SCORE_AND_MASK, "the mask depends on the scores themselves")
+    if not score.has(expr.s):
+        raise Refused(Why.SCORE_AND_MASK, "the scores do not depend on query and key")
+    if sympy.count_ops(score) + sympy.count_ops(predicate, visual=False) > MAX_TERMS:
+        raise Refused(Why.SIZE, "the expression of score and mask is too large to compute in a kernel")
+    for term in (score, predicate):
+        try:
+            wire.encode(term)
+        except PlanError as error:
+            raise Refused(Why.SCORE_AND_MASK, str(error)) from error
+
+
+def _score_dtype(view: GraphView, draft: Draft) -> str:
+    """The least exact type that scores and masks pass through."""
+    nodes = (draft.query.node, draft.anchor.all_input_nodes[0], draft.replaced)
+    held = {view.held(node).dtype for node in nodes}
+    least = next((dtype for dtype in (torch.float16, torch.bfloat16) if dtype in held), torch.float32)
+    return str(least).removeprefix("torch.")
+
+
+def _masks_that_are_data(view: GraphView, score, loads: dict[str, LoadSource]) -> frozenset[str]:
+    """Loads added to the score that may hold -inf or another fill, for each key: a float mask that the caller passes.
+
+    A bias that a layer computes (of relative positions, say) is taken to be finite.
+    """
+    huge = any(_is_huge(number) for number in score.atoms(sympy.Number))
+    found = {load for load in expr.loads_of(score) if load.has(k)}
+    return frozenset(load.name for load in found if huge or _may_mask(view, loads[load.name].node))
+
+
+def _may_mask(view: GraphView, node: fx.Node) -> bool:
+    """Whether floats of an input that is no parameter, or a fill, reach ``node`` through arithmetic and views.
+
+    One number alone does not come out of a product of tensors as a mask: it is a scale or a limit of an operand.
+    """
+    waiting = [(node, False)]
+    seen = set(waiting)
+    while waiting:
+        node, multiplied = waiting.pop()
+        tensor = view.tensor(node)
+        if node.op == "placeholder" and tensor is not None:
+            masks_some = tensor.dim() > 0 or not multiplied
+            if tensor.is_floating_point() and masks_some and not isinstance(tensor, torch.nn.Parameter):
+                return True
+        elif view.call(node) is not None:
+            if any(_is_huge(arg) for arg in (*node.args, *node.kwargs.values())):
+                return True
+            multiplied = multiplied or contraction(view, node) is not None
+            new = [(source, multiplied) for source in node.all_input_nodes if (source, multiplied) not in seen]
+            seen.update(new)
+            waiting += new
+    return False
+
+
+def _is_huge(value: Any) -> bool:
+    if isinstance(value, sympy.Number):
+        value = float(value)
+    return isinstance(value, (int, float)) and (abs(value) >= -masks.FILL or abs(value) == -masks.HALF_FILL)
+
+
+def _appended(view: GraphView, key: Operand) -> bool:
+    """Whether the last row of the keys was just put behind older ones, as a growing cache does."""
+    call = view.call(key.node)
+    if call is None or call.name != "cat" or not isinstance(call.get("dim", 0), int):
+        return False
+    parts, dim = call.get("tensors", ()), call.get("dim", 0) % len(view.shape(key.node))
+    return len(parts) == 2 and dim == key.dims[2] and view.shape(parts[1])[dim] == 1

@@ -1,0 +1,1 @@
+"""Before matching: what users write in many ways is brought into one, and put back where no site used it."""

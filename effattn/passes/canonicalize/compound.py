@@ -1,0 +1,82 @@
+"""Before matching: calls that hide a whole attention in one node are written out, and weights that nobody reads go.
+
+Everything else is left as the author wrote it: the vocabulary already gives every spelling one name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx
+
+from effattn.ir.refusal import Why
+from effattn.passes.candidate.record import FOUND_AS, Missed, Refused
+from effattn.passes.canonicalize import multihead
+from effattn.passes.compilation import Compilation, Pass
+from effattn.passes.graph.dead_code import erase_orphans, erase_unused_weights
+from effattn.passes.graph.insertion import Inserter
+from effattn.passes.graph.view import GraphView
+
+
+def _write_out_softmin(write: Inserter, node: fx.Node) -> None:
+    """``softmin(x)`` is ``softmax(-x)``, in PyTorch too."""
+    given = dict(zip(("input", "dim", "_stacklevel", "dtype"), node.args, strict=False)) | node.kwargs
+    if not isinstance(given.get("dim"), int):
+        raise Refused(Why.ARGUMENTS, "softmin without a constant dim")
+    with multihead.as_recorded(node):
+        negative = write.method("neg", given["input"])
+        result = write.call(F.softmax, negative, dim=given["dim"], dtype=given.get("dtype"))
+    result.meta[FOUND_AS] = "softmin"
+    node.replace_all_uses_with(result)
+
+
+# a function that Dynamo keeps whole -> what writes it out and gives its users the parts
+RULES: dict[Any, Callable[[Inserter, fx.Node], None]] = {
+    F.softmin: _write_out_softmin,
+    F.multi_head_attention_forward: multihead.write_out,
+    torch._transformer_encoder_layer_fwd: multihead.write_out_encoder_layer,
+    torch._native_multi_head_attention: multihead.leave_native,
+}
+
+
+class DecomposeCompound(Pass):
+    """Compound calls are written out and unread weights erased."""
+
+    name = "decompose compound calls"
+    optional = True
+
+    def apply(self, work: Compilation) -> bool:
+        changed, missed = normalize(work.gm)
+        work.outcome.missed += missed
+        return bool(changed)
+
+
+def normalize(gm: fx.GraphModule) -> tuple[int, list[Missed]]:
+    """Expand compound calls in place, erase unread weights: how many nodes, and calls left alone, with the reason."""
+    missed: list[Missed] = []
+    sources: list[fx.Node] = []
+    expanded = 0
+    for node in list(gm.graph.nodes):
+        rule = RULES.get(node.target) if node.op == "call_function" else None
+        if rule is None:
+            continue
+        inserter = Inserter(gm.graph, node)
+        try:
+            with gm.graph.inserting_before(node):
+                rule(inserter, node)
+        except Refused as refused:
+            inserter.undo()
+            missed.append(Missed.at(node, refused.refusal))
+            continue
+        sources += node.all_input_nodes
+        for user in list(node.users):
+            gm.graph.erase_node(user)
+        gm.graph.erase_node(node)
+        expanded += 1
+    unused = [source for source in dict.fromkeys(sources) if not source.users]
+    if unused:  # a mask that the causal hint makes superfluous
+        erase_orphans(GraphView(gm.graph), unused)
+    return expanded + erase_unused_weights(gm.graph), missed

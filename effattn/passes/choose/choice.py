@@ -1,0 +1,313 @@
+"""One form per site, with the reason: what the policy allows, what the form's rules admit, what is cheapest to run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import sympy
+import torch
+
+from effattn.errors import FormRefused, TargetError
+from effattn.ir import expr
+from effattn.ir.attention import AttentionSpec
+from effattn.ir.plan import Dispatch, Plan, Sparsity
+from effattn.ir.refusal import Refusal
+from effattn.ir.site import Site
+from effattn.lowering.forms import FORMS
+from effattn.lowering.forms.form import Params, Rule
+from effattn.passes.candidate.failures import left_alone
+from effattn.passes.candidate.record import Anchors, Match
+from effattn.passes.choose.cheapest import cheapest
+from effattn.passes.compilation import Compilation, Pass
+from effattn.passes.match.find import MatchSoftmax
+from effattn.passes.rewrite.features import no_weights
+from effattn.policy import Policy
+from effattn.policy import Rule as PolicyRule
+from effattn.runtime.targets.choice import no_kernels, triton_is_importable
+
+Route = Literal["keep", "sdpa", "op", "linear"]
+SDPA_MAX_HEAD_DIM = 256  # beyond it SDPA has no kernel that avoids N x N scores
+GROUPED_ONLY_IN_HALF = ("cuda",)  # devices whose fast kernels of SDPA take grouped heads only in half precision
+SDPA_MAX_HEADS = 65535  # its kernels are launched with heads as the second or third dimension of a grid
+SHORT = "shorter than min_length"  # the rule that refuses a form which the policy wants at greater lengths only
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One form that was considered for a site."""
+
+    form: str
+    accepted: bool
+    refusals: tuple[Refusal, ...] = ()
+
+    @property
+    def reasons(self) -> tuple[str, ...]:
+        return tuple(map(str, self.refusals))
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What will be done with a site.
+
+    ``route``: "keep" leaves the node as it is, "sdpa" writes an SDPA call without a mask, "op" writes
+    ``effattn::attend`` with ``plan``, "linear" writes feature maps and ``effattn::linear``.
+    """
+
+    match: Match
+    form: str
+    params: Params
+    route: Route
+    reason: str
+    plan: Plan | None
+    candidates: tuple[Candidate, ...]
+    target: str | None = None  # of a choice without a plan
+
+    @property
+    def exact(self) -> bool:
+        return FORMS[self.form].kind == "exact"
+
+
+class ChooseForms(Pass):
+    """Every match gets a form and a route."""
+
+    name = "choose forms"
+    needs = (MatchSoftmax,)
+
+    def apply(self, work: Compilation) -> bool:
+        outcome = work.outcome
+        if work.strict:
+            work.policy.check_sites(match.site for match in outcome.matches)
+        for match in outcome.matches:
+            with left_alone(match.anchors.replaced, outcome.missed, work.strict):
+                choice = choose(match, work.policy, strict=work.strict, target=work.target)
+                if choice.route in ("op", "linear"):
+                    check_target(match.site, work.target if choice.plan is None else choice.plan.dispatch.target)
+                outcome.choices.append(choice)
+        return False
+
+
+def check_target(site: Site, target: str | None) -> None:
+    """Refuse kernels that the user asked for at a site, if none can run there.
+
+    Raises:
+        TargetError: says which site, why, and what to do.
+    """
+    if target == "triton" and (why := no_kernels(site.device)) is not None:
+        raise TargetError(f"target={target!r} for {site.name} ({site.location}): {why}")
+
+
+def choose(match: Match, policy: Policy, *, strict: bool, target: str | None) -> Choice:
+    """What is done with one match.
+
+    Raises:
+        FormRefused: with ``strict``, a form that the policy names does not apply at a site that its rule matches.
+    """
+    site = match.site
+    found = policy.match(site)
+    rule = found.rule
+    if rule is not None and rule.automatic:
+        return _cheapest(match, policy, rule, strict, target)
+    candidates: list[Candidate] = []
+    for name in rule.preference if rule is not None else ("exact",):
+        form = FORMS[name]
+        params = rule.params_of(name) if rule is not None else form.params()
+        min_length = rule.min_length if rule is not None else 0
+        candidates.append(_considered(site, name, params, strict, min_length))
+        if not candidates[-1].accepted:
+            continue
+        if name == "exact":
+            break
+        if not form.softmax:
+            reason = f"policy {policy.name!r} asks for it, {_accepted_by(params)}"
+            return Choice(match, name, params, "linear", reason, None, tuple(candidates), target)
+        plan = plan_of(site, name, params, min_length, target)
+        since = f" from {min_length:,} keys on" if min_length else ""
+        reason = f"policy {policy.name!r} asks for it{since}"
+        return Choice(match, name, params, "op", reason, plan, tuple(candidates))
+    return _exact(match, tuple(candidates), "; ".join([*_refused(candidates), *found.notes]), target)
+
+
+def _considered(site: Site, name: str, params: Params, strict: bool, min_length: int = 0) -> Candidate:
+    """Whether a form applies at a site.
+
+    Raises:
+        FormRefused: it does not, and with ``strict`` that is an error.
+    """
+    keys = site.layout.fixed_keys
+    if not FORMS[name].softmax and keys is not None and keys < min_length:  # its op cannot look at lengths
+        reason = f"this graph is of {keys:,} keys, and min_length is {min_length:,}"
+        return Candidate(name, False, (Refusal(SHORT, reason),))
+    refusals = FORMS[name].refusals(site, params) + (() if name == "exact" else _cannot_lower(site, name))
+    if not FORMS[name].softmax and not refusals:
+        refusals = no_weights(site, params, min_length)
+    if refusals and strict and name != "exact":
+        raise FormRefused(f"{site.name} ({site.location}): {name} refused: {'; '.join(map(str, refusals))}")
+    return Candidate(name, not refusals, refusals)
+
+
+def _refused(candidates: list[Candidate]) -> list[str]:
+    refused = [candidate for candidate in candidates if not candidate.accepted and candidate.form != "exact"]
+    return [f"{candidate.form} refused: {', '.join(candidate.reasons)}" for candidate in refused]
+
+
+def _cheapest(match: Match, policy: Policy, rule: PolicyRule, strict: bool, target: str | None) -> Choice:
+    """The cheapest form at every length, as one plan that decides when the op runs."""
+    site = match.site
+    length = max(rule.min_length, 1)  # which form it is, is decided when the op runs
+    candidates = [_considered(site, name, rule.params_of(name), strict, length) for name in rule.preference]
+    accepted = [candidate.form for candidate in candidates if candidate.accepted]
+    dense = exact_route(site, match.anchors)[0] != "op"
+    also: list[str] = []  # why no form with an op of its own was chosen
+    if not all(FORMS[name].softmax for name in accepted):
+        choice = _own_op(match, policy, rule, accepted, dense, candidates, target)
+        if isinstance(choice, Choice):
+            return choice
+        also.append(choice)
+        accepted = [name for name in accepted if FORMS[name].softmax]
+    found = cheapest(site, {name: rule.params_of(name) for name in accepted}, dense)
+    steps = found.steps_from(rule.min_length)
+    if all(name == "exact" for _, name in steps):
+        why = [
+            f"of {', '.join(accepted)} exact is the cheapest at every length ({found.device})",
+            *also,
+            *_refused(candidates),
+        ]
+        return _exact(match, tuple(candidates), "; ".join(why), target)
+    plan: Plan | None = None
+    for first, name in steps:
+        params = rule.params_of(name)
+        more = plan_of(site, name, params, first if plan is not None else 0, target)
+        plan = more.dispatched(below=plan)
+    form = steps[-1][1]
+    reason = f"policy {policy.name!r} asks for the cheapest: {found.text(steps)}"
+    reason = "; ".join([reason, *also, *_refused(candidates)])
+    return Choice(match, form, rule.params_of(form), "op", reason, plan, tuple(candidates))
+
+
+def _own_op(
+    match: Match,
+    policy: Policy,
+    rule: PolicyRule,
+    accepted: list[str],
+    dense: bool,
+    candidates: list[Candidate],
+    target: str | None,
+) -> Choice | str:
+    """The choice of a form with an op of its own, where it is the cheapest at this graph's one length; or why not."""
+    site, keys = match.site, match.site.layout.fixed_keys
+    assert keys is not None
+    found = cheapest(site, {name: rule.params_of(name) for name in accepted}, dense)
+    costs = ", ".join(f"{name} {found.milliseconds(name):.3g} ms" for name in found.costs)
+    predicted = f"at the {keys:,} keys of this graph (predicted: {costs}; {found.device})"
+    best = found.at(keys)
+    if FORMS[best].softmax:
+        return f"{', '.join(name for name in accepted if not FORMS[name].softmax)} is not the cheapest {predicted}"
+    params = rule.params_of(best)
+    reason = f"policy {policy.name!r} asks for the cheapest: {best} {predicted}, {_accepted_by(params)}"
+    reason = "; ".join([reason, *_refused(candidates)])
+    return Choice(match, best, params, "linear", reason, None, tuple(candidates), target)
+
+
+def _accepted_by(params: Any) -> str:
+    return f"with the weights in {params.weights}" if params.weights else f"accepting an error of {params.tolerance:g}"
+
+
+def _exact(match: Match, candidates: tuple[Candidate, ...], why: str, target: str | None) -> Choice:
+    site = match.site
+    params = FORMS["exact"].params()
+    route, reason = exact_route(site, match.anchors)
+    plan = plan_of(site, "exact", params, 0, target) if route == "op" else None
+    return Choice(match, "exact", params, route, f"{reason}; {why}" if why else reason, plan, candidates)
+
+
+def exact_route(site: Site, anchors: Anchors) -> tuple[Route, str]:
+    """How exact attention is computed at a site, and why."""
+    if anchors.is_plain_sdpa and not anchors.key.folded and not needs_all_heads(site):
+        return "keep", "already an SDPA call without a mask: its own fast kernels run"
+    if _one_small_row(site):
+        return "keep", "one query over few keys, too wide for a kernel: its weights are smaller than the query itself"
+    if anchors.lse is None and not site.sink and sdpa_takes(site):
+        causal = "the mask is causal" if site.spec.predicate != sympy.true else "there is no mask"
+        heads = ", which take grouped heads expanded in float32" if needs_all_heads(site) else _grouped(site)
+        return "sdpa", f"{causal}: SDPA's own fast kernels, no mask tensor" + heads
+    if (refusals := _cannot_lower(site, "exact")) != ():
+        return "keep", f"left as it was: {'; '.join(map(str, refusals))}"
+    if anchors.is_sdpa and is_opaque(site):
+        return "keep", "the mask is a tensor with a value for every pair: SDPA reads it as it is"
+    return "op", "a kernel specialised on predicate and score, no mask tensor" + _grouped(site)
+
+
+def needs_all_heads(site: Site) -> bool:
+    """Whether SDPA avoids N x N scores only if key and value have as many heads as query."""
+    return site.layout.groups > 1 and site.device in GROUPED_ONLY_IN_HALF and site.dtype == "float32"
+
+
+def _grouped(site: Site) -> str:
+    return ", grouped heads not expanded" if site.layout.groups > 1 else ""
+
+
+def _one_small_row(site: Site) -> bool:
+    """Whether nothing is to be saved, as in attention over the layers of a model, whose heads are tokens."""
+    sizes = site.layout
+    keys = sizes.fixed_keys
+    few = sizes.q_len == 1 and keys is not None and keys <= int(sizes.head_dim)
+    return few and (int(sizes.head_dim) > SDPA_MAX_HEAD_DIM or int(sizes.heads) > SDPA_MAX_HEADS)
+
+
+def sdpa_takes(site: Site) -> bool:
+    """Whether SDPA without a mask tensor computes the site: no mask or top-left causal, a plain scale, equal widths."""
+    plain = site.spec.predicate == sympy.true or (
+        site.spec.predicate == sympy.Le(expr.k, expr.q) and sympy.expand(site.layout.q_len - site.layout.k_len) == 0
+    )
+    widths = site.layout.head_dim == site.layout.value_dim and site.layout.head_dim <= SDPA_MAX_HEAD_DIM
+    return plain and widths and site.layout.heads <= SDPA_MAX_HEADS and expr.plain_scale(site.spec.score) is not None
+
+
+def is_opaque(site: Site) -> bool:
+    """Whether mask or bias is a tensor that holds a value for every (q, k): there is nothing to save by reading it."""
+    pairs = (
+        load for load in expr.loads_of(site.spec.predicate, site.spec.score) if load.has(expr.q) and load.has(expr.k)
+    )
+    return any(all(not (index.has(expr.q) and index.has(expr.k)) for index in load.indices) for load in pairs)
+
+
+OP_RULES = (
+    Rule(
+        "gradient of the bias",
+        lambda site, params: not site.loads_need_grad,
+        "a tensor that the score reads needs a gradient itself (a learned bias or scale), "
+        "which the op does not compute",
+        "run under torch.no_grad()",
+    ),
+    Rule(
+        "gradient of empty rows",
+        lambda site, params: not (site.needs_grad and site.spec.empty_rows in ("mean", "nan")),
+        "gradients are needed, and rows that may attend to nothing have some that depend on rounding",
+        "use SDPA, where such rows are zero, or run under torch.no_grad()",
+    ),
+)
+
+
+def _cannot_lower(site: Site, form: str) -> tuple[Refusal, ...]:
+    """Reasons that lie in the op and not in the form. Exact sites that SDPA takes do not come here."""
+    refusals = (rule.refusal(site, FORMS[form].params()) for rule in OP_RULES)
+    return tuple(refusal for refusal in refusals if refusal is not None)
+
+
+def plan_of(site: Site, form: str, params: Params, min_length: int, target: str | None) -> Plan:
+    """The plan that an op needs for this site and form; on the portable target where kernels cannot serve it."""
+    spec = replace(site.spec, keep=FORMS[form].keep(params, site))
+    sparsity = Sparsity(FORMS[form].selector(params, site))
+    if _kernels_cannot(spec, site, target):
+        target = "portable"
+    return Plan(form, spec, sparsity, Dispatch(min_length, None, target, site.output_layout, lse_is_read=False))
+
+
+def _kernels_cannot(spec: AttentionSpec, site: Site, target: str | None) -> bool:
+    if site.device != "cuda" or target == "portable" or not triton_is_importable():
+        return False
+    from effattn.runtime.targets import triton as triton_target
+
+    widths = int(site.layout.head_dim), int(site.layout.value_dim)
+    return triton_target.unsupported(spec.complete, getattr(torch, site.dtype), *widths) is not None

@@ -1,0 +1,1 @@
+"""The true reason of a softmax that is left alone."""

@@ -1,0 +1,116 @@
+"""Clean-up after the rewriting: only what it orphaned, and only what has no effect.
+
+``Graph.eliminate_dead_code`` must not be used on Dynamo's graphs: it takes ``index_copy_`` without users, the write
+into a key/value cache, for dead.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import Any
+
+import torch
+from torch import fx
+from torch.utils import _pytree as pytree
+
+from effattn.passes.graph.contraction import CONTRACTIONS
+from effattn.passes.graph.view import GraphView, writes
+from effattn.passes.graph.vocabulary import canonical, is_dead_dropout
+from effattn.passes.match.block_mask import is_block_mask_code
+
+_LARGEST_PART = 200  # nodes that go together or not at all
+_KEEP_STATISTICS = ("batch_norm", "instance_norm")  # they write into their arguments, and their schemas do not say so
+
+
+def erase_unused_weights(graph: fx.Graph) -> int:
+    """Erase what nobody reads of attention weights, as a model returns them only to some of its callers.
+
+    Only what is made of a softmax before its product with value: an unread state of linear attention, say, tells how
+    fast it decays. Only where an operation has no effect but its value. Returns how many nodes went.
+    """
+    weights: set[fx.Node] = set()
+    for node in graph.nodes:
+        call = canonical(node)
+        multiplies = call is not None and call.name in CONTRACTIONS
+        from_weights = node.op.startswith("call_") and not multiplies and not weights.isdisjoint(node.all_input_nodes)
+        if (call is not None and call.name == "softmax") or from_weights:
+            weights.add(node)
+    before = len(graph.nodes)
+    for node in reversed(graph.nodes):
+        if node in weights and not node.users and not writes(node) and not _has_effect(node):
+            weights.update(node.all_input_nodes)  # what only they needed goes too
+            graph.erase_node(node)
+    return before - len(graph.nodes)
+
+
+def _has_effect(node: fx.Node) -> bool:
+    """Whether a node that writes nothing may still do something: draw random numbers, or ask for a gradient."""
+    call = canonical(node)
+    if call is None:
+        leaves = pytree.tree_leaves(GraphView.value(node))
+        plain = bool(leaves) and all(isinstance(leaf, torch.Tensor) for leaf in leaves)
+        return not (plain and _is_pure(node.target))
+    if call.name == "dropout":
+        return not is_dead_dropout(call)
+    return call.get("dropout_p", 0.0) != 0.0 or node.target == "requires_grad_"
+
+
+def _is_pure(target: Any) -> bool:
+    """Whether an operation outside the vocabulary is one of ATen by its name, and none that draws, writes or waits."""
+    name = target if isinstance(target, str) else getattr(target, "__name__", "")
+    if not isinstance(target, str) and (getattr(target, "__module__", None) or "torch").split(".")[0] != "torch":
+        return False
+    packet = getattr(torch.ops.aten, name, None) if name.isidentifier() and name not in _KEEP_STATISTICS else None
+    if packet is None:
+        return False
+    operations = [getattr(packet, overload) for overload in packet.overloads()]
+    with_effect = {torch.Tag.nondeterministic_seeded, torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output}
+    return not any(with_effect.intersection(operation.tags) for operation in operations)
+
+
+def erase_orphans(view: GraphView, replaced: list[fx.Node]) -> None:
+    """Erase the replaced nodes and whatever only they needed: mask code, expanded heads, score arithmetic.
+
+    A node goes only if its operation is in the vocabulary, so that it is known to have no effect but its value. Nodes
+    that share memory go together: ``scores += mask`` is dead once nobody outside reads those scores.
+    """
+    sharing: dict[object, list[fx.Node]] = defaultdict(list)
+    for node in view.time:
+        sharing[view.memory_of(node)].append(node)
+    waiting = list(replaced)
+    erased: set[fx.Node] = set()
+    while waiting:
+        node = waiting.pop()
+        if node in erased:
+            continue
+        for dead in _dead_part(view, node, sharing, erased):
+            waiting += [source for source in dead.all_input_nodes if source in view.time]
+            view.graph.erase_node(dead)
+            erased.add(dead)
+
+
+def _dead_part(
+    view: GraphView, node: fx.Node, sharing: dict[object, list[fx.Node]], gone: set[fx.Node]
+) -> list[fx.Node]:
+    """What can be erased together with ``node``, users first; [] if it must stay.
+
+    That is all that shares memory with it, and all that is made of any of that: ``scores[1:] = f(scores[1:])``.
+    """
+    if not node.users and only_a_value(view, node) and not view.writes(node):
+        return [node]
+    part: set[fx.Node] = set()
+    waiting = [node]
+    while waiting:
+        member = waiting.pop()
+        if member in part or member in gone:
+            continue
+        if member not in view.time or not only_a_value(view, member) or len(part) > _LARGEST_PART:
+            return []
+        part.add(member)
+        waiting += [*member.users, *sharing[view.memory_of(member)]]
+    return sorted(part, key=lambda member: -view.time[member])
+
+
+def only_a_value(view: GraphView, node: fx.Node) -> bool:
+    """Whether a node is known to have no effect but its value."""
+    return (view.call(node) is not None and not _has_effect(node)) or is_block_mask_code(node)

@@ -1,0 +1,316 @@
+"""A read-only view of a Dynamo graph: order, shapes, who aliases whom, and when memory is written.
+
+Dynamo's graphs mutate (``index_copy_`` into a cache, ``add_`` on a counter), so a value is a node *at a time*. The
+view answers two questions that every later step asks: what does this node hold when it is read at that point, and is
+it still the same further down?
+"""
+
+from __future__ import annotations
+
+import inspect
+import operator
+from bisect import bisect_left
+from collections import defaultdict
+from collections.abc import Callable
+from functools import lru_cache
+from types import FunctionType
+from typing import Any
+
+import sympy
+import torch
+from networkx.utils import UnionFind
+from torch import fx
+from torch.utils import _pytree as pytree
+from torch.utils._sympy import functions
+
+from effattn.ir import expr
+from effattn.passes.graph.vocabulary import Call, canonical, is_dead_dropout
+
+# operations whose result may share memory with an argument; asked only where Dynamo recorded no value
+_VIEWS = {f"cast_{name}" for name in ("float32", "float64", "float16", "bfloat16", "int32", "int64", "bool")} | {
+    *("reshape", "transpose", "permute", "movedim", "t", "getattr", "expand", "getitem", "select", "narrow", "chunk"),
+    *("split", "unbind", "identity", "to", "type_as", "dropout"),
+}
+_INPLACE_OPERATORS = {
+    getattr(operator, f"i{name}")
+    for name in [
+        "add",
+        "sub",
+        "mul",
+        "truediv",
+        "floordiv",
+        "mod",
+        "pow",
+        "and",
+        "or",
+        "xor",
+        "lshift",
+        "rshift",
+        "matmul",
+    ]
+} | {operator.setitem}
+# what changes the shape or the memory of the tensor object that it is called on
+_CHANGES_ITSELF = {
+    *("squeeze_", "unsqueeze_", "t_", "transpose_", "swapaxes_", "swapdims_"),
+    *("as_strided_", "resize_", "resize_as_", "set_", "set_data"),
+}
+_MAKERS = ("arange", "ones", "zeros", "full", "tensor")  # they look at the shape of an argument at most
+_LIKE_ANOTHER = ("type_as", "reshape", "expand")  # they look at the dtype or shape of a second argument at most
+# packages whose functions have no effect but their value, unless their names or schemas say so
+_PURE_PACKAGES = ("torch", "_operator", "operator", "builtins", "math", "einops")
+
+
+class GraphView:
+    """Facts about one ``fx.Graph``; valid until the graph is changed."""
+
+    def __init__(self, graph: fx.Graph):
+        self.graph = graph
+        self.time: dict[fx.Node, int] = {node: index for index, node in enumerate(graph.nodes)}
+        self._calls: dict[fx.Node, Call | None] = {}
+        self._aliases: UnionFind = UnionFind(graph.nodes)
+        self._writes: dict[Any, list[tuple[int, fx.Node, fx.Node]]] = defaultdict(list)
+        self._find_aliases_and_writes()
+        self._gradient_switches = [
+            (index, bool(node.args[0]))
+            for node, index in self.time.items()
+            if node.op == "call_function" and node.target is torch._C._set_grad_enabled
+        ]
+
+    def call(self, node: Any) -> Call | None:
+        """The node through the vocabulary."""
+        if not isinstance(node, fx.Node):
+            return None
+        if node not in self._calls:
+            self._calls[node] = canonical(node)
+        return self._calls[node]
+
+    # -- memory ---------------------------------------------------------------------------------------------
+
+    def writes_between(self, node: fx.Node, start: int, end: int) -> list[fx.Node]:
+        """Nodes at times in (start, end) that write memory which ``node`` may share."""
+        found = self._writes.get(self._aliases[node], [])
+        first = bisect_left(found, start + 1, key=lambda write: write[0])
+        last = bisect_left(found, end, key=lambda write: write[0])
+        return [writer for _, writer, _ in found[first:last]]
+
+    def memory_of(self, node: fx.Node) -> fx.Node:
+        """A representative of all nodes that may share memory with ``node``."""
+        return self._aliases[node]
+
+    def writes(self, node: fx.Node) -> bool:
+        """Whether running ``node`` writes memory that existed before."""
+        return writes(node)
+
+    def written_as(self, writer: fx.Node) -> fx.Node | None:
+        """The node that ``writer`` was given to write to."""
+        targets = _written_args(writer)
+        return targets[0] if len(targets) == 1 else None
+
+    def changes_itself(self, node: fx.Node) -> bool:
+        """Whether a tensor that shares memory with ``node`` changes its shape in place: nothing is certain then."""
+        return self._aliases[node] in self._reshaped
+
+    def _find_aliases_and_writes(self) -> None:
+        written: list[tuple[int, fx.Node, fx.Node]] = []
+        storages: dict[int, fx.Node] = {}
+        for node, index in self.time.items():
+            known = self._storages(node)
+            for storage in known or ():
+                self._aliases.union(storages.setdefault(storage, node), node)
+            for source in self._shared_with(node) if known is None else ():
+                self._aliases.union(source, node)
+            for target in _written_args(node):
+                self._aliases.union(target, node)
+                written.append((index, node, target))
+        for index, node, target in written:
+            self._writes[self._aliases[target]].append((index, node, target))
+        names = ((node, str(getattr(node.target, "__name__", node.target))) for node in self.time)
+        changed = [node for node, name in names if name in _CHANGES_ITSELF and node.op.startswith("call")]
+        self._reshaped = {self._aliases[target] for node in changed for target in node.all_input_nodes[:1]}
+
+    def _storages(self, node: fx.Node) -> list[int] | None:
+        """The memory of the fake tensors that Dynamo recorded: views share it, inputs that overlap share it too."""
+        found = []
+        for value in pytree.tree_leaves(node.meta.get("example_value")):
+            if isinstance(value, torch.Tensor):
+                try:
+                    found.append(value.untyped_storage()._cdata)
+                except (NotImplementedError, RuntimeError):
+                    return None
+        return found or None
+
+    def _shared_with(self, node: fx.Node) -> list[fx.Node]:
+        if node.op not in ("call_function", "call_method"):
+            return []
+        call = self.call(node)
+        if call is not None:
+            source = call.get("input")
+            return [source] if call.name in _VIEWS and isinstance(source, fx.Node) else []
+        if (schemas := _schemas(node.target)) is not None:
+            return _schema_args(node, schemas, lambda info: info is not None)
+        return [source for source in node.all_input_nodes if self.tensor(source) is not None]
+
+    # -- gradients ------------------------------------------------------------------------------------------
+
+    def gradient_flows(self, time: int) -> bool:
+        """Whether gradient mode is on at ``time``."""
+        place = bisect_left(self._gradient_switches, time, key=lambda switch: switch[0])
+        return self._gradient_switches[place - 1][1] if place else torch.is_grad_enabled()
+
+    def cuts_gradient(self, node: fx.Node, time: int) -> bool:
+        """Whether a reader at ``time`` gets no gradient through ``node`` to its inputs, as after ``detach()``."""
+        value = self.tensor(node)
+        if value is None or value.requires_grad or not value.is_floating_point() or not self.gradient_flows(time):
+            return False
+        call = self.call(node)
+        if call is not None and call.name in _MAKERS:
+            return False
+        sources = [call.get("input")] if call is not None and call.name in _LIKE_ANOTHER else node.all_input_nodes
+        inputs = (self.tensor(source) for source in sources)
+        return any(source is not None and source.requires_grad for source in inputs)
+
+    # -- shapes and dtypes ----------------------------------------------------------------------------------
+
+    @staticmethod
+    def value(node: Any) -> Any:
+        """The fake tensor or number that Dynamo recorded for a node; anything else is its own value."""
+        return node.meta.get("example_value") if isinstance(node, fx.Node) else node
+
+    def tensor(self, node: Any) -> torch.Tensor | None:
+        value = self.value(node)
+        return value if isinstance(value, torch.Tensor) else None
+
+    def held(self, node: Any) -> torch.Tensor:
+        """The fake tensor of a node that is known to hold one."""
+        tensor = self.tensor(node)
+        assert tensor is not None, f"{node} holds no tensor"
+        return tensor
+
+    def shape(self, node: fx.Node) -> tuple[sympy.Expr, ...]:
+        """The sizes of a tensor node as sympy terms (symbolic lengths stay symbolic; no guard is made)."""
+        tensor = self.tensor(node)
+        return tuple(as_sympy(size) for size in tensor.shape) if tensor is not None else ()
+
+
+def as_sympy(value: Any) -> sympy.Expr:
+    """An int or SymInt as a sympy term in our vocabulary, without guarding on it."""
+    if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+        return _in_our_words(value.node.expr)
+    return sympy.sympify(value)
+
+
+# torch's own symbolic functions that ours compute as well, for sizes: all arguments positive
+_OUR_WORDS: dict[type, Any] = {
+    functions.FloorDiv: expr.FloorDiv,
+    functions.CleanDiv: expr.FloorDiv,
+    functions.Mod: expr.Modulo,
+    functions.PythonMod: expr.Modulo,
+    functions.Max: sympy.Max,
+    functions.Min: sympy.Min,
+}
+
+
+@lru_cache(maxsize=4096)
+def _in_our_words(term: sympy.Expr) -> sympy.Expr:
+    if not term.args:
+        return term
+    args = [_in_our_words(arg) for arg in term.args]
+    ours = _OUR_WORDS.get(type(term))
+    if ours in (expr.FloorDiv, expr.Modulo) and not (args[1].is_Integer and args[1] > 0):
+        return term
+    return term.func(*args) if ours is None else ours(*args)
+
+
+def hint(value: Any) -> int:
+    """An int for costs and stages: the size that was seen while tracing."""
+    if isinstance(value, (torch.SymInt, torch.SymFloat)):
+        found = value.node.hint
+        return int(found) if found is not None else 0
+    return int(value)
+
+
+def writes(node: fx.Node) -> bool:
+    """Whether running ``node`` writes memory that existed before."""
+    return bool(_written_args(node))
+
+
+def _written_args(node: fx.Node) -> list[fx.Node]:
+    """The arguments whose memory a node writes."""
+    if node.op == "call_method":
+        name = str(node.target)
+        inplace = (name.endswith("_") and not name.endswith("__") and name != "requires_grad_") or name == "__setitem__"
+        inplace = inplace or (name.startswith("__i") and name.endswith("__") and name != "__invert__")
+        return _nodes(node.args[:1]) if inplace else []
+    if node.op != "call_function":
+        return []
+    if (call := canonical(node)) is not None and is_dead_dropout(call):
+        return []  # its input as it is, also where the flag says in place
+    if (schemas := _schemas(node.target)) is not None:
+        return _schema_args(node, schemas, lambda info: info is not None and info.is_write)
+    if isinstance(node.target, torch._ops.HigherOrderOperator):
+        return _nodes([node.args, node.kwargs]) if _body_writes(node) else []
+    if isinstance(node.target, FunctionType) and (node.target.__module__ or "").split(".")[0] not in _PURE_PACKAGES:
+        return _nodes([node.args, node.kwargs])  # a function that was allowed in the graph: it may do anything
+    found: list[fx.Node] = []
+    name = getattr(node.target, "__name__", "")
+    writes_first = node.target in _INPLACE_OPERATORS or (name.endswith("_") and not name.endswith("__"))
+    writes_first = writes_first and node.target not in (operator.and_, operator.or_)
+    if writes_first or name in _CHANGES_ITSELF or _inplace_flag(node):
+        found += _nodes(node.args[:1] or [node.kwargs.get("input")])
+    return found + _nodes([node.kwargs.get("out")])
+
+
+def _nodes(values: Any) -> list[fx.Node]:
+    return [leaf for leaf in pytree.tree_leaves(values) if isinstance(leaf, fx.Node)]
+
+
+def _inplace_flag(node: fx.Node) -> bool:
+    """``F.relu(x, True)``: the argument named inplace, wherever it stands."""
+    if "inplace" in node.kwargs:
+        return node.kwargs["inplace"] is not False
+    place = _inplace_position(node.target)
+    return place is not None and place < len(node.args) and node.args[place] is not False
+
+
+@lru_cache(maxsize=1024)
+def _inplace_position(target: Any) -> int | None:
+    try:
+        parameters = list(inspect.signature(target).parameters)
+    except (TypeError, ValueError):
+        return None
+    return parameters.index("inplace") if "inplace" in parameters else None
+
+
+def _body_writes(node: fx.Node) -> bool:
+    """Whether a higher-order operator may write its arguments: a Triton kernel, or a body that works in place."""
+    if "mutation" in str(node.target):
+        return True
+    return any(_written_args(inner) for body in bodies_of(node) for inner in body.nodes)
+
+
+def bodies_of(node: fx.Node) -> list[fx.Graph]:
+    """The graphs that a higher-order operator runs, as the checkpointed part of a model; [] for any other node."""
+    if not isinstance(node.target, torch._ops.HigherOrderOperator):
+        return []
+    module = node.graph.owning_module
+    found = [getattr(module, str(arg.target), None) for arg in node.all_input_nodes if arg.op == "get_attr"]
+    return [body.graph for body in found if isinstance(body, fx.GraphModule)]
+
+
+def _schemas(target: Any) -> list[Any] | None:
+    """The schemas that a call of ``target`` may have, None if it is no operator of torch's dispatcher."""
+    if isinstance(target, torch._ops.OpOverload):
+        return [target._schema]
+    if isinstance(target, torch._ops.OpOverloadPacket):
+        return list(target._schemas.values())
+    return None
+
+
+def _schema_args(node: fx.Node, schemas: list[Any], wanted: Callable[[Any], bool]) -> list[fx.Node]:
+    found: list[fx.Node] = []
+    for schema in schemas:
+        for index, argument in enumerate(schema.arguments):
+            if wanted(argument.alias_info):
+                value = node.args[index] if index < len(node.args) else node.kwargs.get(argument.name)
+                found += [item for item in _nodes([value]) if item not in found]
+    return found

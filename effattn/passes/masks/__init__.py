@@ -1,0 +1,1 @@
+"""Score and predicate apart, and what rows without keys give."""

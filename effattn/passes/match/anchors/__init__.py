@@ -1,0 +1,1 @@
+"""What an attention is looked for from; a file for each kind of anchor."""

@@ -1,0 +1,118 @@
+"""A softmax that the author wrote out: ``exp(x - max) / sum(exp(x - max))``, ``exp(x - logsumexp(x))``,
+``log_softmax(x).exp()``.
+
+The division may also come after the product with value. The sum may have one more in it, ``sum + exp(-max)``: a sink.
+
+It is the anchor of an attention like any other softmax. Without the shift by the largest, a row of which every key is
+masked is 0 / 0 whatever number masks; and where exp() leaves the range of its type, the author's result is not finite,
+and ours is.
+"""
+
+from __future__ import annotations
+
+from torch import fx
+
+from effattn.passes.assemble.admissible import SUPPORTED_DTYPES
+from effattn.passes.graph.contraction import contraction
+from effattn.passes.graph.view import GraphView
+from effattn.passes.graph.vocabulary import Call, one_dim
+from effattn.passes.match.denominator import denominator
+from effattn.passes.match.products import adds_nothing
+
+
+def written_softmax(view: GraphView, call: Call) -> Call | None:
+    """The softmax that a division or an exponential spells, as a call of its node; None if it spells none."""
+    if view.writes(call.node):
+        return None
+    if call.name == "div":
+        return _quotient(view, call)
+    if call.name != "exp":
+        return None
+    return _difference(view, call) or _of_logarithm(view, call)
+
+
+def _quotient(view: GraphView, call: Call) -> Call | None:
+    """``e / e.sum(dim, keepdim=True)`` with ``e = exp(x)``, or the same after the product: ``(e @ v) / e.sum(...)``."""
+    above, divisor = call.get("input"), call.get("other")
+    if call.get("rounding_mode") is not None or not all(isinstance(node, fx.Node) for node in (above, divisor)):
+        return None
+    product = contraction(view, above)
+    if product is None:
+        return _of_exponential(view, call, above)
+    multiplied = view.call(above)
+    if multiplied is not None and multiplied.name == "baddbmm" and not adds_nothing(multiplied):
+        return None
+    for side in ("left", "right"):
+        if product.keeps_rows(side):  # so that the divisor has one number for each row of the product
+            return _divided_later(view, call, product.node, product.operand(side)[0])
+    return None
+
+
+def _of_exponential(view: GraphView, call: Call, above: fx.Node) -> Call | None:
+    exponential, divisor, end = view.call(above), call.get("other"), view.time[call.node]
+    if exponential is None or exponential.name != "exp" or view.writes(above):
+        return None
+    scores, start = exponential.get("input"), view.time[above]
+    if not isinstance(scores, fx.Node) or view.writes_between(scores, start, end):
+        return None
+    if view.writes_between(above, start, end):
+        return None
+    for dim in range(len(view.shape(above))):
+        if (found := denominator(view, divisor, exponential, dim, end)) is not None:
+            return Call("softmax", call.node, {"input": scores, "dim": dim, "read_by": above, **found})
+    return None
+
+
+def _divided_later(view: GraphView, call: Call, product: fx.Node, weights: fx.Node) -> Call | None:
+    """``product`` is that of ``weights``, cast or not, and value; nobody else may read any of what lies between."""
+    chain, node = [product], weights
+    while (cast := view.call(node)) is not None and (cast.name == "to" or cast.name.startswith("cast_")):
+        chain.append(node)
+        node = cast.get("input")
+    end = view.time[call.node]
+    if any(view.writes(link) or view.cuts_gradient(link, end) for link in chain):
+        return None
+    if any(view.held(link).dtype not in SUPPORTED_DTYPES for link in chain):
+        return None
+    found = _of_exponential(view, call, node)
+    if found is None or found.get("dim") != len(view.shape(node)) - 1:
+        return None
+    if len(node.users) != 2 or any(len(link.users) != 1 for link in (*chain, call.get("other"))):
+        return None
+    return Call(found.name, call.node, {**found.args, "product": product, "weights": weights})
+
+
+def _difference(view: GraphView, call: Call) -> Call | None:
+    """``exp(x - x.logsumexp(dim, keepdim=True))``"""
+    difference = view.call(call.get("input"))
+    if difference is None or difference.name != "sub" or difference.get("alpha", 1) != 1:
+        return None
+    scores, total = difference.get("input"), view.call(difference.get("other"))
+    if total is None or total.name != "logsumexp" or total.get("input") is not scores:
+        return None
+    dim = one_dim(total.get("dim"), len(view.shape(scores)))
+    if dim is None or total.get("keepdim", False) is not True:
+        return None
+    nodes = (scores, total.node, difference.node)
+    start, end = view.time[total.node], view.time[call.node]
+    if any(view.writes_between(node, max(start, view.time[node]), end) for node in nodes) or view.writes(total.node):
+        return None
+    if view.cuts_gradient(total.node, end):
+        return None
+    return Call("softmax", call.node, {"input": scores, "dim": dim, "read_by": total.node, "shifted": True})
+
+
+def _of_logarithm(view: GraphView, call: Call) -> Call | None:
+    """``log_softmax(x, dim).exp()``"""
+    logarithm = view.call(call.get("input"))
+    if logarithm is None or logarithm.name != "log_softmax" or view.cuts_gradient(logarithm.node, view.time[call.node]):
+        return None
+    if view.writes_between(logarithm.node, view.time[logarithm.node], view.time[call.node]):
+        return None
+    return Call("softmax", call.node, {**logarithm.args, "read_by": logarithm.node, "shifted": True})
+
+
+def may_hold_written_softmax(graph: fx.Graph) -> bool:
+    """A quick look for an exponential, so that other graphs cost nothing."""
+    calls = (node for node in graph.nodes if node.op.startswith("call_"))
+    return any(str(getattr(node.target, "__name__", node.target)) == "exp" for node in calls)

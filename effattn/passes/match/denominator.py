@@ -1,0 +1,120 @@
+"""What a softmax by hand divides by: the sum of its exponentials, and what may stand beside that.
+
+    e = exp(x - m);  e / (e.sum(-1) + exp(-m))        # one more in the denominator: a sink of score 0, whatever m is
+    e = exp(x - m);  e / (e.sum(-1) + exp(sink - m))
+    e = exp(x);      e / (e.sum(-1) + 1)
+
+(Evan Miller, "Attention Is Off By One", 2023.)
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import fx
+
+from effattn.ir.refusal import Why
+from effattn.passes.candidate.record import Refused
+from effattn.passes.graph.view import GraphView
+from effattn.passes.graph.vocabulary import Call
+from effattn.passes.match.normaliser import sum_of
+from effattn.passes.match.sink import before_shift
+from effattn.passes.symbolic import LoadSource
+
+
+def denominator(view: GraphView, divisor: Any, exponential: Call, dim: int, end: int) -> dict[str, Any] | None:
+    """What the softmax ``exponential / divisor`` has beside scores and ``dim``; None if it is no softmax over ``dim``.
+
+    ``sink``: one more score of each row. ``input``, ``read_by``: the scores that the sink belongs to. ``nan_rows``: a
+    row without keys is NaN in spite of a sink. ``refused``: it is nearly a softmax, and why it is none.
+    """
+    try:
+        added = sum_of(view, divisor, exponential.node, dim, end)
+    except Refused as refused:
+        return {"refused": refused}
+    if added is None:
+        return _one_more(view, divisor, exponential, dim)
+    if added == 0:
+        return {}
+    scores, when = exponential.get("input"), view.time[exponential.node]
+    if before_shift(view, scores, dim, when)[0] is scores:
+        return {"sink": math.log(added)} if added > 0 else None
+    if 0 < added < torch.finfo(view.held(divisor).dtype).eps / 4:
+        return {}  # the sum is 1 or more: nothing changes
+    reason = f"{added:g} is added to the sum of the weights, which do not sum to 1 then"
+    return {
+        "refused": Refused(
+            Why.NORMALISER,
+            reason,
+            "leave it out: after the largest score is taken off the sum is at least 1",
+            at=divisor,
+        )
+    }
+
+
+def _one_more(view: GraphView, divisor: Any, exponential: Call, dim: int) -> dict[str, Any] | None:
+    """``e.sum(dim, keepdim=True) + exp(-m)`` with ``e = exp(x - m)``, or ``exp(sink - m)`` for ``exp(-m)``."""
+    total, shifted = view.call(divisor), view.call(exponential.get("input"))
+    if total is None or total.name != "add" or total.get("alpha", 1) != 1 or view.writes(divisor):
+        return None
+    if shifted is None or shifted.name != "sub" or shifted.get("alpha", 1) != 1:
+        return None
+    scores, shift = shifted.get("input"), shifted.get("other")
+    shapes = [view.shape(node) if isinstance(node, fx.Node) else () for node in (scores, shift)]
+    if len(shapes[0]) != len(shapes[1]) or shapes[1][dim] != 1 or (nan_rows := _nan_rows(view, shift, dim)) is None:
+        return None
+    end = view.time[divisor]
+    for sum_, more in ((total.get("input"), total.get("other")), (total.get("other"), total.get("input"))):
+        if sum_of(view, sum_, exponential.node, dim, end) != 0:
+            continue
+        column, nodes = _column(view, more, shift, shapes[0], dim)
+        if column is None or any(view.cuts_gradient(node, end) for node in (divisor, shifted.node, *nodes)):
+            continue
+        if any(view.writes(node) or view.writes_between(node, view.time[node], end) for node in (shifted.node, *nodes)):
+            continue
+        if any(view.writes_between(node, view.time[node], end) for node in (scores, shift)):
+            continue
+        return {"input": scores, "read_by": shifted.node, "shifted": True, "sink": column, "nan_rows": nan_rows}
+    return None
+
+
+def _column(view: GraphView, more: Any, shift: fx.Node, shape: tuple, dim: int) -> tuple[Any, list[fx.Node]]:
+    """(the sink's score, the nodes that say so) of ``exp(-m)`` or ``exp(sink - m)``; None if it is neither."""
+    exponential = view.call(more)
+    if exponential is None or exponential.name != "exp":
+        return None, []
+    inner = view.call(exponential.get("input"))
+    if inner is None:
+        return None, []
+    nodes = [exponential.node, inner.node]
+    if inner.name == "neg" and inner.get("input") is shift:
+        return 0.0, nodes
+    sink = inner.get("input")
+    if inner.name != "sub" or inner.get("other") is not shift or inner.get("alpha", 1) != 1:
+        return None, []
+    if isinstance(sink, int | float):
+        return float(sink), nodes
+    row = (*shape[:dim], 1, *shape[dim + 1 :])
+    if (
+        not isinstance(sink, fx.Node)
+        or view.shape(sink) != row
+        or view.writes_between(sink, view.time[sink], view.time[inner.node])
+    ):
+        return None, []
+    return LoadSource(sink, view.time[inner.node]), nodes
+
+
+def _nan_rows(view: GraphView, shift: fx.Node, dim: int) -> bool | None:
+    """Whether the shift of a row is -inf where all its scores are, so that the row is NaN; None: it is not known."""
+    call = view.call(shift)
+    while call is not None and call.name in ("identity", "getitem"):
+        if call.name == "getitem" and call.get("index") != 0:
+            return None
+        call = view.call(call.get("input"))
+    if call is None:
+        return None
+    if call.name == "clamp" and isinstance(call.get("min"), int | float):
+        return not math.isfinite(call.get("min"))
+    return True if call.name in ("max", "amax") else None

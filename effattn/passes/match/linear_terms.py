@@ -1,0 +1,122 @@
+"""What weights without a softmax mean: ``scale * s * decay^(q - k)`` for the keys up to the query, and 0 beyond."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import sympy
+
+from effattn.ir import expr
+from effattn.ir.expr import b, h, k, q, s
+from effattn.ir.refusal import Why
+from effattn.ir.text import text
+from effattn.passes.candidate.record import Refused
+
+_AGE = sympy.Symbol("age", integer=True, nonnegative=True)  # q - k of a key up to the query, k - q - 1 of a later one
+
+
+class NotLinear(Exception):
+    """Two products in a row that are no attention."""
+
+
+@dataclass(frozen=True)
+class LinearTerm:
+    """``weight(q, k) = scale * s * exp(rate * (q - k))``, for k <= q alone if ``causal``."""
+
+    scale: float
+    rate: Any | None  # a term in h and in loads of one number per head; None: no decay
+    causal: bool
+
+
+def interpret(weights: Any) -> LinearTerm:
+    """The meaning of ``weights``, a term in s and the indices.
+
+    Raises:
+        Refused: it is attention with a causal mask or decay, but not one that the op computes; the reason says why.
+        NotLinear: it is anything else.
+    """
+    weights = sympy.sympify(weights).replace(expr.Group, lambda inside: inside)  # only places are subtracted below
+    if not weights.has(q, k):
+        return LinearTerm(_constant(_per_score(weights, NotLinear("a product that nothing masks"))), None, False)
+    past, future = (_at(weights, where) for where in (q - _AGE, q + 1 + _AGE))
+    if future != 0:
+        if future.has(s) and _masks_some(weights) and _at_most_zero_beyond(future):
+            raise Refused(
+                Why.MASKED_WEIGHTS,
+                f"masked places hold {text(future)}, which is not certainly 0",
+                "mask after the exp()",
+            )
+        if any(decay.has(k) for decay in weights.atoms(sympy.exp)):
+            raise Refused(Why.BOTH_DIRECTIONS, "keys after the query have weights that depend on their distance")
+        raise NotLinear("keys after the query have weights as well")
+    if past.has(q, k, b):
+        raise Refused(Why.WEIGHTS, f"the weights depend on more than distance and head: {text(past)}")
+    factor = _per_score(past, Refused(Why.WEIGHTS, f"the weights are not a multiple of the scores: {text(past)}"))
+    rate, scale = _split(factor)
+    if rate.is_number and rate.is_positive:
+        raise Refused(Why.DECAY, f"weights grow with distance: exp({text(rate)}) per token")
+    return LinearTerm(_constant(scale), None if rate == 0 else rate, True)
+
+
+def _at(weights: Any, key: Any) -> Any:
+    """The weights of a key at a place relative to the query, its conditions decided."""
+    return sympy.expand(weights.xreplace({k: key}), power_base=False, power_exp=False, log=False, multinomial=False)
+
+
+def _masks_some(weights: Any) -> bool:
+    return any(relation.has(q) and relation.has(k) for relation in weights.atoms(sympy.Rel))
+
+
+def _at_most_zero_beyond(future: Any) -> bool:
+    """Whether the weight of a later key is 0 but for the sign of data: exp(-inf * slope)."""
+    return future.has(sympy.oo) or future.has(-sympy.oo)
+
+
+def _per_score(term: Any, otherwise: Exception) -> Any:
+    """c where ``term`` is ``c * s``."""
+    factor = term.xreplace({s: sympy.Integer(1)})
+    if not term.has(s) or sympy.expand(term - factor * s) != 0:
+        raise otherwise
+    return factor
+
+
+def _split(factor: Any) -> tuple[Any, Any]:
+    """(rate, scale) where ``factor`` is ``scale * exp(rate * age)``."""
+    exponent, scale = sympy.Integer(0), sympy.Integer(1)
+    for part in sympy.Mul.make_args(factor):
+        if isinstance(part, sympy.exp):
+            exponent += part.args[0]
+        elif isinstance(part, sympy.Pow) and part.exp.has(_AGE):
+            exponent += part.exp * sympy.log(part.base)
+        else:
+            scale *= part
+    exponent = sympy.expand(exponent)
+    rate = exponent.coeff(_AGE, 1)
+    rest = sympy.expand(exponent - rate * _AGE)
+    if rest.has(_AGE) or scale.has(_AGE) or rate.has(_AGE):
+        raise Refused(Why.DECAY, f"the weights are no power of the distance: {text(factor)}")
+    return rate, scale * sympy.exp(rest)
+
+
+def _constant(scale: Any) -> float:
+    if not scale.is_number or not scale.is_finite:
+        what = "each head has a factor of its own" if scale.has(h) else "the scores are multiplied by data"
+        raise Refused(Why.SCALE, f"{what}: {text(scale)}", "multiply the query instead")
+    return float(scale)
+
+
+def written(term: LinearTerm) -> Any:
+    """The weights as a term again, for the report."""
+    scale = sympy.Integer(1) if term.scale == 1 else sympy.Float(term.scale)
+    return scale * s * (1 if term.rate is None else sympy.exp(term.rate * (q - k)))
+
+
+def plain_loads(rate: Any, shapes: dict[str, tuple[Any, ...]]) -> Any:
+    """``rate`` with index 0 wherever a load has one element: the batch of a tensor of slopes [1, H, 1, 1]."""
+    swap = {}
+    for load in expr.loads_of(rate):
+        sizes = shapes[load.name]
+        indices = [sympy.Integer(0) if size == 1 else i for i, size in zip(load.indices, sizes, strict=True)]
+        swap[load] = expr.load(load.name, indices, integer=isinstance(load, expr.IntLoad))
+    return rate.xreplace(swap)

@@ -1,0 +1,383 @@
+"""What every match of attention looks for: a product of query and key, its index, the operands behind it, the value."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import sympy
+import torch
+import torch.nn.functional as F
+from torch import fx
+
+from effattn.ir import expr
+from effattn.ir.expr import b, h, k, q, s
+from effattn.ir.refusal import Why
+from effattn.ir.text import text
+from effattn.passes.candidate.operands import Operand, depth, row, trace
+from effattn.passes.candidate.record import Refused, require_fixed
+from effattn.passes.diagnose.lineage import LAYERS
+from effattn.passes.graph.contraction import Contraction, contraction
+from effattn.passes.graph.provenance import spelled, user_name
+from effattn.passes.graph.view import GraphView, hint
+from effattn.passes.graph.vocabulary import Call
+from effattn.passes.match.sink import before_casts
+from effattn.passes.symbolic import Reader, Reading
+from effattn.passes.symbolic.elementwise import aligned
+from effattn.passes.symbolic.heads import digits_of
+from effattn.passes.symbolic.reader import generic_index
+
+
+def reader_for(
+    view: GraphView,
+    readers: dict[tuple, Reader],
+    products: bool,
+    batch,
+    heads,
+    q_len,
+    k_len,
+    kind: type[Reader] = Reader,
+) -> Reader:
+    """The reader of scores of this size; one is shared by all of them."""
+    key = (products, batch, heads, q_len, k_len)
+    if key not in readers:
+        readers[key] = kind(view, {b: batch, h: heads, q: q_len, k: k_len}, products=products)
+    return readers[key]
+
+
+def batch_index(sizes: Sequence[Any], alone: Sequence[bool] = ()) -> tuple[tuple[Any, ...], Any, Any]:
+    """(index of each batch dimension in b and h, batch, heads): one of them is b, the others together are h.
+
+    b is the one of symbolic size, else the first. ``alone``: whether the query has a dimension and the key has not;
+    these vary fastest, so that a group of query heads shares a key.
+    """
+    if not sizes:
+        return (), sympy.Integer(1), sympy.Integer(1)
+    symbolic = [n for n, size in enumerate(sizes) if not sympy.sympify(size).is_Integer]
+    batch = symbolic[0] if len(symbolic) == 1 else 0
+    rest = [n for n in range(len(sizes)) if n != batch]
+    rest = sorted(rest, key=lambda n: any(alone[n : n + 1]))
+    in_heads = [sizes[n] for n in rest]
+    require_fixed(1, *in_heads[1:])
+    at = {batch: b, **dict(zip(rest, digits_of(h, in_heads), strict=True))}
+    return tuple(at[n] for n in range(len(sizes))), sizes[batch], sympy.Mul(*in_heads)
+
+
+def traced(
+    view: GraphView, node: fx.Node, index: tuple, time: int, name: str, sizes: tuple, dtype=None, whole: bool = False
+) -> Operand:
+    """The operand behind ``node``. Raises: Refused: its dimensions are not plainly batch, head, row and depth."""
+    batch, heads, length, width = sizes
+    bounds = Reader(view, {b: batch, h: heads, row: length, depth: width})
+    found = trace(view, bounds, node, index, time, dtype, whole=whole or name == "query")
+    if found is None:
+        raise Refused(
+            Why.OPERANDS,
+            f"the layout of {name} is not understood: {user_name(node)} is read at [{', '.join(map(text, index))}]",
+            at=None if node.op == "placeholder" else node,
+        )
+    return found
+
+
+def folded_alike(view: GraphView, read: Callable[[bool], tuple[Any, ...]]) -> tuple[Any, ...]:
+    """What ``read(whole)`` gives, query, key and value first: heads are folded back if they can be in key and value."""
+    found = read(False)
+    return found if found[1].heads_in(view) == found[2].heads_in(view) else read(True)
+
+
+def note_folding(operands: Sequence[Operand], notes: list[str]) -> None:
+    if any(what in operand.folded for operand in operands[1:] for what in ("expand", "repeat_interleave")):
+        notes.append("grouped heads folded back: key and value are not expanded")
+    if any("scale" in operand.folded for operand in operands):
+        notes.append("scale on query or key moved to the score")
+
+
+def query_key_product(
+    view: GraphView,
+    readers: dict[tuple, Reader],
+    scores: fx.Node,
+    shape: tuple,
+    dim: int,
+    time: int,
+    kind: type[Reader] = Reader,
+) -> tuple[Contraction, int, frozenset[int]]:
+    """The product that the scores are made of; of the dimensions of the scores the query row, and those beside it
+    that the query has and the key has not."""
+    symbols = [sympy.Symbol(f"g{n}", integer=True, nonnegative=True) for n in range(len(shape))]
+    sizes = dict(zip(symbols, shape, strict=True))
+    reader = readers.setdefault(("product", *shape), kind(view, sizes, products=True))
+    term = reader.read(scores, time).at(tuple(symbols))
+    candidates: dict[fx.Node, tuple[Contraction, int, bool]] = {}
+    alone: dict[fx.Node, frozenset[int]] = {}
+    wrong_axis = ""
+    for raw in [load for load in expr.loads_of(term) if load.name in reader.raw]:
+        product = reader.raw[raw.name]
+        entries = dict(zip(product.out_labels, map(sympy.sympify, raw.indices), strict=True))
+        free = {
+            side: {x for label in labels if label in entries for x in entries[label].free_symbols}
+            for side, labels in (("left", product.left_labels), ("right", product.right_labels))
+        }
+        key_side = [side for side in free if symbols[dim] in free[side]]
+        if len(key_side) != 1:
+            wrong_axis = wrong_axis or (
+                f"it runs over dimension {dim}, which query and key share" if len(key_side) == 2 else ""
+            )
+            continue
+        query_side = "left" if key_side[0] == "right" else "right"
+        rows = [n for n, x in enumerate(symbols) if x in free[query_side] - free[key_side[0]]]
+        if rows:
+            row = _query_row(rows, symbols, shape, dim, term, reader)
+            plain = {symbols[dim], symbols[row]} <= set(entries.values())
+            candidates[product.node] = (product, row, plain)
+            alone[product.node] = frozenset(rows) - {row}
+        else:
+            wrong_axis = f"every query has its own {shape[dim]} of them"
+    if not candidates:
+        if wrong_axis:
+            raise Refused(Why.AXIS, f"the softmax does not run over the keys that all queries share: {wrong_axis}")
+        raise _mixing(view, reader, term, symbols[dim]) or _no_product(view, reader, term)
+    product, row = _main_product(view, list(candidates.values()), time)
+    return product, row, alone[product.node]
+
+
+def _query_row(rows: list[int], symbols: list, shape: tuple, dim: int, term, reader: Reader) -> int:
+    """Which dimension is the query's row, where all heads share one key: rows and heads are the query's alone.
+
+    It is the one that the mask compares with the keys, else one whose length is not fixed, else the last one.
+    """
+    compared = [
+        atom
+        for atom in term.atoms(sympy.core.relational.Relational, expr.Load)
+        if atom.has(symbols[dim]) and not any(load.name in reader.raw for load in expr.loads_of(atom))
+    ]
+    masked = [n for n in rows if any(atom.has(symbols[n]) for atom in compared)]
+    lengths = [n for n in rows if not sympy.sympify(shape[n]).is_Integer]
+    return next((found[0] for found in (masked, lengths) if len(found) == 1), rows[-1])
+
+
+def _main_product(
+    view: GraphView, candidates: list[tuple[Contraction, int, bool]], time: int
+) -> tuple[Contraction, int]:
+    """The product that a kernel computes: the widest one of a row and a column. Others are added as data.
+
+    In attention with relative positions the others depend on rows and distances, or are gathered at them; where each
+    pair has a vector of its own (wav2vec2-bert), only heads are the query's alone, which stand further in front. Data
+    that is written to before ``time`` would have to be copied: such a product is preferred.
+    """
+    plain = [(product, rows) for product, rows, is_plain in candidates if is_plain]
+    if len(candidates) == 1:
+        return candidates[0][:2]
+    if not plain:
+        raise Refused(Why.SEVERAL_PRODUCTS, "the scores add several products of queries and keys", "not supported yet")
+
+    def preference(candidate: tuple[Contraction, int]) -> tuple[bool, int, int, int]:
+        product, row = candidate
+        made = view.time[product.node]
+        held = view.held(product.left).shape
+        width = math.prod(hint(held[product.left_labels.index(label)]) for label in product.sums)
+        return bool(view.writes_between(product.node, made, time)), width, row, -made
+
+    return max(plain, key=preference)
+
+
+def _no_product(view: GraphView, reader: Reader, term) -> Refused:
+    """What keeps the scores from being read down to a product, if there is one above them."""
+    between = "between the product of query and key and softmax"
+    for name in [load.name for load in expr.loads_of(term) if load.name not in reader.raw]:
+        node = reader.loads[name].node
+        if not _product_above(view, node):
+            continue
+        if view.cuts_gradient(node, reader.loads[name].time):
+            return Refused(Why.GRADIENT, f"{spelled(node)} stops the gradient {between}", at=node)
+        writers = view.writes_between(node, view.time[node], reader.loads[name].time)
+        if writers:
+            reason = f"{spelled(writers[-1])} writes into the scores before softmax, which is not understood"
+            return Refused(Why.MEMORY, reason, at=writers[-1])
+        why = f": {reader.reasons[node]}" if node in reader.reasons else ""
+        return Refused(Why.NO_PRODUCT, f"{spelled(node)} stands {between} and has no symbolic meaning{why}", at=node)
+    if term.is_number:
+        return Refused(Why.EMPTY_MASK, "the mask allows nothing at all")
+    return Refused(Why.NOT_ATTENTION, "the scores do not come from a product of two tensors: not attention")
+
+
+def _mixing(view: GraphView, reader: Reader, term, key) -> Refused | None:
+    """Talking heads: a layer between scores and softmax whose features are not the keys; None if there is none."""
+    for load in expr.loads_of(term):
+        if load.name in reader.raw:
+            continue
+        node = reader.loads[load.name].node
+        if node.target not in (F.linear, F.conv2d) or key not in load.indices:
+            continue
+        if load.indices.index(key) == (len(load.indices) - 1 if node.target is F.linear else 1):  # its features
+            continue
+        if any(_product_above(view, source) for source in node.all_input_nodes[:1]):
+            reason = f"heads are mixed before the softmax (talking heads, by {spelled(node)})"
+            return Refused(Why.TALKING_HEADS, reason, at=node)
+    return None
+
+
+def _product_above(view: GraphView, node: fx.Node) -> bool:
+    """Whether a product of two computed tensors lies above ``node``, with no layer in between."""
+    waiting, seen = [node], {node}
+    while waiting:
+        node = waiting.pop()
+        if node.target in LAYERS:
+            continue
+        if contraction(view, node) is not None:
+            return True
+        new = [source for source in node.all_input_nodes if source not in seen]
+        seen.update(new)
+        waiting += new
+    return False
+
+
+def scores_at(
+    view: GraphView,
+    reader: Reader,
+    scores: fx.Node,
+    index: tuple,
+    time: int,
+    product: Contraction,
+    mask_is_data: bool = False,
+):
+    """The scores at ``index`` with s for the product, and the product's own index.
+
+    ``mask_is_data``: what is added last is read as the tensor that it is, so that it is added as the author adds it.
+    """
+    reading = _with_data_added(view, reader, scores, time) if mask_is_data else reader.read(scores, time)
+    term = reading.at(index)
+    raws = [load for load in expr.loads_of(term) if load.name in reader.raw]
+    ours = [load for load in raws if reader.raw[load.name].node is product.node]
+    if len(ours) != 1:
+        raise Refused(Why.PRODUCT, "the scores read their product at several places", at=product.node)
+    swap: dict[Any, Any] = {ours[0]: s}
+    for other in raws:
+        if other is not ours[0]:
+            node = reader.raw[other.name].node
+            if (call := view.call(node)) is not None and call.name == "baddbmm":
+                raise Refused(Why.SEVERAL_PRODUCTS, "the scores add several products, one of them by baddbmm", at=node)
+            swap[other] = reader.as_data(node, view.time[node] + 1).at(other.indices)  # before anyone writes to it
+    return term.xreplace(swap), ours[0].indices
+
+
+def _with_data_added(view: GraphView, reader: Reader, scores: fx.Node, time: int) -> Reading:
+    """``x + mask``, or ``x + mask + bias`` in that order, with all that is added as data.
+
+    Raises: Refused: the last operation is no sum, in float32, of the scores and a tensor that does not depend on them.
+    """
+    node, time = before_casts(view, scores, time)
+    call, shape = view.call(node), view.shape(node)
+    plain = call is not None and call.name == "add" and call.get("alpha", 1) == 1
+    if call is None or not plain or view.writes_between(node, view.time[node], time):
+        raise Refused(Why.NO_MASK, "the last operation before softmax adds no mask")
+    parts = [call.get(name) for name in ("input", "other")]
+    if any(view.tensor(part) is None or view.held(part).dtype != torch.float32 for part in (node, *parts)):
+        raise Refused(Why.NO_MASK, "what is added to the scores last is no mask in float32")
+    readings = [reader.argument(call, name) for name in ("input", "other")]
+    masks = [not _holds_product(reader, reading) for reading in readings]
+    if sum(masks) != 1:
+        raise Refused(Why.NO_MASK, "what is added to the scores last depends on them")
+    readings[masks.index(True)] = reader.as_data(parts[masks.index(True)], view.time[node])
+    with contextlib.suppress(Refused):  # what was added before that
+        readings[masks.index(False)] = _grouped(
+            _with_data_added(view, reader, parts[masks.index(False)], view.time[node])
+        )
+    one, other = readings
+    return Reading(shape, "float", lambda i: one.at(aligned(one, i, shape)) + other.at(aligned(other, i, shape)))
+
+
+def _grouped(sum_: Reading) -> Reading:
+    return Reading(sum_.shape, sum_.kind, lambda index: expr.Group(sum_.at(index)))
+
+
+def _holds_product(reader: Reader, reading: Reading) -> bool:
+    return any(load.name in reader.raw for load in expr.loads_of(reading.at(generic_index(len(reading.shape)))))
+
+
+def sides(product: Contraction, inside: tuple) -> tuple[str, str] | None:
+    at = dict(zip(product.out_labels, inside, strict=True))
+    has = {
+        side: {x for label in labels if label in at for x in sympy.sympify(at[label]).free_symbols}
+        for side, labels in (("left", product.left_labels), ("right", product.right_labels))
+    }
+    for query, key in (("left", "right"), ("right", "left")):
+        if q in has[query] and k not in has[query] and k in has[key] and q not in has[key]:
+            return query, key
+    return None
+
+
+def operand_index(view: GraphView, node: fx.Node, labels: tuple, at: dict[str, Any], rename: dict) -> tuple:
+    """The index of an operand; dimensions of size 1 are broadcast."""
+    sizes = view.shape(node)
+    own = (*rename, depth)  # the row and head_dim of the operand itself are never broadcast
+    return tuple(
+        sympy.Integer(0) if size == 1 and at[label] not in own else sympy.sympify(at[label]).xreplace(rename)
+        for label, size in zip(labels, sizes, strict=True)
+    )
+
+
+def adds_nothing(call: Call) -> bool:
+    return call.get("beta", 1) == 0 and call.get("alpha", 1) == 1
+
+
+def head_dim_of(view: GraphView, product: Contraction) -> Any:
+    """How many numbers a product adds up for each of its elements."""
+    sizes = view.shape(product.left)
+    return sympy.Mul(*(sizes[product.left_labels.index(label)] for label in product.sums))
+
+
+def depths_of(view: GraphView, product: Contraction) -> dict[str, Any]:
+    """The index of each dimension that is summed over, as a digit of the depth. Raises: Refused: a size is symbolic."""
+    sizes = [view.shape(product.left)[product.left_labels.index(label)] for label in product.sums]
+    require_fixed(1, *sizes[1:])
+    return dict(zip(product.sums, digits_of(depth, sizes), strict=True))
+
+
+def query_and_key(
+    view: GraphView,
+    product: Contraction,
+    roles: tuple[str, str],
+    inside: tuple,
+    sizes: tuple,
+    dtype,
+    whole: bool = False,
+) -> list[Operand]:
+    """Query and key of the product whose sides are ``roles``, at the index ``inside`` of its result.
+
+    ``sizes``: (batch, heads, q_len, k_len).
+    """
+    batch, heads, *lengths = sizes
+    width = head_dim_of(view, product)
+    at = {**dict(zip(product.out_labels, inside, strict=True)), **depths_of(view, product)}
+    operands = []
+    for name, side, length, free in zip(("query", "key"), roles, lengths, (q, k), strict=True):
+        node, labels = product.operand(side)
+        entries = operand_index(view, node, labels, at, {free: row})
+        time = view.time[product.node]
+        operands.append(traced(view, node, entries, time, name, (batch, heads, length, width), dtype, whole))
+    return operands
+
+
+def value_of(view: GraphView, product: Contraction, placed: tuple, sizes: tuple, whole: bool = False):
+    """(value, index of the product's result, value_dim) for weights ``placed`` as (node, index) in ``product``."""
+    weights, index = placed
+    side = "left" if product.left is weights else "right"
+    labels = product.operand(side)[1]
+    node, value_labels = product.operand("right" if side == "left" else "left")
+    at: dict[str, Any] = dict(zip(labels, index, strict=True))
+    if len(product.sums) != 1 or at[product.sums[0]] != k:
+        raise Refused(Why.VALUE, "the product after softmax does not run over the keys alone", at=product.node)
+    widths = [label for label in value_labels if label not in at]
+    if not widths:
+        raise Refused(Why.VALUE, "value has no dimension of its own", at=product.node)
+    sizes_of_value = [view.shape(node)[value_labels.index(label)] for label in widths]
+    value_dim = sympy.Mul(*sizes_of_value)
+    require_fixed(sympy.Mul(*sizes_of_value[1:]))
+    at.update(zip(widths, digits_of(depth, sizes_of_value), strict=True))
+    entries = operand_index(view, node, value_labels, at, {k: row})
+    batch, heads, k_len = sizes
+    sizes = (batch, heads, k_len, value_dim)
+    value = traced(view, node, entries, view.time[product.node], "value", sizes, whole=whole)
+    return value, tuple(at[label] for label in product.out_labels), value_dim

@@ -1,0 +1,1 @@
+"""Sites into ops; each whole or not at all."""

@@ -1,0 +1,65 @@
+"""The graph between passes: well formed, every new node with a value, every write still there."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import torch
+from torch import fx
+from torch.utils import _pytree as pytree
+
+from effattn.errors import RewriteError
+from effattn.passes.graph.insertion import difference
+from effattn.passes.graph.view import GraphView
+
+
+def check(graph: fx.Graph, original: fx.Graph) -> None:
+    """Refuse a graph that a pass left in a wrong state.
+
+    Raises:
+        RewriteError: a node lacks its fake value, inputs changed, an output has another dtype, shape or device, or a
+            write to an input's memory disappeared.
+    """
+    graph.lint()
+    for node in graph.nodes:
+        if node.op in ("call_function", "call_method") and "example_value" not in node.meta:
+            twin = next((old for old in original.nodes if old.name == node.name), None)
+            if twin is None:
+                raise RewriteError(f"{node.name} was inserted without an example value")
+    inputs = [[node.target for node in side.nodes if node.op == "placeholder"] for side in (original, graph)]
+    if inputs[0] != inputs[1]:
+        raise RewriteError("the inputs of the graph changed")
+    _check_outputs(graph, original)
+    lost = _writes_to_inputs(original) - _writes_to_inputs(graph)
+    if lost:
+        raise RewriteError(f"writes to inputs disappeared: {sorted(map(str, lost))}")
+
+
+def _check_outputs(graph: fx.Graph, original: fx.Graph) -> None:
+    """Every output is what it was, as far as fake values tell; sizes that are symbols were compared where replaced."""
+    before, after = (pytree.tree_leaves(side.output_node().args) for side in (original, graph))
+    if len(before) != len(after):
+        raise RewriteError(f"the graph has {len(after)} outputs, expected {len(before)}")
+    for number, (old, new) in enumerate(zip(before, after, strict=True)):
+        old, new = (leaf.meta.get("example_value") if isinstance(leaf, fx.Node) else leaf for leaf in (old, new))
+        if isinstance(old, torch.Tensor) != isinstance(new, torch.Tensor):
+            raise RewriteError(f"output {number} of the graph is a {type(new).__name__}, expected {type(old).__name__}")
+        if isinstance(old, torch.Tensor) and isinstance(new, torch.Tensor) and _differ(old, new):
+            raise RewriteError(f"output {number} of the graph is {difference(old, new)}")
+
+
+def _differ(old: torch.Tensor, new: torch.Tensor) -> bool:
+    if old.dtype != new.dtype or old.device != new.device or old.dim() != new.dim():
+        return True
+    sizes = zip(old.shape, new.shape, strict=True)
+    return any(one != other for one, other in sizes if isinstance(one, int) and isinstance(other, int))
+
+
+def _writes_to_inputs(graph: fx.Graph) -> Counter:
+    view = GraphView(graph)
+    inputs = {view.memory_of(node): node.name for node in graph.nodes if node.op in ("placeholder", "get_attr")}
+    return Counter(
+        (str(node.target), inputs[view.memory_of(node)])
+        for node in graph.nodes
+        if view.writes(node) and view.memory_of(node) in inputs
+    )

@@ -1,0 +1,90 @@
+"""A softmax site as linear attention: feature maps of query and key into the graph, their weights as constants."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import sympy
+import torch
+from torch import Tensor, fx
+from torch._dynamo.source import ConstantSource
+
+import effattn.runtime.ops.window_hybrid  # noqa: F401  (registers torch.ops.effattn.linear and window_linear)
+from effattn.errors import WeightsError
+from effattn.ir.refusal import Refusal
+from effattn.ir.site import Site
+from effattn.lowering.forms.feature_maps import FEATURE_MAPS
+from effattn.lowering.forms.feature_weights import LayerWeights, load_layer
+from effattn.lowering.forms.linear import LinearParams
+
+
+def weights_of(site: Site, params: LinearParams) -> LayerWeights:
+    """What the file holds for the layer of a site; nothing for a map without parameters, or a form without a file.
+
+    Raises:
+        WeightsError: the file is not what the map needs.
+    """
+    if not params.weights or not (FEATURE_MAPS[params.feature_map].trained or params.window):
+        return LayerWeights({}, {})
+    assert site.layer is not None
+    layout = site.layout
+    sizes = (int(layout.heads), int(layout.kv_heads), int(layout.head_dim))
+    return load_layer(params.weights, params.feature_map, site.layer, *sizes, window=params.window > 0)
+
+
+def no_weights(site: Site, params: Any, min_length: int) -> tuple[Refusal, ...]:
+    """Why a site cannot be given to the form although its rules hold; with ``min_length`` its length must be known."""
+    if min_length and site.layout.fixed_keys is None:
+        return (
+            Refusal(
+                "min_length",
+                "which form it is at which length (min_length, auto) is decided in one op when a graph serves several "
+                "lengths, and this form is another op",
+                "compile a graph for each length, with torch.compile(..., dynamic=False)",
+            ),
+        )
+    try:
+        weights_of(site, params)
+    except WeightsError as error:
+        return (Refusal("weights", str(error)),)
+    return ()
+
+
+def apply_feature_map(x: Tensor, name: str, names: tuple[str, ...], values: tuple[Tensor, ...]) -> Tensor:
+    """phi(x), [B, H, N, D] -> [B, H, N, F]; ``names`` are those of the parameters ``values``."""
+    return FEATURE_MAPS[name](x, dict(zip(names, values, strict=True)))
+
+
+def features_op(
+    writer: Any, site: Site, params: LinearParams, operands: list[fx.Node], scale: Any, target: str | None
+) -> fx.Node:
+    """The output of the op, [B, H, N, Dv], from query, key and value; ``scale``: of the softmax in a window, if any."""
+    weights = weights_of(site, params)
+    mapped = []
+    for operand, given in zip(operands[:2], (weights.query, weights.key), strict=True):
+        constants = tuple(_constant(writer, value, operand) for value in given.values())
+        mapped.append(writer.call(apply_feature_map, operand, params.feature_map, tuple(given), constants))
+    if params.window:
+        gamma = torch.full((int(site.layout.heads),), params.gamma) if weights.gamma is None else weights.gamma
+        shape = (params.window, params.terraced, scale, site.output_layout, target)
+        tensors = (*operands, *mapped, _constant(writer, gamma, operands[0]))
+        both = writer.call(torch.ops.effattn.window_linear.default, *tensors, *shape)
+        return writer.call(operator.getitem, both, 0)
+    causal = site.spec.predicate != sympy.true
+    meaning = (1.0, causal, True, params.eps, site.output_layout, target)
+    both = writer.call(torch.ops.effattn.linear.default, *mapped, operands[2], None, None, *meaning)
+    return writer.call(operator.getitem, both, 0)
+
+
+def _constant(writer: Any, value: Tensor, like: fx.Node) -> fx.Node:
+    """A tensor as a buffer of the graph's module."""
+    module = writer.graph.owning_module
+    name = f"effattn_weights_{sum(1 for _ in module.buffers())}"
+    module.register_buffer(name, value.to(like.meta["example_value"].device))
+    sources = getattr(module, "_param_name_to_source", None)
+    if isinstance(sources, dict):  # AOTAutograd asks where each buffer of Dynamo's module comes from
+        sources[name] = ConstantSource(name)
+    node = writer.graph.get_attr(name)
+    node.meta["example_value"] = writer.mode.from_tensor(getattr(module, name))
+    return node

@@ -1,0 +1,40 @@
+"""The tap: before every site a call that sees what its op would receive. Nothing is replaced, the model stays dense."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from effattn.passes.candidate.failures import left_alone
+from effattn.passes.compilation import Compilation, Pass
+from effattn.passes.match.find import MatchSoftmax
+from effattn.passes.rewrite.replacing import Rewriting
+from effattn.passes.rewrite.sites import op_arguments
+
+
+class ObserveSites(Pass):
+    """Insert ``observe(number, query, key, value, loads, scalars, numbers)`` where each site stands.
+
+    ``number`` is the place among the matches; the rest is what ``effattn::attend`` takes: query [B, Hq, Nq, D], key
+    [B, Hkv, Nk, D] and value [B, Hkv, Nk, Dv] after rotary embeddings, grouped heads not expanded, in the dtype of the
+    attention's result. The graph must run as Python: ``observe`` is no op.
+    """
+
+    name = "observe sites"
+    needs = (MatchSoftmax,)
+
+    def __init__(self, observe: Callable[..., Any]):
+        self.observe = observe
+
+    def apply(self, work: Compilation) -> bool:
+        rewriting = Rewriting(work.view)
+        for number, match in enumerate(work.outcome.matches):
+            anchors = match.anchors
+            with (
+                left_alone(anchors.replaced, work.outcome.missed, work.strict),
+                rewriting.at(anchors.replaced, anchors.before) as writer,
+            ):
+                seen = work.graph.call_function(self.observe, (number, *op_arguments(writer, anchors)))
+                seen.meta["example_value"] = None
+                work.taken.add(anchors.replaced)
+        return True

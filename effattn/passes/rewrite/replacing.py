@@ -1,0 +1,134 @@
+"""Replacing sites in a graph, each whole or not at all; used by every pass that writes ops."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch
+from torch import fx
+
+from effattn.errors import RewriteError
+from effattn.passes.candidate.operands import Operand, emit
+from effattn.passes.candidate.stand_ins import leave_stand_ins
+from effattn.passes.graph.dead_code import erase_orphans
+from effattn.passes.graph.insertion import Inserter, difference, fake_mode
+from effattn.passes.graph.view import GraphView
+from effattn.passes.rewrite.memory_order import in_order_of
+from effattn.passes.symbolic import LoadSource
+
+Pairs = Sequence[tuple[fx.Node, fx.Node]]  # (node, what takes its place)
+
+
+class Rewriting:
+    """The replacements of one pass. What was replaced is erased by ``finish``; until then the view stays true."""
+
+    def __init__(self, view: GraphView):
+        self.view, self.saved = view, SavedLoads(view)
+        self.replaced: dict[fx.Node, fx.Node] = {}  # by what
+        self._before, self._inserted = len(view.graph.nodes), 0
+
+    @contextmanager
+    def at(self, node: fx.Node, before: fx.Node | None = None) -> Iterator[Writer]:
+        """A writer of what takes the place of ``node``; if the body raises, nothing that it wrote remains."""
+        with self.view.graph.inserting_before(before or node):
+            writer = Writer(self.view, node, self.saved, self.replaced)
+            try:
+                yield writer
+            except BaseException:
+                writer.undo()
+                raise
+        self._inserted += len(writer.nodes)
+
+    def replace(
+        self,
+        writer: Writer,
+        pairs: Pairs,
+        *,
+        keeps_result: bool = False,
+        alike: Callable[[torch.Tensor, torch.Tensor], bool] = lambda old, new: False,
+    ) -> None:
+        """Let everybody read the second of each pair instead of the first.
+
+        Args:
+            keeps_result: the gradient needs the result; it is copied where the graph changes it later.
+            alike: whether a replacement fits although its shape is spelled differently.
+
+        Raises:
+            RewriteError: a replacement does not have the shape, dtype or device of what it replaces.
+        """
+        finished: list[tuple[fx.Node, fx.Node]] = []
+        for old, new in pairs:
+            values = old.meta["example_value"], new.meta["example_value"]
+            if not alike(*values) and (wrong := difference(*values)):
+                raise RewriteError(f"replacement of {old.name} is {wrong}")
+            new = in_order_of(self.view, writer, old, new)
+            if keeps_result and self.view.writes_between(old, self.view.time[old], len(self.view.time)):
+                new = writer.method("clone", new)
+            finished.append((old, new))
+        for old, new in finished:
+            old.replace_all_uses_with(new)
+            self.replaced[old] = new
+
+    def leave_stand_ins(self, weights: set[str]) -> list[fx.Node]:
+        """As :func:`effattn.passes.candidate.stand_ins.leave_stand_ins`; the nodes that may go now."""
+        written, unread = leave_stand_ins(self.view, list(self.replaced), weights)
+        self._inserted += written
+        return unread
+
+    def finish(self, orphans: Sequence[fx.Node] = ()) -> int:
+        """Erase what nobody reads any more; the number of nodes that disappeared."""
+        self.saved.erase_unused()
+        erase_orphans(self.view, [*self.replaced, *orphans])
+        return self._before + self._inserted + len(self.saved.copies) - len(self.view.graph.nodes)
+
+
+class Writer(Inserter):
+    """Inserts the replacement of one site. What it reads of another site is what took that one's place."""
+
+    def __init__(self, view: GraphView, like: fx.Node, saved: SavedLoads, replaced: Mapping[fx.Node, fx.Node]):
+        super().__init__(view.graph, like)
+        self.view, self.saved, self.replaced = view, saved, replaced
+
+    def now(self, node: fx.Node) -> fx.Node:
+        """The node that holds what ``node`` held when it was matched."""
+        return self.replaced.get(node, node)
+
+    def operand(self, operand: Operand, dtype: torch.dtype) -> fx.Node:
+        """Query, key or value as [B, H, N, D] in the dtype of the result (autocast may have cast it)."""
+        node = emit(self.graph, replace(operand, node=self.now(operand.node)), self.remember)
+        return node if node.meta["example_value"].dtype == dtype else self.method("to", node, dtype)
+
+    def load(self, source: LoadSource, time: int) -> fx.Node:
+        """What a load reads, as it was when the user's code read it, for a reader at ``time``."""
+        return self.now(self.saved.at(source, time))
+
+
+class SavedLoads:
+    """Loads as the author's code read them. Where memory is written in between, a copy is taken before the write."""
+
+    def __init__(self, view: GraphView):
+        self.view = view
+        self.copies: dict[tuple[fx.Node, fx.Node], fx.Node] = {}
+
+    def at(self, source: LoadSource, time: int) -> fx.Node:
+        writers = self.view.writes_between(source.node, source.time - 1, time)
+        if not writers:
+            return source.node
+        key = (source.node, writers[0])
+        if key not in self.copies:
+            with self.view.graph.inserting_before(writers[0]):
+                copy = self.view.graph.call_method("clone", (source.node,))
+            copy.meta.update({k: v for k, v in source.node.meta.items() if k in ("stack_trace", "nn_module_stack")})
+            with fake_mode(source.node):
+                copy.meta["example_value"] = source.node.meta["example_value"].clone()
+            self.copies[key] = copy
+        return self.copies[key]
+
+    def erase_unused(self) -> None:
+        """Copies for sites that were left alone after all go."""
+        for key, copy in list(self.copies.items()):
+            if not copy.users:
+                self.view.graph.erase_node(copy)
+                del self.copies[key]

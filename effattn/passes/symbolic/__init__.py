@@ -1,0 +1,12 @@
+"""Symbolic reading: a graph node as a function of its indices.
+
+:class:`~effattn.passes.symbolic.reader.Reader` walks from a node towards the inputs. Each operation that it understands
+has a small function here, registered under its name in the vocabulary; a node of any other operation stays as data
+and appears in the expression as a named load.
+"""
+
+# they register their readers
+from effattn.passes.symbolic import creation, elementwise, functions, logic, parts, views  # noqa: F401
+from effattn.passes.symbolic.reader import LoadSource, Reader, Reading
+
+__all__ = ["LoadSource", "Reader", "Reading"]

@@ -1,0 +1,427 @@
+"""The reader: memory-aware descent from a node to an expression in its indices."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import sympy
+import torch
+from torch import fx
+
+from effattn.ir import expr
+from effattn.passes.graph.contraction import Contraction, contraction
+from effattn.passes.graph.view import GraphView, as_sympy
+from effattn.passes.graph.vocabulary import Call
+
+Kind = Literal["bool", "int", "float"]
+Index = tuple[sympy.Expr, ...]
+MAX_WRITES = 2  # a mask of which more parts were written one after the other is kept as data
+MAX_OPERATIONS = 2000  # written out; an expression larger than this is kept as data
+MAX_INDEX = 100  # the same of one index of an element
+INDEX_COST = 10  # how much more it takes to simplify an operation of an index
+MAX_WORK = 50_000  # operations of all that is read for one element; what takes more is kept as data
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A tensor as a function of its indices: ``at(i0, i1, ...)`` is a sympy number, or a boolean for kind "bool"."""
+
+    shape: tuple[sympy.Expr, ...]
+    kind: Kind
+    at: Callable[[Index], Any]
+
+    def number_at(self, index: Index):
+        value = self.at(index)
+        return expr.Where(value, 1, 0) if self.kind == "bool" else value
+
+    def bool_at(self, index: Index):
+        value = self.at(index)
+        return value if self.kind == "bool" else nonzero(value)
+
+
+@dataclass(frozen=True)
+class LoadSource:
+    """Where a named load gets its tensor: a node, and the time at which the author's code reads it."""
+
+    node: fx.Node
+    time: int
+
+
+Handler = Callable[["Reader", Call, tuple[sympy.Expr, ...]], "Reading | None"]
+HANDLERS: dict[str, Handler] = {}
+
+
+def reads(*names: str) -> Callable[[Handler], Handler]:
+    """Register the reader of operations of the vocabulary. It may return None: the node stays data."""
+
+    def register(handler: Handler) -> Handler:
+        for name in names:
+            HANDLERS[name] = handler
+        return handler
+
+    return register
+
+
+def nonzero(value):
+    """``value != 0`` as a boolean, without detours over where(c, 1, 0)."""
+    if not isinstance(value, expr.Where) or not _chooses_numbers(value):
+        return sympy.Ne(value, 0)
+    condition, yes, no = value.args[0], *(nonzero(branch) for branch in value.args[1:])
+    if yes == no:
+        return yes
+    return sympy.Or(sympy.And(condition, yes), sympy.And(sympy.Not(condition), no))
+
+
+def _chooses_numbers(value) -> bool:
+    """Whether a value is a number, or one of several by conditions: a triangle of a triangle of ones."""
+    if isinstance(value, expr.Where):
+        return all(_chooses_numbers(branch) for branch in value.args[1:])
+    return bool(value.is_number)
+
+
+def generic_index(rank: int) -> Index:
+    """Indices of which nothing is known but that they are not negative."""
+    return tuple(sympy.Symbol(f"i{axis}", integer=True, nonnegative=True) for axis in range(rank))
+
+
+def kind_of(dtype: torch.dtype) -> Kind:
+    if dtype == torch.bool:
+        return "bool"
+    return "float" if dtype.is_floating_point else "int"
+
+
+class Reader:
+    """Reads nodes of one graph as expressions.
+
+    ``sizes`` bounds the index symbols (symbol -> exclusive upper bound), which lets views simplify. With ``products``
+    set, a product of two tensors is kept as a load named ``raw_...``: it may be query . key.
+    """
+
+    everything = False  # whether nothing can stay data, as in a mod
+
+    def __init__(self, view: GraphView, sizes: dict[sympy.Symbol, sympy.Expr] | None = None, *, products: bool = False):
+        self.view = view
+        self.sizes = sizes or {}
+        self.products = products
+        self.raw: dict[str, Contraction] = {}
+        self.loads: dict[str, LoadSource] = {}
+        self.numbers: dict[str, fx.Node] = {}
+        self.probed: dict[sympy.Symbol, sympy.Expr] = {}  # as ``sizes``, while a node is read for the first time
+        self.reasons: dict[fx.Node, str] = {}  # why a node whose operation is known stays data
+        self._definitions: dict[fx.Node, Reading | None] = {}
+        self._parts: dict[tuple[fx.Node, fx.Node], Reading | None] = {}  # by tensor and who wrote a part of it last
+        self._work = 0  # for the element that is being read
+        self._sizes: dict[int, tuple[Any, int]] = {}  # of terms, by identity: they share most of their parts
+        self._load_names: dict[tuple[fx.Node, int], str] = {}
+
+    # -- values ---------------------------------------------------------------------------------------------
+
+    def read(self, value: Any, time: int) -> Reading:
+        """What ``value`` (a node or a Python number) holds when a node at ``time`` reads it."""
+        if not isinstance(value, fx.Node):
+            return _constant(value)
+        held = self.view.value(value)
+        if not isinstance(held, torch.Tensor):
+            return self._number(value, held)
+        if self.view.changes_itself(value):
+            raise Unreadable(f"the shape or memory of {value.name} is changed in place")
+        if self.view.cuts_gradient(value, time):
+            return self._load(value, time)
+        writers = self.view.writes_between(value, self.view.time[value], time)
+        if writers:
+            last = writers[-1]
+            call = self.view.call(last)
+            whole = call is not None and call.name != "setitem"
+            if self.view.written_as(last) is value and last is not value and whole:
+                return self.read(last, time)  # x.masked_fill_(...) and then x: the written value
+            few = len(writers) <= MAX_WRITES or self._was_product(value)
+            return (self._written_in_part(value, last) if few else None) or self._load(value, time)
+        if value not in self._definitions:
+            self._definitions[value] = self._define(value)
+        return self._definitions[value] or self._load(value, time)
+
+    def argument(self, call: Call, name: str, default: Any = None) -> Reading:
+        """An argument of a call, as it was when the call ran."""
+        return self.read(call.get(name, default), self.view.time[call.node])
+
+    def extent(self, value: Any) -> sympy.Expr:
+        """An integer argument (a Python int or a symbolic one) as a term."""
+        return as_sympy(self.view.value(value))
+
+    def as_data(self, node: fx.Node, time: int) -> Reading:
+        """The node as a named load, without looking into it."""
+        return self._load(node, time)
+
+    def _was_product(self, value: fx.Node) -> bool:
+        """Whether a tensor held the product of query and key before anyone wrote to it."""
+        reading = self.read(value, self.view.time[value] + 1)
+        loads = expr.loads_of(reading.at(generic_index(len(reading.shape))))
+        return any(load.name in self.raw for load in loads)
+
+    def _written_in_part(self, value: fx.Node, writer: fx.Node) -> Reading | None:
+        if (value, writer) not in self._parts:
+            call = Call("written", writer, {"input": value})
+            found = HANDLERS[call.name](self, call, self.view.shape(value))
+            self._parts[value, writer] = self._readable(value, found)
+        return self._parts[value, writer]
+
+    def _define(self, node: fx.Node) -> Reading | None:
+        call = self.view.call(node)
+        if self.products and call is not None and (product := contraction(self.view, node)) is not None:
+            return self._product(call, product)
+        handler = HANDLERS.get(call.name) if call is not None else None
+        if call is None or handler is None:
+            return None
+        return self._readable(node, handler(self, call, self.view.shape(node)))
+
+    def _readable(self, node: fx.Node, reading: Reading | None) -> Reading | None:
+        """The reading, each index of it read once; None if it turns out to have no symbolic meaning."""
+        if reading is None:
+            return None
+        reading = Reading(reading.shape, reading.kind, self._bounded(node, reading.at))
+        outside, generic = self.probed, generic_index(len(reading.shape))
+        self.probed = dict(zip(generic, reading.shape, strict=True))
+        try:
+            reading.at(generic)
+        except Unreadable as unreadable:
+            self.reasons[node] = str(unreadable)
+            return None
+        finally:
+            self.probed = outside
+        return reading
+
+    def _bounded(self, node: fx.Node, at: Callable[[Index], Any]) -> Callable[[Index], Any]:
+        """``at``, each element read once, with an end to its work: graphs share values, expressions spell them out."""
+        known: dict[Index, Any] = {}
+
+        def bounded(index: Index):
+            index = tuple(index)
+            if index not in known:
+                outermost = self._work == 0
+                try:
+                    self._work += 1 + INDEX_COST * sum(self._size(node, entry, MAX_INDEX) for entry in index)
+                    value = at(index)
+                    self._work += self._size(node, value, MAX_OPERATIONS)
+                    if self._work > MAX_WORK:
+                        raise Unreadable(f"{node.name} takes more than {MAX_WORK} operations to read")
+                finally:
+                    if outermost:
+                        self._work = 0
+                known[index] = value
+            return known[index]
+
+        return bounded
+
+    def _size(self, node: fx.Node, term: Any, most: int) -> int:
+        if (size := tree_size(term, self._sizes)) > most:
+            raise Unreadable(f"{node.name} has more than {most} operations")
+        return size
+
+    def _product(self, call: Call, product: Contraction) -> Reading:
+        name = f"raw_{call.node.name}"
+        self.raw[name] = product
+        shape = self.view.shape(call.node)
+
+        def raw(index: Index):
+            return expr.load(name, index, integer=False)
+
+        if call.name != "baddbmm":
+            return Reading(shape, "float", raw)
+        added = self.argument(call, "input")
+        skip = len(shape) - len(added.shape)
+        beta, alpha = (self.argument(call, scale, 1).at(()) for scale in ("beta", "alpha"))
+
+        def at(index: Index):
+            inside = (
+                sympy.Integer(0) if n == 1 and full != 1 else i
+                for n, i, full in zip(added.shape, index[skip:], shape[skip:], strict=True)
+            )
+            return alpha * raw(index) + (beta * self.grouped(added.at(tuple(inside))) if beta != 0 else 0)
+
+        return Reading(shape, "float", at)
+
+    def _number(self, node: fx.Node, held: Any) -> Reading:
+        if isinstance(held, (int, torch.SymInt)) and not isinstance(held, bool):
+            return Reading((), "int", lambda index: as_sympy(held))
+        if isinstance(held, (float, bool)):
+            return _constant(held)
+        if not isinstance(held, torch.SymFloat):
+            raise Unreadable(f"cannot read {node.name} ({type(held).__name__}) as a number")
+        name = _identifier(node.name)
+        self.numbers[name] = node
+        return Reading((), "float", lambda index: expr.number(name))
+
+    def _load(self, node: fx.Node, time: int) -> Reading:
+        tensor = self.view.tensor(node)
+        assert tensor is not None
+        version = len(self.view.writes_between(node, -1, time))
+        name = self._load_names.get((node, version))
+        if name is None:
+            name = _identifier(node.name)
+            while name in self.loads or name in self.raw:
+                name += f"_at_{time}"
+            self._load_names[node, version] = name
+            self.loads[name] = LoadSource(node, time)
+        kind = kind_of(tensor.dtype)
+        shape = self.view.shape(node)
+        if tensor.dtype == torch.uint64:
+            raise Unreadable(f"{node.name} may be larger than any number of 64 bits with a sign")
+
+        def at(index: Index):
+            # an index of a dimension of size 1 can only be 0; b and h are kept, so that a batch of one reads like any
+            whole = (expr.b, expr.h)
+            inside = tuple(
+                sympy.Integer(0) if size == 1 and i not in whole else i for size, i in zip(shape, index, strict=True)
+            )
+            element = expr.load(name, inside, integer=kind != "float")
+            return sympy.Ne(element, 0) if kind == "bool" else element
+
+        return Reading(shape, kind, at)
+
+    def dtype_of_load(self, name: str) -> torch.dtype | None:
+        """What a load is read from; None for the product of query and key."""
+        source = self.loads.get(name)
+        return None if source is None else self.view.held(source.node).dtype
+
+    def computes_in(self, dtype: torch.dtype, *values: Any) -> torch.dtype:
+        """The type in which the author's code computes with ``values``, where the graph says ``dtype``."""
+        return dtype
+
+    def grouped(self, value):
+        """A sum that takes part in floating point arithmetic, kept together: see :class:`effattn.ir.expr.Group`.
+
+        Not a sum that holds a mask or the product of query and key.
+        """
+        if not isinstance(value, sympy.Add):
+            return value
+        if value.xreplace({load: sympy.Integer(0) for load in expr.loads_of(value)}).has(expr.Where, expr.s):
+            return value
+        return value if any(load.name in self.raw for load in expr.loads_of(value)) else expr.Group(value)
+
+    # -- integer arithmetic under the known bounds ----------------------------------------------------------
+
+    def upper_bound(self, term) -> sympy.Expr | None:
+        """An inclusive bound of a sum of non-negative multiples of bounded symbols; None if it is not one."""
+        total = sympy.Integer(0)
+        for part in sympy.Add.make_args(sympy.expand(term)):
+            factor, symbol = part.as_coeff_Mul()
+            free = [s for s in part.free_symbols if s in self.sizes]
+            if not free:
+                if part.is_nonnegative is not True:
+                    return None
+                total += part
+                continue
+            if isinstance(symbol, expr.Modulo) and factor.is_nonnegative:
+                total += factor * (symbol.args[1] - 1)
+                continue
+            if len(free) != 1:
+                return None
+            coefficient = sympy.Poly(part, free[0]).coeff_monomial(free[0]) if part.is_polynomial(free[0]) else None
+            if coefficient is None or part != coefficient * free[0] or coefficient.is_nonnegative is not True:
+                return None
+            total += coefficient * (self.sizes[free[0]] - 1)
+        return sympy.expand(total)
+
+    def nonnegative(self, term) -> bool:
+        """Whether a term is certainly not negative: ``q - k + N`` where k < N, a clamped distance plus its limit."""
+        low = self.lower_bound(term)
+        return low is not None and sympy.expand(low).is_nonnegative is True
+
+    def lower_bound(self, term) -> sympy.Expr | None:
+        """An inclusive bound of an integer; None where none is known."""
+        parts = sympy.Add.make_args(sympy.expand(term))
+        if len(parts) > 1:
+            bounds = [self.lower_bound(part) for part in parts]
+            return None if None in bounds else sympy.Add(*bounds)
+        (part,) = parts
+        factor, inner = part.as_coeff_Mul()
+        if not part.free_symbols & set(self.sizes) and not expr.loads_of(part):
+            return part
+        if factor.is_negative:
+            return factor * (self.sizes[inner] - 1) if inner in self.sizes else None
+        if isinstance(inner, (sympy.Max, sympy.Min, expr.Where)):
+            choices = inner.args[1:] if isinstance(inner, expr.Where) else inner.args
+            bounds = [bound for choice in choices if (bound := self.lower_bound(choice)) is not None]
+            if bounds and isinstance(inner, sympy.Max):
+                return factor * sympy.Max(*bounds)
+            return factor * sympy.Min(*bounds) if len(bounds) == len(choices) else None
+        return sympy.Integer(0) if part.is_nonnegative else None
+
+    def below(self, term, size) -> bool:
+        """Whether 0 <= term < size is certain."""
+        top = self.upper_bound(term)
+        return top is not None and sympy.expand(size - 1 - top).is_nonnegative is True
+
+    def divide(self, term, size) -> tuple[Any, Any]:
+        """(quotient, remainder) of a non-negative term by a positive size, simplified where bounds allow."""
+        term, size = sympy.expand(term), sympy.sympify(size)
+        if size == 1:
+            return term, sympy.Integer(0)
+        term = recombined(term)
+        whole, rest = sympy.Integer(0), sympy.Integer(0)
+        for part in sympy.Add.make_args(term):
+            ratio = sympy.cancel(part / size)
+            if ratio.is_integer and not sympy.denom(ratio).free_symbols and sympy.denom(ratio) == 1:
+                whole += ratio
+            else:
+                rest += part
+        if self.below(rest, size):
+            return whole, rest
+        return whole + expr.FloorDiv(rest, size), expr.Modulo(rest, size)
+
+
+def recombined(term):
+    """``x // n * n + x % n`` is x again, as after splitting a dimension and merging it."""
+    for part in sympy.Add.make_args(term):
+        factor, inner = part.as_coeff_Mul()
+        if isinstance(inner, expr.Modulo):
+            number, size = inner.args
+            whole = factor * size * expr.FloorDiv(number, size)
+            if sympy.expand(term - part - whole).has(inner) is False and whole in sympy.Add.make_args(term):
+                return recombined(sympy.expand(term - part - whole + factor * number))
+    return term
+
+
+def _constant(value: Any) -> Reading:
+    if isinstance(value, bool):
+        truth = sympy.true if value else sympy.false
+        return Reading((), "bool", lambda index: truth)
+    if isinstance(value, (torch.SymInt, torch.SymFloat)):
+        return Reading((), "int" if isinstance(value, torch.SymInt) else "float", lambda index: as_sympy(value))
+    if not isinstance(value, (int, float)):
+        raise Unreadable(f"cannot read {type(value).__name__} as a number")
+    number = sympy.sympify(value)
+    if number is sympy.nan:
+        raise Unreadable("NaN in a mask or score")
+    return Reading((), "int" if isinstance(value, int) else "float", lambda index: number)
+
+
+class Unreadable(Exception):
+    """A value that has no symbolic meaning and cannot be loaded as a tensor either."""
+
+
+def tree_size(term: Any, known: dict[int, tuple[Any, int]]) -> int:
+    """How many operations, symbols and numbers a term has when it is written out, without walking it so.
+
+    ``known`` holds terms that were counted before, by identity, and keeps them so that an identity stays theirs.
+    """
+    waiting = [term]
+    while waiting:
+        part = waiting[-1]
+        if id(part) in known:
+            waiting.pop()
+            continue
+        args = getattr(part, "args", ())
+        missing = [arg for arg in args if id(arg) not in known]
+        if missing:
+            waiting += missing
+            continue
+        known[id(part)] = (part, 1 + sum(known[id(arg)][1] for arg in args))
+        waiting.pop()
+    return known[id(term)][1]
+
+
+def _identifier(name: str) -> str:
+    return name if name.isidentifier() else "x_" + "".join(c if c.isalnum() else "_" for c in name)

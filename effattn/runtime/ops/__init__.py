@@ -1,0 +1,1 @@
+"""What rewritten graphs call: torch.library ops, their fake kernels and gradients."""

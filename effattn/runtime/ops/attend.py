@@ -1,0 +1,174 @@
+"""The op that a rewritten graph calls: ``torch.ops.effattn.attend``, its fake kernel, gradient and choice of target.
+
+    attend(query, key, value, loads, scalars, numbers, plan) -> (out, lse)
+
+``numbers`` is declared ``Scalar[]``, not ``float[]``: a scale that arrives as ``item()`` of a 0-d tensor is an unbacked
+SymFloat under ``torch.compile``, which ``float[]`` refuses and ``Scalar[]`` takes; with ``Scalar[]`` a scale that is
+computed from a symbolic size does not specialise the size either. Floats, ints, SymFloats and SymInts may be passed.
+
+Importing this module registers the ops; nothing else happens and Triton is not imported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from effattn.errors import EffattnError
+from effattn.ir.plan import Plan
+from effattn.runtime.ops.registry import Op, register
+from effattn.runtime.targets import portable
+from effattn.runtime.targets.choice import kernels_serve
+from effattn.runtime.targets.first_keys import with_first_keys
+from effattn.runtime.targets.sdpa import sdpa_path
+
+SCHEMAS = {
+    "attend": (
+        "(Tensor query, Tensor key, Tensor value, Tensor[] loads, SymInt[] scalars, Scalar[] numbers, str plan)"
+        " -> (Tensor, Tensor)"
+    ),
+    "attend_backward": (
+        "(Tensor? grad_out, Tensor? grad_lse, Tensor query, Tensor key, Tensor value, Tensor out, Tensor lse,"
+        " Tensor[] loads, SymInt[] scalars, Scalar[] numbers, str plan) -> (Tensor, Tensor, Tensor)"
+    ),
+}
+
+
+class NoGradient(EffattnError):
+    """A gradient was asked for that this op does not compute."""
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    loads: Sequence[Tensor],
+    scalars: Sequence[int],
+    numbers: Sequence[float],
+    plan: str,
+) -> tuple[Tensor, Tensor]:
+    """Output and LSE of one attention.
+
+    Args:
+        query: [B, Hq, Nq, D], any strides; key: [B, Hkv, Nk, D]; value: [B, Hkv, Nk, Dv]; one floating point dtype.
+        loads, scalars, numbers: what the plan names, in its order.
+        plan: what :meth:`Plan.encode` wrote.
+
+    Returns:
+        out [B, Hq, Nq, Dv] in q's dtype, in the plan's memory order; lse [B, Hq, Nq] float32, natural logarithm,
+        -inf where a row keeps nothing.
+
+    Raises:
+        PlanError: the plan is not one of this version.
+        ValueError: shapes or counts do not fit.
+    """
+    _check_shapes(query, key, value)
+    decoded = Plan.decode(plan).at(key.shape[2])
+    loads = with_first_keys(decoded, key, loads, scalars, numbers)
+    if decoded.dispatch.target != "triton":
+        done = sdpa_path(decoded, query, key, value, loads, scalars, numbers)
+        if done is not None:
+            return done
+    return _target(decoded, query, value).run(decoded, query, key, value, loads, scalars, numbers)
+
+
+def attend_fake(query, key, value, loads, scalars, numbers, plan):
+    """Shapes and strides of :func:`attend`, for any symbolic sizes."""
+    return portable.allocate_output(Plan.decode(plan), query, value)
+
+
+def attend_backward(
+    grad_out: Tensor | None,
+    grad_lse: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    loads: Sequence[Tensor],
+    scalars: Sequence[int],
+    numbers: Sequence[float],
+    plan: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of query, key and value, in their shapes and dtypes, in the plan's memory order."""
+    from effattn.runtime.targets import portable_backward
+
+    decoded = Plan.decode(plan).at(key.shape[2])
+    target = _target(decoded, query, value)
+    backward = getattr(target, "run_backward", portable_backward.run_backward)
+    return backward(decoded, grad_out, grad_lse, query, key, value, out, lse, loads, scalars, numbers)
+
+
+def attend_backward_fake(grad_out, grad_lse, query, key, value, out, lse, loads, scalars, numbers, plan):
+    layout = Plan.decode(plan).dispatch.layout
+    return tuple(portable.allocate(layout, tensor, tensor.shape) for tensor in (query, key, value))
+
+
+def _check_shapes(query: Tensor, key: Tensor, value: Tensor) -> None:
+    if not (query.ndim == key.ndim == value.ndim == 4):
+        raise ValueError(
+            f"query, key and value must be [B, H, N, D], got {query.ndim}, {key.ndim}, {value.ndim} dimensions"
+        )
+    if key.shape[:3] != value.shape[:3] or query.shape[0] != key.shape[0] or query.shape[3] != key.shape[3]:
+        raise ValueError(f"shapes do not fit: query {query.shape}, key {key.shape}, value {value.shape}")
+    if query.shape[1] % key.shape[1]:
+        raise ValueError(f"{query.shape[1]} query heads are not a multiple of {key.shape[1]} key/value heads")
+
+
+def _target(plan: Plan, query: Tensor, value: Tensor) -> Any:
+    """The module that runs a plan on these tensors."""
+
+    def unsupported() -> str | None:
+        from effattn.runtime.targets import triton as triton_target
+
+        return triton_target.unsupported(plan.spec, query.dtype, query.shape[3], value.shape[3])
+
+    if not kernels_serve(plan.dispatch.target, query.device, unsupported):
+        return portable
+    from effattn.runtime.targets import triton as triton_target
+
+    return triton_target
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    query, key, value, loads, scalars, numbers, plan = inputs
+    decoded = Plan.decode(plan)
+    if decoded.selects:
+        raise NoGradient(
+            f"effattn::attend has no gradient where keys are chosen at run time (form {decoded.form!r}); run it under "
+            "torch.no_grad(), or use another form for training"
+        )
+    if any(load.requires_grad for load in loads):
+        names = [spec.name for spec, load in zip(decoded.spec.loads, loads, strict=True) if load.requires_grad]
+        raise NoGradient(
+            f"effattn::attend has no gradient for the data that a mask or score reads, and {', '.join(names)} requires "
+            "one (a learned bias?); detach it, or keep this attention as its author wrote it"
+        )
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(query, key, value, *output, *loads)
+    ctx.scalars, ctx.numbers, ctx.plan = scalars, numbers, plan
+
+
+def _backward(ctx, grad_out, grad_lse):
+    query, key, value, out, lse, *loads = ctx.saved_tensors
+    grads: tuple[Tensor | None, ...] = (None, None, None)
+    if grad_out is not None or grad_lse is not None:
+        grads = torch.ops.effattn.attend_backward(
+            grad_out, grad_lse, query, key, value, out, lse, loads, ctx.scalars, ctx.numbers, ctx.plan
+        )
+    # torch asks for a list where the input was a list of tensors, and an empty list counts as one
+    return *grads, [None] * len(loads), *([] if not given else None for given in (ctx.scalars, ctx.numbers)), None
+
+
+def _no_second_gradient(ctx, *grads):
+    raise NoGradient("effattn::attend has no second derivative")
+
+
+OPS = {
+    "attend": Op(SCHEMAS["attend"], attend, attend_fake, _backward, _setup_context),
+    "attend_backward": Op(SCHEMAS["attend_backward"], attend_backward, attend_backward_fake, _no_second_gradient),
+}
+_LIBRARY = register(OPS) or globals().get("_LIBRARY")

@@ -1,0 +1,1 @@
+"""Choosing keys when the op runs."""

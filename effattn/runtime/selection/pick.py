@@ -1,0 +1,81 @@
+"""Pick through ATen: from scores to the order of units, and how many of them each head visits."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from effattn.ir.selector import Coverage, Pick, Share, Tokens
+from effattn.runtime.selection.places import Places
+
+FORCED = 3.0e38  # above every score, below the infinity of a block's own units
+
+
+def forced_units(pick: Pick, unit: int, places: Places) -> tuple[Tensor, Tensor]:
+    """(a block's own units, its sinks and most recent units): bool [M, U]; neither holds what is not eligible."""
+    units = torch.arange(places.units, device=places.first.device)
+    last = places.last[:, None]
+    eligible = units <= last
+    own = eligible & (units >= places.first[:, None])
+    sinks, local = pick.forced_units(unit)
+    near = eligible & ((units < sinks) | (units > last - local))
+    return own, near & ~own
+
+
+def ranked(scores: Tensor, own: Tensor, near: Tensor, last: Tensor) -> Tensor:
+    """Units from the most to the least important: int32 [B, L, M, U]. Ties go to the later unit.
+
+    First the block's own, then the forced ones, then by score; what no row of the block may see comes last.
+    """
+    units = torch.arange(scores.shape[-1], device=scores.device)
+    keyed = scores.nan_to_num(nan=-torch.inf, posinf=FORCED, neginf=-FORCED).clamp(-FORCED / 2, FORCED / 2)
+    keyed = keyed.masked_fill(near, FORCED).masked_fill(own, torch.inf)
+    keyed = keyed.masked_fill(units > last[:, None], -torch.inf)
+    # a stable sort of the reversed units puts the later of two equals first
+    order = keyed.flip(-1).argsort(dim=-1, descending=True, stable=True)
+    return (scores.shape[-1] - 1 - order).to(torch.int32)
+
+
+def budget_units(pick: Pick, unit: int, k_len: int) -> int:
+    """Units that a row may visit, the forced ones included, under a budget that data has no say in."""
+    budget = pick.budget
+    if isinstance(budget, Tokens):
+        return -(-budget.tokens // unit)
+    assert isinstance(budget, Share)
+    units = -(-k_len // unit)
+    return max(int(budget.share * units), -(-budget.least // unit), 1)
+
+
+def covering_units(coverage: Coverage, unit: int, mass: Tensor) -> Tensor:
+    """How many units hold ``gamma`` of each head's mass: int64 [B, H, 1] from [B, H, 1, U]."""
+    best = mass.sort(dim=-1, descending=True).values.cumsum(dim=-1)
+    needed = (best < coverage.gamma * best[..., -1:]).sum(dim=-1) + 1
+    return needed.clamp(min=-(-coverage.least // unit), max=mass.shape[-1])
+
+
+def counts(budget: Tensor | int, pick: Pick, unit: int, places: Places) -> Tensor:
+    """Units that each block visits: the budget, at least the forced, at most the eligible ones: int32 [..., M]."""
+    sinks, local = pick.forced_units(unit)
+    of_sinks = places.first.clamp(max=sinks)
+    recent = torch.maximum(places.last + 1 - local, of_sinks)
+    least = places.edges + of_sinks + (places.first - recent).clamp(min=0)
+    wanted = least.clamp(min=budget) if isinstance(budget, int) else torch.maximum(least, budget)
+    return torch.minimum(wanted, places.eligible).to(torch.int32)
+
+
+def choose_into(
+    order: Tensor, rows: slice, scores: Tensor, count: Tensor, pick: Pick, unit: int, places: Places
+) -> None:
+    """Fill ``order[:, :, rows]``, so that the first ``count`` of a row are its best units, whatever the count.
+
+    Args:
+        order: int32 [B, L, M, K]; scores: float32 [B, L, rows, U]; count: int32 [B, C, M].
+    """
+    here = places.of(rows)
+    own, near = forced_units(pick, unit, here)
+    order[:, :, rows] = ranked(scores, own, near, here.last)[..., : order.shape[3]]
+
+
+def covering_counts(coverage: Coverage, mass: Tensor, pick: Pick, unit: int, places: Places) -> Tensor:
+    """Units that each head visits in every query block: int32 [B, Hq, M], from its mass [B, Hq, 1, U]."""
+    return counts(covering_units(coverage, unit, mass), pick, unit, places)

@@ -1,0 +1,74 @@
+"""Where the rows of a call stand among its keys, block by block; on the device, without waiting for it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import sympy
+import torch
+from torch import Tensor
+
+from effattn.ir.attention import AttentionSpec
+from effattn.ir.plan import Plan
+from effattn.lowering.iteration.tile_ranges import walk
+from effattn.runtime.algebra import bindings, evaluate
+
+
+@lru_cache(maxsize=4096)
+def position_of(spec: AttentionSpec) -> sympy.Expr:
+    """Absolute index of row q among the keys, from the causal condition ``k <= position``."""
+    (upper,) = walk(spec.predicate).upper
+    return sympy.expand(upper - 1)
+
+
+@dataclass(frozen=True)
+class Places:
+    """Query blocks and key units of a call.
+
+    ``first`` and ``last`` int64 [M]: the units that hold the positions of a block's first and last row; ``last`` is -1
+    where no key lies before any row of the block, and then ``first`` is 0.
+    """
+
+    first: Tensor
+    last: Tensor
+    blocks: int
+    units: int
+
+    @property
+    def edges(self) -> Tensor:
+        """Units that hold a position of the block: int64 [M]."""
+        return self.last - self.first + 1
+
+    @property
+    def eligible(self) -> Tensor:
+        """Units that some row of the block may see: int64 [M]."""
+        return self.last + 1
+
+    def of(self, rows: slice) -> Places:
+        """The places of some of the query blocks."""
+        first, last = self.first[rows], self.last[rows]
+        return Places(first, last, first.shape[0], self.units)
+
+    def most_edges(self, block: int, unit: int) -> int:
+        return min((block - 1) // unit + 2, self.units)
+
+
+def places_of(plan: Plan, q_len: int, k_len: int, loads, scalars, numbers, device: torch.device) -> Places:
+    """The places of a call of a plan that has a selector."""
+    assert plan.sparsity.select is not None
+    block, unit = plan.sparsity.select.expand.block, plan.sparsity.select.expand.unit
+    names, tensors = bindings(plan.spec, loads, scalars, numbers)
+    blocks, units = -(-q_len // block), -(-k_len // unit)
+    starts = torch.arange(blocks, device=device) * block
+    ends = (starts + block - 1).clamp(max=q_len - 1)
+
+    def at(rows: Tensor) -> Tensor:
+        value = evaluate(
+            position_of(plan.spec), {**names, "Nq": q_len, "Nk": k_len, "q": rows}, tensors, torch.float64, device
+        )
+        return torch.as_tensor(value, device=device).expand(blocks).clamp(max=k_len - 1)
+
+    first = torch.div(at(starts), unit, rounding_mode="floor").clamp(min=0)
+    last = torch.div(at(ends), unit, rounding_mode="floor").clamp(min=-1)
+    return Places(torch.where(last < 0, 0, first), last, blocks, units)

@@ -1,0 +1,1 @@
+"""What runs a plan: generated kernels, ATen in blocks, SDPA's own kernels."""

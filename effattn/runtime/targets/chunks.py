@@ -1,0 +1,199 @@
+"""Which keys each chunk of rows visits, and which of them without asking the predicate.
+
+Works on the host from a :class:`~effattn.lowering.iteration.tile_ranges.KeyWalk`: a chunk of rows gets sorted runs of
+keys, each *full* (every row of every batch and head keeps every key of it, as far as structure goes) or not. Data that
+bounds depend on is read only if it lies in host memory; elsewhere the bound is taken as unknown, so nothing ever waits
+for a device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import sympy
+import torch
+from torch import Tensor
+
+from effattn.ir import expr
+from effattn.lowering.iteration.tile_ranges import KeyWalk, walk
+from effattn.runtime.algebra import evaluate, evaluate_integer
+
+Interval = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Run:
+    """Keys ``start <= k < stop``; ``full``: the structural condition holds for all of them in every row."""
+
+    start: int
+    stop: int
+    full: bool
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Rows ``start <= q < stop`` and the keys that any of them may keep, ascending and disjoint."""
+
+    start: int
+    stop: int
+    runs: tuple[Run, ...]
+
+    @property
+    def keys(self) -> int:
+        return sum(run.stop - run.start for run in self.runs)
+
+    def slices(self) -> list[Interval]:
+        """The keys as the fewest contiguous intervals."""
+        return union([(run.start, run.stop) for run in self.runs])
+
+
+@lru_cache(maxsize=4096)
+def names_of_loads(term: Any) -> tuple[str, ...]:
+    return tuple(load.name for load in expr.loads_of(term))
+
+
+@lru_cache(maxsize=4096)
+def depends_on_head(term: Any) -> bool:
+    return sympy.sympify(term).has(expr.b, expr.h)
+
+
+@lru_cache(maxsize=4096)
+def walk_of(rule: Any) -> KeyWalk:
+    return walk(rule)
+
+
+class Walker:
+    """The chunks of one call."""
+
+    def __init__(
+        self,
+        rule: Any,
+        shape: tuple[int, int, int, int],
+        symbols: Mapping[str, Any],
+        loads: Mapping[str, Tensor],
+    ):
+        """``shape`` is (B, Hq, Nq, Nk); ``symbols`` holds the scalars, ``loads`` the tensors that the rule names."""
+        batch, heads, self.q_len, self.k_len = shape
+        self.walk = walk_of(rule)
+        self.loads = loads
+        self.symbols = {
+            **symbols,
+            "Nq": self.q_len,
+            "Nk": self.k_len,
+            "b": torch.arange(batch).view(-1, 1),
+            "h": torch.arange(heads).view(1, -1),
+        }
+
+    def chunks(self, rows: int) -> Iterator[Chunk]:
+        """All rows in chunks of at most ``rows``, cut where the rows' block changes if the rule counts in blocks."""
+        start = 0
+        while start < self.q_len:
+            stop = min(start + rows, self.q_len)
+            if self.walk.powers is not None:
+                position = self._at(self.walk.powers.position, start)
+                if position is not None:
+                    step = max(rows // self.walk.powers.block, 1) * self.walk.powers.block
+                    stop = min(start + step - position[0] % step, stop)
+            yield Chunk(start, stop, self.runs(start, stop))
+            start = stop
+
+    def runs(self, start: int, stop: int) -> tuple[Run, ...]:
+        """The keys that rows ``start <= q < stop`` visit."""
+        walk, first, last = self.walk, start, stop - 1
+        needed, full = self._band(walk.lower, walk.upper, first, last)
+        if not walk.choice:
+            visited, sure = [needed], [full]
+        else:
+            visited, sure = [], []
+            for wide, narrow in self._choices(first, last):
+                visited += [clip(part, needed) for part in wide]
+                sure += [clip(part, full) for part in narrow]
+        whole = union(sure)
+        rest = subtract(union(visited), whole)
+        runs = [Run(*part, True) for part in whole] + [Run(*part, False) for part in rest]
+        return tuple(sorted(runs, key=lambda run: run.start))
+
+    def _choices(self, first: int, last: int) -> Iterator[tuple[list[Interval], list[Interval]]]:
+        """For each alternative of the choice: intervals that some row may keep, and that all rows keep."""
+        walk = self.walk
+        if walk.near_lower is not None:
+            needed, full = self._band(walk.near_lower, walk.near_upper, first, last)
+            yield [needed], [full]
+        if walk.prefix is not None:
+            needed, full = self._band((), (walk.prefix,), first, last)
+            yield [needed], [full]
+        if walk.powers is not None:
+            block = walk.powers.block
+            low, high = self._at(walk.powers.position, first), self._at(walk.powers.position, last)
+            if low is None or high is None:
+                yield [(0, self.k_len)], []
+                return
+            # a few blocks of rows: every block at a power of two from any of them
+            nearest, furthest = low[0] // block, high[1] // block
+            blocks = set()
+            distance = 1
+            while distance <= furthest:
+                blocks |= set(range(max(nearest - distance, 0), furthest - distance + 1))
+                distance *= 2
+            parts = union([(i * block, min((i + 1) * block, self.k_len)) for i in blocks])
+            yield parts, parts if nearest == furthest else []
+
+    def _band(self, lower: tuple, upper: tuple, first: int, last: int) -> tuple[Interval, Interval]:
+        """(keys that some row keeps, keys that every row keeps) of ``lower(q) <= k < upper(q)``."""
+        needed = [0, self.k_len]
+        full = [0, self.k_len]
+        for bound in lower:
+            least, most = self._at(bound, first), self._at(bound, last)
+            needed[0] = max(needed[0], least[0]) if least else needed[0]
+            full[0] = max(full[0], most[1]) if most else self.k_len
+        for bound in upper:
+            least, most = self._at(bound, first), self._at(bound, last)
+            needed[1] = min(needed[1], most[1]) if most else needed[1]
+            full[1] = min(full[1], least[0]) if least else 0
+        return (needed[0], needed[1]), (full[0], full[1])
+
+    def _at(self, bound: Any, row: int) -> Interval | None:
+        """(least, greatest) value of a bound at a row, over all batches and heads; None where only a device knows."""
+        names = names_of_loads(bound)
+        if not names and not depends_on_head(bound):
+            value = evaluate_integer(bound, {**self.symbols, "q": row})
+            return value, value
+        if any(self.loads[name].device.type != "cpu" for name in names):
+            return None
+        value = evaluate(bound, {**self.symbols, "q": row}, self.loads, torch.float64, "cpu")
+        if isinstance(value, Tensor):
+            return int(value.min()), int(value.max())
+        return int(value), int(value)
+
+
+def clip(part: Interval, to: Interval) -> Interval:
+    return max(part[0], to[0]), min(part[1], to[1])
+
+
+def union(parts: list[Interval]) -> list[Interval]:
+    """Sorted, disjoint, not touching, without empty ones."""
+    merged: list[Interval] = []
+    for start, stop in sorted(part for part in parts if part[0] < part[1]):
+        if merged and start <= merged[-1][1]:
+            merged[-1] = (merged[-1][0], max(merged[-1][1], stop))
+        else:
+            merged.append((start, stop))
+    return merged
+
+
+def subtract(parts: list[Interval], holes: list[Interval]) -> list[Interval]:
+    """What of ``parts`` no hole covers; both as :func:`union` returns them."""
+    left = []
+    for start, stop in parts:
+        for low, high in holes:
+            if high <= start or low >= stop:
+                continue
+            if start < low:
+                left.append((start, low))
+            start = max(start, high)
+        if start < stop:
+            left.append((start, stop))
+    return left

@@ -1,0 +1,277 @@
+"""Any plan on any device, through ATen, chunk by chunk: memory grows with Nq + Nk, never with their product."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import sympy
+import torch
+from torch import Tensor
+
+from effattn.ir.attention import AttentionSpec
+from effattn.ir.plan import Plan
+from effattn.runtime.algebra import Span, bindings, evaluate
+from effattn.runtime.targets.chunks import Chunk, Walker, walk_of
+from effattn.runtime.targets.sdpa import scale_and_bias, widened_for_lse
+
+SCORES = 2**24  # most elements of the blocks of scores that are alive at once: 64 MiB in float32
+ROWS = 128
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A part of one call that is computed at once: some batches, some kv heads, one chunk of rows."""
+
+    batches: slice
+    kv_heads: slice
+    chunk: Chunk
+
+
+class Call:
+    """One call of a plan: its tensors in head-grouped views, its names bound, its pieces."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        loads: Sequence[Tensor],
+        scalars: Sequence[int],
+        numbers: Sequence[float],
+        live_blocks: int = 1,
+    ):
+        self.plan, self.budget = plan, SCORES // live_blocks
+        self.batch, self.heads, self.q_len, self.head_dim = query.shape
+        self.kv_heads, self.k_len, self.value_dim = key.shape[1], key.shape[2], value.shape[3]
+        self.groups = self.heads // self.kv_heads
+        self.device = query.device
+        self.dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+        self.query = self.by_group(query)
+        self.key, self.value = key, value
+        self.names, self.loads = bindings(plan.spec, loads, scalars, numbers)
+        self.walk = walk_of(plan.spec.rule)
+        self.walker = Walker(plan.spec.rule, (self.batch, self.heads, self.q_len, self.k_len), self.names, self.loads)
+        # the score as scale * s + bias, scale None where it is not of this kind
+        factor, self.bias = scale_and_bias(plan.spec.score)
+        lengths = {"Nq": self.q_len, "Nk": self.k_len}
+        self.scale = None if factor is None else float(self.evaluate(factor, {**self.names, **lengths}))
+        self.only_scale = self.scale if self.bias == 0 else None  # c where the score is c * s
+
+    def takes_flash_kernel(self) -> bool:
+        """Whether PyTorch's CPU flash kernel computes this: it adds a mask, and takes one head dimension."""
+        return self.device.type == "cpu" and self.scale is not None and self.head_dim == self.value_dim
+
+    def by_group(self, tensor: Tensor) -> Tensor:
+        """[B, Hq, Nq, ...] as [B, Hkv, G, Nq, ...]."""
+        return tensor.unflatten(1, (self.kv_heads, self.groups))
+
+    def pieces(self) -> Iterator[Piece]:
+        """The whole call in pieces whose scores fit the budget."""
+        if self.batch * self.heads * self.q_len == 0:
+            return
+        for chunk in self.walker.chunks(self._rows()):
+            per_head = max(self.groups * (chunk.stop - chunk.start) * chunk.keys, 1)
+            fit = max(self.budget // per_head, 1)
+            batches = max(min(fit // self.kv_heads, self.batch), 1)
+            heads = min(fit, self.kv_heads)
+            for b in range(0, self.batch, batches):
+                for h in range(0, self.kv_heads, heads):
+                    yield Piece(slice(b, b + batches), slice(h, h + heads), chunk)
+
+    def _rows(self) -> int:
+        """As many rows at once as fit with one head; the first or the last rows visit the most keys."""
+        ends = (0, min(ROWS, self.q_len)), (max(self.q_len - ROWS, 0), self.q_len)
+        widest = max(sum(run.stop - run.start for run in self.walker.runs(*rows)) for rows in ends)
+        return max(min(ROWS, self.budget // max(self.groups * widest, 1)), 1)
+
+    def rows(self, grouped: Tensor, piece: Piece) -> Tensor:
+        """A piece of a tensor of :meth:`by_group`."""
+        return grouped[piece.batches, piece.kv_heads, :, piece.chunk.start : piece.chunk.stop]
+
+    def visited(self, tensor: Tensor, piece: Piece) -> Tensor:
+        """The keys (or values) that a piece visits: [b, hkv, n, D]."""
+        heads = tensor[piece.batches, piece.kv_heads]
+        parts = [heads[:, :, start:stop] for start, stop in piece.chunk.slices()]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+
+    def indices(self, piece: Piece) -> dict[str, Any]:
+        """Values of every symbol but ``s`` and ``k``, to broadcast against [b, hkv, G, rows, n]."""
+        batches = range(self.batch)[piece.batches]
+        heads = range(self.kv_heads)[piece.kv_heads]
+        return {
+            **self.names,
+            "Nq": self.q_len,
+            "Nk": self.k_len,
+            "b": self.span([(batches.start, batches.stop)], -1, 1, 1, 1, 1),
+            "h": self.span([(heads.start * self.groups, heads.stop * self.groups)], 1, -1, self.groups, 1, 1),
+            "q": self.span([(piece.chunk.start, piece.chunk.stop)], -1, 1),
+        }
+
+    def span(self, parts: Sequence[tuple[int, int]], *shape: int) -> Span:
+        return Span.of(parts, self.device, *shape)
+
+    def all_keys(self, piece: Piece) -> Span:
+        return self.span(piece.chunk.slices())
+
+    def evaluate(self, term: Any, symbols: dict[str, Any]) -> Any:
+        return evaluate(term, symbols, self.loads, self.dtype, self.device)
+
+    def scores(self, piece: Piece, query: Tensor, key: Tensor) -> tuple[Tensor, dict[str, Any]]:
+        """Masked scores [b, hkv, G, rows, n] and the symbols with ``s`` and ``k`` (for derivatives).
+
+        ``query`` [b, hkv, G, rows, D] and ``key`` [b, hkv, n, D] are those of the piece.
+        """
+        symbols = self.indices(piece)
+        groups, rows = query.shape[2:4]
+        if self.only_scale is not None:
+            query = query * self.only_scale
+        raw = (query.flatten(2, 3) @ key.transpose(-1, -2)).unflatten(2, (groups, rows))
+        score = raw
+        if self.only_scale is None:
+            symbols |= {"s": raw, "k": self.all_keys(piece)}
+            score = self.evaluate(self.plan.spec.score, symbols)
+            if not isinstance(score, Tensor):
+                score = raw.new_full((), score)
+            score = score.to(self.dtype)
+            if score is raw or score.shape != raw.shape:
+                score = score.expand_as(raw).clone()
+        _mask(score, self._conditions(piece, symbols))
+        return score, symbols
+
+    def additive(self, piece: Piece) -> Tensor | None:
+        """What is added to ``scale * s``: bias, and -inf where the rule does not hold. None for nothing at all.
+
+        [b or 1, hkv or 1, G or 1, rows, n], 1 where neither bias nor rule depends on it.
+        """
+        symbols = self.indices(piece)
+        conditions = self._conditions(piece, symbols)
+        bias = self.evaluate(self.bias, {**symbols, "k": self.all_keys(piece)})
+        if not conditions and self.bias == 0:
+            return None
+        tensors = [value for value in (bias, *(kept for _, kept in conditions)) if isinstance(value, Tensor)]
+        leading = torch.broadcast_shapes((1, 1, 1), *(value.shape[:-2] for value in tensors))
+        shape = (*leading, piece.chunk.stop - piece.chunk.start, piece.chunk.keys)
+        added = torch.zeros(shape, dtype=self.dtype, device=self.device)
+        if self.bias != 0:
+            added += bias
+        _mask(added, conditions)
+        return added
+
+    def empty_rows(self, piece: Piece, added: Tensor | None) -> Tensor | None:
+        """Which rows keep nothing, by what :meth:`additive` returned: bool [b, hkv, G, rows], or None for no row."""
+        certain = self.bias == 0 and self.walk.residual == sympy.true and any(run.full for run in piece.chunk.runs)
+        if added is None or certain:
+            return None
+        return added.amax(dim=-1) == -torch.inf
+
+    def _conditions(self, piece: Piece, symbols: dict[str, Any]) -> list[tuple[slice, Tensor | bool]]:
+        """What must hold, by columns of the visited keys; the structure is asked only where it is not known."""
+        conditions, column = [], 0
+        for run in piece.chunk.runs:
+            width = run.stop - run.start
+            if not run.full:
+                kept = self.evaluate(self.walk.structural, {**symbols, "k": self.span([(run.start, run.stop)])})
+                conditions.append((slice(column, column + width), kept))
+            column += width
+        if self.walk.residual != sympy.true:
+            kept = self.evaluate(self.walk.residual, {**symbols, "k": self.all_keys(piece)})
+            conditions.append((slice(0, column), kept))
+        return conditions
+
+
+def _mask(score: Tensor, conditions: list[tuple[slice, Tensor | bool]]) -> None:
+    """-inf where a condition does not hold, in place."""
+    for columns, kept in conditions:
+        if isinstance(kept, Tensor):
+            score[..., columns].masked_fill_(~kept, -torch.inf)
+        elif not kept:
+            score[..., columns].fill_(-torch.inf)
+
+
+def empty_output(spec: AttentionSpec, value: Tensor, dtype: torch.dtype) -> Tensor:
+    """What a row that keeps nothing gets: [B, Hkv, 1, 1, Dv]."""
+    batch, kv_heads, _, dim = value.shape
+    if spec.empty_rows == "mean":
+        return value.mean(dim=2, dtype=dtype)[:, :, None, None]
+    fill = torch.nan if spec.empty_rows == "nan" else 0.0
+    return value.new_full((), fill, dtype=dtype).expand(batch, kv_heads, 1, 1, dim)
+
+
+def allocate(layout: str, like: Tensor, shape: Sequence[int]) -> Tensor:
+    """An uninitialised [B, H, N, D] tensor in a memory order of plans, dtype and device as ``like``."""
+    batch, heads, length, dim = shape
+    if layout == "bnhd":
+        return like.new_empty((batch, length, heads, dim)).transpose(1, 2)
+    return like.new_empty((batch, heads, length, dim))
+
+
+def allocate_output(plan: Plan, query: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Uninitialised (out [B, Hq, Nq, Dv] in the plan's memory order and q's dtype, lse [B, Hq, Nq] float32)."""
+    batch, heads, q_len, _ = query.shape
+    out = allocate(plan.dispatch.layout, query, (batch, heads, q_len, value.shape[3]))
+    return out, query.new_empty((batch, heads, q_len), dtype=torch.float32)
+
+
+def run(
+    plan: Plan,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    loads: Sequence[Tensor] = (),
+    scalars: Sequence[int] = (),
+    numbers: Sequence[float] = (),
+) -> tuple[Tensor, Tensor]:
+    """Output and LSE of a plan, as ``effattn::attend`` defines them. Scores are computed in float32 (or float64)."""
+    if plan.sparsity.select is not None:
+        from effattn.runtime.targets import portable_listed
+
+        return portable_listed.run(plan, query, key, value, loads, scalars, numbers)
+    call = Call(plan, query, key, value, loads, scalars, numbers)
+    compute = by_flash_kernel if call.takes_flash_kernel() else by_products
+    out, lse = allocate_output(plan, query, value)
+    grouped_out, grouped_lse = call.by_group(out), call.by_group(lse)
+    fill = empty_output(plan.spec, value, call.dtype)
+    for piece in call.pieces():
+        out_rows, lse_rows = call.rows(grouped_out, piece), call.rows(grouped_lse, piece)
+        instead = fill[piece.batches, piece.kv_heads].expand_as(out_rows)
+        if not piece.chunk.runs:
+            out_rows.copy_(instead)
+            lse_rows.fill_(-torch.inf)
+            continue
+        result, result_lse, empty = compute(call, piece)
+        if empty is not None:
+            result = torch.where(empty[..., None], instead, result)
+            result_lse = torch.where(empty, -torch.inf, result_lse)
+        out_rows.copy_(result)
+        lse_rows.copy_(result_lse)
+    return out, lse
+
+
+def by_products(call: Call, piece: Piece) -> tuple[Tensor, Tensor, Tensor | None]:
+    """One piece as two matrix products and a softmax: (out [b, hkv, G, rows, Dv], lse, which rows are empty)."""
+    query, key = call.rows(call.query, piece).to(call.dtype), call.visited(call.key, piece).to(call.dtype)
+    score, _ = call.scores(piece, query, key)
+    top = score.amax(dim=-1)
+    weights = score.softmax(dim=-1)
+    out = (weights.flatten(2, 3) @ call.visited(call.value, piece).to(call.dtype)).unflatten(2, weights.shape[2:4])
+    # the greatest weight is exp(top - lse): no pass of exp and sum of our own
+    return out, top - weights.amax(dim=-1).log(), top == -torch.inf
+
+
+def by_flash_kernel(call: Call, piece: Piece) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The same by PyTorch's CPU flash kernel; bias and mask are added to its scores."""
+    query, key, value = call.rows(call.query, piece), call.visited(call.key, piece), call.visited(call.value, piece)
+    shape = query.shape
+    added = call.additive(piece)
+    # the groups become rows: k and v are not expanded, and the kernel takes larger tiles of more rows
+    query = query.flatten(2, 3)
+    mask = None if added is None else added.expand(-1, -1, shape[2], -1, -1).flatten(2, 3)
+    query, key, value = widened_for_lse(call.plan, query, key, value)
+    query, key, value = (tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in (query, key, value))
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        query, key, value, 0.0, False, attn_mask=mask, scale=call.scale
+    )
+    return out.view(shape), lse.unflatten(2, shape[2:4]), call.empty_rows(piece, added)

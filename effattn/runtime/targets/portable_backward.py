@@ -1,0 +1,101 @@
+"""Gradients of any plan whose score can be differentiated in s: recomputed chunk by chunk, through ATen."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from effattn.ir.plan import Plan
+from effattn.runtime.targets.derivative import derivative
+from effattn.runtime.targets.portable import Call, Piece, allocate
+
+LIVE_BLOCKS = 4  # blocks of scores that are alive at once: scores, weights and the gradients of both
+
+
+def run_backward(
+    plan: Plan,
+    grad_out: Tensor | None,
+    grad_lse: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    loads: Sequence[Tensor] = (),
+    scalars: Sequence[int] = (),
+    numbers: Sequence[float] = (),
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of query, key and value; ``out`` and ``lse`` are what the forward returned.
+
+    Rows that keep nothing give nothing back, but under ``empty_rows="mean"``, where each is the mean of all values.
+    """
+    call = Call(plan, query, key, value, loads, scalars, numbers, live_blocks=LIVE_BLOCKS)
+    grad_out = torch.zeros_like(out) if grad_out is None else grad_out
+    through_lse = None if grad_lse is None else call.by_group(grad_lse.to(call.dtype))
+    grad_query = allocate(plan.dispatch.layout, query, query.shape)
+    grad_key = torch.zeros(key.shape, dtype=call.dtype, device=key.device)
+    grad_value = torch.zeros(value.shape, dtype=call.dtype, device=value.device)
+    grouped_grad, grouped_out, grouped_lse = call.by_group(grad_out), call.by_group(out), call.by_group(lse)
+    grouped_grad_query = call.by_group(grad_query)
+
+    for piece in call.pieces():
+        query_grad_rows = call.rows(grouped_grad_query, piece)
+        if not piece.chunk.runs:
+            query_grad_rows.zero_()
+            continue
+        grad_rows = call.rows(grouped_grad, piece).to(call.dtype)
+        # a row's weights sum to one, so its scores' gradients sum to what came through LSE
+        correction = (grad_rows * call.rows(grouped_out, piece).to(call.dtype)).sum(dim=-1)
+        if through_lse is not None:
+            correction = correction - call.rows(through_lse, piece)
+        empty = call.rows(grouped_lse, piece) == -torch.inf
+        correction = correction.masked_fill(empty, 0.0)  # such a row's output may be NaN
+        of_query, of_key, of_value = _piece(call, piece, grad_rows, correction, empty)
+        query_grad_rows.copy_(of_query)
+        _add_visited(grad_key, of_key, piece)
+        _add_visited(grad_value, of_value, piece)
+
+    if plan.spec.empty_rows == "mean":
+        lost = torch.where(lse[..., None] == -torch.inf, grad_out.to(call.dtype), 0.0)
+        grad_value += call.by_group(lost).sum(dim=(2, 3))[:, :, None] / call.k_len
+    return (
+        grad_query,
+        allocate(plan.dispatch.layout, key, key.shape).copy_(grad_key),
+        allocate(plan.dispatch.layout, value, value.shape).copy_(grad_value),
+    )
+
+
+def _piece(
+    call: Call, piece: Piece, grad_rows: Tensor, correction: Tensor, empty: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of one piece's query rows [b, hkv, G, rows, D] and of the keys and values that it visits."""
+    query = call.rows(call.query, piece).to(call.dtype)
+    key, value = (call.visited(tensor, piece).to(call.dtype) for tensor in (call.key, call.value))
+    score, symbols = call.scores(piece, query, key)
+    shape = query.shape[2:4]
+    weights = score.softmax(dim=-1).masked_fill_(empty[..., None], 0.0)
+
+    flat_weights, flat_grad = weights.flatten(2, 3), grad_rows.flatten(2, 3)
+    of_value = flat_weights.transpose(-1, -2) @ flat_grad
+    of_score = (flat_grad @ value.transpose(-1, -2)).unflatten(2, shape)
+    of_score.sub_(correction[..., None]).mul_(weights)
+    if call.only_scale is not None:
+        of_raw = of_score.mul_(call.only_scale)
+    else:
+        slope = call.evaluate(derivative(call.plan.spec.score), symbols)
+        # a masked score may have any slope, even an infinite one
+        of_raw = torch.where(weights == 0, 0.0, of_score * slope)
+    of_raw = of_raw.flatten(2, 3)
+    of_query = (of_raw @ key).unflatten(2, shape)
+    of_key = of_raw.transpose(-1, -2) @ query.flatten(2, 3)
+    return of_query, of_key, of_value
+
+
+def _add_visited(total: Tensor, part: Tensor, piece: Piece) -> None:
+    """Add the gradient of the visited keys [b, hkv, n, D] where they stand in ``total`` [B, Hkv, Nk, D]."""
+    heads, column = total[piece.batches, piece.kv_heads], 0
+    for start, stop in piece.chunk.slices():
+        heads[:, :, start:stop] += part[:, :, column : column + stop - start]
+        column += stop - start
