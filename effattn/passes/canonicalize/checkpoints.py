@@ -17,8 +17,8 @@ from torch import fx
 from effattn.errors import RewriteError
 from effattn.passes.compilation import Compilation, Pass
 from effattn.passes.graph.insertion import REGION
+from effattn.passes.graph.view import CHECKPOINT
 
-CHECKPOINT = torch.ops.higher_order.tag_activation_checkpoint
 SELECTIVE = "_checkpoint_context_fn"  # in the meta of a body: the author chose which operators are kept
 
 

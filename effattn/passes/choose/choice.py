@@ -19,9 +19,9 @@ from effattn.lowering.forms.form import Params, Rule
 from effattn.passes.candidate.failures import left_alone
 from effattn.passes.candidate.record import Anchors, Match
 from effattn.passes.choose.cheapest import cheapest
+from effattn.passes.choose.trained import no_weights
 from effattn.passes.compilation import Compilation, Pass
 from effattn.passes.match.find import MatchSoftmax
-from effattn.passes.rewrite.features import no_weights
 from effattn.policy import Policy
 from effattn.policy import Rule as PolicyRule
 from effattn.runtime.targets.choice import no_kernels, triton_is_importable

@@ -13,10 +13,10 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
+from effattn.passes.graph.block_mask_code import is_block_mask_code
 from effattn.passes.graph.contraction import CONTRACTIONS
 from effattn.passes.graph.view import GraphView, writes
 from effattn.passes.graph.vocabulary import canonical, is_dead_dropout
-from effattn.passes.match.block_mask import is_block_mask_code
 
 _LARGEST_PART = 200  # nodes that go together or not at all
 _KEEP_STATISTICS = ("batch_norm", "instance_norm")  # they write into their arguments, and their schemas do not say so

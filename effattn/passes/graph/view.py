@@ -26,6 +26,8 @@ from torch.utils._sympy import functions
 from effattn.ir import expr
 from effattn.passes.graph.vocabulary import Call, canonical, is_dead_dropout
 
+CHECKPOINT = torch.ops.higher_order.tag_activation_checkpoint  # what torch.utils.checkpoint becomes
+
 # operations whose result may share memory with an argument; asked only where Dynamo recorded no value
 _VIEWS = {f"cast_{name}" for name in ("float32", "float64", "float16", "bfloat16", "int32", "int64", "bool")} | {
     *("reshape", "transpose", "permute", "movedim", "t", "getattr", "expand", "getitem", "select", "narrow", "chunk"),

@@ -16,12 +16,11 @@ from effattn.ir.refusal import Refusal, Why
 from effattn.passes.assemble.site import assemble
 from effattn.passes.candidate.failures import left_alone, refusal_of
 from effattn.passes.candidate.record import Draft, Match, Missed, Refused
-from effattn.passes.canonicalize.checkpoints import CHECKPOINT
 from effattn.passes.compilation import Compilation, Pass
 from effattn.passes.diagnose.not_softmax import why_no_softmax
 from effattn.passes.diagnose.reason import truer
 from effattn.passes.graph.provenance import location, module_path, spelled
-from effattn.passes.graph.view import GraphView, bodies_of
+from effattn.passes.graph.view import CHECKPOINT, GraphView, bodies_of
 from effattn.passes.graph.vocabulary import Call
 from effattn.passes.match.anchors.flex import from_flex
 from effattn.passes.match.anchors.manual_softmax import may_hold_written_softmax, written_softmax

@@ -18,7 +18,7 @@ from effattn.passes.candidate.failures import left_alone
 from effattn.passes.candidate.record import FOUND_AS, Anchors, SizeSource
 from effattn.passes.choose.choice import Choice, ChooseForms, needs_all_heads
 from effattn.passes.compilation import Compilation, Pass
-from effattn.passes.match.block_mask import erase_empty_brackets, unused_batch_dims
+from effattn.passes.graph.block_mask_code import erase_empty_brackets, unused_batch_dims
 from effattn.passes.rewrite.features import features_op
 from effattn.passes.rewrite.replacing import Rewriting, Writer
 

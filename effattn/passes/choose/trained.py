@@ -1,0 +1,44 @@
+"""Trained weights that a form takes from a file, for the layer of a site."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from effattn.errors import WeightsError
+from effattn.ir.refusal import Refusal
+from effattn.ir.site import Site
+from effattn.lowering.forms.feature_maps import FEATURE_MAPS
+from effattn.lowering.forms.feature_weights import LayerWeights, load_layer
+from effattn.lowering.forms.linear import LinearParams
+
+
+def weights_of(site: Site, params: LinearParams) -> LayerWeights:
+    """What the file holds for the layer of a site; nothing for a map without parameters, or a form without a file.
+
+    Raises:
+        WeightsError: the file is not what the map needs.
+    """
+    if not params.weights or not (FEATURE_MAPS[params.feature_map].trained or params.window):
+        return LayerWeights({}, {})
+    assert site.layer is not None
+    layout = site.layout
+    sizes = (int(layout.heads), int(layout.kv_heads), int(layout.head_dim))
+    return load_layer(params.weights, params.feature_map, site.layer, *sizes, window=params.window > 0)
+
+
+def no_weights(site: Site, params: Any, min_length: int) -> tuple[Refusal, ...]:
+    """Why a site cannot be given to the form although its rules hold; with ``min_length`` its length must be known."""
+    if min_length and site.layout.fixed_keys is None:
+        return (
+            Refusal(
+                "min_length",
+                "which form it is at which length (min_length, auto) is decided in one op when a graph serves several "
+                "lengths, and this form is another op",
+                "compile a graph for each length, with torch.compile(..., dynamic=False)",
+            ),
+        )
+    try:
+        weights_of(site, params)
+    except WeightsError as error:
+        return (Refusal("weights", str(error)),)
+    return ()
