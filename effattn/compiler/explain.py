@@ -26,7 +26,7 @@ def explain(
         args, kwargs: handed to the model.
         policy: as in ``torch.compile(..., options={"policy": ...})``.
         options: other options of the backend. Everything that is not attention runs eagerly unless
-            ``{"rest": "inductor"}`` is given, because only the passes are of interest here.
+            ``{"inner_backend": "inductor"}`` is given, because only the passes are of interest here.
 
     Returns:
         The report; ``print`` it, or read ``report.sites``, ``report.missed``, and ``report.outside``: attention that
@@ -35,7 +35,9 @@ def explain(
     Raises:
         PolicyError, OptionError: the policy or an option is not valid, or a rule names layers beyond the model.
     """
-    given = {"rest": "eager", **(options or {})}
+    given = dict(options or {})
+    if "rest" not in given:
+        given.setdefault("inner_backend", "eager")
     if policy is not None:
         given["policy"] = policy
     settings = Options.read(given)

@@ -13,7 +13,7 @@ from effattn.passes.rewrite.as_written import keep_as_written
 
 def compile_rest(gm: fx.GraphModule, example_inputs: list[Any], options: Options) -> Callable:
     """A callable for the rewritten graph."""
-    if options.rest == "eager":
+    if options.inner_backend == "eager":
         return gm.forward
     from torch._inductor.compile_fx import compile_fx
 

@@ -11,7 +11,7 @@ from effattn.errors import OptionError
 from effattn.policy import Policy
 
 _CHOICES: dict[str, tuple] = {
-    "rest": ("inductor", "eager"),
+    "inner_backend": ("inductor", "eager"),
     "target": ("triton", "portable", None),
     "mode": ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs", None),
     "strict": (True, False),
@@ -20,12 +20,15 @@ _CHOICES: dict[str, tuple] = {
 }
 
 
+_EARLIER_NAMES = {"rest": "inner_backend"}  # they go on working
+
+
 @dataclass(frozen=True)
 class Options:
     """Options of one compilation."""
 
     policy: Policy
-    rest: str = "inductor"  # what compiles everything that is not attention
+    inner_backend: str = "inductor"  # what compiles everything that is not attention
     strict: bool = False  # raise instead of falling back
     verify: bool = False  # run the untouched graph too, on every call, and compare
     trace: bool = False  # keep for the report how each pass changed the graph
@@ -41,6 +44,11 @@ class Options:
             PolicyError: the policy is not valid.
         """
         given = dict(options or {})
+        for earlier, name in _EARLIER_NAMES.items():
+            if earlier in given and name in given:
+                raise OptionError(f"option {earlier!r} is the earlier name of {name!r}: give one of them")
+            if earlier in given:
+                given[name] = given.pop(earlier)
         names = [field.name for field in fields(Options)]
         for name in given:
             if name not in names:

@@ -145,6 +145,14 @@ def test_a_pass_needs_others_before_it():
         pass_manager.run(pipeline.REPLACE, Compilation(gm, Policy.of(None)))
 
 
+def test_the_earlier_name_of_the_inner_backend_goes_on_working():
+    assert Options.read({"rest": "eager"}) == Options.read({"inner_backend": "eager"})
+    with pytest.raises(effattn.OptionError, match="'rest' is the earlier name of 'inner_backend'"):
+        Options.read({"rest": "eager", "inner_backend": "eager"})
+    with pytest.raises(effattn.OptionError, match="inner_backend='eagre'; allowed: 'inductor', 'eager'"):
+        Options.read({"rest": "eagre"})
+
+
 def test_every_pass_has_its_own_name_and_options_default_to_no_trace():
     passes = (*pipeline.CANONICALIZE, *pipeline.MATCH, *pipeline.REPLACE)
     assert len({one.name for one in passes}) == len(passes)

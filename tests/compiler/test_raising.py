@@ -48,7 +48,7 @@ MISTAKES = [
         effattn.PolicyError,
         "policy dict, key rule[0].layers: 0-5 ends after the last layer",
     ),
-    ({"rset": "eager"}, effattn.OptionError, "unknown option 'rset'; allowed: policy, rest"),
+    ({"rset": "eager"}, effattn.OptionError, "unknown option 'rset'; allowed: policy, inner_backend"),
     ({"mode": "fast"}, effattn.OptionError, "option mode='fast'; allowed:"),
     ({"policy": POWER, "strict": True}, effattn.FormRefused, "layers.0"),
 ]
