@@ -70,7 +70,9 @@ def attention(
     _check(q, k, v)
     if form in FORMS and not FORMS[form].softmax:
         return _without_softmax(q, k, v, form, causal, scale, params)
-    plan = _plan(form, bool(causal), tuple(params.items()), boundaries is not None)
+    # a graph serves any sizes, and its plan says so; elsewhere a form may look at the number of heads
+    sizes = None if torch.compiler.is_compiling() else (*q.shape[1::2], k.shape[1], v.shape[3])
+    plan = _plan(form, bool(causal), tuple(params.items()), boundaries is not None, sizes)
     factor = 1.0 / math.sqrt(q.shape[3]) if scale is None else scale
     loads = [] if boundaries is None else [_checked_boundaries(boundaries, k)]
     return torch.ops.effattn.attend(q, k, v, loads, [], [factor], plan)[0]
@@ -113,8 +115,13 @@ def _checked(form: str, params: tuple[tuple[str, Any], ...]) -> Any:
 
 
 @torch.compiler.assume_constant_result
-def _plan(form: str, causal: bool, params: tuple[tuple[str, Any], ...], cut: bool) -> str:
-    """The encoded plan of a form with these parameters, for any sizes; ``cut``: boundaries are given."""
+def _plan(
+    form: str, causal: bool, params: tuple[tuple[str, Any], ...], cut: bool, sizes: tuple[int, ...] | None = None
+) -> str:
+    """The encoded plan of a form with these parameters.
+
+    ``cut``: boundaries are given; ``sizes``: query heads, head_dim, key heads, value_dim, or None for any.
+    """
     if form not in FORMS:
         raise OptionError(f"attention: {unknown('form', str(form), FORMS)}")
     checked = _checked(form, params)
@@ -125,7 +132,8 @@ def _plan(form: str, causal: bool, params: tuple[tuple[str, Any], ...], cut: boo
         loads=(LoadSpec(BOUNDARIES, "bool", 2),) if cut else (),
         numbers=(SCALE.name,),
     )
-    layout = Layout(BATCH, HEADS, KV_HEADS, expr.Nq, expr.Nk, HEAD_DIM, VALUE_DIM)
+    heads, head_dim, kv_heads, value_dim = sizes or (HEADS, HEAD_DIM, KV_HEADS, VALUE_DIM)
+    layout = Layout(BATCH, heads, kv_heads, expr.Nq, expr.Nk, head_dim, value_dim)
     site = called_site(spec, position if causal else None, layout)
     selector = FORMS[form].selector(checked, site)
     wanted = selector is not None and selector.needs_boundaries

@@ -9,8 +9,7 @@ import sympy
 import torch
 
 from effattn.errors import FormRefused
-from effattn.evaluate import density_of, kept_pairs, timed
-from effattn.evaluate.tasks import perplexity
+from effattn.evaluate import density_of, kept_pairs, perplexity, timed
 from effattn.ir import expr
 from effattn.lowering.forms import FORMS
 

@@ -10,10 +10,9 @@ from evaluating import CONTEXT, POWER, Characters, Heard, ids, llama, policy
 
 from effattn.compiler.capture import Tapped
 from effattn.errors import EvaluationError
-from effattn.evaluate import Evaluation, density_of, evaluate
+from effattn.evaluate import Evaluation, density_of, evaluate, perplexity
 from effattn.evaluate import run as running
 from effattn.evaluate.show.tables import attention, tables, whole_model
-from effattn.evaluate.tasks import perplexity
 
 POLICIES = ("exact", policy("power", **POWER))
 

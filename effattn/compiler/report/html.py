@@ -52,7 +52,7 @@ def _seconds(value: Any) -> str:
 @lru_cache(maxsize=1)
 def _template() -> jinja2.Template:
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("effattn", "compiler"),
+        loader=jinja2.PackageLoader("effattn", "compiler/report"),
         autoescape=True,
         undefined=jinja2.ChainableUndefined,
         trim_blocks=True,

@@ -14,7 +14,7 @@ from typing import Any
 import sympy
 import torch
 from torch import fx
-from torch.fx.experimental.symbolic_shapes import statically_known_true
+from torch.fx.experimental.symbolic_shapes import guard_or_false, statically_known_true
 
 from effattn.ir.expr import Where, b, h, k, q, s
 from effattn.ir.refusal import Why
@@ -59,10 +59,14 @@ def find_blocks(view: GraphView, strict: bool = False) -> tuple[list[LinearMatch
 
 
 def same_size(one: Any, other: Any) -> bool:
-    """Whether two sizes are equal. Of symbolic ones the guards that Dynamo made say so; none is needed beyond them."""
+    """Whether two sizes are equal.
+
+    How many blocks there are, Dynamo guarded when it unrolled the loop, but it draws no conclusion about the last
+    one's end: asking for it adds the same guard in other words, and no compilation.
+    """
     if sympy.expand(as_sympy(one) - as_sympy(other)) == 0:
         return True
-    return not (isinstance(one, int) and isinstance(other, int)) and statically_known_true(one == other)
+    return not (isinstance(one, int) and isinstance(other, int)) and bool(guard_or_false(one == other))
 
 
 def _match(view: GraphView, joined: fx.Node, turns: list[Block], order: int) -> LinearMatch:
