@@ -10,8 +10,7 @@ import torch
 from rich.table import Table
 from screen import Screen, table
 
-from effattn.evaluate import density_of, timed
-from effattn.evaluate.tasks import perplexity
+from effattn.evaluate import density_of, perplexity, timed
 from effattn.policy import Policy
 
 
