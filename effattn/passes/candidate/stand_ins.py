@@ -14,6 +14,7 @@ from torch import fx
 
 from effattn.errors import RewriteError
 from effattn.ir import expr
+from effattn.ir.refusal import Why
 from effattn.passes.candidate.naming import size_source
 from effattn.passes.candidate.record import Refused
 from effattn.passes.graph.dead_code import only_a_value
@@ -57,12 +58,12 @@ def require_stand_in(view: GraphView, node: fx.Node) -> None:
     no sum of products of lengths."""
     ordered = any(user.target in _IN_ITS_ORDER for user in node.users)
     if ordered and not view.held(node).is_contiguous():
-        raise Refused("weights", f"the memory order of {node.name} is used, and it is not the plain one")
+        raise Refused(Why.WEIGHTS, f"the memory order of {node.name} is used, and it is not the plain one")
     for size in view.shape(node):
         for symbol in size.free_symbols:
             size_source(view, symbol, view.time[node])
         if not _is_emitted(size):
-            raise Refused("weights", f"the size {size} of {node.name} is used, and is not a length of the graph")
+            raise Refused(Why.WEIGHTS, f"the size {size} of {node.name} is used, and is not a length of the graph")
 
 
 def leave_stand_ins(view: GraphView, replaced: list[fx.Node], weights: set[str]) -> tuple[int, list[fx.Node]]:

@@ -55,7 +55,7 @@ class DecomposeMaskBuffers(Pass):
     optional = True
 
     def apply(self, work: Compilation) -> bool:
-        self.masks = write_out(work.gm, work.inputs)
+        self.masks = write_out(work.view, work.inputs)
         return bool(self.masks)
 
     def undo(self, work: Compilation) -> bool:
@@ -65,12 +65,10 @@ class DecomposeMaskBuffers(Pass):
         return bool(self.masks)
 
 
-def write_out(gm: fx.GraphModule, inputs: Sequence[Any]) -> list[WrittenOut]:
-    """Write out every part of a buffer with a triangle that the graph reads."""
-    buffers = [node for node in gm.graph.nodes if node.op == "placeholder" and _may_be_mask(node)]
-    if not buffers:
-        return []
-    known = Known(GraphView(gm.graph), inputs)
+def write_out(view: GraphView, inputs: Sequence[Any]) -> list[WrittenOut]:
+    """Write out every part of a buffer with a triangle that the graph reads; ``view`` is stale if there is one."""
+    buffers = [node for node in view.graph.nodes if node.op == "placeholder" and _may_be_mask(node)]
+    known = Known(view, inputs)
     found: list[WrittenOut] = []
     for buffer in buffers:
         try:
@@ -81,9 +79,9 @@ def write_out(gm: fx.GraphModule, inputs: Sequence[Any]) -> list[WrittenOut]:
             continue
         for user in list(buffer.users):
             if user.target is not operator.getitem:
-                found.append(_write(gm.graph, buffer, buffer, [user], (_FULL, _FULL), triangle))
+                found.append(_write(view.graph, buffer, buffer, [user], (_FULL, _FULL), triangle))
             elif (dims := _dims(user, buffer)) is not None:
-                found.append(_write(gm.graph, buffer, user, list(user.users), dims, triangle))
+                found.append(_write(view.graph, buffer, user, list(user.users), dims, triangle))
     return found
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from effattn.errors import WeightsError
-from effattn.ir.refusal import Refusal
+from effattn.ir.refusal import Refusal, Why
 from effattn.ir.site import Site
 from effattn.lowering.forms.feature_maps import FEATURE_MAPS
 from effattn.lowering.forms.feature_weights import LayerWeights, load_layer
@@ -40,5 +40,5 @@ def no_weights(site: Site, params: Any, min_length: int) -> tuple[Refusal, ...]:
     try:
         weights_of(site, params)
     except WeightsError as error:
-        return (Refusal("weights", str(error)),)
+        return (Refusal(Why.WEIGHTS, str(error)),)
     return ()
