@@ -101,8 +101,8 @@ def built(name: str, sizes, device):
 
     call = CASES["left_padding" if name == "holes" else name](sizes, device)
     if name == "holes":
-        call.loads[0][:, 40:50] = False
-        call.loads[0][:, ::7] = False
+        call.captures[0][:, 40:50] = False
+        call.captures[0][:, ::7] = False
     return call
 
 
@@ -130,9 +130,9 @@ def check_one(job) -> dict:
         config = Tiles(128, 64, 8, 3, descriptors=True) if name == "descriptors" else None
     query, key, value = tensors(sizes, device, getattr(torch, dtype), order="bnhd")
     out, lse = triton_target.run(
-        call.plan, query, key, value, call.loads, call.scalars, call.numbers, kind=kind, config=config
+        call.plan, query, key, value, call.captures, call.scalars, call.numbers, kind=kind, config=config
     )
-    wanted, wanted_lse = reference(call.plan, query, key, value, call.loads, call.scalars, call.numbers)
+    wanted, wanted_lse = reference(call.plan, query, key, value, call.captures, call.scalars, call.numbers)
     assert out.shape == (sizes.batch, sizes.heads, sizes.q_len, sizes.value_dim)
     out_error = torch.nan_to_num((out.double() - wanted).abs()).max().item()
     same_nan = bool((out.isnan() == wanted.isnan()).all())
@@ -156,7 +156,7 @@ def check_backward(job) -> dict:
     sizes = Sizes(2, 8, 2, 333, 333, dim, value_dim)
     call = built(name, sizes, torch.device("cuda"))
     inputs = tensors(sizes, "cuda", getattr(torch, dtype), order="bnhd")
-    data = (call.loads, call.scalars, call.numbers)
+    data = (call.captures, call.scalars, call.numbers)
     leaves = [tensor.double().requires_grad_() for tensor in inputs]
     wanted, _ = reference(call.plan, *leaves, *data)
     grad_out = torch.randn_like(wanted).to(inputs[0].dtype)
@@ -190,7 +190,7 @@ def our_call(mask: str, length: int):
     import sympy
     from plans import CAUSAL, Call, b, k, load, s
 
-    from effattn.ir.attention import AttentionSpec, LoadSpec
+    from effattn.ir.attention import AttentionSpec, CaptureSpec
     from effattn.ir.expr import q
     from effattn.ir.plan import Plan
     from effattn.ir.site import Layout, called_site
@@ -202,8 +202,8 @@ def our_call(mask: str, length: int):
         return Call(Plan("exact", AttentionSpec(score, CAUSAL, empty_rows="never")))
     if mask in ("padding", "left"):
         seen = sympy.And(CAUSAL, sympy.Ne(load("padding", [b, k], integer=True), 0))
-        plan = Plan("exact", AttentionSpec(score, seen, loads=(LoadSpec("padding", "bool", 2),)))
-        return Call(plan, loads=[padding_of(mask, length)])
+        plan = Plan("exact", AttentionSpec(score, seen, captures=(CaptureSpec("padding", "bool", 2),)))
+        return Call(plan, captures=[padding_of(mask, length)])
     plain = AttentionSpec(score, CAUSAL, empty_rows="never")
     site = called_site(plain, q, Layout(1, HEADS, KV_HEADS, length, length, HEAD_DIM, HEAD_DIM))
     if mask == "power":
@@ -267,7 +267,7 @@ def variants(mask: str, length: int, quick: bool = False):
             from effattn.runtime.targets import triton as triton_target
 
             call, (q, k, v) = our_call(mask, length), inputs(length)
-            return lambda: triton_target.run(call.plan, q, k, v, call.loads, config=config)
+            return lambda: triton_target.run(call.plan, q, k, v, call.captures, config=config)
 
         return make
 
@@ -288,7 +288,7 @@ def variants(mask: str, length: int, quick: bool = False):
 
         call, (q, k, v) = our_call(mask, length), inputs(length)
         plan = call.plan.encode()
-        return lambda: torch.ops.effattn.attend(q, k, v, call.loads, [], [], plan)
+        return lambda: torch.ops.effattn.attend(q, k, v, call.captures, [], [], plan)
 
     tiles = quick_configs(mask) if quick else configs()
     found = {f"ours {name}": ours(config) for name, config in tiles.items()}
@@ -309,9 +309,9 @@ def decode_variants(batch: int, length: int, live: int):
             from effattn.runtime.targets import triton as triton_target
 
             call = CASES["cache_by_pointer"](Sizes(head_dim=HEAD_DIM), torch.device("cuda"))
-            call.loads = [torch.tensor(live - 1, device="cuda")]
+            call.captures = [torch.tensor(live - 1, device="cuda")]
             q, k, v = inputs(length, batch, 1)
-            return lambda: triton_target.run(call.plan, q, k, v, call.loads, config=config, splits=splits)
+            return lambda: triton_target.run(call.plan, q, k, v, call.captures, config=config, splits=splits)
 
         return make
 
@@ -341,10 +341,10 @@ def backward_variants(mask: str, length: int):
             from effattn.runtime.targets import triton as triton_target
 
             call, (q, k, v) = our_call(mask, length), inputs(length)
-            out, lse = triton_target.run(call.plan, q, k, v, call.loads)
+            out, lse = triton_target.run(call.plan, q, k, v, call.captures)
             grad = torch.randn_like(out)
             return lambda: triton_target.run_backward(
-                call.plan, grad, None, q, k, v, out, lse, call.loads, config=config
+                call.plan, grad, None, q, k, v, out, lse, call.captures, config=config
             )
 
         return make
@@ -415,12 +415,12 @@ def check_cuda_graph() -> dict:
     call = CASES["cache_by_pointer"](sizes, torch.device("cuda"))
     query, key, value = tensors(sizes, "cuda", torch.float16)
     held = []
-    replay = graphed(lambda: held.append(triton_target.run(call.plan, query, key, value, call.loads)))
+    replay = graphed(lambda: held.append(triton_target.run(call.plan, query, key, value, call.captures)))
     worst = 0.0
     for live in (5, 700, 2999):
-        call.loads[0].fill_(live)
+        call.captures[0].fill_(live)
         replay()
-        wanted, _ = reference(call.plan, query, key, value, call.loads)
+        wanted, _ = reference(call.plan, query, key, value, call.captures)
         worst = max(worst, (held[-1][0].double() - wanted).abs().max().item())
     return {"job": ["a decode step in a CUDA graph"], "out": worst, "lse": 0.0, "good": worst < 4e-3}
 
@@ -435,8 +435,8 @@ def host_cost() -> dict[str, float]:
         call, (q, k, v) = our_call(mask, 256), inputs(256)
         plan = call.plan.encode()
         runs = {
-            mask: lambda: triton_target.run(call.plan, q, k, v, call.loads, kind="prefill"),  # noqa: B023
-            f"op, {mask}": lambda: torch.ops.effattn.attend(q, k, v, call.loads, [], [], plan),  # noqa: B023
+            mask: lambda: triton_target.run(call.plan, q, k, v, call.captures, kind="prefill"),  # noqa: B023
+            f"op, {mask}": lambda: torch.ops.effattn.attend(q, k, v, call.captures, [], [], plan),  # noqa: B023
         }
         for name, run in runs.items():
             for _ in range(10):

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from effattn.errors import FormRefused, OptionError
 from effattn.ir import expr
-from effattn.ir.attention import AttentionSpec, LoadSpec
+from effattn.ir.attention import AttentionSpec, CaptureSpec
 from effattn.ir.plan import Plan, Sparsity
 from effattn.ir.selector import BOUNDARIES
 from effattn.ir.site import Layout, called_site
@@ -74,8 +74,8 @@ def attention(
     sizes = None if torch.compiler.is_compiling() else (*q.shape[1::2], k.shape[1], v.shape[3])
     plan = _plan(form, bool(causal), tuple(params.items()), boundaries is not None, sizes)
     factor = 1.0 / math.sqrt(q.shape[3]) if scale is None else scale
-    loads = [] if boundaries is None else [_checked_boundaries(boundaries, k)]
-    return torch.ops.effattn.attend(q, k, v, loads, [], [factor], plan)[0]
+    captures = [] if boundaries is None else [_checked_boundaries(boundaries, k)]
+    return torch.ops.effattn.attend(q, k, v, captures, [], [factor], plan)[0]
 
 
 def _without_softmax(
@@ -129,7 +129,7 @@ def _plan(
     spec = AttentionSpec(
         score=SCALE * expr.s,
         predicate=expr.k <= position if causal else sympy.true,
-        loads=(LoadSpec(BOUNDARIES, "bool", 2),) if cut else (),
+        captures=(CaptureSpec(BOUNDARIES, "bool", 2),) if cut else (),
         numbers=(SCALE.name,),
     )
     heads, head_dim, kv_heads, value_dim = sizes or (HEADS, HEAD_DIM, KV_HEADS, VALUE_DIM)

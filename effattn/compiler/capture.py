@@ -23,7 +23,7 @@ class Captured:
     query: Tensor  # [B, Hq, Nq, D]
     key: Tensor  # [B, Hkv, Nk, D]
     value: Tensor  # [B, Hkv, Nk, Dv]
-    loads: Sequence[Tensor] = ()
+    captures: Sequence[Tensor] = ()
     scalars: Sequence[int] = ()
     numbers: Sequence[float] = ()
 

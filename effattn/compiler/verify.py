@@ -72,7 +72,7 @@ class _Checker(fx.Interpreter):
         self.time = 0
         for match in matches:
             scores = [match.anchors.scores] if match.anchors.scores is not None else []
-            for source in (*match.anchors.loads, *scores):
+            for source in (*match.anchors.captures, *scores):
                 self.by_time.setdefault(source.time, []).append(source.node.name)
 
     def run_node(self, n: fx.Node) -> Any:
@@ -111,9 +111,9 @@ class _Checker(fx.Interpreter):
             "Nq": sizes["q"],
             "Nk": sizes["k"],
         }
-        loads = {
+        captures = {
             spec.name: self.values[source.node.name, source.time]
-            for spec, source in zip(site.spec.loads, match.anchors.loads, strict=True)
+            for spec, source in zip(site.spec.captures, match.anchors.captures, strict=True)
         }
         for name, source in zip(site.spec.scalars, match.anchors.scalars, strict=True):
             held = self.plain[source.node.name]
@@ -121,15 +121,15 @@ class _Checker(fx.Interpreter):
         for name, number in zip(site.spec.numbers, match.anchors.numbers, strict=True):
             index[name] = self.plain[number.name]
         device = allowed.device
-        places = [evaluate(entry, index, loads, torch.float64, device) for entry in match.anchors.scores_index]
+        places = [evaluate(entry, index, captures, torch.float64, device) for entry in match.anchors.scores_index]
         places = [torch.as_tensor(place, device=device) for place in places]
         places = [
             torch.zeros_like(place) if size == 1 else place for place, size in zip(places, allowed.shape, strict=True)
         ]
         expected = allowed[tuple(places)]
-        read = torch.as_tensor(evaluate(site.spec.predicate, index, loads, torch.float64, device), device=device)
+        read = torch.as_tensor(evaluate(site.spec.predicate, index, captures, torch.float64, device), device=device)
         # a mask may also be data that is added to the score: then the predicate leaves it to the score
-        added = evaluate(site.spec.score, {**index, "s": 0.0}, loads, torch.float64, device)
+        added = evaluate(site.spec.score, {**index, "s": 0.0}, captures, torch.float64, device)
         read = read & (torch.as_tensor(added, device=device) > match.anchors.threshold)
         expected, read = torch.broadcast_tensors(expected, read)
         if not torch.equal(expected, read):

@@ -19,7 +19,7 @@ EMPTY_ROWS: tuple[EmptyRows, ...] = ("never", "zero", "nan", "mean")
 
 
 @dataclass(frozen=True)
-class LoadSpec:
+class CaptureSpec:
     """One captured tensor that the predicate or score reads: its name in expressions, dtype and dimensions."""
 
     name: str
@@ -38,7 +38,7 @@ class AttentionSpec:
     score: Any  # sympy term in s and the indices; natural units, scale included
     predicate: Any = sympy.true  # what the user's mask allows
     keep: Any = sympy.true  # what a form keeps of that
-    loads: tuple[LoadSpec, ...] = ()  # captured tensors, in the order in which they are passed
+    captures: tuple[CaptureSpec, ...] = ()  # captured tensors, in the order in which they are passed
     scalars: tuple[str, ...] = ()  # names of integers passed at run time, in order
     numbers: tuple[str, ...] = ()  # names of floats passed at run time, in order
     empty_rows: EmptyRows = "zero"  # output of a row that may attend to nothing: 0, NaN, or the mean of all values
@@ -55,14 +55,14 @@ class AttentionSpec:
     @cached_property
     def complete(self) -> AttentionSpec:
         """The record with the load that no caller passes, as the last, if a form reads it."""
-        if any(load.name == expr.FIRST_KEY for load in self.loads) or not self.keep.has(expr.first_key):
+        if any(load.name == expr.FIRST_KEY for load in self.captures) or not self.keep.has(expr.first_key):
             return self
-        return replace(self, loads=(*self.loads, LoadSpec(expr.FIRST_KEY, "int32", 1)))
+        return replace(self, captures=(*self.captures, CaptureSpec(expr.FIRST_KEY, "int32", 1)))
 
     @cached_property
     def given(self) -> AttentionSpec:
-        """The record with the loads that callers pass."""
-        return replace(self, loads=tuple(load for load in self.loads if load.name != expr.FIRST_KEY))
+        """The record with the captures that callers pass."""
+        return replace(self, captures=tuple(load for load in self.captures if load.name != expr.FIRST_KEY))
 
     def encode(self) -> dict[str, Any]:
         """The record as JSON values: equal records give equal bytes, in any process."""
@@ -70,7 +70,7 @@ class AttentionSpec:
             "score": wire.encode(self.score),
             "predicate": wire.encode(self.predicate),
             "keep": wire.encode(self.keep),
-            "loads": [[load.name, load.dtype, load.ndim] for load in self.loads],
+            "captures": [[load.name, load.dtype, load.ndim] for load in self.captures],
             "scalars": list(self.scalars),
             "numbers": list(self.numbers),
             "empty_rows": self.empty_rows,
@@ -86,20 +86,20 @@ class AttentionSpec:
         """
         if body["empty_rows"] not in EMPTY_ROWS:
             raise PlanError(f"bad empty_rows in plan: {body['empty_rows']!r}; allowed: {EMPTY_ROWS}")
-        loads = tuple(LoadSpec(str(name), str(dtype), int(ndim)) for name, dtype, ndim in body["loads"])
-        names = [*(load.name for load in loads), *body["scalars"], *body["numbers"]]
+        captures = tuple(CaptureSpec(str(name), str(dtype), int(ndim)) for name, dtype, ndim in body["captures"])
+        names = [*(load.name for load in captures), *body["scalars"], *body["numbers"]]
         if not all(isinstance(name, str) and name.isidentifier() for name in names) or len(set(names)) < len(names):
             raise PlanError(f"names in a plan must be distinct identifiers: {names}")
         spec = AttentionSpec(
             score=wire.decode(body["score"]),
             predicate=wire.decode(body["predicate"]),
             keep=wire.decode(body["keep"]),
-            loads=loads,
+            captures=captures,
             scalars=tuple(body["scalars"]),
             numbers=tuple(body["numbers"]),
             empty_rows=body["empty_rows"],
         )
         used = {load.name for load in expr.loads_of(spec.score, spec.predicate, spec.keep)}
-        if unknown := used - {expr.FIRST_KEY} - {load.name for load in loads}:
+        if unknown := used - {expr.FIRST_KEY} - {load.name for load in captures}:
             raise PlanError(f"a plan reads tensors that it does not list: {sorted(unknown)}")
         return spec

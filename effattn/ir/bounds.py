@@ -154,7 +154,7 @@ TABLE: dict[str, Callable[..., Interval]] = {
 
 
 class Intervals:
-    """The algebra: what symbols and loads lie between is asked of two functions."""
+    """The algebra: where symbols and loads lie is asked of two functions."""
 
     def __init__(self, symbol: Callable[[str], Interval], load: Callable[[str], Interval]):
         self._symbol = symbol

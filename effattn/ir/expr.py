@@ -226,7 +226,7 @@ def is_of_blocks(load: Load) -> bool:
 
 
 def free_symbols(*terms) -> set[sympy.Symbol]:
-    """Symbols of the terms, names of loads not counted."""
+    """Symbols of the terms, names of captured tensors not counted."""
     found: set[sympy.Symbol] = set()
     for term in terms:
         names = {load.args[0] for load in sympy.sympify(term).atoms(Load)}

@@ -156,9 +156,9 @@ class Integers:
         "is_power_of_two": lambda x: x > 0 and x & (x - 1) == 0,
     }
 
-    def __init__(self, symbols: dict[str, int], loads: Any = None):
+    def __init__(self, symbols: dict[str, int], captures: Any = None):
         self.symbols = symbols
-        self.loads = loads
+        self.captures = captures
 
     def constant(self, value):
         return value
@@ -167,7 +167,7 @@ class Integers:
         return self.symbols[name]
 
     def load(self, name, indices):
-        return self.loads(name, indices)
+        return self.captures(name, indices)
 
     def call(self, operation, *args):
         return self.TABLE[operation](*args)

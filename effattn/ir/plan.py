@@ -79,7 +79,7 @@ class Plan:
 
     def at(self, k_len: int) -> Plan:
         """What is computed for this many keys: ``below``, or the dense plan, where there are fewer than ``min_length``;
-        the dense plan where a selector keeps all. Its loads are all that it reads, with ``FIRST_KEY`` as the last."""
+        the dense plan where a selector keeps all. Its captures are all that it reads, with ``FIRST_KEY`` as the last."""
         if k_len < self.dispatch.min_length:
             return self._dense if self.dispatch.below is None else self.dispatch.below.at(k_len)
         select = self.sparsity.select

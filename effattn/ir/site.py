@@ -56,14 +56,14 @@ class Site:
     device: str  # "cpu", "cuda"
     needs_grad: bool  # of the output
     output_layout: str  # memory order to write: "bhnd" or "bnhd"
-    loads_need_grad: bool = False  # a tensor that the score reads (a learned bias) needs a gradient itself
+    captures_need_grad: bool = False  # a tensor that the score reads (a learned bias) needs a gradient itself
     layer: int | None = None  # a number in ``path``: it may repeat, as in an encoder and a decoder
     layer_count: int | None = None  # how many layers are counted with it; None: not known
     path: str = ""  # of the module it is computed in, as named_modules() calls it: decoder.layers.3.self_attn
     module_classes: tuple[str, ...] = ()  # class names, outermost first
     location: str = ""  # file:line in the user's code
     sink: bool = False  # one more column takes part in the softmax, with a score and without a value
-    reads: tuple[str, ...] = ()  # the user's own names of ``loads``, in order: attention_mask for padding
+    reads: tuple[str, ...] = ()  # the user's own names of ``captures``, in order: attention_mask for padding
     notes: tuple[str, ...] = field(default=())  # things worth telling: grouped heads folded back, opaque mask, ...
 
 

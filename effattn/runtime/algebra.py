@@ -164,14 +164,14 @@ class TorchAlgebra:
     Args:
         symbols: value of each symbol: indices that broadcast to the scores (tensors or spans), lengths, scalars,
             numbers, ``s``.
-        loads: tensor of each load, by name. Indices are clamped into it.
-        dtype: floating point loads are read in this dtype.
+        captures: tensor of each load, by name. Indices are clamped into it.
+        dtype: floating point captures are read in this dtype.
         device: where tensors that no other tensor decides are made.
     """
 
-    def __init__(self, symbols: Mapping[str, Any], loads: Mapping[str, Tensor], dtype: torch.dtype, device: Any):
+    def __init__(self, symbols: Mapping[str, Any], captures: Mapping[str, Tensor], dtype: torch.dtype, device: Any):
         self.symbols = symbols
-        self.loads = loads
+        self.captures = captures
         self.dtype = dtype
         self.device = device
 
@@ -182,7 +182,7 @@ class TorchAlgebra:
         return self.symbols[name]
 
     def load(self, name, indices):
-        tensor = self.loads[name]
+        tensor = self.captures[name]
         # of a single element every index is clamped to it: what broadcasts stays small
         indices = [0 if size == 1 else index for index, size in zip(indices, tensor.shape, strict=True)]
         read = read_slices(tensor, indices)
@@ -227,18 +227,18 @@ class TorchAlgebra:
 
 
 def bindings(
-    spec: AttentionSpec, loads: Sequence[Tensor], scalars: Sequence[int], numbers: Sequence[float]
+    spec: AttentionSpec, captures: Sequence[Tensor], scalars: Sequence[int], numbers: Sequence[float]
 ) -> tuple[dict, dict]:
     """``(symbols, tensors)`` that the names of a spec stand for in one call. Raises ValueError if the counts differ."""
     for what, names, given in (
-        ("tensors", spec.loads, loads),
+        ("tensors", spec.captures, captures),
         ("scalars", spec.scalars, scalars),
         ("numbers", spec.numbers, numbers),
     ):
         if len(names) != len(given):
             raise ValueError(f"this plan takes {len(names)} {what}, got {len(given)}")
     symbols: dict[str, Any] = dict(zip((*spec.scalars, *spec.numbers), (*scalars, *numbers), strict=True))
-    return symbols, {load.name: tensor for load, tensor in zip(spec.loads, loads, strict=True)}
+    return symbols, {load.name: tensor for load, tensor in zip(spec.captures, captures, strict=True)}
 
 
 class _Recorder:
@@ -273,7 +273,7 @@ def _steps(term) -> tuple[tuple[str, Any, tuple[int, ...]], ...]:
 
 
 def evaluate_integer(term, symbols: Mapping[str, int]) -> int:
-    """The value of an integer expression without loads; faster than :func:`evaluate`, which also serves tensors."""
+    """The value of an integer expression without captures; faster than :func:`evaluate`, which also serves tensors."""
     values: list[Any] = []
     for method, subject, operands in _steps(term):
         if method == "call":
@@ -283,14 +283,14 @@ def evaluate_integer(term, symbols: Mapping[str, int]) -> int:
     return values[-1]
 
 
-def evaluate(term, symbols: Mapping[str, Any], loads: Mapping[str, Tensor], dtype: torch.dtype, device: Any) -> Any:
+def evaluate(term, symbols: Mapping[str, Any], captures: Mapping[str, Tensor], dtype: torch.dtype, device: Any) -> Any:
     """The value of one expression: a tensor that broadcasts to the scores, or a Python number or bool.
 
     Raises:
         UnknownOperation: the expression holds what no target can compute.
         KeyError: it names a symbol or load that is not given.
     """
-    algebra = TorchAlgebra(symbols, loads, dtype, device)
+    algebra = TorchAlgebra(symbols, captures, dtype, device)
     values: list[Any] = []
     for method, subject, operands in _steps(term):
         given = [values[operand] for operand in operands]

@@ -27,7 +27,7 @@ class Kernel:
     module: ModuleType
 
 
-def load_source(stem: str, source: str) -> ModuleType:
+def capture_source(stem: str, source: str) -> ModuleType:
     """A generated module by its source; ``stem`` names its copy on disk, with a digest behind it."""
     path = keep_source(f"{stem}_{hashlib.sha256(source.encode()).hexdigest()[:8]}.py", source)
     return module_from(source, path)

@@ -48,7 +48,7 @@ def test_who_observes_sees_what_the_backend_replaces(checkpointed):
     assert tapped.run(lambda captured: seen.append(captured.site), x) == 2
     assert tapped.missed == []
     assert {str(site.spec.predicate) for site in seen} == {"k <= q"}
-    assert all(site.spec.loads == () for site in seen)
+    assert all(site.spec.captures == () for site in seen)
 
 
 @pytest.mark.parametrize("checkpointed", [False, True])

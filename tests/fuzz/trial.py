@@ -151,7 +151,7 @@ def _compare_masks(
     for choice in heard[-1].choices if heard else []:
         site = choice.match.site
         free = expr.free_symbols(site.spec.predicate, site.spec.score) - {*expr.INDICES, expr.s, expr.Nq, expr.Nk}
-        if site.spec.loads or free:
+        if site.spec.captures or free:
             continue
         hints = [int(getattr(site.hints, name)) for name in ("batch", "heads", "q_len", "k_len")]
         found = seen(site.spec.predicate, sympy.sympify(site.spec.score), tuple(hints), {}, {})

@@ -29,7 +29,7 @@ class Call:
 
     plan: Plan
     shape: tuple[int, int, int, int]  # [B, H, Nq, Nk]
-    loads: dict[str, np.ndarray]
+    captures: dict[str, np.ndarray]
     scalars: dict[str, int]
     numbers: dict[str, float]
     kernels: bool  # whether generated kernels run it
@@ -37,7 +37,7 @@ class Call:
     def allowed(self) -> np.ndarray:
         """bool [B, H, Nq, Nk]: what its predicate allows and its score does not push out of sight."""
         return seen(
-            self.plan.spec.predicate, self.plan.spec.score, self.shape, self.loads, {**self.scalars, **self.numbers}
+            self.plan.spec.predicate, self.plan.spec.score, self.shape, self.captures, {**self.scalars, **self.numbers}
         )
 
 
@@ -52,15 +52,15 @@ class Calls(TorchDispatchMode):
 
     def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         if function is torch.ops.effattn.attend.default:
-            query, key, value, loads, scalars, numbers, text = args
+            query, key, value, captures, scalars, numbers, text = args
             plan = Plan.decode(text)
-            held = [load.detach().cpu() for load in loads]
+            held = [load.detach().cpu() for load in captures]
             held = [load.double() if load.is_floating_point() else load for load in held]
             self.kept.append(
                 Call(
                     plan,
                     (*query.shape[:3], key.shape[2]),
-                    {spec.name: load.numpy().copy() for spec, load in zip(plan.spec.loads, held, strict=True)},
+                    {spec.name: load.numpy().copy() for spec, load in zip(plan.spec.captures, held, strict=True)},
                     dict(zip(plan.spec.scalars, scalars, strict=True)),
                     dict(zip(plan.spec.numbers, numbers, strict=True)),
                     target_of(plan.at(key.shape[2]), query, value) is not portable,
@@ -117,10 +117,10 @@ def small_tiles(on: bool) -> Iterator[None]:
         forget()
 
 
-def seen(predicate: Any, score: Any, shape: tuple[int, ...], loads: dict, symbols: dict) -> np.ndarray:
+def seen(predicate: Any, score: Any, shape: tuple[int, ...], captures: dict, symbols: dict) -> np.ndarray:
     """A predicate and a score with ``s = 0`` on the whole grid."""
     grid = dict(zip("bhqk", np.indices(shape), strict=True))
-    algebra = _Numpy({**grid, **symbols, "Nq": shape[2], "Nk": shape[3], "s": 0.0}, loads)
+    algebra = _Numpy({**grid, **symbols, "Nq": shape[2], "Nk": shape[3], "s": 0.0}, captures)
     with np.errstate(all="ignore"):
         return np.broadcast_to(np.logical_and(fold(predicate, algebra), fold(score, algebra) > MASKED), shape)
 
@@ -136,8 +136,8 @@ class _Numpy:
         "sqrt": np.sqrt, "sign": np.sign,
     }  # fmt: skip
 
-    def __init__(self, symbols: dict[str, Any], loads: dict[str, np.ndarray]):
-        self.symbols, self.loads = symbols, loads
+    def __init__(self, symbols: dict[str, Any], captures: dict[str, np.ndarray]):
+        self.symbols, self.captures = symbols, captures
 
     def constant(self, value: Any) -> Any:
         return value if not isinstance(value, float) or math.isfinite(value) else np.float64(value)
@@ -147,7 +147,7 @@ class _Numpy:
 
     def load(self, name: str, indices: list[Any]) -> Any:
         """An element out of range may be read where nothing uses it: any value will do."""
-        held = self.loads[name]
+        held = self.captures[name]
         inside = [np.clip(index, 0, size - 1) for index, size in zip(indices, held.shape, strict=True)]
         value = held[tuple(inside)]
         return value.astype(np.int64) if value.dtype != np.float64 else value

@@ -24,7 +24,7 @@ def sizes_of(kind: str, length: int = 333, dim: int = 64, value_dim: int = 64) -
 
 def assert_right(call, kind: str, given, out, lse) -> None:
     """Output and LSE against float64; NaN and -inf in the same places."""
-    wanted, wanted_lse = reference(call.plan, *given, call.loads, call.scalars, call.numbers)
+    wanted, wanted_lse = reference(call.plan, *given, call.captures, call.scalars, call.numbers)
     tolerance = TOLERANCE[out.dtype]
     assert_close(out, wanted, tolerance, exact_dtype=False)
     assert_close(lse, wanted_lse, 1e-3, exact_dtype=False)
@@ -33,7 +33,7 @@ def assert_right(call, kind: str, given, out, lse) -> None:
 def run_and_check(name: str, kind: str, dtype: torch.dtype, sizes: Sizes) -> None:
     call = CASES[name](sizes, DEVICE)
     given = tensors(sizes, DEVICE, dtype, order="bnhd")
-    out, lse = triton_target.run(call.plan, *given, call.loads, call.scalars, call.numbers, kind=kind)
+    out, lse = triton_target.run(call.plan, *given, call.captures, call.scalars, call.numbers, kind=kind)
     assert_right(call, kind, given, out, lse)
 
 
@@ -63,7 +63,7 @@ def test_gradients(name):
     """Through the op, as a training step takes them."""
     sizes = sizes_of("prefill", 257)
     call = CASES[name](sizes, DEVICE)
-    data = (call.loads, call.scalars, call.numbers)
+    data = (call.captures, call.scalars, call.numbers)
     given = [tensor.requires_grad_() for tensor in tensors(sizes, DEVICE, torch.bfloat16)]
     leaves = [tensor.detach().double().requires_grad_() for tensor in given]
     wanted, _ = reference(call.plan, *leaves, *data)
@@ -83,7 +83,7 @@ def test_a_recorded_decode_step_follows_the_cache():
     given = tensors(sizes, DEVICE, torch.bfloat16)
 
     def step():
-        return torch.ops.effattn.attend(*given, call.loads, call.scalars, call.numbers, call.plan.encode())
+        return torch.ops.effattn.attend(*given, call.captures, call.scalars, call.numbers, call.plan.encode())
 
     side = torch.cuda.Stream()
     with torch.cuda.stream(side):
@@ -93,7 +93,7 @@ def test_a_recorded_decode_step_follows_the_cache():
     with torch.cuda.graph(graph):
         out, lse = step()
     for live in (5, 700, 2999):
-        call.loads[0].fill_(live)
+        call.captures[0].fill_(live)
         graph.replay()
         assert_right(call, "decode", given, out, lse)
 

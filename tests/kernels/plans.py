@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 import sympy
 import torch
 
-from effattn.ir.attention import AttentionSpec, LoadSpec
+from effattn.ir.attention import AttentionSpec, CaptureSpec
 from effattn.ir.expr import (
     BitAnd,
     BitOr,
@@ -57,7 +57,7 @@ class Call:
     """A plan and everything that is passed beside query, key and value."""
 
     plan: Plan
-    loads: list[torch.Tensor] = field(default_factory=list)
+    captures: list[torch.Tensor] = field(default_factory=list)
     scalars: list[int] = field(default_factory=list)
     numbers: list[float] = field(default_factory=list)
 
@@ -170,8 +170,8 @@ def power_at_an_offset(sizes, device):
 def power_by_pointer(sizes, device):
     position = q + load("start", [], integer=True)
     plan = Plan("power", AttentionSpec(sizes.scale * s, sympy.Le(k, position), power_keep(16, 16, 16, position)))
-    plan = replace(plan, spec=replace(plan.spec, loads=(LoadSpec("start", "int64", 0),)))
-    return Call(plan, loads=[torch.tensor(max(0, sizes.k_len - sizes.q_len - 5), device=device)])
+    plan = replace(plan, spec=replace(plan.spec, captures=(CaptureSpec("start", "int64", 0),)))
+    return Call(plan, captures=[torch.tensor(max(0, sizes.k_len - sizes.q_len - 5), device=device)])
 
 
 @case
@@ -198,36 +198,39 @@ def list_alone(sizes, device):
 def right_padding(sizes, device):
     padding = sympy.Ne(load("padding", [b, k], integer=True), 0)
     plan = Plan(
-        "exact", AttentionSpec(sizes.scale * s, sympy.And(CAUSAL, padding), loads=(LoadSpec("padding", "bool", 2),))
+        "exact",
+        AttentionSpec(sizes.scale * s, sympy.And(CAUSAL, padding), captures=(CaptureSpec("padding", "bool", 2),)),
     )
-    return Call(plan, loads=[_padding(sizes, device, left=False)])
+    return Call(plan, captures=[_padding(sizes, device, left=False)])
 
 
 @case
 def left_padding(sizes, device):
     padding = sympy.Ne(load("padding", [b, k], integer=True), 0)
     plan = Plan(
-        "exact", AttentionSpec(sizes.scale * s, sympy.And(CAUSAL, padding), loads=(LoadSpec("padding", "bool", 2),))
+        "exact",
+        AttentionSpec(sizes.scale * s, sympy.And(CAUSAL, padding), captures=(CaptureSpec("padding", "bool", 2),)),
     )
-    return Call(plan, loads=[_padding(sizes, device, left=True)])
+    return Call(plan, captures=[_padding(sizes, device, left=True)])
 
 
 @case
 def lengths_per_batch(sizes, device):
     plan = Plan("exact", AttentionSpec(sizes.scale * s, k < load("lengths", [b], integer=True)))
-    plan = replace(plan, spec=replace(plan.spec, loads=(LoadSpec("lengths", "int32", 1),)))
+    plan = replace(plan, spec=replace(plan.spec, captures=(CaptureSpec("lengths", "int32", 1),)))
     lengths = torch.tensor([max(0, sizes.k_len - 11 * i) for i in range(sizes.batch)], dtype=torch.int32)
-    return Call(plan, loads=[lengths.to(device)])
+    return Call(plan, captures=[lengths.to(device)])
 
 
 @case
 def documents(sizes, device):
     same = sympy.Eq(load("document", [b, q], integer=True), load("document", [b, k], integer=True))
     plan = Plan(
-        "exact", AttentionSpec(sizes.scale * s, sympy.And(CAUSAL, same), loads=(LoadSpec("document", "int64", 2),))
+        "exact",
+        AttentionSpec(sizes.scale * s, sympy.And(CAUSAL, same), captures=(CaptureSpec("document", "int64", 2),)),
     )
     ids = torch.arange(max(sizes.q_len, sizes.k_len)).div(19, rounding_mode="floor").expand(sizes.batch, -1)
-    return Call(plan, loads=[ids.to(device)])
+    return Call(plan, captures=[ids.to(device)])
 
 
 @case
@@ -235,27 +238,29 @@ def blocks_in_a_table(sizes, device):
     """One boolean for each pair of blocks, as FlexAttention's block masks list them."""
     listed = sympy.Ne(load("blocks", [b, 0, FloorDiv(q, 32), FloorDiv(k, 32)], integer=True), 0)
     plan = Plan(
-        "exact", AttentionSpec(sizes.scale * s, sympy.And(CAUSAL, listed), loads=(LoadSpec("blocks", "bool", 4),))
+        "exact", AttentionSpec(sizes.scale * s, sympy.And(CAUSAL, listed), captures=(CaptureSpec("blocks", "bool", 4),))
     )
     table = _random((sizes.batch, 1, -(-sizes.q_len // 32), -(-sizes.k_len // 32)), device) > 0
-    return Call(plan, loads=[table])
+    return Call(plan, captures=[table])
 
 
 @case
 def cache_by_pointer(sizes, device):
     """A static cache: keys up to a position that only the device knows."""
     live = load("live", [], integer=True)
-    plan = Plan("exact", AttentionSpec(sizes.scale * s, sympy.Le(k, q + live), loads=(LoadSpec("live", "int64", 0),)))
-    return Call(plan, loads=[torch.tensor(max(0, sizes.k_len // 3), device=device)])
+    plan = Plan(
+        "exact", AttentionSpec(sizes.scale * s, sympy.Le(k, q + live), captures=(CaptureSpec("live", "int64", 0),))
+    )
+    return Call(plan, captures=[torch.tensor(max(0, sizes.k_len // 3), device=device)])
 
 
 @case
 def opaque_mask(sizes, device):
     seen = sympy.Ne(load("mask", [b, h, q, k], integer=True), 0)
-    plan = Plan("exact", AttentionSpec(sizes.scale * s, seen, loads=(LoadSpec("mask", "bool", 4),)))
+    plan = Plan("exact", AttentionSpec(sizes.scale * s, seen, captures=(CaptureSpec("mask", "bool", 4),)))
     mask = _random((sizes.batch, 1, sizes.q_len, sizes.k_len), device) > 0
     mask[:, :, sizes.q_len // 2] = False
-    return Call(plan, loads=[mask])
+    return Call(plan, captures=[mask])
 
 
 @case
@@ -268,7 +273,8 @@ def decay_of_times(sizes, device):
     """Times so large that the score has no digits left beside one of them, and their difference is small."""
     times = load("times", [q], integer=False) - load("times", [k], integer=False)
     plan = Plan(
-        "exact", AttentionSpec(sizes.scale * s - 0.1 * Group(times), CAUSAL, loads=(LoadSpec("times", "float32", 1),))
+        "exact",
+        AttentionSpec(sizes.scale * s - 0.1 * Group(times), CAUSAL, captures=(CaptureSpec("times", "float32", 1),)),
     )
     return Call(plan, [1e7 + torch.arange(max(sizes.q_len, sizes.k_len), device=device).float()])
 
@@ -277,16 +283,17 @@ def decay_of_times(sizes, device):
 def alibi(sizes, device):
     slopes = load("slopes", [h], integer=False)
     plan = Plan(
-        "exact", AttentionSpec(sizes.scale * s + slopes * (k - q), CAUSAL, loads=(LoadSpec("slopes", "float32", 1),))
+        "exact",
+        AttentionSpec(sizes.scale * s + slopes * (k - q), CAUSAL, captures=(CaptureSpec("slopes", "float32", 1),)),
     )
-    return Call(plan, loads=[2.0 ** -torch.arange(1, sizes.heads + 1, device=device)])
+    return Call(plan, captures=[2.0 ** -torch.arange(1, sizes.heads + 1, device=device)])
 
 
 @case
 def bias(sizes, device):
     added = load("bias", [0 * b, h, q, k], integer=False)
-    plan = Plan("exact", AttentionSpec(sizes.scale * s + added, loads=(LoadSpec("bias", "float32", 4),)))
-    return Call(plan, loads=[_random((1, sizes.heads, sizes.q_len, sizes.k_len), device)])
+    plan = Plan("exact", AttentionSpec(sizes.scale * s + added, captures=(CaptureSpec("bias", "float32", 4),)))
+    return Call(plan, captures=[_random((1, sizes.heads, sizes.q_len, sizes.k_len), device)])
 
 
 @case
@@ -294,8 +301,8 @@ def bias_by_distance(sizes, device):
     """A table of relative positions, clamped: indices that are computed."""
     place = sympy.Max(0, sympy.Min(31, q - k + 16))
     plan = Plan("exact", AttentionSpec(sizes.scale * s + load("table", [h, place], integer=False)))
-    plan = replace(plan, spec=replace(plan.spec, loads=(LoadSpec("table", "float32", 2),)))
-    return Call(plan, loads=[_random((sizes.heads, 32), device)])
+    plan = replace(plan, spec=replace(plan.spec, captures=(CaptureSpec("table", "float32", 2),)))
+    return Call(plan, captures=[_random((sizes.heads, 32), device)])
 
 
 @case
@@ -303,10 +310,10 @@ def decomposed_positions(sizes, device):
     """A bias from the rows and columns of a picture, as in SAM; heads in two digits."""
     place = [b, Modulo(h, 2), FloorDiv(q, 8), Modulo(q, 8)]
     rows, columns = (load(name, [*place, at(k, 8)], integer=False) for name, at in (("y", FloorDiv), ("x", Modulo)))
-    loads = (LoadSpec("y", "float32", 5), LoadSpec("x", "float32", 5))
-    plan = Plan("exact", AttentionSpec(sizes.scale * s + Group(rows + columns), loads=loads))
+    captures = (CaptureSpec("y", "float32", 5), CaptureSpec("x", "float32", 5))
+    plan = Plan("exact", AttentionSpec(sizes.scale * s + Group(rows + columns), captures=captures))
     shape = (sizes.batch, 2, sizes.q_len // 8 + 1, 8)
-    return Call(plan, loads=[_random((*shape, sizes.k_len // 8 + 1), device), _random((*shape, 8), device, 4)])
+    return Call(plan, captures=[_random((*shape, sizes.k_len // 8 + 1), device), _random((*shape, 8), device, 4)])
 
 
 @case
@@ -314,24 +321,24 @@ def fills_in_the_score(sizes, device):
     """Two masks that replace or take up the score; where both hide a key there is -inf."""
     lowest, seen = torch.finfo(torch.float32).min, sympy.Ne(load("padding", [b, k], integer=True), 0)
     score = Where(CAUSAL, sizes.scale * s, lowest) + Where(seen, 0, lowest)
-    plan = Plan("exact", AttentionSpec(score, empty_rows="nan", loads=(LoadSpec("padding", "bool", 2),)))
-    return Call(plan, loads=[_padding(sizes, device, left=True)])
+    plan = Plan("exact", AttentionSpec(score, empty_rows="nan", captures=(CaptureSpec("padding", "bool", 2),)))
+    return Call(plan, captures=[_padding(sizes, device, left=True)])
 
 
 @case
 def minus_infinity_bias(sizes, device):
     added = load("bias", [b, h, q, k], integer=False)
-    plan = Plan("exact", AttentionSpec(sizes.scale * s + added, loads=(LoadSpec("bias", "float32", 4),)))
+    plan = Plan("exact", AttentionSpec(sizes.scale * s + added, captures=(CaptureSpec("bias", "float32", 4),)))
     mask = torch.ones(sizes.q_len, sizes.k_len).tril()[None, None].to(device)
-    return Call(plan, loads=[torch.where(mask > 0, 0.0, float("-inf"))])
+    return Call(plan, captures=[torch.where(mask > 0, 0.0, float("-inf"))])
 
 
 @case
 def smallest_number_bias(sizes, device):
     added = load("bias", [b, h, q, k], integer=False)
-    plan = Plan("exact", AttentionSpec(sizes.scale * s + added, loads=(LoadSpec("bias", "float32", 4),)))
+    plan = Plan("exact", AttentionSpec(sizes.scale * s + added, captures=(CaptureSpec("bias", "float32", 4),)))
     mask = torch.ones(sizes.q_len, sizes.k_len).tril(-1)[None, None].to(device)
-    return Call(plan, loads=[torch.where(mask > 0, 0.0, torch.finfo(torch.float32).min)])
+    return Call(plan, captures=[torch.where(mask > 0, 0.0, torch.finfo(torch.float32).min)])
 
 
 @case
@@ -359,9 +366,9 @@ def zero_scale_at_run_time(sizes, device):
 def scale_per_head(sizes, device):
     plan = Plan(
         "exact",
-        AttentionSpec(load("scales", [h], integer=False) * s, CAUSAL, loads=(LoadSpec("scales", "float32", 1),)),
+        AttentionSpec(load("scales", [h], integer=False) * s, CAUSAL, captures=(CaptureSpec("scales", "float32", 1),)),
     )
-    return Call(plan, loads=[torch.linspace(-0.5, 0.6, sizes.heads, device=device)])
+    return Call(plan, captures=[torch.linspace(-0.5, 0.6, sizes.heads, device=device)])
 
 
 @case

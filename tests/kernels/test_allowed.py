@@ -12,7 +12,7 @@ from plans import CASES, CAUSAL, Call, Sizes, power_keep, tensors
 from sites import causal_site
 from test_backward import check as check_backward
 
-from effattn.ir.attention import AttentionSpec, LoadSpec
+from effattn.ir.attention import AttentionSpec, CaptureSpec
 from effattn.ir.expr import b, first_key, h, k, load, q, s
 from effattn.ir.plan import Plan
 from effattn.lowering.forms.window import WINDOW
@@ -55,13 +55,13 @@ def mask_of(pattern: str) -> torch.Tensor:
 
 
 def call_of(pattern: str, rule: str = "causal", empty_rows: str = "zero", dtype=torch.bool) -> Call:
-    loads = {"padding": mask_of(pattern).to(dtype), "document": torch.arange(KEYS).div(40).long().expand(2, -1)}
+    captures = {"padding": mask_of(pattern).to(dtype), "document": torch.arange(KEYS).div(40).long().expand(2, -1)}
     names = ["padding", *(["document"] if rule == "documents too" else [])]
-    specs = tuple(LoadSpec(name, str(loads[name].dtype).removeprefix("torch."), 2) for name in names)
+    specs = tuple(CaptureSpec(name, str(captures[name].dtype).removeprefix("torch."), 2) for name in names)
     plan = Plan(
-        "exact", AttentionSpec(SIZES.scale * s, sympy.And(RULES[rule], PADDING), loads=specs, empty_rows=empty_rows)
+        "exact", AttentionSpec(SIZES.scale * s, sympy.And(RULES[rule], PADDING), captures=specs, empty_rows=empty_rows)
     )
-    return Call(plan, [loads[name] for name in names])
+    return Call(plan, [captures[name] for name in names])
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -83,7 +83,7 @@ def of_form(form: str, pattern: str, position=q) -> Call:
     spec = replace(call.plan.spec, predicate=sympy.And(k <= position, PADDING), keep=keep)
     plan = replace(call.plan, spec=spec).at(KEYS)
     assert plan.spec.keep.has(first_key)
-    return Call(plan, with_first_keys(plan, tensors(SIZES)[1], call.loads, [], []))
+    return Call(plan, with_first_keys(plan, tensors(SIZES)[1], call.captures, [], []))
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -123,7 +123,7 @@ def test_more_keys_than_one_program_reads_at_once():
     sizes = Sizes(batch=1, heads=1, q_len=3, k_len=70_000)
     seen = torch.zeros(1, 70_000, dtype=torch.int64)
     seen[:, 40_500:66_001] = 1
-    plan = Plan("exact", AttentionSpec(sizes.scale * s, PADDING, loads=(LoadSpec("padding", "int64", 2),)))
+    plan = Plan("exact", AttentionSpec(sizes.scale * s, PADDING, captures=(CaptureSpec("padding", "int64", 2),)))
     check(Call(plan, [seen]), *tensors(sizes), config=Tiles(16, 512, 4, 1), kind="prefill")
 
 
@@ -131,24 +131,24 @@ def test_more_keys_than_one_program_reads_at_once():
 def test_tiles_without_allowed_keys_are_not_read(kind):
     """What such tiles hold does not matter, not even NaN, which a weight of zero would not remove."""
     call = call_of("left", "all")
-    call.loads[0][:, :37] = False
+    call.captures[0][:, :37] = False
     query, key, value = tensors(Sizes(q_len=1 if kind == "decode" else KEYS, k_len=KEYS))
     options = {"config": SMALL, "kind": kind} | ({"splits": 2} if kind == "decode" else {})
-    wanted, _ = triton_target.run(call.plan, query, key, value, call.loads, **options)
+    wanted, _ = triton_target.run(call.plan, query, key, value, call.captures, **options)
     key[:, :, :32], value[:, :, :32] = torch.nan, torch.nan
-    out, _ = triton_target.run(call.plan, query, key, value, call.loads, **options)
+    out, _ = triton_target.run(call.plan, query, key, value, call.captures, **options)
     torch.testing.assert_close(out, wanted, atol=0, rtol=0)
 
 
 def test_backward_skips_keys_that_are_not_allowed():
     call = call_of("right")
-    call.loads[0][:, 33:] = False
+    call.captures[0][:, 33:] = False
     inputs = tensors(SIZES)
-    out, lse = triton_target.run(call.plan, *inputs, call.loads, config=SMALL, kind="prefill")
+    out, lse = triton_target.run(call.plan, *inputs, call.captures, config=SMALL, kind="prefill")
     grad = torch.ones_like(out)
-    wanted = triton_target.run_backward(call.plan, grad, None, *inputs, out, lse, call.loads, config=SMALL)
+    wanted = triton_target.run_backward(call.plan, grad, None, *inputs, out, lse, call.captures, config=SMALL)
     inputs[1][:, :, 48:], inputs[2][:, :, 48:] = torch.nan, torch.nan
-    grads = triton_target.run_backward(call.plan, grad, None, *inputs, out, lse, call.loads, config=SMALL)
+    grads = triton_target.run_backward(call.plan, grad, None, *inputs, out, lse, call.captures, config=SMALL)
     for got, want in zip(grads, wanted, strict=True):
         torch.testing.assert_close(got, want, atol=0, rtol=0)
 

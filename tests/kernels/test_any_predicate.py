@@ -9,13 +9,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from plans import Call, Sizes, tensors
 
-from effattn.ir.attention import AttentionSpec, LoadSpec
+from effattn.ir.attention import AttentionSpec, CaptureSpec
 from effattn.ir.expr import FloorDiv, IsPowerOfTwo, Nk, Nq, b, k, load, q
 from effattn.ir.expr import s as raw
 from effattn.ir.plan import Plan
 from effattn.lowering.kernels.spec import Tiles
 
-LOADS = (LoadSpec("padding", "bool", 2), LoadSpec("start", "int64", 0))
+LOADS = (CaptureSpec("padding", "bool", 2), CaptureSpec("start", "int64", 0))
 
 
 @st.composite
@@ -68,7 +68,7 @@ def test_any_predicate(predicate, q_len, k_len, tiles, empty_rows, start, decode
     if decode:
         q_len = 1
     sizes = Sizes(2, 2, 1, q_len, k_len, 16, 16)
-    plan = Plan("exact", AttentionSpec(sizes.scale * raw, predicate, loads=LOADS, empty_rows=empty_rows))
+    plan = Plan("exact", AttentionSpec(sizes.scale * raw, predicate, captures=LOADS, empty_rows=empty_rows))
     padding = torch.rand(2, k_len, generator=torch.Generator().manual_seed(k_len)) > 0.3
     call = Call(plan, [padding, torch.tensor(start)])
     options = {"kind": "decode", "splits": 3} if decode else {"kind": "prefill"}

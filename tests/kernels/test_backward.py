@@ -18,7 +18,7 @@ SERVED = [name for name, build in CASES.items() if no_backward(build(Sizes(), CP
 
 
 def check(call, inputs, tolerance=5e-5, config=SMALL, through_lse=True):
-    data = (call.loads, call.scalars, call.numbers)
+    data = (call.captures, call.scalars, call.numbers)
     leaves = [tensor.double().requires_grad_() for tensor in inputs]
     wanted_out, wanted_lse = reference(call.plan, *leaves, *data)
     grad_out = torch.randn(wanted_out.shape, generator=torch.Generator().manual_seed(9)).to(inputs[0].dtype)
@@ -81,8 +81,8 @@ def test_through_the_op():
     call = CASES["left_padding"](sizes, CPU)
     inputs = [tensor.requires_grad_() for tensor in tensors(sizes)]
     plan = call.plan.dispatched(target="triton", layout="bnhd")
-    out, _ = torch.ops.effattn.attend(*inputs, call.loads, [], [], plan.encode())
-    wanted, _ = reference(call.plan, *inputs, call.loads)
+    out, _ = torch.ops.effattn.attend(*inputs, call.captures, [], [], plan.encode())
+    wanted, _ = reference(call.plan, *inputs, call.captures)
     assert_close(out, wanted, exact_dtype=False)
     weight = torch.randn_like(out)
     got = torch.autograd.grad((out * weight).sum(), inputs)

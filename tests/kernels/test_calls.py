@@ -30,7 +30,7 @@ def test_same_shapes_share_a_launch():
     sizes = Sizes(q_len=20, k_len=20)
     call = CASES["left_padding"](sizes, CPU)
     for seed in range(3):
-        call.loads = [torch.roll(call.loads[0], seed, 1)]
+        call.captures = [torch.roll(call.captures[0], seed, 1)]
         check(call, *tensors(sizes, seed=seed), config=SMALL, kind="prefill")
     assert remembered() == 1
 
@@ -77,7 +77,7 @@ def test_checks_are_made_for_each_shape():
     call = CASES["left_padding"](sizes, CPU)
     check(call, *tensors(sizes), config=SMALL, kind="prefill")
     with pytest.raises(triton_target.UnsupportedCall, match="padding"):
-        triton_target.run(call.plan, *tensors(sizes), [call.loads[0][:, :10]])
+        triton_target.run(call.plan, *tensors(sizes), [call.captures[0][:, :10]])
 
 
 def test_memory_of_calls_is_bounded(monkeypatch):

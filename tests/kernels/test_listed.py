@@ -10,7 +10,7 @@ import torch
 from comparing import assert_close
 from sites import causal_site
 
-from effattn.ir.attention import AttentionSpec, LoadSpec
+from effattn.ir.attention import AttentionSpec, CaptureSpec
 from effattn.ir.expr import Nk, Nq, b, k, load, q, s
 from effattn.ir.plan import Plan, Sparsity
 from effattn.lowering.forms import FORMS
@@ -29,12 +29,12 @@ TILES = {"units_below_a_tile": Tiles(16, 32, 4, 1)}
 FROM_THE_END = k <= q + Nk - Nq
 
 
-def plan_of(name: str, predicate=FROM_THE_END, loads=(), score=0.3 * s) -> Plan:
+def plan_of(name: str, predicate=FROM_THE_END, captures=(), score=0.3 * s) -> Plan:
     form, params = CASES[name]
     chosen = FORMS[form]
     return Plan(
         form,
-        AttentionSpec(score, predicate, loads=loads),
+        AttentionSpec(score, predicate, captures=captures),
         Sparsity(chosen.selector(chosen.params(**params), causal_site())),
     )
 
@@ -45,9 +45,9 @@ def made(q_len=70, k_len=90, heads=4, kv_heads=2, dim=16, value_dim=16, dtype=to
     return [torch.randn(2, *shape, generator=generator).to(dtype) for shape in shapes]
 
 
-def compare(name: str, plan: Plan, inputs, loads=(), tolerance=None):
-    out, lse = triton_target.run(plan, *inputs, loads, config=TILES.get(name, Tiles(16, 16, 4, 1)))
-    wanted, wanted_lse = portable.run(plan, *inputs, loads)
+def compare(name: str, plan: Plan, inputs, captures=(), tolerance=None):
+    out, lse = triton_target.run(plan, *inputs, captures, config=TILES.get(name, Tiles(16, 16, 4, 1)))
+    wanted, wanted_lse = portable.run(plan, *inputs, captures)
     assert_close(out, wanted, tolerance)
     assert_close(lse, wanted_lse, tolerance)
 
@@ -74,7 +74,7 @@ def test_groups(name, groups):
 def test_padding(empty_rows):
     padding = torch.arange(90) >= torch.tensor([0, 75])[:, None]
     seen = sympy.Ne(load("padding", [b, k], integer=True), 0)
-    plan = plan_of("units_of_a_tile", sympy.And(FROM_THE_END, seen), (LoadSpec("padding", "bool", 2),))
+    plan = plan_of("units_of_a_tile", sympy.And(FROM_THE_END, seen), (CaptureSpec("padding", "bool", 2),))
     compare("units_of_a_tile", replace(plan, spec=replace(plan.spec, empty_rows=empty_rows)), made(), [padding])
 
 
@@ -85,7 +85,7 @@ def test_soft_cap():
 def test_a_position_on_the_device():
     """A cache of 90 slots of which 75 are filled: the position is read by pointer."""
     live = load("live", [], integer=True)
-    plan = plan_of("units_of_a_tile", k <= q + live, (LoadSpec("live", "int64", 0),))
+    plan = plan_of("units_of_a_tile", k <= q + live, (CaptureSpec("live", "int64", 0),))
     compare("units_of_a_tile", plan, made(), [torch.tensor(5)])
 
 

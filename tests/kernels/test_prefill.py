@@ -111,7 +111,7 @@ def test_data_that_is_broadcast():
     """A padding mask that all batches share has size 1 there."""
     sizes = Sizes()
     call = CASES["left_padding"](sizes, CPU)
-    call.loads = [call.loads[0][1:]]
+    call.captures = [call.captures[0][1:]]
     check(call, *tensors(sizes), config=SMALL, kind="prefill")
 
 
@@ -137,7 +137,7 @@ def test_what_kernels_do_not_serve():
         triton_target.run(causal, query, key.half(), value)
     padded = CASES["left_padding"](sizes, CPU)
     with pytest.raises(triton_target.UnsupportedCall, match="padding"):
-        triton_target.run(padded.plan, query, key, value, [padded.loads[0][:, :50]])
+        triton_target.run(padded.plan, query, key, value, [padded.captures[0][:, :50]])
     assert triton_target.unsupported(causal.spec, torch.bfloat16, 1024, 64) is not None
     strange = replace(causal.spec, score=sympy.besselj(0, expr.s))
     assert "besselj" in (triton_target.unsupported(strange, torch.bfloat16, 64, 64) or "")

@@ -7,7 +7,7 @@ import sympy
 import torch
 from comparing import assert_close
 
-from effattn.ir.attention import AttentionSpec, LoadSpec
+from effattn.ir.attention import AttentionSpec, CaptureSpec
 from effattn.ir.expr import Nk, Nq, b, k, load, q, s
 from effattn.ir.plan import Plan, Sparsity
 from effattn.ir.selector import Coverage, Every, Expand, Last, Pick, Reduce, Score, Selector
@@ -18,7 +18,7 @@ from effattn.runtime.selection.run import select
 FROM_THE_END = k <= q + Nk - Nq
 
 
-def plan_of(block=16, stride=4, lists=1, gamma=0.7, least=32, predicate=FROM_THE_END, loads=(), unit=None) -> Plan:
+def plan_of(block=16, stride=4, lists=1, gamma=0.7, least=32, predicate=FROM_THE_END, captures=(), unit=None) -> Plan:
     every = Every(stride=stride)
     budget = Coverage(
         gamma=gamma,
@@ -31,7 +31,7 @@ def plan_of(block=16, stride=4, lists=1, gamma=0.7, least=32, predicate=FROM_THE
         pick=Pick(budget=budget, sinks=block),
         expand=Expand(block=block, unit=unit or block),
     )
-    return Plan("proxy", AttentionSpec(0.3 * s, predicate, loads=loads), Sparsity(selector))
+    return Plan("proxy", AttentionSpec(0.3 * s, predicate, captures=captures), Sparsity(selector))
 
 
 def made(q_len=70, k_len=90, heads=4, kv_heads=2, dim=16, dtype=torch.float32):
@@ -40,8 +40,8 @@ def made(q_len=70, k_len=90, heads=4, kv_heads=2, dim=16, dtype=torch.float32):
     return [torch.randn(2, *shape, generator=generator).to(dtype) for shape in shapes]
 
 
-def both(plan, score, reduce, query, key, loads=()):
-    given = (plan, score, reduce, query, key, loads, (), ())
+def both(plan, score, reduce, query, key, captures=()):
+    given = (plan, score, reduce, query, key, captures, (), ())
     found = [steps.Scorer(*given) for steps in (triton_steps, portable_steps)]
     return [scorer.of(0, scorer.blocks) for scorer in found]
 
@@ -89,7 +89,7 @@ def test_splits_add_up(monkeypatch):
 def test_masks_on_data():
     padding = torch.arange(90) >= torch.tensor([0, 75])[:, None]
     seen = sympy.Ne(load("padding", [b, k], integer=True), 0)
-    plan = plan_of(predicate=sympy.And(FROM_THE_END, seen), loads=(LoadSpec("padding", "bool", 2),))
+    plan = plan_of(predicate=sympy.And(FROM_THE_END, seen), captures=(CaptureSpec("padding", "bool", 2),))
     budget = plan.sparsity.select.pick.budget
     for score, reduce in ((plan.sparsity.select.score, plan.sparsity.select.reduce), (budget.score, budget.reduce)):
         ours, wanted = both(plan, score, reduce, *made(), [padding])

@@ -21,7 +21,7 @@ from checking import check
 from plans import CAUSAL, Call, Sizes, tensors
 from widths import ATOMS, NARROW, SIZES, call_of
 
-from effattn.ir.attention import AttentionSpec, LoadSpec
+from effattn.ir.attention import AttentionSpec, CaptureSpec
 from effattn.ir.expr import FloorDiv, Nk, Nq, h, k, load, q, s, scalar
 from effattn.ir.fold import Integers, fold
 from effattn.ir.plan import Plan
@@ -49,7 +49,7 @@ def check_exactly(call: Call, sizes: Sizes, kind: str) -> None:
     query, key, value = tensors(sizes)
     scores = (query.double() @ key.double().mT * sizes.scale).masked_fill(~expected_mask(call, sizes), -torch.inf)
     out = scores.softmax(-1).nan_to_num(0) @ value.double()
-    given = (call.plan, query, key, value, call.loads, call.scalars)
+    given = (call.plan, query, key, value, call.captures, call.scalars)
     if kind == "portable":
         found, _ = portable.run(*given)
     else:
@@ -75,7 +75,7 @@ def expected_mask(call: Call, sizes: Sizes) -> torch.Tensor:
     """bool [B, H, Nq, Nk] of a predicate."""
     tables = {
         spec.name: np.array(tensor.tolist(), dtype=object)
-        for spec, tensor in zip(call.plan.spec.loads, call.loads, strict=True)
+        for spec, tensor in zip(call.plan.spec.captures, call.captures, strict=True)
     }
     shape = (sizes.batch, sizes.heads, sizes.q_len, sizes.k_len)
     places = np.indices(shape).astype(object)
@@ -92,12 +92,12 @@ def expected_mask(call: Call, sizes: Sizes) -> torch.Tensor:
 @pytest.mark.parametrize("name", ["product", "flat index of a table", "int32 data times position"])
 def test_gradients_use_the_same_mask(name):
     call, (query, key, value) = call_of(name, SIZES), tensors(SIZES)
-    out, lse = triton_target.run(call.plan, query, key, value, call.loads, call.scalars, config=TILES)
+    out, lse = triton_target.run(call.plan, query, key, value, call.captures, call.scalars, config=TILES)
     grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
-    given = (grad, None, query, key, value, out, lse, call.loads, call.scalars)
+    given = (grad, None, query, key, value, out, lse, call.captures, call.scalars)
     found = triton_target.run_backward(call.plan, *given, config=TILES)
     q, k, v = (tensor.double().requires_grad_() for tensor in (query, key, value))
-    wanted, _ = reference(call.plan, q, k, v, call.loads, call.scalars)
+    wanted, _ = reference(call.plan, q, k, v, call.captures, call.scalars)
     wanted.backward(grad.double())
     for one, other in zip(found, (q, k, v), strict=True):
         torch.testing.assert_close(one.double(), other.grad, atol=5e-5, rtol=5e-5)
@@ -151,7 +151,7 @@ def test_bounds_of_the_walk_stand_the_largest_numbers(dtype, kind):
     """A key limit that is the largest or least number of its type means every key, or none."""
     last, first = load("last", [0 * h], integer=True), load("first", [0 * h], integer=True)
     name = str(dtype).removeprefix("torch.")
-    loads = (LoadSpec("last", name, 1), LoadSpec("first", name, 1))
+    captures = (CaptureSpec("last", name, 1), CaptureSpec("first", name, 1))
     sizes = Sizes(1, 1, 1, 1 if kind == "decode" else 40, 40)
     limits = torch.iinfo(dtype)
     rules = [
@@ -161,7 +161,7 @@ def test_bounds_of_the_walk_stand_the_largest_numbers(dtype, kind):
         sympy.And(FloorDiv(k, 16) < last, FloorDiv(k, 8) > first),
     ]
     for rule in rules:
-        plan = Plan("exact", AttentionSpec(sizes.scale * s, rule, loads=loads))
+        plan = Plan("exact", AttentionSpec(sizes.scale * s, rule, captures=captures))
         for high, low in ((limits.max, limits.min), (limits.max, 1), (1, limits.min)):
             call = Call(plan, [torch.tensor([high], dtype=dtype), torch.tensor([low], dtype=dtype)])
             check_exactly(call, sizes, kind)

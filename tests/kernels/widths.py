@@ -10,7 +10,7 @@ import sympy
 import torch
 from plans import CAUSAL, Call, Sizes
 
-from effattn.ir.attention import AttentionSpec, LoadSpec
+from effattn.ir.attention import AttentionSpec, CaptureSpec
 from effattn.ir.expr import FloorDiv, Modulo, Nk, Nq, Where, b, k, load, q, s, scalar
 from effattn.ir.plan import Plan
 from effattn.lowering.kernels.spec import KernelSpec, Tiles
@@ -60,24 +60,24 @@ NARROW = {
 
 def plan_of(name: str) -> Plan:
     predicate, dtypes = ATOMS[name]
-    loads = tuple(LoadSpec(load, dtype, 1 if load == "kept" else 2) for load, dtype in dtypes.items())
-    return Plan("exact", AttentionSpec(SIZES.scale * s, predicate, loads=loads, scalars=("past",)))
+    captures = tuple(CaptureSpec(load, dtype, 1 if load == "kept" else 2) for load, dtype in dtypes.items())
+    return Plan("exact", AttentionSpec(SIZES.scale * s, predicate, captures=captures, scalars=("past",)))
 
 
 def call_of(name: str, sizes: Sizes) -> Call:
     plan = plan_of(name)
     draw = torch.Generator().manual_seed(4)
-    loads = []
-    for spec in plan.spec.loads:
+    captures = []
+    for spec in plan.spec.captures:
         dtype = getattr(torch, spec.dtype)
         if spec.name == "kept":
-            loads.append(torch.rand(64, generator=draw) < 0.6)
+            captures.append(torch.rand(64, generator=draw) < 0.6)
             continue
         size = (sizes.batch, sizes.q_len if spec.name == "row_ids" else sizes.k_len)
         limit = min(torch.iinfo(dtype).max, 2**31 - 1 if dtype == torch.int32 else 2**40)
         low = 0 if dtype == torch.uint8 else -limit
-        loads.append(torch.randint(low, limit, size, generator=draw, dtype=torch.int64).to(dtype))
-    return Call(plan, loads, [2**27 + 12_345])
+        captures.append(torch.randint(low, limit, size, generator=draw, dtype=torch.int64).to(dtype))
+    return Call(plan, captures, [2**27 + 12_345])
 
 
 def atom_spec(what: str | Plan) -> KernelSpec:

@@ -109,7 +109,7 @@ SABOTAGE = {
     "and read as or": (window, logic._LOGIC, "and", sympy.Or, "mask was read as"),
     "eq read as le": (documents, elementwise._COMPARISONS, "eq", sympy.Le, "mask was read as"),
     "triangle off by one": (triangle, reader.HANDLERS, "triu", wrong_triangle, "mask was read as"),
-    "loads shifted": (documents, reader.Reader, "_load", shifted_load(reader.Reader._load), "mask was read as"),
+    "captures shifted": (documents, reader.Reader, "_load", shifted_load(reader.Reader._load), "mask was read as"),
     "scale forgotten": (window, masks, "split", wrong_split(lambda score: score / 0.3), "output 0"),
     "scale in place forgotten": (in_place, elementwise._ARITHMETIC, "mul", lambda x, y: x, "output 0"),
     "tanh forgotten": (soft_cap, elementwise._ARITHMETIC, "tanh", lambda x: x, "output 0"),

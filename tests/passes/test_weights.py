@@ -83,7 +83,7 @@ def test_weights_changed_in_place_in_other_ways():
 
 
 def test_weights_that_nobody_reads_are_no_other_use():
-    """Places of loads in the graph are those after what nobody reads has gone."""
+    """Places of captures in the graph are those after what nobody reads has gone."""
 
     def call(q, k, v, seen):
         (q.float() * 2).abs()

@@ -15,7 +15,7 @@ from plans import CASES, Call, Sizes, tensors
 from sites import causal_site
 
 from effattn.errors import PlanError, TargetError
-from effattn.ir.attention import AttentionSpec, LoadSpec
+from effattn.ir.attention import AttentionSpec, CaptureSpec
 from effattn.ir.expr import IntLoad, b, k, load, number, q, s, scalar
 from effattn.ir.plan import Dispatch, Plan
 from effattn.lowering.forms import FORMS
@@ -34,7 +34,7 @@ def everything() -> Call:
         AttentionSpec(
             number("scale") * s,
             (k <= q + scalar("past")) & _kept(PADDING),
-            loads=(LoadSpec("padding", "bool", 2),),
+            captures=(CaptureSpec("padding", "bool", 2),),
             scalars=("past",),
             numbers=("scale",),
         ),
@@ -52,14 +52,14 @@ def _kept(term: IntLoad):
 
 
 def attend_with(call: Call, query, key, value):
-    return torch.ops.effattn.attend(query, key, value, call.loads, call.scalars, call.numbers, call.plan.encode())
+    return torch.ops.effattn.attend(query, key, value, call.captures, call.scalars, call.numbers, call.plan.encode())
 
 
 @pytest.mark.parametrize("needs_grad", [False, True])
 def test_opcheck(needs_grad):
     call = everything()
     made = [tensor.requires_grad_(needs_grad) for tensor in tensors(Sizes(2, 6, 2, 33, 40, 16, 8), order="bnhd")]
-    args = (*made, call.loads, call.scalars, call.numbers, call.plan.encode())
+    args = (*made, call.captures, call.scalars, call.numbers, call.plan.encode())
     torch.library.opcheck(torch.ops.effattn.attend.default, args)
 
 
@@ -186,7 +186,7 @@ def test_what_sdpa_would_get_wrong_is_kept_from_it():
     for name in ("negative_scale", "negative_scale_at_run_time", "zero_scale_at_run_time"):
         call = CASES[name](Sizes(1, 2, 1, 300, 300), CPU)
         made = tensors(Sizes(1, 2, 1, 300, 300))
-        assert sdpa.sdpa_path(call.plan, *made, call.loads, call.scalars, call.numbers) is None
+        assert sdpa.sdpa_path(call.plan, *made, call.captures, call.scalars, call.numbers) is None
     assert sdpa.constant_scale(s * s, {}) is None
     assert sdpa.constant_scale(s + 1, {}) is None
     assert sdpa.constant_scale(s * q, {}) is None
@@ -265,7 +265,7 @@ def test_shapes_that_do_not_fit(shapes, message):
 
 def test_a_wrong_number_of_tensors():
     with pytest.raises(ValueError, match="takes 1 tensors, got 0"):
-        attend_with(replace(everything(), loads=[]), *tensors(Sizes(2, 6, 2, 33, 40)))
+        attend_with(replace(everything(), captures=[]), *tensors(Sizes(2, 6, 2, 33, 40)))
 
 
 def test_a_plan_that_is_none():

@@ -38,7 +38,7 @@ def test_every_kind_of_score(name, dtype):
     sizes = Sizes(q_len=70, k_len=70)
     call = CASES[name](sizes, torch.device("cpu"))
     made = tensors(sizes, dtype=dtype)
-    given = (call.loads, call.scalars, call.numbers)
+    given = (call.captures, call.scalars, call.numbers)
     assert_as_in_float32(run(call.plan, *made, *given)[1], reference(call.plan, *made, *given)[1])
 
 

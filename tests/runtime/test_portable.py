@@ -23,8 +23,8 @@ CPU = torch.device("cpu")
 
 
 def check(call: Call, query, key, value, tolerance=None):
-    out, lse = portable.run(call.plan, query, key, value, call.loads, call.scalars, call.numbers)
-    wanted, wanted_lse = reference(call.plan, query, key, value, call.loads, call.scalars, call.numbers)
+    out, lse = portable.run(call.plan, query, key, value, call.captures, call.scalars, call.numbers)
+    wanted, wanted_lse = reference(call.plan, query, key, value, call.captures, call.scalars, call.numbers)
     assert out.shape == wanted.shape
     assert out.dtype == query.dtype
     assert lse.dtype == torch.float32
@@ -206,10 +206,10 @@ def on_a_device_without_values(*made):
 def test_nothing_is_read_from_a_device(name):
     sizes = Sizes(heads=6, kv_heads=2)
     call = CASES[name](sizes, CPU)
-    made, loads = on_a_device_without_values(*tensors(sizes)), on_a_device_without_values(*call.loads)
-    out, lse = portable.run(call.plan, *made, loads, call.scalars, call.numbers)
+    made, captures = on_a_device_without_values(*tensors(sizes)), on_a_device_without_values(*call.captures)
+    out, lse = portable.run(call.plan, *made, captures, call.scalars, call.numbers)
     assert out.is_meta
-    grads = run_backward(call.plan, out, lse, *made, out, lse, loads, call.scalars, call.numbers)
+    grads = run_backward(call.plan, out, lse, *made, out, lse, captures, call.scalars, call.numbers)
     assert [grad.shape for grad in grads] == [tensor.shape for tensor in made]
 
 
@@ -250,7 +250,7 @@ def test_no_n_by_n_tensor(name, path, monkeypatch):
     call = CASES[name](sizes, CPU)
     made = tensors(sizes)
     with LargestTensor() as largest:
-        portable.run(call.plan, *made, call.loads, call.scalars, call.numbers)
+        portable.run(call.plan, *made, call.captures, call.scalars, call.numbers)
     assert largest.elements <= max(2**16, 4 * 1024 * 16)
     assert largest.elements < 1024 * 1024 / 8
 

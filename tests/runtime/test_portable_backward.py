@@ -38,7 +38,7 @@ def test_against_autograd_of_the_definition(name, layout, small, monkeypatch):
     call = CASES[name](sizes, CPU)
     plan = call.plan.dispatched(layout=layout)
     inputs = [tensor.double().requires_grad_() for tensor in tensors(sizes, order=layout)]
-    given = (call.loads, call.scalars, call.numbers)
+    given = (call.captures, call.scalars, call.numbers)
     wanted, wanted_lse = reference(plan, *inputs, *given)
     out, lse = torch.ops.effattn.attend(*inputs, *given, plan.encode())
     weights, lse_weights = torch.randn_like(wanted), torch.randn_like(wanted_lse)
@@ -60,7 +60,7 @@ def test_finite_differences(name):
 
     def out_of(query, key, value):
         plan = call.plan.encode()
-        return torch.ops.effattn.attend(query, key, value, call.loads, call.scalars, call.numbers, plan)[0]
+        return torch.ops.effattn.attend(query, key, value, call.captures, call.scalars, call.numbers, plan)[0]
 
     assert torch.autograd.gradcheck(out_of, inputs, fast_mode=True)
 
@@ -95,9 +95,9 @@ def test_only_the_lse_may_be_used():
 def test_a_learned_bias_is_refused():
     sizes = Sizes()
     call = CASES["bias"](sizes, CPU)
-    call.loads[0].requires_grad_()
+    call.captures[0].requires_grad_()
     with pytest.raises(attend.NoGradient, match="bias requires one"):
-        torch.ops.effattn.attend(*tensors(sizes), call.loads, [], [], call.plan.encode())
+        torch.ops.effattn.attend(*tensors(sizes), call.captures, [], [], call.plan.encode())
 
 
 def test_there_is_no_second_derivative():

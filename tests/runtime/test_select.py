@@ -11,7 +11,7 @@ from comparing import assert_close
 from sites import causal_site
 
 import effattn
-from effattn.ir.attention import AttentionSpec, LoadSpec
+from effattn.ir.attention import AttentionSpec, CaptureSpec
 from effattn.ir.expr import IntLoad, Nk, Nq, k, load, q, s
 from effattn.ir.plan import Plan, Sparsity
 from effattn.lowering.forms import FORMS
@@ -23,11 +23,11 @@ FROM_THE_END = k <= q + Nk - Nq
 SCALE = 0.3
 
 
-def plan_of(form: str, predicate=FROM_THE_END, loads=(), **params) -> Plan:
+def plan_of(form: str, predicate=FROM_THE_END, captures=(), **params) -> Plan:
     chosen = FORMS[form]
     return Plan(
         form,
-        AttentionSpec(SCALE * s, predicate, loads=loads, empty_rows="zero"),
+        AttentionSpec(SCALE * s, predicate, captures=captures, empty_rows="zero"),
         Sparsity(chosen.selector(chosen.params(**params), causal_site())),
     )
 
@@ -135,7 +135,7 @@ def test_padding_is_never_chosen(left):
     seen = sympy.Ne(load("padding", [sympy.Symbol("b", integer=True, nonnegative=True), k], integer=True), 0)
     assert isinstance(seen.lhs, IntLoad)
     params = {"block": 16, "stride": 2, "least": 32, "gamma": 0.6}
-    plan = plan_of("proxy", sympy.And(k <= q, seen), (LoadSpec("padding", "bool", 2),), **params)
+    plan = plan_of("proxy", sympy.And(k <= q, seen), (CaptureSpec("padding", "bool", 2),), **params)
     allowed = causal(length, length) & padding[:, None, None]
     kept = FORMS["proxy"].reference(FORMS["proxy"].params(**params), query, key, allowed, SCALE) & allowed
     out, _ = portable.run(plan, query, key, value, [padding])
@@ -151,7 +151,7 @@ def test_documents_are_not_crossed():
     b = sympy.Symbol("b", integer=True, nonnegative=True)
     same = sympy.Eq(load("ids", [b, q], integer=True), load("ids", [b, k], integer=True))
     plan = plan_of(
-        "proxy", sympy.And(k <= q, same), (LoadSpec("ids", "int64", 2),), block=16, stride=2, least=32, gamma=0.6
+        "proxy", sympy.And(k <= q, same), (CaptureSpec("ids", "int64", 2),), block=16, stride=2, least=32, gamma=0.6
     )
     out, _ = portable.run(plan, query, key, value, [ids])
     value[:, :, :70] = torch.nan
@@ -197,7 +197,7 @@ def test_chunks_given_by_the_caller():
     begins = torch.zeros(1, length, dtype=torch.bool)
     begins[0, bounds[1:-1]] = True
     params = {"block": 16, "unit": 1, "budget": 40, "chunks": "given", "local": 16, "sinks": 4}
-    plan = plan_of("dhsa", loads=(LoadSpec("boundaries", "bool", 2),), **params)
+    plan = plan_of("dhsa", captures=(CaptureSpec("boundaries", "bool", 2),), **params)
     allowed = causal(length, length)
     form = FORMS["dhsa"]
     wanted = form.reference(form.params(**params), query, key, allowed, SCALE, bounds)

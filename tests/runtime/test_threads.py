@@ -50,14 +50,14 @@ def together(*works):
 
 def forward():
     return triton_target.run(
-        CALL.plan, *tensors(SIZES), CALL.loads, CALL.scalars, CALL.numbers, config=Tiles(16, 16, 4, 1)
+        CALL.plan, *tensors(SIZES), CALL.captures, CALL.scalars, CALL.numbers, config=Tiles(16, 16, 4, 1)
     )
 
 
 def backward():
     query, key, value = tensors(SIZES)
     out = torch.ones(*query.shape[:3], value.shape[3])
-    given = (query, key, value, out, torch.zeros(query.shape[:3]), CALL.loads, CALL.scalars, CALL.numbers)
+    given = (query, key, value, out, torch.zeros(query.shape[:3]), CALL.captures, CALL.scalars, CALL.numbers)
     return triton_target.run_backward(CALL.plan, out, None, *given, config=Tiles(16, 16, 4, 1))
 
 

@@ -254,7 +254,7 @@ def _here(choice: Choice) -> str:
 
 
 def _shown(site: Site) -> dict[str, Any]:
-    names = dict(zip((load.name for load in site.spec.loads), site.reads, strict=True))
+    names = dict(zip((load.name for load in site.spec.captures), site.reads, strict=True))
     predicate, score = (text(renamed(term, names, {})) for term in (site.spec.predicate, site.spec.score))
     return {"reads": names, "predicate_shown": predicate, "score_shown": score}
 

@@ -64,12 +64,12 @@ def allowed_rows(captured: Captured, plan: Plan, chunks: Sequence[Rows]) -> Iter
 def rule_rows(captured: Captured, plan: Plan, chunks: Sequence[Rows]) -> Iterator[Tensor]:
     """Masks of a plan whose kept keys are an expression: ``plan.spec.rule``, evaluated chunk by chunk."""
     keys = captured.shape[3]
-    given = with_first_keys(plan, captured.key, captured.loads, captured.scalars, captured.numbers)
-    symbols, loads = bindings(plan.spec, given, captured.scalars, captured.numbers)
+    given = with_first_keys(plan, captured.key, captured.captures, captured.scalars, captured.numbers)
+    symbols, captures = bindings(plan.spec, given, captured.scalars, captured.numbers)
     device = captured.query.device
     for start, stop in chunks:
         values = symbols | indices(captured, (start, stop), keys)
-        kept = evaluate(plan.spec.rule, values, loads, torch.float64, device)
+        kept = evaluate(plan.spec.rule, values, captures, torch.float64, device)
         mask = torch.as_tensor(kept, device=device).to(torch.bool)
         mask = mask.view([1] * (4 - mask.ndim) + list(mask.shape))
         yield mask.expand(mask.shape[0], mask.shape[1], stop - start, keys)
@@ -90,8 +90,8 @@ def indices(captured: Captured, rows: Rows, keys: int) -> dict[str, Any]:
 
 def reach(captured: Captured, plan: Plan, chunks: Sequence[Rows]) -> list[int]:
     """For each chunk, the number of leading keys beyond which the author's mask allows none: saves half if causal."""
-    symbols, loads = bindings(plan.spec, captured.loads, captured.scalars, captured.numbers)
-    walker = Walker(plan.spec.predicate, captured.shape, symbols, loads)
+    symbols, captures = bindings(plan.spec, captured.captures, captured.scalars, captured.numbers)
+    walker = Walker(plan.spec.predicate, captured.shape, symbols, captures)
     runs = [walker.runs(start, stop) for start, stop in chunks]
     return [max((run.stop for run in found), default=0) for found in runs]
 
@@ -102,7 +102,7 @@ def _source(plan: Plan) -> Source:
 
 def listed_rows(captured: Captured, plan: Plan, chunks: Sequence[Rows]) -> Iterator[Tensor]:
     """Masks of a plan that chooses at run time: its selection runs once, its block lists are written out by chunks."""
-    given = (captured.loads, captured.scalars, captured.numbers)
+    given = (captured.captures, captured.scalars, captured.numbers)
     target = "triton" if captured.query.device.type == "cuda" and plan.dispatch.target != "portable" else "portable"
     listed = select(plan, captured.query, captured.key, *given, target=target)
     for start, stop in chunks:

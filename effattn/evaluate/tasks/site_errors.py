@@ -80,7 +80,7 @@ def site_errors(captured: Captured, forms: Sequence[Lowered]) -> list[FormErrors
 
 def _difference(captured: Captured, lowered: Lowered, dense: Tensor) -> float:
     """Relative error of what the op returns. Rows without keys are as they are in both."""
-    given = (captured.query, captured.key, captured.value, captured.loads, captured.scalars, captured.numbers)
+    given = (captured.query, captured.key, captured.value, captured.captures, captured.scalars, captured.numbers)
     out, _ = torch.ops.effattn.attend(*given, lowered.plan.encode())
     norm = float(torch.linalg.vector_norm(dense))
     apart = float(torch.linalg.vector_norm(out.float().sub_(dense)))
@@ -107,7 +107,7 @@ class _Dense:
         self.allowed = zeros()  # pairs of all batches and heads
         self.mass, self.oracle_mass = zeros(len(forms), self.heads), zeros(len(forms), self.heads)
         self.kept, self.oracle_kept = zeros(len(forms)), zeros(len(forms))
-        self.names, self.loads = bindings(self.plan.spec, captured.loads, captured.scalars, captured.numbers)
+        self.names, self.captures = bindings(self.plan.spec, captured.captures, captured.scalars, captured.numbers)
 
     def run(self) -> None:
         chunks = self._chunks()
@@ -173,7 +173,7 @@ class _Dense:
         symbols: dict[str, Any] = {**self.names, **indices(self.captured, rows, keys), "s": raw}
         symbols["b"] = b
         symbols["h"] = torch.arange(heads.start, heads.stop, device=raw.device).view(-1, 1, 1)
-        score = evaluate(self.plan.spec.score, symbols, self.loads, torch.float32, raw.device)
+        score = evaluate(self.plan.spec.score, symbols, self.captures, torch.float32, raw.device)
         score = torch.as_tensor(score, dtype=torch.float32, device=raw.device).expand_as(raw)
         return score.where(allowed, -torch.inf).softmax(dim=-1).nan_to_num_(nan=0.0)
 

@@ -117,7 +117,7 @@ def _beside_lists(residual: Any) -> Any:
 def padding_at_most(site: Site, _params: Params) -> bool:
     """No data in the mask but by batch and key."""
     alone, others = key_conditions(_beside_lists(walk(site.spec.predicate).residual))
-    named = any(spec.name == expr.FIRST_KEY for spec in site.spec.loads)
+    named = any(spec.name == expr.FIRST_KEY for spec in site.spec.captures)
     return others == sympy.true and not (alone != sympy.true and named)
 
 

@@ -39,7 +39,7 @@ class PowerList:
 
 @dataclass(frozen=True)
 class KeyWalk:
-    """The keys that a row of queries visits. All expressions are in q, Nq, Nk, scalars and loads without q or k.
+    """The keys that a row of queries visits. All expressions are in q, Nq, Nk, scalars and captures without q or k.
 
     A key k is *structurally* kept by row q if every ``lower <= k``, every ``k < upper``, and, where ``choice`` is
     set, at least one of: every ``near_lower <= k`` and every ``k < near_upper``; ``k < prefix``; k in the ``powers``

@@ -22,8 +22,8 @@ SUMS = (
 )
 
 
-def lines_and_keep(condition, symbols, loads) -> tuple[list[str], str]:
+def lines_and_keep(condition, symbols, captures) -> tuple[list[str], str]:
     """Source of ``condition`` for a vector called ``keys``: lines that it needs, and the condition itself."""
     lines = Lines()
-    algebra = Source(symbols, loads, lines, lines, key_mask="key_ok")
+    algebra = Source(symbols, captures, lines, lines, key_mask="key_ok")
     return lines.lines, fold(condition, algebra).spread(KEYS)

@@ -75,7 +75,7 @@ class BackwardGenerator(Generator):
         tile = ("first_key", self.spec.tiles.block_m)
         symbols = self.symbols(q=Value("rows", KEYS, plain=True), k=Value("keys", ROWS, plain=True, tile=tile))
         # the head changes from turn to turn, so nothing is computed before the loop
-        algebra = Source(symbols, self.loads, inside, inside, key_mask="row_ok", row_mask="key_ok")
+        algebra = Source(symbols, self.captures, inside, inside, key_mask="row_ok", row_mask="key_ok")
         sweep = Sweep(title, edge, count, before, steps, lines=inside.lines)
         sweep.slope = fold(self.slope, algebra).text
         if self.scale is None:

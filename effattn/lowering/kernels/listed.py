@@ -73,7 +73,7 @@ class ListedGenerator(Generator):
     def listed_sweep(self, title: str, count: str, steps: list[str], edge: bool) -> Sweep:
         inside = self.before.inner()
         key_mask = "key_ok" if edge or self.gathered else ""
-        algebra = Source(self.symbols(), self.loads, self.before, inside, key_mask=key_mask)
+        algebra = Source(self.symbols(), self.captures, self.before, inside, key_mask=key_mask)
         sweep = Sweep(title, edge, count, [], steps, lines=inside.lines, gathered=self.gathered)
         if self.scale is None:
             sweep.score = fold(self.attention.score, algebra).spread(TILE)

@@ -70,7 +70,7 @@ def compiled_for(spec: KernelSpec | ScoreSpec | LinearSpec | int, arch: str, ker
         params = pick.parameters(kernel)
         constants = {"WIDTH": spec} | ({"SHARING": 4} if kernel == "choose" else {})
         return _compiled(pick.generate(spec, warps), f"pick_{spec}.py", arch, kernel, params, constants, (warps, 1), ())
-    last = [f"{load.name}_stride_{load.ndim - 1}" for load in spec.attention.loads]
+    last = [f"{load.name}_stride_{load.ndim - 1}" for load in spec.attention.captures]
     if isinstance(spec, ScoreSpec):
         params, constants = score.parameters(spec, kernel), dict(spec.constants())
         schedule = (spec.warps, spec.stages)

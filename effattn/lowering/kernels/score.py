@@ -129,10 +129,10 @@ class Sweep:
 
 
 def _sweep(
-    attention: AttentionSpec, symbols: dict[str, Value], loads: Any, before: Lines, scored: bool, edge: bool
+    attention: AttentionSpec, symbols: dict[str, Value], captures: Any, before: Lines, scored: bool, edge: bool
 ) -> Sweep:
     inside = before.inner()
-    algebra = Source(symbols, loads, before, inside, key_mask="key_ok" if edge else "")
+    algebra = Source(symbols, captures, before, inside, key_mask="key_ok" if edge else "")
     score = fold(attention.score, algebra).spread(TILE) if scored else ""
     condition = attention.predicate if edge else walk(attention.predicate).residual
     keep = [] if condition == sympy.true else [fold(condition, algebra)]
@@ -156,7 +156,7 @@ def generate(spec: ScoreSpec) -> str:
     Raises:
         UnknownOperation: the score or predicate holds an operation that kernels do not have.
     """
-    loads = {load.name: load for load in spec.attention.loads}
+    captures = {load.name: load for load in spec.attention.captures}
     before, bound_lines = Lines(), Lines()
     indices = {
         "b": Value("batch", plain=True),
@@ -167,11 +167,11 @@ def generate(spec: ScoreSpec) -> str:
     }
     symbols = all_symbols(indices, spec.attention, spec.wide)
     scale = constant_scale(spec.attention.score)
-    sweeps = [_sweep(spec.attention, symbols, loads, before, scale is None, edge) for edge in (False, True)]
+    sweeps = [_sweep(spec.attention, symbols, captures, before, scale is None, edge) for edge in (False, True)]
     (upper,) = walk(spec.attention.predicate).upper
     one_row = replace(symbols["q"], axes=SCALAR, plain=False)
     first_bound, last_bound = (
-        fold(upper, Source({**symbols, "q": replace(one_row, text=row)}, loads, bound_lines)).text
+        fold(upper, Source({**symbols, "q": replace(one_row, text=row)}, captures, bound_lines)).text
         for row in ("first_row", "last_row")
     )
     template = template_named("score.py.jinja")

@@ -136,14 +136,14 @@ def parameters(spec: KernelSpec, kernel: str = "forward") -> list[Param]:
 
 def data_parameters(attention: AttentionSpec) -> list[Param]:
     """The tensors that the predicate and score read."""
-    return [Param(f"data_{load.name}", f"*{_POINTER.get(load.dtype, load.dtype)}") for load in attention.loads]
+    return [Param(f"data_{load.name}", f"*{_POINTER.get(load.dtype, load.dtype)}") for load in attention.captures]
 
 
 def data_sizes(attention: AttentionSpec) -> list[Param]:
     """Strides of those tensors, and the sizes that kernels test; scalars and numbers."""
     found = []
     tested = sizes_tested(attention)
-    for load in attention.loads:
+    for load in attention.captures:
         found += [Param(f"{load.name}_stride_{dim}", "i32") for dim in range(load.ndim)]
         found += [Param(f"{load.name}_size_{dim}", "i32", False) for dim in tested[load.name]]
     found += [Param(f"scalar_{name}", "i32", False) for name in attention.scalars]
@@ -163,7 +163,7 @@ def key_condition(spec: KernelSpec) -> Any:
 
 def sizes_tested(attention: AttentionSpec) -> dict[str, list[int]]:
     """Load -> dimensions whose size a kernel needs to test a computed index."""
-    tested: dict[str, set[int]] = {load.name: set() for load in attention.loads}
+    tested: dict[str, set[int]] = {load.name: set() for load in attention.captures}
     for load in expr.loads_of(attention.score, attention.rule):
         tested[load.name].update(tested_dims(load))
     return {name: sorted(dims) for name, dims in tested.items()}
@@ -238,7 +238,7 @@ class Generator:
         self.key_condition = key_condition(spec)
         self.allowed = self.key_condition != sympy.true
         self.residual = key_conditions(self.walk.residual)[1] if self.allowed else self.walk.residual
-        self.loads = {load.name: load for load in self.attention.loads}
+        self.captures = {load.name: load for load in self.attention.captures}
         self.early = Lines()  # before the rows of the tile are known: only scalars
         self.before = self.early.inner()  # before the loops
         self.scale = linear_scale(self.attention.score, spec)
@@ -269,7 +269,7 @@ class Generator:
     def scalar_text(self, term: Any, lines: Lines, row: str | None = None, longest: int = LONGEST) -> str:
         """Source of a term that is one number for the whole tile, with q standing for the row called ``row``."""
         symbols = self.symbols(**({"q": Value(row)} if row else {}))
-        return fold(term, Source(symbols, self.loads, lines, longest=longest)).text
+        return fold(term, Source(symbols, self.captures, lines, longest=longest)).text
 
     def source(self) -> str:
         context = self.context()
@@ -334,7 +334,7 @@ class Generator:
         if not self.allowed:
             return {"allowed": False}
         head = {"h": Value("0"), "q": Value("0")}  # neither occurs
-        lines, keep = allowed.lines_and_keep(self.key_condition, self.symbols(**head), self.loads)
+        lines, keep = allowed.lines_and_keep(self.key_condition, self.symbols(**head), self.captures)
         params = parameters(self.spec, "find_allowed")
         return {
             "allowed": True,
@@ -406,7 +406,7 @@ class Generator:
     def sweep(self, title: str, parts: tuple[Part, ...], edge: bool) -> Sweep:
         before, steps, count = flatten(parts, "i")
         inside = self.before.inner()
-        algebra = Source(self.symbols(), self.loads, self.before, inside, key_mask="key_ok" if edge else "")
+        algebra = Source(self.symbols(), self.captures, self.before, inside, key_mask="key_ok" if edge else "")
         sweep = Sweep(title, edge, count, before, steps, lines=inside.lines)
         if self.scale is None:
             sweep.score = fold(self.attention.score, algebra).spread(TILE)

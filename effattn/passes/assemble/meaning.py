@@ -21,14 +21,14 @@ from effattn.passes.candidate.record import Draft, Refused
 from effattn.passes.graph.contraction import contraction
 from effattn.passes.graph.view import GraphView
 from effattn.passes.masks import split as masks
-from effattn.passes.symbolic import LoadSource
+from effattn.passes.symbolic import CaptureSource
 
 MAX_TERMS = 400  # operations in score and predicate together; more is no mask that a person wrote
 
 
 @dataclass(frozen=True)
 class Meaning:
-    """Score, predicate and position as in a site, with the graph's own names of loads and numbers."""
+    """Score, predicate and position as in a site, with the graph's own names of captures and numbers."""
 
     score: Any
     predicate: Any
@@ -63,7 +63,7 @@ def meaning(view: GraphView, draft: Draft, layout: Layout) -> Meaning:
             lengths,
             sdpa=draft.zero_when_empty,
             dtype=dtype,
-            data=_masks_that_are_data(view, score, draft.reader.loads),
+            data=_masks_that_are_data(view, score, draft.reader.captures),
         )
     except masks.Unclear as unclear:
         if draft.zeroed or not masks.may_stay_in_score(found, draft.term, dtype):
@@ -132,14 +132,14 @@ def _score_dtype(view: GraphView, draft: Draft) -> str:
     return str(least).removeprefix("torch.")
 
 
-def _masks_that_are_data(view: GraphView, score, loads: dict[str, LoadSource]) -> frozenset[str]:
+def _masks_that_are_data(view: GraphView, score, captures: dict[str, CaptureSource]) -> frozenset[str]:
     """Loads added to the score that may hold -inf or another fill, for each key: a float mask that the caller passes.
 
     A bias that a layer computes (of relative positions, say) is taken to be finite.
     """
     huge = any(_is_huge(number) for number in score.atoms(sympy.Number))
     found = {load for load in expr.loads_of(score) if load.has(k)}
-    return frozenset(load.name for load in found if huge or _may_mask(view, loads[load.name].node))
+    return frozenset(load.name for load in found if huge or _may_mask(view, captures[load.name].node))
 
 
 def _may_mask(view: GraphView, node: fx.Node) -> bool:

@@ -14,7 +14,7 @@ from effattn.ir.refusal import Why
 from effattn.ir.site import Layout, Site, Stage
 from effattn.passes.assemble.admissible import check_gradients, check_operands, check_recorded
 from effattn.passes.assemble.meaning import meaning
-from effattn.passes.candidate.naming import load_names, load_spec, number_names, own_names, renamed, scalars_of
+from effattn.passes.candidate.naming import capture_names, capture_spec, number_names, own_names, renamed, scalars_of
 from effattn.passes.candidate.placement import placement
 from effattn.passes.candidate.record import Anchors, Draft, Match, Refused, require_fixed
 from effattn.passes.graph.owner import classes_around, layer_around
@@ -38,12 +38,12 @@ def assemble(view: GraphView, draft: Draft, order: int) -> Match:
     read = meaning(view, draft, layout)
     score, predicate, position, empty = read.score, read.predicate, read.position, read.empty_rows
     check_gradients(view, draft)
-    names = load_names(score, predicate, draft.reader.loads)
+    names = capture_names(score, predicate, draft.reader.captures)
     numbers = number_names(score, predicate)
     score, predicate, position = (renamed(term, names, numbers) for term in (score, predicate, position))
-    sources = {names[old]: source for old, source in draft.reader.loads.items() if old in names}
+    sources = {names[old]: source for old, source in draft.reader.captures.items() if old in names}
     used = list(dict.fromkeys(load.name for load in expr.loads_of(score, predicate)))
-    specs = tuple(load_spec(view, name, sources[name]) for name in used)
+    specs = tuple(capture_spec(view, name, sources[name]) for name in used)
     devices = {name: getattr(view.tensor(sources[name].node), "device", None) for name in used}
     for name, device in devices.items():  # a 0-d tensor may stand on the CPU: PyTorch takes it there, a kernel cannot
         if device != getattr(view.tensor(draft.query.node), "device", None):
@@ -60,15 +60,15 @@ def assemble(view: GraphView, draft: Draft, order: int) -> Match:
     tensor = view.tensor(draft.query.node)
     assert tensor is not None
     flows = view.gradient_flows(view.time[draft.replaced])
-    loads_need_grad = flows and any(view.held(sources[name].node).requires_grad for name in used)
+    captures_need_grad = flows and any(view.held(sources[name].node).requires_grad for name in used)
     needs_grad = flows and (
-        loads_need_grad
+        captures_need_grad
         or any(view.held(operand.node).requires_grad for operand in (draft.query, draft.key, draft.value))
     )
     spec = AttentionSpec(
         score=score,
         predicate=predicate,
-        loads=specs,
+        captures=specs,
         scalars=tuple(str(symbol) for symbol, _ in scalars),
         numbers=tuple(numbers.values()),
         empty_rows=empty,
@@ -85,7 +85,7 @@ def assemble(view: GraphView, draft: Draft, order: int) -> Match:
         dtype=_dtype(view, draft),
         device=tensor.device.type,
         needs_grad=needs_grad,
-        loads_need_grad=loads_need_grad,
+        captures_need_grad=captures_need_grad,
         output_layout=_output_layout(view, draft, place),
         layer=layer_of(path) if counted is None else counted[0],
         layer_count=None if counted is None else counted[1],
@@ -105,7 +105,7 @@ def assemble(view: GraphView, draft: Draft, order: int) -> Match:
         key=draft.key,
         value=draft.value,
         placement=place,
-        loads=tuple(sources[name] for name in used),
+        captures=tuple(sources[name] for name in used),
         scalars=tuple(source for _, source in scalars),
         numbers=tuple(draft.reader.numbers[name] for name in numbers),
         threshold=read.threshold,

@@ -1,4 +1,4 @@
-"""Names of a site: graph symbols become Nq and Nk, loads and numbers are called by what they are used for.
+"""Names of a site: graph symbols become Nq and Nk, captures and numbers are called by what they are used for.
 
 Sites that compute the same have the same names, so that layers share a kernel.
 """
@@ -12,14 +12,14 @@ import sympy
 import torch
 
 from effattn.ir import expr
-from effattn.ir.attention import LoadSpec
+from effattn.ir.attention import CaptureSpec
 from effattn.ir.expr import Nk, Nq, b, h, k, q
 from effattn.ir.refusal import Why
 from effattn.ir.site import Layout
 from effattn.passes.candidate.record import Draft, Refused, SizeSource
 from effattn.passes.graph.provenance import own_name
 from effattn.passes.graph.view import GraphView
-from effattn.passes.symbolic import LoadSource
+from effattn.passes.symbolic import CaptureSource
 
 
 def with_lengths(term, layout: Layout):
@@ -73,7 +73,7 @@ def number_names(score, predicate) -> dict[str, str]:
     return {name: "scale" + (str(number + 1) if number else "") for number, name in enumerate(found)}
 
 
-def load_names(score, predicate, loads: dict[str, LoadSource]) -> dict[str, str]:
+def capture_names(score, predicate, captures: dict[str, CaptureSource]) -> dict[str, str]:
     """Short names by what a load is used for: padding, document, offset, slopes, mask, bias."""
     names: dict[str, str] = {}
     for load in expr.loads_of(predicate, score):
@@ -89,11 +89,11 @@ def load_names(score, predicate, loads: dict[str, LoadSource]) -> dict[str, str]
     return names
 
 
-def own_names(roles: list[str], loads: list[LoadSource]) -> tuple[str, ...]:
-    """The user's own names of loads that are used for ``roles``; the role where there is none, or one that misleads."""
+def own_names(roles: list[str], captures: list[CaptureSource]) -> tuple[str, ...]:
+    """The user's own names of captures that are used for ``roles``; the role where there is none, or one that misleads."""
     taken: set[str] = {symbol.name for symbol in (*expr.INDICES, expr.s, Nq, Nk)}
     found: list[str] = []
-    for role, source in zip(roles, loads, strict=True):
+    for role, source in zip(roles, captures, strict=True):
         name = own_name(source.node)
         found.append(role if name in taken or not name else name)
         taken.add(found[-1])
@@ -128,7 +128,7 @@ def renamed(term, names: dict[str, str], numbers: dict[str, str]):
     )
 
 
-def load_spec(view: GraphView, name: str, source: LoadSource) -> LoadSpec:
+def capture_spec(view: GraphView, name: str, source: CaptureSource) -> CaptureSpec:
     tensor = view.tensor(source.node)
     assert tensor is not None
-    return LoadSpec(name, str(tensor.dtype).removeprefix("torch."), tensor.dim())
+    return CaptureSpec(name, str(tensor.dtype).removeprefix("torch."), tensor.dim())

@@ -15,7 +15,7 @@ from effattn.passes.candidate.operands import Operand
 from effattn.passes.candidate.placement import Placement
 from effattn.passes.graph.provenance import code_line, location, module_path
 from effattn.passes.masks.split import FILL
-from effattn.passes.symbolic import LoadSource, Reader
+from effattn.passes.symbolic import CaptureSource, Reader
 
 FOUND_AS = "effattn_found_as"  # in a node's meta: what the author called, where a pass wrote the node
 
@@ -34,13 +34,13 @@ class Anchors:
 
     replaced: fx.Node
     anchor: str  # name of the softmax or SDPA node
-    scores: LoadSource | None  # what the softmax is taken of, before a sink and any shift; None: of an SDPA call
+    scores: CaptureSource | None  # what the softmax is taken of, before a sink and any shift; None: of an SDPA call
     scores_index: tuple[Any, ...]  # index of its scores' dimensions in b, h, q, k
     query: Operand
     key: Operand
     value: Operand
     placement: Placement
-    loads: tuple[LoadSource, ...]  # as in site.spec.loads
+    captures: tuple[CaptureSource, ...]  # as in site.spec.captures
     scalars: tuple[SizeSource, ...]  # as in site.spec.scalars
     numbers: tuple[fx.Node, ...]  # as in site.spec.numbers
     threshold: float = FILL  # scores above it are allowed, at or below it masked
@@ -48,7 +48,7 @@ class Anchors:
     sdpa: Mapping[str, Any] | None = None  # SDPA's arguments by name, where the scores are those of an SDPA call
     before: fx.Node | None = None  # where the replacement goes, if not where ``replaced`` is
     lse: fx.Node | None = None  # the node of the LSE in base 2, if it is used
-    sink: LoadSource | float | None = None  # more scores of each row, [B, H, Nq, n]: take weight, have no value
+    sink: CaptureSource | float | None = None  # more scores of each row, [B, H, Nq, n]: take weight, have no value
 
     @property
     def is_sdpa(self) -> bool:
@@ -130,12 +130,12 @@ class Draft:
     reader: Reader
     zero_when_empty: bool  # SDPA gives 0 for a row without keys where a softmax of -inf gives NaN
     nan_when_empty: bool = False  # such a row is 0 / 0, whatever masks it
-    scores: LoadSource | None = None  # what the softmax is taken of
+    scores: CaptureSource | None = None  # what the softmax is taken of
     is_plain_sdpa: bool = False
     sdpa: Mapping[str, Any] | None = None  # the call's arguments by name
     before: fx.Node | None = None
     lse: fx.Node | None = None
-    sink: LoadSource | float | None = None
+    sink: CaptureSource | float | None = None
     autocast: bool = False  # the product of query and key already ran in the result's type
     zeroed: tuple[Zeroed, ...] = ()  # where weights become zero after softmax
     nan_is_zero: bool = False  # weights that are NaN become zero

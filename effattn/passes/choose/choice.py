@@ -275,7 +275,7 @@ def is_opaque(site: Site) -> bool:
 OP_RULES = (
     Rule(
         "gradient of the bias",
-        lambda site, params: not site.loads_need_grad,
+        lambda site, params: not site.captures_need_grad,
         "a tensor that the score reads needs a gradient itself (a learned bias or scale), "
         "which the op does not compute",
         "run under torch.no_grad()",

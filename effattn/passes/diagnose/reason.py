@@ -23,7 +23,7 @@ from effattn.passes.graph.contraction import Contraction, contraction
 from effattn.passes.graph.provenance import spelled
 from effattn.passes.graph.view import GraphView
 from effattn.passes.graph.vocabulary import Call
-from effattn.passes.symbolic import LoadSource
+from effattn.passes.symbolic import CaptureSource
 from effattn.passes.symbolic.views import permutation
 
 
@@ -144,10 +144,10 @@ def chosen_by(nodes: list[fx.Node]) -> Refused | None:
     return None
 
 
-def require_free_of_scores(view: GraphView, term: Any, loads: dict[str, LoadSource], product: fx.Node) -> None:
+def require_free_of_scores(view: GraphView, term: Any, captures: dict[str, CaptureSource], product: fx.Node) -> None:
     """Raises: Refused: data that the score reads is chosen by the scores: they would be computed a second time."""
-    for name in {load.name for load in expr.loads_of(term)} & set(loads):
-        _, below = nearest_products(view, loads[name].node) or ([], set())
+    for name in {load.name for load in expr.loads_of(term)} & set(captures):
+        _, below = nearest_products(view, captures[name].node) or ([], set())
         if (refused := chosen_by(made_of(view, product, below))) is not None:
             raise refused
 

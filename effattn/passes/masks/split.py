@@ -231,7 +231,7 @@ def empty_rows(found: Split, layout: Layout, *, sdpa: bool, dtype: str, data: fr
     Args:
         sdpa: SDPA gives 0 for a row without keys, a softmax of -inf gives NaN.
         dtype: of the scores. Adding the lowest float16 to a score is not exact.
-        data: names of loads that may mask keys as well: an additive mask that the caller passes.
+        data: names of captures that may mask keys as well: an additive mask that the caller passes.
 
     Raises:
         Unclear: such rows can occur and the author's arithmetic on them cannot be reproduced.

@@ -133,10 +133,10 @@ def _compare(mask: BlockMask, view: GraphView, allowed: Any, reader: Reader) -> 
     """Hold the lists of the first call against mask_mod, on some rows of blocks, where their values are known."""
     names = ("counts", "indices", "full_counts", "full_indices", "q_block", "kv_block")
     counts, indices, full_counts, full_indices, q_block, kv_block = (_real(getattr(mask, name)) for name in names)
-    sources = {load.name: reader.loads[load.name].node for load in expr.loads_of(allowed)}
-    loads = {name: _real(node) for name, node in sources.items()}
+    sources = {load.name: reader.captures[load.name].node for load in expr.loads_of(allowed)}
+    captures = {name: _real(node) for name, node in sources.items()}
     lists = [counts, indices] + ([] if mask.full_counts is None else [full_counts, full_indices])
-    if any(not isinstance(tensor, torch.Tensor) for tensor in (*lists, *loads.values())):
+    if any(not isinstance(tensor, torch.Tensor) for tensor in (*lists, *captures.values())):
         return
     q_len, k_len = (_hint(view, reader.sizes[index]) for index in (expr.q, expr.k))
     device = counts.device
@@ -157,7 +157,7 @@ def _compare(mask: BlockMask, view: GraphView, allowed: Any, reader: Reader) -> 
         "k": torch.arange(k_len, device=device),
     }
     symbols |= {symbol.name: _hint(view, symbol) for symbol in expr.free_symbols(allowed) - set(expr.INDICES)}
-    seen = torch.as_tensor(evaluate(allowed, symbols, loads, torch.float64, device), device=device)
+    seen = torch.as_tensor(evaluate(allowed, symbols, captures, torch.float64, device), device=device)
     seen = seen.expand(len(batches), len(heads), len(q), k_len) & (q < q_len)[:, None]
     blocks = (
         torch.nn.functional.pad(seen, (0, -k_len % kv_block))

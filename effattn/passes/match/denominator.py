@@ -21,7 +21,7 @@ from effattn.passes.graph.view import GraphView
 from effattn.passes.graph.vocabulary import Call
 from effattn.passes.match.normaliser import sum_of
 from effattn.passes.match.sink import before_shift
-from effattn.passes.symbolic import LoadSource
+from effattn.passes.symbolic import CaptureSource
 
 
 def denominator(view: GraphView, divisor: Any, exponential: Call, dim: int, end: int) -> dict[str, Any] | None:
@@ -103,7 +103,7 @@ def _column(view: GraphView, more: Any, shift: fx.Node, shape: tuple, dim: int) 
         or view.writes_between(sink, view.time[sink], view.time[inner.node])
     ):
         return None, []
-    return LoadSource(sink, view.time[inner.node]), nodes
+    return CaptureSource(sink, view.time[inner.node]), nodes
 
 
 def _nan_rows(view: GraphView, shift: fx.Node, dim: int) -> bool | None:

@@ -25,7 +25,7 @@ class LinearTerm:
     """``weight(q, k) = scale * s * exp(rate * (q - k))``, for k <= q alone if ``causal``."""
 
     scale: float
-    rate: Any | None  # a term in h and in loads of one number per head; None: no decay
+    rate: Any | None  # a term in h and in captures of one number per head; None: no decay
     causal: bool
 
 
@@ -112,7 +112,7 @@ def written(term: LinearTerm) -> Any:
     return scale * s * (1 if term.rate is None else sympy.exp(term.rate * (q - k)))
 
 
-def plain_loads(rate: Any, shapes: dict[str, tuple[Any, ...]]) -> Any:
+def plain_captures(rate: Any, shapes: dict[str, tuple[Any, ...]]) -> Any:
     """``rate`` with index 0 wherever a load has one element: the batch of a tensor of slopes [1, H, 1, 1]."""
     swap = {}
     for load in expr.loads_of(rate):

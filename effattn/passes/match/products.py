@@ -186,12 +186,12 @@ def _no_product(view: GraphView, reader: Reader, term) -> Refused:
     """What keeps the scores from being read down to a product, if there is one above them."""
     between = "between the product of query and key and softmax"
     for name in [load.name for load in expr.loads_of(term) if load.name not in reader.raw]:
-        node = reader.loads[name].node
+        node = reader.captures[name].node
         if not _product_above(view, node):
             continue
-        if view.cuts_gradient(node, reader.loads[name].time):
+        if view.cuts_gradient(node, reader.captures[name].time):
             return Refused(Why.GRADIENT, f"{spelled(node)} stops the gradient {between}", at=node)
-        writers = view.writes_between(node, view.time[node], reader.loads[name].time)
+        writers = view.writes_between(node, view.time[node], reader.captures[name].time)
         if writers:
             reason = f"{spelled(writers[-1])} writes into the scores before softmax, which is not understood"
             return Refused(Why.MEMORY, reason, at=writers[-1])
@@ -207,7 +207,7 @@ def _mixing(view: GraphView, reader: Reader, term, key) -> Refused | None:
     for load in expr.loads_of(term):
         if load.name in reader.raw:
             continue
-        node = reader.loads[load.name].node
+        node = reader.captures[load.name].node
         if node.target not in (F.linear, F.conv2d) or key not in load.indices:
             continue
         if load.indices.index(key) == (len(load.indices) - 1 if node.target is F.linear else 1):  # its features

@@ -24,7 +24,7 @@ from effattn.ir.refusal import Why
 from effattn.passes.candidate.record import Refused
 from effattn.passes.graph.view import GraphView
 from effattn.passes.graph.vocabulary import Call, is_dead_dropout, one_dim
-from effattn.passes.symbolic import LoadSource
+from effattn.passes.symbolic import CaptureSource
 
 
 class Columns(NamedTuple):
@@ -40,7 +40,7 @@ class Scores:
 
     node: fx.Node
     time: int
-    sink: LoadSource | float | None = None
+    sink: CaptureSource | float | None = None
     shifted: bool = False  # the largest was taken off by the author
     columns: Columns | None = None  # the sinks that stand beside the scores, whose weights have to be dropped
     nan_rows: bool = False  # a row without keys is NaN in spite of the sink
@@ -73,7 +73,7 @@ def _before_column(view: GraphView, softmax: Call, dim: int) -> Scores:
     return Scores(node, time, shifted=shifted)
 
 
-def _sink(view: GraphView, call: Call, dim: int, columns: Columns) -> tuple[fx.Node, int, LoadSource | float] | None:
+def _sink(view: GraphView, call: Call, dim: int, columns: Columns) -> tuple[fx.Node, int, CaptureSource | float] | None:
     """(scores, when they are read, sink) of a call that joins ``columns`` of sinks to scores; None if it does not."""
     rank, time, many = len(view.shape(call.node)), view.time[call.node], max(columns)
     if call.name == "pad":
@@ -86,7 +86,7 @@ def _sink(view: GraphView, call: Call, dim: int, columns: Columns) -> tuple[fx.N
     if not isinstance(parts, (list, tuple)) or len(parts) != 2 or one_dim(call.get("dim", 0), rank) != dim:
         return None
     sinks, scores = parts if columns.before else reversed(parts)
-    return (scores, time, LoadSource(sinks, time)) if view.shape(sinks)[dim] == many else None
+    return (scores, time, CaptureSource(sinks, time)) if view.shape(sinks)[dim] == many else None
 
 
 def _dropped(view: GraphView, node: fx.Node, dim: int) -> Columns | None:

@@ -84,7 +84,7 @@ def _rate(writer: Writer, one: LinearMatch) -> fx.Node | None:
         return None
     site, anchors = one.match.site, one.match.anchors
     heads, time = int(site.layout.heads), writer.view.time[anchors.replaced]
-    named = zip(site.spec.loads, anchors.loads, strict=True)
+    named = zip(site.spec.captures, anchors.captures, strict=True)
     sources = {spec.name: source for spec, source in named}
     values: dict[str, fx.Node] = dict(zip(site.spec.numbers, anchors.numbers, strict=True))
     swap: dict[Any, Any] = {}
@@ -146,7 +146,7 @@ class _Nodes:
         raise Refused(Why.DECAY, f"decay depends on {name}")
 
     def load(self, name: str, indices: list[Any]) -> Any:
-        raise AssertionError("loads are symbols here")
+        raise AssertionError("captures are symbols here")
 
     def call(self, operation: str, *args: Any) -> Any:
         function = self.CALLS.get(operation)

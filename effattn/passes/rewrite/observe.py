@@ -13,7 +13,7 @@ from effattn.passes.rewrite.sites import op_arguments
 
 
 class ObserveSites(Pass):
-    """Insert ``observe(number, query, key, value, loads, scalars, numbers)`` where each site stands.
+    """Insert ``observe(number, query, key, value, captures, scalars, numbers)`` where each site stands.
 
     ``number`` is the place among the matches; the rest is what ``effattn::attend`` takes: query [B, Hq, Nq, D], key
     [B, Hkv, Nk, D] and value [B, Hkv, Nk, Dv] after rotary embeddings, grouped heads not expanded, in the dtype of the

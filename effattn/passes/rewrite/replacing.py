@@ -16,7 +16,7 @@ from effattn.passes.graph.dead_code import erase_orphans
 from effattn.passes.graph.insertion import Inserter, difference, fake_mode
 from effattn.passes.graph.view import GraphView
 from effattn.passes.rewrite.memory_order import in_order_of
-from effattn.passes.symbolic import LoadSource
+from effattn.passes.symbolic import CaptureSource
 
 Pairs = Sequence[tuple[fx.Node, fx.Node]]  # (node, what takes its place)
 
@@ -25,7 +25,7 @@ class Rewriting:
     """The replacements of one pass. What was replaced is erased by ``finish``; until then the view stays true."""
 
     def __init__(self, view: GraphView):
-        self.view, self.saved = view, SavedLoads(view)
+        self.view, self.saved = view, SavedCaptures(view)
         self.replaced: dict[fx.Node, fx.Node] = {}  # by what
         self._before, self._inserted = len(view.graph.nodes), 0
 
@@ -87,7 +87,7 @@ class Rewriting:
 class Writer(Inserter):
     """Inserts the replacement of one site. What it reads of another site is what took that one's place."""
 
-    def __init__(self, view: GraphView, like: fx.Node, saved: SavedLoads, replaced: Mapping[fx.Node, fx.Node]):
+    def __init__(self, view: GraphView, like: fx.Node, saved: SavedCaptures, replaced: Mapping[fx.Node, fx.Node]):
         super().__init__(view.graph, like)
         self.view, self.saved, self.replaced = view, saved, replaced
 
@@ -100,19 +100,19 @@ class Writer(Inserter):
         node = emit(self.graph, replace(operand, node=self.now(operand.node)), self.remember)
         return node if node.meta["example_value"].dtype == dtype else self.method("to", node, dtype)
 
-    def load(self, source: LoadSource, time: int) -> fx.Node:
+    def load(self, source: CaptureSource, time: int) -> fx.Node:
         """What a load reads, as it was when the user's code read it, for a reader at ``time``."""
         return self.now(self.saved.at(source, time))
 
 
-class SavedLoads:
+class SavedCaptures:
     """Loads as the author's code read them. Where memory is written in between, a copy is taken before the write."""
 
     def __init__(self, view: GraphView):
         self.view = view
         self.copies: dict[tuple[fx.Node, fx.Node], fx.Node] = {}
 
-    def at(self, source: LoadSource, time: int) -> fx.Node:
+    def at(self, source: CaptureSource, time: int) -> fx.Node:
         writers = self.view.writes_between(source.node, source.time - 1, time)
         if not writers:
             return source.node

@@ -138,11 +138,11 @@ def _when(writer: Writer, anchors: Anchors) -> int:
 
 
 def op_arguments(writer: Writer, anchors: Anchors) -> tuple[Any, ...]:
-    """What ``effattn::attend`` takes at a site, all but the plan: query, key, value, loads, scalars, numbers."""
+    """What ``effattn::attend`` takes at a site, all but the plan: query, key, value, captures, scalars, numbers."""
     operands = _operands(writer, anchors)
-    loads = [writer.load(source, _when(writer, anchors)) for source in anchors.loads]
+    captures = [writer.load(source, _when(writer, anchors)) for source in anchors.captures]
     scalars = [_length(writer, source) for source in anchors.scalars]
-    return (*operands, loads, scalars, list(anchors.numbers))
+    return (*operands, captures, scalars, list(anchors.numbers))
 
 
 def _lse(writer: Writer, result: fx.Node) -> fx.Node:

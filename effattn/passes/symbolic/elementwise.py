@@ -298,7 +298,7 @@ def _check_rounding(reader: Reader, call: Call, x, y) -> None:
 
 def counts(reader: Reader, term) -> bool:
     """Whether a term reads whole numbers that may be larger than a float32 can count."""
-    held = (reader.dtype_of_load(load.name) for load in expr.loads_of(term) if isinstance(load, expr.IntLoad))
+    held = (reader.dtype_of_capture(load.name) for load in expr.loads_of(term) if isinstance(load, expr.IntLoad))
     return any(dtype is not None and dtype.itemsize > 2 for dtype in held)
 
 

@@ -42,7 +42,7 @@ class Reading:
 
 
 @dataclass(frozen=True)
-class LoadSource:
+class CaptureSource:
     """Where a named load gets its tensor: a node, and the time at which the author's code reads it."""
 
     node: fx.Node
@@ -106,7 +106,7 @@ class Reader:
         self.sizes = sizes or {}
         self.products = products
         self.raw: dict[str, Contraction] = {}
-        self.loads: dict[str, LoadSource] = {}
+        self.captures: dict[str, CaptureSource] = {}
         self.numbers: dict[str, fx.Node] = {}
         self.probed: dict[sympy.Symbol, sympy.Expr] = {}  # as ``sizes``, while a node is read for the first time
         self.reasons: dict[fx.Node, str] = {}  # why a node whose operation is known stays data
@@ -114,7 +114,7 @@ class Reader:
         self._parts: dict[tuple[fx.Node, fx.Node], Reading | None] = {}  # by tensor and who wrote a part of it last
         self._work = 0  # for the element that is being read
         self._sizes: dict[int, tuple[Any, int]] = {}  # of terms, by identity: they share most of their parts
-        self._load_names: dict[tuple[fx.Node, int], str] = {}
+        self._capture_names: dict[tuple[fx.Node, int], str] = {}
 
     # -- values ---------------------------------------------------------------------------------------------
 
@@ -257,13 +257,13 @@ class Reader:
         tensor = self.view.tensor(node)
         assert tensor is not None
         version = len(self.view.writes_between(node, -1, time))
-        name = self._load_names.get((node, version))
+        name = self._capture_names.get((node, version))
         if name is None:
             name = _identifier(node.name)
-            while name in self.loads or name in self.raw:
+            while name in self.captures or name in self.raw:
                 name += f"_at_{time}"
-            self._load_names[node, version] = name
-            self.loads[name] = LoadSource(node, time)
+            self._capture_names[node, version] = name
+            self.captures[name] = CaptureSource(node, time)
         kind = kind_of(tensor.dtype)
         shape = self.view.shape(node)
         if tensor.dtype == torch.uint64:
@@ -280,9 +280,9 @@ class Reader:
 
         return Reading(shape, kind, at)
 
-    def dtype_of_load(self, name: str) -> torch.dtype | None:
+    def dtype_of_capture(self, name: str) -> torch.dtype | None:
         """What a load is read from; None for the product of query and key."""
-        source = self.loads.get(name)
+        source = self.captures.get(name)
         return None if source is None else self.view.held(source.node).dtype
 
     def computes_in(self, dtype: torch.dtype, *values: Any) -> torch.dtype:

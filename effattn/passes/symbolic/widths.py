@@ -46,7 +46,7 @@ def bounds_of(reader: Reader, term: Any, dtype: torch.dtype) -> Interval:
         return Interval(0, LENGTH) if symbol.is_nonnegative else around(DATA)
 
     def of_load(name: str) -> Interval:
-        held = reader.dtype_of_load(name)
+        held = reader.dtype_of_capture(name)
         if held in _BITS_64 and dtype in _BITS_64:
             return around(DATA)
         return UNKNOWN if held is None else INTEGERS.get(name_of(held), UNKNOWN)

@@ -1,6 +1,6 @@
 """The op that a rewritten graph calls: ``torch.ops.effattn.attend``, its fake kernel, gradient and choice of target.
 
-    attend(query, key, value, loads, scalars, numbers, plan) -> (out, lse)
+    attend(query, key, value, captures, scalars, numbers, plan) -> (out, lse)
 
 ``numbers`` is declared ``Scalar[]``, not ``float[]``: a scale that arrives as ``item()`` of a 0-d tensor is an unbacked
 SymFloat under ``torch.compile``, which ``float[]`` refuses and ``Scalar[]`` takes; with ``Scalar[]`` a scale that is
@@ -27,12 +27,12 @@ from effattn.runtime.targets.sdpa import sdpa_path
 
 SCHEMAS = {
     "attend": (
-        "(Tensor query, Tensor key, Tensor value, Tensor[] loads, SymInt[] scalars, Scalar[] numbers, str plan)"
+        "(Tensor query, Tensor key, Tensor value, Tensor[] captures, SymInt[] scalars, Scalar[] numbers, str plan)"
         " -> (Tensor, Tensor)"
     ),
     "attend_backward": (
         "(Tensor? grad_out, Tensor? grad_lse, Tensor query, Tensor key, Tensor value, Tensor out, Tensor lse,"
-        " Tensor[] loads, SymInt[] scalars, Scalar[] numbers, str plan) -> (Tensor, Tensor, Tensor)"
+        " Tensor[] captures, SymInt[] scalars, Scalar[] numbers, str plan) -> (Tensor, Tensor, Tensor)"
     ),
 }
 
@@ -45,7 +45,7 @@ def attend(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    loads: Sequence[Tensor],
+    captures: Sequence[Tensor],
     scalars: Sequence[int],
     numbers: Sequence[float],
     plan: str,
@@ -54,7 +54,7 @@ def attend(
 
     Args:
         query: [B, Hq, Nq, D], any strides; key: [B, Hkv, Nk, D]; value: [B, Hkv, Nk, Dv]; one floating point dtype.
-        loads, scalars, numbers: what the plan names, in its order.
+        captures, scalars, numbers: what the plan names, in its order.
         plan: what :meth:`Plan.encode` wrote.
 
     Returns:
@@ -67,15 +67,15 @@ def attend(
     """
     _check_shapes(query, key, value)
     decoded = Plan.decode(plan).at(key.shape[2])
-    loads = with_first_keys(decoded, key, loads, scalars, numbers)
+    captures = with_first_keys(decoded, key, captures, scalars, numbers)
     if decoded.dispatch.target != "triton":
-        done = sdpa_path(decoded, query, key, value, loads, scalars, numbers)
+        done = sdpa_path(decoded, query, key, value, captures, scalars, numbers)
         if done is not None:
             return done
-    return _target(decoded, query, value).run(decoded, query, key, value, loads, scalars, numbers)
+    return _target(decoded, query, value).run(decoded, query, key, value, captures, scalars, numbers)
 
 
-def attend_fake(query, key, value, loads, scalars, numbers, plan):
+def attend_fake(query, key, value, captures, scalars, numbers, plan):
     """Shapes and strides of :func:`attend`, for any symbolic sizes."""
     return portable.allocate_output(Plan.decode(plan), query, value)
 
@@ -88,7 +88,7 @@ def attend_backward(
     value: Tensor,
     out: Tensor,
     lse: Tensor,
-    loads: Sequence[Tensor],
+    captures: Sequence[Tensor],
     scalars: Sequence[int],
     numbers: Sequence[float],
     plan: str,
@@ -99,10 +99,10 @@ def attend_backward(
     decoded = Plan.decode(plan).at(key.shape[2])
     target = _target(decoded, query, value)
     backward = getattr(target, "run_backward", portable_backward.run_backward)
-    return backward(decoded, grad_out, grad_lse, query, key, value, out, lse, loads, scalars, numbers)
+    return backward(decoded, grad_out, grad_lse, query, key, value, out, lse, captures, scalars, numbers)
 
 
-def attend_backward_fake(grad_out, grad_lse, query, key, value, out, lse, loads, scalars, numbers, plan):
+def attend_backward_fake(grad_out, grad_lse, query, key, value, out, lse, captures, scalars, numbers, plan):
     layout = Plan.decode(plan).dispatch.layout
     return tuple(portable.allocate(layout, tensor, tensor.shape) for tensor in (query, key, value))
 
@@ -134,33 +134,33 @@ def _target(plan: Plan, query: Tensor, value: Tensor) -> Any:
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    query, key, value, loads, scalars, numbers, plan = inputs
+    query, key, value, captures, scalars, numbers, plan = inputs
     decoded = Plan.decode(plan)
     if decoded.selects:
         raise NoGradient(
             f"effattn::attend has no gradient where keys are chosen at run time (form {decoded.form!r}); run it under "
             "torch.no_grad(), or use another form for training"
         )
-    if any(load.requires_grad for load in loads):
-        names = [spec.name for spec, load in zip(decoded.spec.loads, loads, strict=True) if load.requires_grad]
+    if any(load.requires_grad for load in captures):
+        names = [spec.name for spec, load in zip(decoded.spec.captures, captures, strict=True) if load.requires_grad]
         raise NoGradient(
             f"effattn::attend has no gradient for the data that a mask or score reads, and {', '.join(names)} requires "
             "one (a learned bias?); detach it, or keep this attention as its author wrote it"
         )
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(query, key, value, *output, *loads)
+    ctx.save_for_backward(query, key, value, *output, *captures)
     ctx.scalars, ctx.numbers, ctx.plan = scalars, numbers, plan
 
 
 def _backward(ctx, grad_out, grad_lse):
-    query, key, value, out, lse, *loads = ctx.saved_tensors
+    query, key, value, out, lse, *captures = ctx.saved_tensors
     grads: tuple[Tensor | None, ...] = (None, None, None)
     if grad_out is not None or grad_lse is not None:
         grads = torch.ops.effattn.attend_backward(
-            grad_out, grad_lse, query, key, value, out, lse, loads, ctx.scalars, ctx.numbers, ctx.plan
+            grad_out, grad_lse, query, key, value, out, lse, captures, ctx.scalars, ctx.numbers, ctx.plan
         )
     # torch asks for a list where the input was a list of tensors, and an empty list counts as one
-    return *grads, [None] * len(loads), *([] if not given else None for given in (ctx.scalars, ctx.numbers)), None
+    return *grads, [None] * len(captures), *([] if not given else None for given in (ctx.scalars, ctx.numbers)), None
 
 
 def _no_second_gradient(ctx, *grads):

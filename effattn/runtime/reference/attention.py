@@ -18,7 +18,7 @@ from effattn.runtime.algebra import bindings, evaluate
 def dense_mask(
     plan: Plan,
     shape: tuple[int, int, int, int],
-    loads: Sequence[Tensor] = (),
+    captures: Sequence[Tensor] = (),
     scalars: Sequence[int] = (),
     numbers: Sequence[float] = (),
     device: torch.device | str = "cpu",
@@ -30,7 +30,7 @@ def dense_mask(
     """
     if plan.sparsity.select is not None:
         raise PlanError("what a selector keeps depends on query and key: the form's own reference defines it")
-    symbols, tensors = bindings(plan.spec, loads, scalars, numbers)
+    symbols, tensors = bindings(plan.spec, captures, scalars, numbers)
     symbols |= _indices(shape, device)
     mask = evaluate(plan.spec.rule, symbols, tensors, torch.float64, device)
     return torch.as_tensor(mask, device=device).to(torch.bool).expand(shape)
@@ -41,18 +41,18 @@ def reference(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    loads: Sequence[Tensor] = (),
+    captures: Sequence[Tensor] = (),
     scalars: Sequence[int] = (),
     numbers: Sequence[float] = (),
     dtype: torch.dtype = torch.float64,
 ) -> tuple[Tensor, Tensor]:
-    """Output and LSE of a plan, both in ``dtype``; differentiable, also in the loads.
+    """Output and LSE of a plan, both in ``dtype``; differentiable, also in the captures.
 
     Args:
         query: [B, Hq, Nq, D].
         key: [B, Hkv, Nk, D], Hq a multiple of Hkv.
         value: [B, Hkv, Nk, Dv].
-        loads, scalars, numbers: what the plan names, in its order.
+        captures, scalars, numbers: what the plan names, in its order.
         dtype: in which everything is computed.
 
     Returns:
@@ -63,11 +63,11 @@ def reference(
     groups = heads // key.shape[1]
     shape = (batch, heads, q_len, key.shape[2])
     key, value = (tensor.to(dtype).repeat_interleave(groups, dim=1) for tensor in (key, value))
-    symbols, tensors = bindings(plan.spec, loads, scalars, numbers)
+    symbols, tensors = bindings(plan.spec, captures, scalars, numbers)
     symbols |= _indices(shape, query.device)
     symbols["s"] = query.to(dtype) @ key.transpose(-1, -2)
 
-    mask = dense_mask(plan, shape, loads, scalars, numbers, query.device)
+    mask = dense_mask(plan, shape, captures, scalars, numbers, query.device)
     score = evaluate(plan.spec.score, symbols, tensors, dtype, query.device)
     score = torch.as_tensor(score, dtype=dtype, device=query.device).expand(shape)
     score = torch.where(mask, score, -torch.inf)

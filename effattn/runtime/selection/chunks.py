@@ -27,14 +27,14 @@ class Cut:
         return self.stop - self.start
 
 
-def cut(piece: Chunks | Trained | Mean, key: Tensor, pooled: Tensor, loads: dict[str, Tensor]) -> Cut:
+def cut(piece: Chunks | Trained | Mean, key: Tensor, pooled: Tensor, captures: dict[str, Tensor]) -> Cut:
     """The chunks of keys [B, Hkv, N, D], which are [B, 1, N, D] ``pooled``."""
     batch, _, length, _ = key.shape
     if isinstance(piece, Mean):
         start = torch.arange(0, length, piece.size, device=key.device)
         return Cut(start.expand(batch, -1), (start + piece.size).clamp(max=length).expand(batch, -1))
     if isinstance(piece, Chunks) and piece.find == "given":
-        begins, most = loads[BOUNDARIES][:, :length].to(torch.bool), length
+        begins, most = captures[BOUNDARIES][:, :length].to(torch.bool), length
     elif isinstance(piece, Trained):
         begins, most = cuts(piece, key), min(most_cuts(piece, length) + 1, length)
     else:

@@ -54,11 +54,11 @@ class Places:
         return min((block - 1) // unit + 2, self.units)
 
 
-def places_of(plan: Plan, q_len: int, k_len: int, loads, scalars, numbers, device: torch.device) -> Places:
+def places_of(plan: Plan, q_len: int, k_len: int, captures, scalars, numbers, device: torch.device) -> Places:
     """The places of a call of a plan that has a selector."""
     assert plan.sparsity.select is not None
     block, unit = plan.sparsity.select.expand.block, plan.sparsity.select.expand.unit
-    names, tensors = bindings(plan.spec, loads, scalars, numbers)
+    names, tensors = bindings(plan.spec, captures, scalars, numbers)
     blocks, units = -(-q_len // block), -(-k_len // unit)
     starts = torch.arange(blocks, device=device) * block
     ends = (starts + block - 1).clamp(max=q_len - 1)

@@ -24,7 +24,7 @@ def select(
     plan: Plan,
     query: Tensor,
     key: Tensor,
-    loads: Sequence[Tensor] = (),
+    captures: Sequence[Tensor] = (),
     scalars: Sequence[int] = (),
     numbers: Sequence[float] = (),
     target: str = "portable",
@@ -32,11 +32,11 @@ def select(
     """The units of keys that each query block of a call visits.
 
     Args:
-        query: [B, Hq, Nq, D]; key: [B, Hkv, Nk, D]; loads, scalars, numbers: what the plan names, in its order.
+        query: [B, Hq, Nq, D]; key: [B, Hkv, Nk, D]; captures, scalars, numbers: what the plan names, in its order.
         target: "triton" scores and picks by generated kernels, "portable" through ATen.
     """
     assert plan.sparsity.select is not None
-    given = (loads, scalars, numbers)
+    given = (captures, scalars, numbers)
     places = places_of(plan, query.shape[2], key.shape[2], *given, query.device)
     expand = plan.sparsity.select.expand
     if expand.unit == 1:

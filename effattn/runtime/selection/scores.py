@@ -19,12 +19,14 @@ PRODUCTS = 2**23  # most products that are alive at once: 32 MiB in float32
 class Scorer:
     """The scores of one call for one :class:`Score`; larger is more important, -inf where the mask allows nothing."""
 
-    def __init__(self, plan: Plan, score: Score, reduce: Reduce, query: Tensor, key: Tensor, loads, scalars, numbers):
+    def __init__(
+        self, plan: Plan, score: Score, reduce: Reduce, query: Tensor, key: Tensor, captures, scalars, numbers
+    ):
         """``query`` [B, Hq, Nq, D], ``key`` [B, Hkv, Nk, D]; the rest as ``effattn::attend`` gets it."""
         assert plan.sparsity.select is not None
         self.plan, self.score, self.reduce, self.expand = plan, score, reduce, plan.sparsity.select.expand
         self.q_len, self.k_len = query.shape[2], key.shape[2]
-        self.names, self.loads = bindings(plan.spec, loads, scalars, numbers)
+        self.names, self.captures = bindings(plan.spec, captures, scalars, numbers)
         self.pooled = key.shape[1] if score.lists == KEY_HEADS else score.lists
         self.query, self.key = query, vectors(key, score.key, self.pooled)
         self.lists = self.pooled or query.shape[1]
@@ -76,8 +78,8 @@ class Scorer:
         if self.lists != 1:
             symbols["h"] = torch.arange(self.lists, device=products.device).view(-1, 1, 1)
         device = products.device
-        score = evaluate(self.plan.spec.score, {**symbols, "s": products}, self.loads, torch.float32, device)
-        allowed = evaluate(self.plan.spec.predicate, symbols, self.loads, torch.float32, device)
+        score = evaluate(self.plan.spec.score, {**symbols, "s": products}, self.captures, torch.float32, device)
+        allowed = evaluate(self.plan.spec.predicate, symbols, self.captures, torch.float32, device)
         logits = score if isinstance(allowed, bool) and allowed else torch.where(allowed, score, -torch.inf)
         total = logits.logsumexp(dim=-1, keepdim=True)
         return logits - torch.where(total == -torch.inf, 0.0, total)

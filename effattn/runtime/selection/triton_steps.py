@@ -28,9 +28,9 @@ PROGRAMS = 512  # enough to fill any GPU a few times
 class Scorer(portable.Scorer):
     """A scorer whose softmax scores come from kernels; products of means stay one matrix product."""
 
-    def __init__(self, plan: Plan, score: Score, reduce: Reduce, query, key, loads, scalars, numbers):
-        super().__init__(plan, score, reduce, query, key, loads, scalars, numbers)
-        self.given = (list(loads), list(scalars), [float(number) for number in numbers])
+    def __init__(self, plan: Plan, score: Score, reduce: Reduce, query, key, captures, scalars, numbers):
+        super().__init__(plan, score, reduce, query, key, captures, scalars, numbers)
+        self.given = (list(captures), list(scalars), [float(number) for number in numbers])
 
     def chunks(self, blocks: int) -> list[tuple[int, int]]:
         return [(0, blocks)] if self.score.softmax else super().chunks(blocks)
@@ -67,13 +67,13 @@ class Scorer(portable.Scorer):
         out = query.new_full((batch, lists, self.blocks, units), nothing, dtype=torch.float32)
         row_start = self.q_len - rows if tail else 0
         divisor = float(rows if tail else height)
-        loads, scalars, _ = self.given
+        captures, scalars, _ = self.given
 
         def started(call: _Call) -> tuple[Tensor, Known]:
             sizes = (row_start, divisor, self.q_len, self.k_len)
             return out, call.launch(query, key, out, *sizes, *self.given, call.known)
 
-        known_by = (spec, *map(facts, (query, key, *loads)), *map(width, scalars))
+        known_by = (spec, *map(facts, (query, key, *captures)), *map(width, scalars))
         return _CALLS.run(known_by, lambda: _Call(_score_module(spec).launch), started)
 
 
@@ -97,12 +97,12 @@ _CALLS = Calls()
 @lru_cache(maxsize=256)
 def _score_module(spec: ScoreSpec) -> Any:
     source = score_source.generate(spec)
-    return kernels.load_source(f"{spec.form}_score_{spec.dtype}_d{spec.head_dim}", source)
+    return kernels.capture_source(f"{spec.form}_score_{spec.dtype}_d{spec.head_dim}", source)
 
 
 @lru_cache(maxsize=64)
 def _pick_module(width: int) -> Any:
-    return kernels.load_source(f"pick_{width}", pick_source.generate(width, pick_source.warps_for(width)))
+    return kernels.capture_source(f"pick_{width}", pick_source.generate(width, pick_source.warps_for(width)))
 
 
 def choose_into(

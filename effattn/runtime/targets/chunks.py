@@ -73,12 +73,12 @@ class Walker:
         rule: Any,
         shape: tuple[int, int, int, int],
         symbols: Mapping[str, Any],
-        loads: Mapping[str, Tensor],
+        captures: Mapping[str, Tensor],
     ):
-        """``shape`` is (B, Hq, Nq, Nk); ``symbols`` holds the scalars, ``loads`` the tensors that the rule names."""
+        """``shape`` is (B, Hq, Nq, Nk); ``symbols`` holds the scalars, ``captures`` the tensors that the rule names."""
         batch, heads, self.q_len, self.k_len = shape
         self.walk = walk_of(rule)
-        self.loads = loads
+        self.captures = captures
         self.symbols = {
             **symbols,
             "Nq": self.q_len,
@@ -161,9 +161,9 @@ class Walker:
         if not names and not depends_on_head(bound):
             value = evaluate_integer(bound, {**self.symbols, "q": row})
             return value, value
-        if any(self.loads[name].device.type != "cpu" for name in names):
+        if any(self.captures[name].device.type != "cpu" for name in names):
             return None
-        value = evaluate(bound, {**self.symbols, "q": row}, self.loads, torch.float64, "cpu")
+        value = evaluate(bound, {**self.symbols, "q": row}, self.captures, torch.float64, "cpu")
         if isinstance(value, Tensor):
             return int(value.min()), int(value.max())
         return int(value), int(value)

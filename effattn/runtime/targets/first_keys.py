@@ -15,15 +15,15 @@ from effattn.runtime.algebra import bindings, evaluate
 
 
 def with_first_keys(
-    plan: Plan, key: Tensor, loads: Sequence[Tensor], scalars: Sequence[int], numbers: Sequence[float]
+    plan: Plan, key: Tensor, captures: Sequence[Tensor], scalars: Sequence[int], numbers: Sequence[float]
 ) -> Sequence[Tensor]:
-    """``loads`` as :meth:`Plan.at` gave the plan: with the tensor that no caller passes, if its form reads it.
+    """``captures`` as :meth:`Plan.at` gave the plan: with the tensor that no caller passes, if its form reads it.
 
     ``key``: [B, Hkv, Nk, D], for its sizes and device.
     """
-    if len(plan.spec.loads) == len(loads) or not plan.spec.loads or plan.spec.loads[-1].name != FIRST_KEY:
-        return loads
-    names, tensors = bindings(plan.spec.given, loads, scalars, numbers)
+    if len(plan.spec.captures) == len(captures) or not plan.spec.captures or plan.spec.captures[-1].name != FIRST_KEY:
+        return captures
+    names, tensors = bindings(plan.spec.given, captures, scalars, numbers)
     device, batch, k_len = key.device, key.shape[0], key.shape[2]
     symbols: dict[str, Any] = {
         **names,
@@ -33,7 +33,7 @@ def with_first_keys(
     }
     condition, _ = key_conditions(walk(plan.spec.predicate).residual)
     allowed = torch.as_tensor(evaluate(condition, symbols, tensors, torch.float32, device), device=device)
-    return [*loads, first_keys(allowed.to(torch.bool).expand(batch, k_len))]
+    return [*captures, first_keys(allowed.to(torch.bool).expand(batch, k_len))]
 
 
 def first_keys(allowed: Tensor) -> Tensor:

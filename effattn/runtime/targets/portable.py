@@ -38,7 +38,7 @@ class Call:
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        loads: Sequence[Tensor],
+        captures: Sequence[Tensor],
         scalars: Sequence[int],
         numbers: Sequence[float],
         live_blocks: int = 1,
@@ -51,9 +51,11 @@ class Call:
         self.dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
         self.query = self.by_group(query)
         self.key, self.value = key, value
-        self.names, self.loads = bindings(plan.spec, loads, scalars, numbers)
+        self.names, self.captures = bindings(plan.spec, captures, scalars, numbers)
         self.walk = walk_of(plan.spec.rule)
-        self.walker = Walker(plan.spec.rule, (self.batch, self.heads, self.q_len, self.k_len), self.names, self.loads)
+        self.walker = Walker(
+            plan.spec.rule, (self.batch, self.heads, self.q_len, self.k_len), self.names, self.captures
+        )
         # the score as scale * s + bias, scale None where it is not of this kind
         factor, self.bias = scale_and_bias(plan.spec.score)
         lengths = {"Nq": self.q_len, "Nk": self.k_len}
@@ -117,7 +119,7 @@ class Call:
         return self.span(piece.chunk.slices())
 
     def evaluate(self, term: Any, symbols: dict[str, Any]) -> Any:
-        return evaluate(term, symbols, self.loads, self.dtype, self.device)
+        return evaluate(term, symbols, self.captures, self.dtype, self.device)
 
     def scores(self, piece: Piece, query: Tensor, key: Tensor) -> tuple[Tensor, dict[str, Any]]:
         """Masked scores [b, hkv, G, rows, n] and the symbols with ``s`` and ``k`` (for derivatives).
@@ -220,7 +222,7 @@ def run(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    loads: Sequence[Tensor] = (),
+    captures: Sequence[Tensor] = (),
     scalars: Sequence[int] = (),
     numbers: Sequence[float] = (),
 ) -> tuple[Tensor, Tensor]:
@@ -228,8 +230,8 @@ def run(
     if plan.sparsity.select is not None:
         from effattn.runtime.targets import portable_listed
 
-        return portable_listed.run(plan, query, key, value, loads, scalars, numbers)
-    call = Call(plan, query, key, value, loads, scalars, numbers)
+        return portable_listed.run(plan, query, key, value, captures, scalars, numbers)
+    call = Call(plan, query, key, value, captures, scalars, numbers)
     compute = by_flash_kernel if call.takes_flash_kernel() else by_products
     out, lse = allocate_output(plan, query, value)
     grouped_out, grouped_lse = call.by_group(out), call.by_group(lse)

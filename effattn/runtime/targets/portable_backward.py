@@ -23,7 +23,7 @@ def run_backward(
     value: Tensor,
     out: Tensor,
     lse: Tensor,
-    loads: Sequence[Tensor] = (),
+    captures: Sequence[Tensor] = (),
     scalars: Sequence[int] = (),
     numbers: Sequence[float] = (),
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -31,7 +31,7 @@ def run_backward(
 
     Rows that keep nothing give nothing back, but under ``empty_rows="mean"``, where each is the mean of all values.
     """
-    call = Call(plan, query, key, value, loads, scalars, numbers, live_blocks=LIVE_BLOCKS)
+    call = Call(plan, query, key, value, captures, scalars, numbers, live_blocks=LIVE_BLOCKS)
     grad_out = torch.zeros_like(out) if grad_out is None else grad_out
     through_lse = None if grad_lse is None else call.by_group(grad_lse.to(call.dtype))
     grad_query = allocate(plan.dispatch.layout, query, query.shape)

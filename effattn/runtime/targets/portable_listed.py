@@ -36,13 +36,13 @@ def run(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    loads: Sequence[Tensor] = (),
+    captures: Sequence[Tensor] = (),
     scalars: Sequence[int] = (),
     numbers: Sequence[float] = (),
 ) -> tuple[Tensor, Tensor]:
     """Output and LSE of a plan with a selector, as ``effattn::attend`` defines them."""
-    listed = select(plan, query, key, loads, scalars, numbers)
-    call = Call(plan, query, key, value, loads, scalars, numbers)
+    listed = select(plan, query, key, captures, scalars, numbers)
+    call = Call(plan, query, key, value, captures, scalars, numbers)
     out, lse = allocate_output(plan, query, value)
     fill = empty_output(plan.spec, value, call.dtype)
     for part in parts(listed, call):

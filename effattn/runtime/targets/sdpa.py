@@ -24,7 +24,7 @@ def sdpa_path(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    loads: Sequence[Tensor],
+    captures: Sequence[Tensor],
     scalars: Sequence[int],
     numbers: Sequence[float],
 ) -> tuple[Tensor, Tensor] | None:
@@ -36,7 +36,7 @@ def sdpa_path(
         return None
     if query.device.type == "cpu" and query.shape[2] < MANY_ROWS:
         return None
-    symbols, _ = bindings(plan.spec, loads, scalars, numbers)
+    symbols, _ = bindings(plan.spec, captures, scalars, numbers)
     symbols |= {"Nq": query.shape[2], "Nk": key.shape[2]}
     scale = constant_scale(plan.spec.score, symbols)
     kind = dense_kind(plan.spec.rule, symbols)

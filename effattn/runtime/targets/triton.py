@@ -58,7 +58,7 @@ def run(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    loads: Sequence[torch.Tensor] = (),
+    captures: Sequence[torch.Tensor] = (),
     scalars: Sequence[int] = (),
     numbers: Sequence[float] = (),
     *,
@@ -71,7 +71,7 @@ def run(
     Args:
         query: [B, Hq, Nq, D], any strides. float32, float16 or bfloat16.
         key: [B, Hkv, Nk, D]; value: [B, Hkv, Nk, Dv]; Hq is a multiple of Hkv.
-        loads, scalars, numbers: in the order in which the plan names them.
+        captures, scalars, numbers: in the order in which the plan names them.
         config, kind, splits: instead of what the tables choose; for measurements.
 
     Returns:
@@ -81,18 +81,18 @@ def run(
     Raises:
         UnsupportedCall: dtypes, sizes or expressions that kernels do not serve.
     """
-    tensors = (query, key, value, *loads)
+    tensors = (query, key, value, *captures)
     given = [float(number) for number in numbers]
     # a plan is known by its place in memory, which the call keeps for it: to hash its expressions takes longer
     known_by = (id(plan), config, kind, splits, tf32(), *map(facts, tensors), *map(width, scalars))
     return _CALLS.run(
         known_by,
-        lambda: _prepared(plan, query, key, value, loads, scalars, config, kind, splits),
-        lambda call: _started(call, query, key, value, loads, scalars, given),
+        lambda: _prepared(plan, query, key, value, captures, scalars, config, kind, splits),
+        lambda call: _started(call, query, key, value, captures, scalars, given),
     )
 
 
-def _started(call: _Call, query, key, value, loads, scalars, numbers):
+def _started(call: _Call, query, key, value, captures, scalars, numbers):
     """(out, LSE) of a call, and what its launcher knows."""
     out = query.new_empty(call.shape)
     if call.transposed:
@@ -102,16 +102,16 @@ def _started(call: _Call, query, key, value, loads, scalars, numbers):
         return (out, lse), None
     if call.widened is not None:  # the interpreter multiplies no bfloat16 tiles
         wide = (query.float(), key.float(), value.float())
-        found, lse = run(call.plan, *wide, loads, scalars, numbers, **call.widened)
+        found, lse = run(call.plan, *wide, captures, scalars, numbers, **call.widened)
         return (out.copy_(found), lse), None
     if call.narrowed:
         query, key, value = narrow(query), narrow(key), narrow(value)
     extra: tuple = call.splits
     with on_device(query.device):
         if call.plan.sparsity.select is not None:
-            listed = select(call.plan, query, key, loads, scalars, numbers, target="triton")
+            listed = select(call.plan, query, key, captures, scalars, numbers, target="triton")
             extra = (listed.order, listed.count, listed.edges)
-        known = call.launch(query, key, value, out, lse, loads, scalars, numbers, *extra, call.known)
+        known = call.launch(query, key, value, out, lse, captures, scalars, numbers, *extra, call.known)
     return (out, lse), known
 
 
@@ -149,14 +149,14 @@ def forget() -> None:
 
 
 def _prepared(
-    plan: Plan, query, key, value, loads, scalars, config: Tiles | None, kind: Kind | None, splits: int | None
+    plan: Plan, query, key, value, captures, scalars, config: Tiles | None, kind: Kind | None, splits: int | None
 ):
     """Checks a call and chooses its kernel; see :func:`run`."""
     given = plan
     batches, heads, q_len, head_dim = query.shape
     kv_heads, k_len, value_dim = key.shape[1], key.shape[2], value.shape[3]
     plan = plan.at(k_len)
-    _check(plan, query, key, value, loads)
+    _check(plan, query, key, value, captures)
     transposed = plan.dispatch.layout == "bnhd"
     shape = (batches, q_len, heads, value_dim) if transposed else (batches, heads, q_len, value_dim)
     call = _Call(plan, given, shape, (batches, heads, q_len), transposed)
@@ -194,7 +194,7 @@ def run_backward(
     value: torch.Tensor,
     out: torch.Tensor,
     lse: torch.Tensor,
-    loads: Sequence[torch.Tensor] = (),
+    captures: Sequence[torch.Tensor] = (),
     scalars: Sequence[int] = (),
     numbers: Sequence[float] = (),
     *,
@@ -208,18 +208,20 @@ def run_backward(
         from effattn.runtime.targets import portable_backward
 
         return portable_backward.run_backward(
-            plan, grad_out, grad_lse, query, key, value, out, lse, loads, scalars, numbers
+            plan, grad_out, grad_lse, query, key, value, out, lse, captures, scalars, numbers
         )
     grad_out = torch.zeros_like(out) if grad_out is None else grad_out
     if query.device.type == "cpu" and query.dtype == torch.bfloat16:  # the interpreter multiplies no bfloat16 tiles
         q, k, v, o = (tensor.float() for tensor in (query, key, value, out))
-        found = run_backward(plan, grad_out.float(), grad_lse, q, k, v, o, lse, loads, scalars, numbers, config=config)
+        found = run_backward(
+            plan, grad_out.float(), grad_lse, q, k, v, o, lse, captures, scalars, numbers, config=config
+        )
         of_query, of_key, of_value = (_empty_like(plan, grad, query.dtype).copy_(grad) for grad in found)
         return of_query, of_key, of_value
     groups = query.shape[1] // key.shape[1]
     inputs = (narrow(query), narrow(key), narrow(value), out, lse, narrow(grad_out))
     grad_lse = None if grad_lse is None else grad_lse.float().contiguous()
-    known_by: tuple = (id(plan), config, tf32(), *map(facts, (*inputs, *loads)), *map(width, scalars))
+    known_by: tuple = (id(plan), config, tf32(), *map(facts, (*inputs, *captures)), *map(width, scalars))
     known_by += (None if grad_lse is None else facts(grad_lse),)
     of_query, of_key, of_value = (_empty_like(plan, tensor, tensor.dtype) for tensor in (query, key, value))
     grads = (of_query, of_key, of_value)
@@ -233,7 +235,7 @@ def run_backward(
 
     def started(call: _BackwardCall) -> tuple[None, Known]:
         with on_device(query.device):
-            return None, call.launch(*inputs, grad_lse, grads, loads, scalars, given, call.known)
+            return None, call.launch(*inputs, grad_lse, grads, captures, scalars, given, call.known)
 
     _BACKWARD_CALLS.run(known_by, prepared, started)
     if plan.spec.empty_rows == "mean":
@@ -338,7 +340,7 @@ def _unwritable(spec: AttentionSpec) -> str | None:
     return None
 
 
-def _check(plan: Plan, query, key, value, loads) -> None:
+def _check(plan: Plan, query, key, value, captures) -> None:
     if query.dtype != key.dtype or query.dtype != value.dtype:
         raise UnsupportedCall(f"query, key and value must share a dtype: {query.dtype}, {key.dtype}, {value.dtype}")
     if query.shape[1] % key.shape[1]:
@@ -347,7 +349,7 @@ def _check(plan: Plan, query, key, value, loads) -> None:
     if reason:
         raise UnsupportedCall(reason)
     sizes = {"b": query.shape[0], "h": query.shape[1], "q": query.shape[2], "k": key.shape[2]}
-    by_name = dict(zip((spec.name for spec in plan.spec.loads), loads, strict=True))
+    by_name = dict(zip((spec.name for spec in plan.spec.captures), captures, strict=True))
     for name, dim, index in _plain_indices(plan.spec):
         held = by_name[name].shape[dim]
         needed = sizes[index] if isinstance(index, str) else index + 1

@@ -13,7 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 
 from effattn.ir import bounds
-from effattn.ir.attention import AttentionSpec, LoadSpec
+from effattn.ir.attention import AttentionSpec, CaptureSpec
 from effattn.ir.bounds import INT32, INT64, TRUTH, UNKNOWN, Interval, around
 from effattn.ir.expr import INDICES
 from effattn.ir.fold import UnknownOperation
@@ -107,7 +107,7 @@ class Source:
     def __init__(
         self,
         symbols: dict[str, Value],
-        loads: dict[str, LoadSpec],
+        captures: dict[str, CaptureSpec],
         before: Lines,
         inside: Lines | None = None,
         key_mask: str = "",
@@ -124,7 +124,7 @@ class Source:
             longest: text of an inner expression that is longer gets a name.
         """
         self.symbols = symbols
-        self.loads = loads
+        self.captures = captures
         self.before = before
         self.inside = inside if inside is not None else before
         self.key_mask = key_mask
@@ -201,7 +201,7 @@ class Source:
         raise UnknownOperation(f"the Triton target has no operation {operation!r}")
 
     def load(self, name, indices):
-        spec = self.loads[name]
+        spec = self.captures[name]
         axes = frozenset().union(*(index.axes for index in indices)) if indices else SCALAR
         parts = [f"data_{name}"]
         masks = []

@@ -144,7 +144,7 @@ def _read_mod(view: GraphView, outer: Reader, mod: fx.Node, given: list, name: s
         raise Refused(Why.MOD, f"{name} does not return one element")
     found = reader.read(result, inside.time[end])
     found.at(())
-    for node in [source.node for source in reader.loads.values()] + list(reader.numbers.values()):
+    for node in [source.node for source in reader.captures.values()] + list(reader.numbers.values()):
         spelled = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", node.target)
         raise Refused(Why.MOD, f"{spelled} in {name}: {reader.reasons.get(node, 'no symbolic meaning')}")
     return found
@@ -162,8 +162,8 @@ class _ModReader(Reader):
         self._casts = not names.isdisjoint(("to", "type_as", "cast_int32"))
         self._definitions.update({node: value for node, value in given.items() if isinstance(value, Reading)})
 
-    def dtype_of_load(self, name: str) -> torch.dtype | None:
-        return super().dtype_of_load(name) or self._outer.dtype_of_load(name)
+    def dtype_of_capture(self, name: str) -> torch.dtype | None:
+        return super().dtype_of_capture(name) or self._outer.dtype_of_capture(name)
 
     def computes_in(self, dtype: torch.dtype, *values: Any) -> torch.dtype:
         """Positions are int32 in the graph of a mod, and int64 where PyTorch runs it without compiling."""

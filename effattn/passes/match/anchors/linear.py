@@ -22,7 +22,7 @@ from effattn.passes.candidate.failures import left_alone
 from effattn.passes.candidate.record import Draft, Match, Missed, Refused
 from effattn.passes.graph.contraction import Contraction, contraction
 from effattn.passes.graph.view import GraphView
-from effattn.passes.match.linear_terms import LinearTerm, NotLinear, interpret, plain_loads, written
+from effattn.passes.match.linear_terms import LinearTerm, NotLinear, interpret, plain_captures, written
 from effattn.passes.match.normaliser import divided, divided_later
 from effattn.passes.match.products import (
     batch_index,
@@ -193,14 +193,14 @@ def _match(view: GraphView, product: Contraction, side: str, readers: dict, orde
 
 
 def finished(view: GraphView, match: Match, eps: float | None) -> LinearMatch:
-    """The match with the meaning of its weights, in the names that ``assemble`` gave to loads."""
+    """The match with the meaning of its weights, in the names that ``assemble`` gave to captures."""
     site = match.site
     term = interpret(site.spec.score)
-    if site.loads_need_grad:
+    if site.captures_need_grad:
         raise Refused(Why.GRADIENT_OF_DECAY, "decay is learned: it needs a gradient, which the op does not compute")
     if term.rate is not None:
-        named = zip(site.spec.loads, match.anchors.loads, strict=True)
-        term = replace(term, rate=plain_loads(term.rate, {load.name: view.shape(at.node) for load, at in named}))
+        named = zip(site.spec.captures, match.anchors.captures, strict=True)
+        term = replace(term, rate=plain_captures(term.rate, {load.name: view.shape(at.node) for load, at in named}))
     predicate: Any = k <= q if term.causal else site.spec.predicate
     stage = site.stage if site.needs_grad or not term.causal else "prefill"
     position = q if term.causal else None

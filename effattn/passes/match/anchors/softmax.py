@@ -33,7 +33,7 @@ from effattn.passes.match.products import (
 )
 from effattn.passes.match.sink import Columns, Scores, require_plain, scores_of
 from effattn.passes.match.weights import Weighted, follow_weights
-from effattn.passes.symbolic import LoadSource, Reader
+from effattn.passes.symbolic import CaptureSource, Reader
 
 
 def with_heads_apart(view: GraphView, call: Call, readers: dict[tuple, Reader]) -> Draft:
@@ -75,7 +75,7 @@ def from_softmax(
     reader = reader_for(view, readers, True, batch, heads, q_len, k_len)
     term, inside = scores_at(view, reader, scores, tuple(index), time, product, mask_is_data)
 
-    require_free_of_scores(view, term, reader.loads, product.node)
+    require_free_of_scores(view, term, reader.captures, product.node)
     roles = sides(product, inside)
     if roles is None:
         raise Refused(Why.PRODUCT, "query and key cannot be told apart in the product before softmax", at=product.node)
@@ -119,7 +119,7 @@ def from_softmax(
         reader=reader,
         zero_when_empty=call.node.target is torch._safe_softmax or (found.sink is not None and not found.nan_rows),
         nan_when_empty=view.call(call.node) != call and not found.shifted and found.sink is None,
-        scores=LoadSource(found.node, found.time),
+        scores=CaptureSource(found.node, found.time),
         sink=found.sink,
         zeroed=end.zeroed,
         nan_is_zero=end.nan_is_zero,
