@@ -41,7 +41,7 @@ def configs():
     return {
         "default": None,
         "64 w8 s3": Tiles(128, 64, 8, 3),
-        "64 w8 s3 edge1": Tiles(128, 64, 8, 3, edge_stages=1),
+        "64 w8 s3 edge1": Tiles(128, 64, 8, 3, partial_stages=1),
         "64 w8 s3 heads": Tiles(128, 64, 8, 3, heads_together=ALL_HEADS),
         "64 w8 s3 head": Tiles(128, 64, 8, 3, heads_together=1),
         "64 w8 s4": Tiles(128, 64, 8, 4),

@@ -135,10 +135,10 @@ class _StandardError(logging.StreamHandler):
 def show(level: int, text: str) -> None:
     """Tell ``text`` on the logger "effattn" if EFFATTN_DEBUG is at least ``level`` (see ``DEBUG_LEVELS``)."""
     if current().debug.level >= level:
-        tell(text)
+        log(text)
 
 
-def tell(text: str) -> None:
+def log(text: str) -> None:
     """Tell ``text`` on the logger "effattn"."""
     if logger.getEffectiveLevel() > logging.INFO:
         logger.setLevel(logging.INFO)

@@ -14,7 +14,7 @@ def forms(
 ) -> None:
     """List the forms of attention, or show one.
 
-    A form is a way to compute attention. An exact form computes the author's own function; an approximate or trained
+    A form is a way to compute attention. An exact form computes the user's own function; an approximate or trained
     one changes it, and is only used where a policy names it.
 
     Examples: effattn forms, effattn forms power

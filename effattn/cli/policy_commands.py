@@ -15,7 +15,7 @@ def policy() -> None:
     """Check, show and list policies.
 
     A policy is a TOML file that says which forms of attention are allowed where. Without one, effattn computes
-    exactly what the model's author wrote.
+    exactly what the user wrote.
     """
 
 

@@ -67,9 +67,9 @@ def effattn(
     start = time.perf_counter()
     compiled = compile_rest(gm, example_inputs, settings)
     outcome.seconds["rest"] = time.perf_counter() - start
-    collect.tell(gm, outcome, settings, failure)
-    if not collect.is_heard():  # a report says the same
-        effect.tell(gm, outcome.choices, settings.policy)
+    collect.emit(gm, outcome, settings, failure)
+    if not collect.is_collecting():  # a report says the same
+        effect.warn_once(gm, outcome.choices, settings.policy)
     if settings.verify and outcome.original is not None:
         compiled = verified(compiled, gm, outcome, settings)
     if untouched is not None:

@@ -49,7 +49,7 @@ class Run:
 class Tapped:
     """A model that can be run with somebody looking at its attentions; compiled once for all lengths.
 
-    The model computes what its author wrote; attention is only looked at, one site at a time, so that no more than one
+    The model computes what its user wrote; attention is only looked at, one site at a time, so that no more than one
     site's tensors are held because of it. Works for whatever the backend finds sites in.
     """
 

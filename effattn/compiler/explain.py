@@ -47,12 +47,12 @@ def explain(
 
     def explained(gm, example_inputs):
         compiled = backend(gm, example_inputs, options=given)
-        return watch.graph(compiled, heard.graphs[-1].ran)
+        return watch.graph(compiled, events.graphs[-1].ran)
 
-    with collect.listening() as heard, torch._dynamo.config.patch(_limits()), watch:
+    with collect.listening() as events, torch._dynamo.config.patch(_limits()), watch:
         torch.compile(_uncompiled(model), backend=explained, **compiled_alone())(*args, **kwargs)
-    report = heard.report(settings, watch.outside())
-    settings.policy.check_sites(choice.match.site for choice in heard.choices)
+    report = events.report(settings, watch.outside())
+    settings.policy.check_sites(choice.match.site for choice in events.choices)
     return report
 
 

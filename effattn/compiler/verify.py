@@ -1,6 +1,6 @@
 """``options={"verify": True}``: nothing is trusted. On every call the untouched graph runs too.
 
-Two things are compared: at each site, the mask that the author's code really computed with the predicate that was read
+Two things are compared: at each site, the mask that the user's code really computed with the predicate that was read
 from it (on up to ``ROWS`` rows per head); and, if every form is exact, all outputs of the graph.
 """
 
@@ -98,7 +98,7 @@ class _Checker(fx.Interpreter):
             query = _flex_scores(*args)
         if (scores := match.anchors.scores) is not None:
             query = self.values[scores.node.name, scores.time]
-        allowed = _allowed_by_author(match, query, key, kwargs)
+        allowed = _allowed_by_user(match, query, key, kwargs)
         if allowed is None:
             return
         sizes = _sizes(match, query, key)
@@ -165,8 +165,8 @@ def _sizes(match: Match, query: Any, key: Any) -> dict[str, int]:
     }
 
 
-def _allowed_by_author(match: Match, query: Any, key: Any, sdpa: dict) -> torch.Tensor | None:
-    """Which entries of the scores the author's mask lets through, in the shape of the scores."""
+def _allowed_by_user(match: Match, query: Any, key: Any, sdpa: dict) -> torch.Tensor | None:
+    """Which entries of the scores the user's mask lets through, in the shape of the scores."""
     if not match.anchors.is_sdpa:
         return query > match.anchors.threshold
     mask, causal = sdpa.get("attn_mask"), sdpa.get("is_causal", False)

@@ -1,4 +1,4 @@
-"""The layers of a language model, as its author wrote them or compiled under a policy; one at a time."""
+"""The layers of a language model, as its user wrote them or compiled under a policy; one at a time."""
 
 from __future__ import annotations
 

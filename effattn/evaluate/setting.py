@@ -15,7 +15,7 @@ from effattn.policy.problems import unknown
 TASKS = ("errors", "perplexity", "passkey", "time")
 RESTS = ("inductor", "eager")
 SHORTEST = 16  # tokens: fewer are no text, and one alone would be a decode step
-DENSE = "dense"  # the model as its author wrote it, not compiled
+DENSE = "dense"  # the model as the user wrote it, not compiled
 
 PolicySource = str | os.PathLike | Mapping[str, Any] | Policy
 

@@ -1,4 +1,4 @@
-"""One walk over an expression, for every target.
+"""One traversal of an expression, for every target.
 
 An *algebra* says what each operation means: torch tensors (the portable target and the checks), Python integers
 (tile bounds), or source text (generated kernels). Adding an operation is adding a method here and in the algebras.

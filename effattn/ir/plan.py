@@ -78,8 +78,8 @@ class Plan:
         return Plan("exact", self.spec.dense(), dispatch=dispatch)
 
     def at(self, k_len: int) -> Plan:
-        """What is computed for this many keys: ``below``, or the dense plan, where there are fewer than ``min_length``;
-        the dense plan where a selector keeps all. Its captures are all that it reads, with ``FIRST_KEY`` as the last."""
+        """What is computed for this many keys: ``below``, or the dense plan, with fewer than ``min_length``; the dense
+        plan where a selector keeps all. Its captures are all that it reads, with ``FIRST_KEY`` as the last."""
         if k_len < self.dispatch.min_length:
             return self._dense if self.dispatch.below is None else self.dispatch.below.at(k_len)
         select = self.sparsity.select

@@ -27,10 +27,10 @@ class Piece(BaseModel):
 # --- Score: which vectors are multiplied ---
 
 
-class Every(Piece):
+class Strided(Piece):
     """One vector of every ``stride`` tokens, the first of each group."""
 
-    kind: Literal["every"] = "every"
+    kind: Literal["strided"] = "strided"
     stride: PositiveInt = 1
 
 
@@ -94,8 +94,8 @@ class Score(Piece):
     are used as they are: good for ranking within a row.
     """
 
-    query: Annotated[Every | Mean | Last, Field(discriminator="kind")]
-    key: Annotated[Every | Mean | Chunks | Trained, Field(discriminator="kind")]
+    query: Annotated[Strided | Mean | Last, Field(discriminator="kind")]
+    key: Annotated[Strided | Mean | Chunks | Trained, Field(discriminator="kind")]
     lists: int = Field(default=0, ge=KEY_HEADS)
     softmax: bool = False
 
@@ -110,10 +110,10 @@ class Reduce(Piece):
 # --- Pick: how many ---
 
 
-class Share(Piece):
+class TopFraction(Piece):
     """This share of the units of all keys, in every row; at least ``least`` tokens."""
 
-    kind: Literal["share"] = "share"
+    kind: Literal["top_fraction"] = "top_fraction"
     share: float = Field(gt=0, le=1)
     least: int = Field(default=0, ge=0)
 
@@ -125,13 +125,13 @@ class Tokens(Piece):
     tokens: PositiveInt
 
 
-class Coverage(Piece):
+class TopP(Piece):
     """As many units as hold ``gamma`` of the mass that a score of each head finds; at least ``least`` tokens.
 
     ``ranks_last``: the last query block is ranked by that mass too, by the largest of a list's heads.
     """
 
-    kind: Literal["coverage"] = "coverage"
+    kind: Literal["top_p"] = "top_p"
     ranks_last: bool = False
     gamma: float = Field(gt=0, le=1)
     least: int = Field(default=0, ge=0)
@@ -142,7 +142,7 @@ class Coverage(Piece):
 class Pick(Piece):
     """The best units within a budget. Forced ones count: the query block's own, sinks and the most recent."""
 
-    budget: Annotated[Share | Tokens | Coverage, Field(discriminator="kind")]
+    budget: Annotated[TopFraction | Tokens | TopP, Field(discriminator="kind")]
     sinks: int = Field(default=0, ge=0)
     local: int = Field(default=0, ge=0)
 
@@ -175,7 +175,7 @@ class Selector(Piece):
         budget = self.pick.budget
         if isinstance(budget, Tokens):
             return budget.tokens >= k_len
-        if isinstance(budget, Share):
+        if isinstance(budget, TopFraction):
             return budget.share == 1 or budget.least >= k_len
         return budget.gamma == 1 or budget.least >= k_len
 

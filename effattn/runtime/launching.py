@@ -1,4 +1,4 @@
-"""What all launches of generated kernels share: facts of tensors and devices, and calls remembered by them."""
+"""What all launches of generated kernels share: what tensors and devices they depend on, and the cache of calls."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MOST_CALLS = 4096
 WIDEST_STRIDE = 1 << 21  # offsets within a tile are 32-bit, and sums over its rows and dimensions
 
 
-def facts(tensor: torch.Tensor) -> tuple:
+def tensor_key(tensor: torch.Tensor) -> tuple:
     """All that a launch depends on beside the place of the data: kernels are specialised on its alignment alone."""
     return tensor.shape, tensor.stride(), tensor.dtype, tensor.data_ptr() % 16 == 0, tensor.get_device()
 
@@ -36,10 +36,10 @@ def far(*sizes: int) -> bool:
     return any(map(width, sizes))
 
 
-class Calls:
-    """Calls by all that they depend on, for many threads.
+class LaunchCache:
+    """Launches by all that they depend on, for many threads.
 
-    The first of its kind runs alone, and is remembered only when it is over, with all that its launcher found out. A
+    The first of its kind runs alone, and is put only when it is over, with all that its launcher found out. A
     call is a frozen dataclass with a field ``known``, None before that.
     """
 
@@ -52,21 +52,21 @@ class Calls:
     def clear(self) -> None:
         self._calls.clear()
 
-    def run(self, known_by: tuple, prepare: Callable[[], Any], start: Callable[[Any], tuple[Any, Known | None]]) -> Any:
+    def run(self, key: tuple, prepare: Callable[[], Any], start: Callable[[Any], tuple[Any, Known | None]]) -> Any:
         """The first of what ``start(call)`` returns; the second is what its launcher knows.
 
         ``prepare()`` makes a call that is not known yet.
         """
-        call = self._calls.get(known_by)
+        call = self._calls.get(key)
         if call is None:
             with ALONE:
-                call = self._calls.get(known_by)  # another thread may have been the first
+                call = self._calls.get(key)  # another thread may have been the first
                 if call is None:
                     call = prepare()
                     result, known = start(call)
                     if len(self._calls) >= MOST_CALLS:
                         self._calls.clear()
-                    self._calls[known_by] = replace(call, known=None if known is None else MappingProxyType(known))
+                    self._calls[key] = replace(call, known=None if known is None else MappingProxyType(known))
                     return result
         return start(call)[0]
 

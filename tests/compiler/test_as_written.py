@@ -1,4 +1,4 @@
-"""Attention that is left alone is computed as its author wrote it, although Inductor has patterns of its own."""
+"""Attention that is left alone is computed as the user wrote it, although Inductor has patterns of its own."""
 
 from __future__ import annotations
 

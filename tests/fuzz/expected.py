@@ -20,7 +20,7 @@ class Refusal:
 
 
 def rows_may_be_empty(case: Case) -> bool:
-    """Whether the author's mask, seen without values, may hide a whole row."""
+    """Whether the user's mask, seen without values, may hide a whole row."""
     mask = MASKS[case.mask]
     not_known_here = "lengths" in mask.data or (mask.at_most and case.shapes != "static")
     return case.core in ("written", "sdpa") and (mask.rows_may_be_empty or not_known_here)

@@ -36,7 +36,7 @@ class Row:
     problem: str = ""
     smallest: str = ""
     reasons: tuple[str, ...] = ()
-    kept: bool = False  # found, and left to the author's own code because of gradients
+    kept: bool = False  # found, and left to the user's own code because of gradients
     compared: int = 0
     kernels: int = 0
     seconds: float = 0.0

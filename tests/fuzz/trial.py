@@ -23,7 +23,7 @@ from tests.fuzz.case import Case
 from tests.fuzz.expected import problem
 from tests.fuzz.watching import Call, Calls, one_interpreter_at_a_time, seen, small_tiles
 
-# rounding that is forgiven beside twice the author's own, of values about 1
+# rounding that is forgiven beside twice the user's own, of values about 1
 EPSILON = {torch.float32: 4e-6, torch.float64: 1e-12, torch.bfloat16: 8e-3, torch.float16: 1e-3}
 
 
@@ -228,7 +228,7 @@ def _strides(x: Tensor) -> list[int]:
 
 
 def _close(actual: Tensor, eager: Tensor, expected: Tensor, what: str, slack: float = 1) -> None:
-    """Ours is at most twice as far from float64 as the author's own; where that is far off by nature, near his own.
+    """Ours is at most twice as far from float64 as the user's own; where that is far off by nature, near his own.
 
     A row whose keys are all masked by a finite number holds what rounding makes of it: there float64 is no judge.
     """

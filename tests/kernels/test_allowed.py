@@ -16,7 +16,7 @@ from effattn.ir.attention import AttentionSpec, CaptureSpec
 from effattn.ir.expr import b, first_key, h, k, load, q, s
 from effattn.ir.plan import Plan
 from effattn.lowering.forms.window import WINDOW
-from effattn.lowering.iteration.tile_ranges import key_conditions, walk
+from effattn.lowering.iteration.tile_ranges import key_conditions, tile_ranges
 from effattn.lowering.kernels.spec import Tiles
 from effattn.runtime.targets import triton as triton_target
 from effattn.runtime.targets.first_keys import with_first_keys
@@ -157,7 +157,7 @@ def test_which_conditions_are_found_beforehand():
     opaque = sympy.Ne(load("mask", [b, h, q, k], integer=True), 0)
     by_row = sympy.Eq(load("document", [b, q], integer=True), load("document", [b, k], integer=True))
     odd = sympy.Ne(sympy.Mod(k, 3), 1)
-    alone, others = key_conditions(walk(sympy.And(CAUSAL, PADDING, opaque, by_row, odd)).residual)
+    alone, others = key_conditions(tile_ranges(sympy.And(CAUSAL, PADDING, opaque, by_row, odd)).residual)
     assert alone == PADDING
     assert others == sympy.And(opaque, by_row, odd)
-    assert key_conditions(walk(CASES["causal"](SIZES, CPU).plan.spec.rule).residual) == (sympy.true, sympy.true)
+    assert key_conditions(tile_ranges(CASES["causal"](SIZES, CPU).plan.spec.rule).residual) == (sympy.true, sympy.true)

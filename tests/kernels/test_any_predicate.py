@@ -1,4 +1,4 @@
-"""Random predicates, lengths and tile sizes: whatever the walk makes of them, the numbers are right."""
+"""Random predicates, lengths and tile sizes: whatever tile ranges are made of them, the numbers are right."""
 
 from __future__ import annotations
 

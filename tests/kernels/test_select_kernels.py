@@ -10,7 +10,7 @@ from comparing import assert_close
 from effattn.ir.attention import AttentionSpec, CaptureSpec
 from effattn.ir.expr import Nk, Nq, b, k, load, q, s
 from effattn.ir.plan import Plan, Sparsity
-from effattn.ir.selector import Coverage, Every, Expand, Last, Pick, Reduce, Score, Selector
+from effattn.ir.selector import Expand, Last, Pick, Reduce, Score, Selector, Strided, TopP
 from effattn.runtime.selection import portable_steps, triton_steps
 from effattn.runtime.selection.places import places_of
 from effattn.runtime.selection.run import select
@@ -19,11 +19,11 @@ FROM_THE_END = k <= q + Nk - Nq
 
 
 def plan_of(block=16, stride=4, lists=1, gamma=0.7, least=32, predicate=FROM_THE_END, captures=(), unit=None) -> Plan:
-    every = Every(stride=stride)
-    budget = Coverage(
+    every = Strided(stride=stride)
+    budget = TopP(
         gamma=gamma,
         least=least,
-        score=Score(query=Last(size=block), key=Every(), softmax=True),
+        score=Score(query=Last(size=block), key=Strided(), softmax=True),
         reduce=Reduce(rows="mean", columns="sum"),
     )
     selector = Selector(
@@ -98,7 +98,7 @@ def test_masks_on_data():
 
 def first_ones(listed, head):
     """What each block of the query head ``head`` of the first batch row visits, as lists of units in their order."""
-    order, count = listed.order[0], listed.count[0]
+    order, count = listed.kv_indices[0], listed.kv_num_blocks[0]
     index, number = head * order.shape[0] // count.shape[0], count[head]
     return [order[index, block, : number[block]].tolist() for block in range(order.shape[1])]
 
@@ -109,24 +109,24 @@ def first_ones(listed, head):
 def test_lists_are_the_same(q_len, k_len, lists, least):
     plan, inputs = plan_of(lists=lists, block=16, least=least, gamma=0.5), made(q_len, k_len)
     ours, wanted = (select(plan, *inputs, target=target) for target in ("triton", "portable"))
-    assert torch.equal(ours.count, wanted.count)
-    assert torch.equal(ours.edges, wanted.edges)
+    assert torch.equal(ours.kv_num_blocks, wanted.kv_num_blocks)
+    assert torch.equal(ours.partial, wanted.partial)
     for head in range(4):
-        for edge, one, other in zip(ours.edges, first_ones(ours, head), first_ones(wanted, head), strict=True):
+        for partial, one, other in zip(ours.partial, first_ones(ours, head), first_ones(wanted, head), strict=True):
             assert len(set(one)) == len(one)
             assert set(one) == set(other)
-            assert set(one[:edge]) == set(other[:edge])
+            assert set(one[:partial]) == set(other[:partial])
 
 
 def test_what_more_heads_visit_comes_first_and_in_the_order_of_keys():
     listed = select(plan_of(lists=1, least=0, gamma=0.6), *made(64, 500), target="triton")
-    smallest = listed.count.min(dim=1).values
-    assert (listed.count != smallest[:, None]).any()
-    for block, edge in enumerate(listed.edges):
-        whole = listed.order[0, 0, block, : smallest[0, block]].tolist()
-        assert whole[:edge] == sorted(whole[:edge])
-        assert whole[edge:] == sorted(whole[edge:])
-        assert max(whole[:edge]) == max(whole)
+    smallest = listed.kv_num_blocks.min(dim=1).values
+    assert (listed.kv_num_blocks != smallest[:, None]).any()
+    for block, partial in enumerate(listed.partial):
+        whole = listed.kv_indices[0, 0, block, : smallest[0, block]].tolist()
+        assert whole[:partial] == sorted(whole[:partial])
+        assert whole[partial:] == sorted(whole[partial:])
+        assert max(whole[:partial]) == max(whole)
 
 
 def chosen(scores, number, pick, places):
@@ -170,7 +170,7 @@ def test_counts_cover_the_mass(gamma):
     mass = torch.rand(2, 4, 1, 13, generator=torch.Generator().manual_seed(3)) ** 4
     budget = plan.sparsity.select.pick.budget
     ours, wanted = (
-        steps.covering_counts(budget, mass, plan.sparsity.select.pick, 16, places)
+        steps.top_p_counts(budget, mass, plan.sparsity.select.pick, 16, places)
         for steps in (triton_steps, portable_steps)
     )
     assert torch.equal(ours, wanted)

@@ -84,8 +84,8 @@ def test_plans_that_differ_outside_the_kernel_share_it():
 def test_lines_are_computed_once():
     """A padding row is loaded once per key tile and loop, a document id of a row once per tile of rows."""
     source = generate(spec("documents", "sm90"))
-    before, full, edge = re.split(r"\n    for i in ", source)
-    assert [text.count("tl.load(data_document") for text in (before, full, edge)] == [1, 1, 1]
+    before, full, partial = re.split(r"\n    for i in ", source)
+    assert [text.count("tl.load(data_document") for text in (before, full, partial)] == [1, 1, 1]
 
 
 @pytest.mark.parametrize("tile", [32, 64])

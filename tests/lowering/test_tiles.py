@@ -1,4 +1,4 @@
-"""What the walk of a predicate says is what the predicate says: for random predicates, row by row and tile by tile."""
+"""What the tile ranges of a predicate say is what the predicate says: of random ones, row by row, tile by tile."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from effattn.ir.expr import FloorDiv, IsPowerOfTwo, Modulo, Nk, Nq, b, h, k, load, number, q, scalar
-from effattn.lowering.iteration.tile_ranges import walk
+from effattn.lowering.iteration.tile_ranges import tile_ranges
 from effattn.runtime.algebra import evaluate
 from effattn.runtime.targets.chunks import Walker
 
@@ -112,7 +112,7 @@ lengths_of_calls = st.tuples(st.integers(1, 40), st.integers(1, 45))
 @settings(max_examples=150, deadline=None)
 @given(predicates(), lengths_of_calls)
 def test_structure_and_residual_are_the_predicate(predicate, sizes):
-    parts = walk(predicate)
+    parts = tile_ranges(predicate)
     together = grid(parts.structural, *sizes) & grid(parts.residual, *sizes)
     assert torch.equal(together, grid(predicate, *sizes)), parts
 
@@ -121,7 +121,7 @@ def test_structure_and_residual_are_the_predicate(predicate, sizes):
 @given(predicates(), lengths_of_calls)
 def test_the_bounds_are_the_structure(predicate, sizes):
     """The record read as its docstring says, element by element."""
-    parts = walk(predicate)
+    parts = tile_ranges(predicate)
 
     def within(lower, upper):
         conditions = [*(sympy.Ge(k, bound) for bound in lower), *(sympy.Lt(k, bound) for bound in upper)]
@@ -144,7 +144,7 @@ def test_the_bounds_are_the_structure(predicate, sizes):
 @settings(max_examples=150, deadline=None)
 @given(predicates(), st.integers(2, 40))
 def test_bounds_are_whole_and_never_decrease(predicate, q_len):
-    parts = walk(predicate)
+    parts = tile_ranges(predicate)
     bounds = [*parts.lower, *parts.upper, *(parts.near_lower or ()), *parts.near_upper]
     bounds += [parts.prefix] if parts.prefix is not None else []
     bounds += [parts.powers.position] if parts.powers is not None else []
@@ -168,7 +168,7 @@ def test_bounds_are_whole_and_never_decrease(predicate, q_len):
 def test_chunks_visit_every_kept_key_and_full_ones_are_full(predicate, sizes, height):
     q_len, k_len = sizes
     walker = Walker(predicate, (BATCH, HEADS, q_len, k_len), SCALARS, LOADS)
-    kept, structural = grid(predicate, *sizes), grid(walker.walk.structural, *sizes)
+    kept, structural = grid(predicate, *sizes), grid(walker.tile_ranges.structural, *sizes)
     row = 0
     for chunk in walker.chunks(height):
         assert chunk.start == row
@@ -182,7 +182,7 @@ def test_chunks_visit_every_kept_key_and_full_ones_are_full(predicate, sizes, he
             visited[run.start : run.stop] = True
             if run.full:
                 assert structural[:, :, chunk.start : chunk.stop, run.start : run.stop].all(), run
-        assert not kept[:, :, chunk.start : chunk.stop][..., ~visited].any(), (chunk, walker.walk)
+        assert not kept[:, :, chunk.start : chunk.stop][..., ~visited].any(), (chunk, walker.tile_ranges)
     assert row == q_len
 
 
@@ -202,7 +202,7 @@ def test_chunks_visit_every_kept_key_and_full_ones_are_full(predicate, sizes, he
     ids=str,
 )
 def test_what_must_be_bounded_is(predicate, bounds):
-    parts = walk(predicate)
+    parts = tile_ranges(predicate)
     assert len(parts.lower) + len(parts.upper) == bounds
     assert parts.residual in (sympy.true, padding)
 
@@ -211,7 +211,7 @@ def test_what_must_be_bounded_is(predicate, bounds):
 @pytest.mark.parametrize("relation", [sympy.Le, sympy.Lt, sympy.Ge, sympy.Gt])
 def test_a_fraction_lost_in_float32_gives_no_bound(relation, tiny):
     """In float32 ``0 >= 1e-146`` holds and ``k >= 1`` would not."""
-    parts = walk(relation(k, tiny))
+    parts = tile_ranges(relation(k, tiny))
     assert not parts.lower
     assert not parts.upper
     assert torch.equal(grid(parts.residual, 9, 12), grid(relation(k, tiny), 9, 12))
@@ -221,7 +221,7 @@ def test_a_fraction_lost_in_float32_gives_no_bound(relation, tiny):
 def test_what_forms_keep_is_a_choice(sinks):
     distance = FloorDiv(q, 16) - FloorDiv(k, 16)
     kept = [distance < 2, IsPowerOfTwo(distance), *([k < sinks] if sinks else [])]
-    parts = walk((k <= q) & sympy.Or(*kept))
+    parts = tile_ranges((k <= q) & sympy.Or(*kept))
     assert parts.choice
     assert parts.residual == sympy.true
     assert parts.powers is not None

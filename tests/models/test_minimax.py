@@ -193,7 +193,7 @@ def test_other_decays_are_followed():
 
 @torch.no_grad()
 def test_rounded_buffers():
-    """In bfloat16 the tables are rounded powers: the state is nearer to the author's formula than his own."""
+    """In bfloat16 the tables are rounded powers: the state is nearer to the user's formula than his own."""
     model = minimax([LINEAR])
     layer = model.model.layers[0].self_attn
     layer.to(torch.bfloat16)

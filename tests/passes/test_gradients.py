@@ -1,4 +1,4 @@
-"""Gradients flow and stop where the author lets them."""
+"""Gradients flow and stop where the user lets them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where batch and heads lie: in blocks of a longer sequence, in one tensor for all, in an order of the author's."""
+"""Where batch and heads lie: in blocks of a longer sequence, in one tensor for all, in an order of the user's."""
 
 from __future__ import annotations
 

@@ -209,7 +209,7 @@ def test_normalisers(name):
 
 
 def test_bfloat16():
-    """The last cast of the mask is looked through: the weights are more exact than the author's."""
+    """The last cast of the mask is looked through: the weights are more exact than the user's."""
 
     def function(q, k, v, slopes):
         mask = torch.exp(-slopes[:, None, None] * distance(q.shape[2])).tril().to(q.dtype)

@@ -11,7 +11,7 @@ from torch import nn
 
 from effattn.compiler.backend import effattn
 from effattn.passes.canonicalize import mask_buffers
-from effattn.runtime.ops.mask_tables import holds_triangle
+from effattn.runtime.ops.mask_tables import is_causal_buffer
 
 B, H, N, D, LONGEST = 2, 3, 9, 8, 16
 INF = float("inf")
@@ -101,7 +101,7 @@ def test_read(name):
     with torch.no_grad():
         report, _ = compiled(Model(buffer.clone(), cut, attend), *inputs(name))
     assert [site.predicate for site in report.sites] == [predicate], report
-    assert ("holds_triangle" in report.graph()) == ("mask" not in predicate)
+    assert ("is_causal_buffer" in report.graph()) == ("mask" not in predicate)
     assert "torch.where" not in report.graph()
 
 
@@ -118,7 +118,7 @@ def test_a_mask_that_is_also_read_elsewhere_is_the_buffer_there():
 
     report, _ = compiled(Model(LOWER[None, None].clone(), corner, both), *inputs(""))
     assert report.sites[0].predicate == "k <= q"
-    assert "holds_triangle" in report.graph()
+    assert "is_causal_buffer" in report.graph()
     assert "torch.where" not in report.graph()
 
 
@@ -129,7 +129,7 @@ def test_a_graph_without_a_site_reads_its_buffer():
 
     report, _ = compiled(Model(LOWER.bool().clone(), corner, dropped), *inputs(""))
     assert report.sites == []
-    assert "holds_triangle" not in report.graph()
+    assert "is_causal_buffer" not in report.graph()
 
 
 @pytest.mark.parametrize("rest", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
@@ -216,7 +216,7 @@ def test_a_buffer_is_looked_at_only_when_it_was_written(monkeypatch):
     torch._dynamo.reset()
     fast = torch.compile(model, backend=Counting())
     fast(*inputs(""))
-    monkeypatch.setattr(mask_buffers, "holds_triangle", lambda *args: looks.append(1) or holds_triangle(*args))
+    monkeypatch.setattr(mask_buffers, "is_causal_buffer", lambda *args: looks.append(1) or is_causal_buffer(*args))
     for _ in range(3):
         fast(*inputs(""))
     assert looks == []
@@ -269,7 +269,7 @@ def test_a_buffer_that_the_graph_writes_stays_data():
         return filled(q, k, v, mask)
 
     report, _ = compiled(Model(LOWER.clone(), corner, written), *inputs(""))
-    assert "holds_triangle" not in report.graph()
+    assert "is_causal_buffer" not in report.graph()
 
 
 def test_a_mask_from_the_caller_stays_data():

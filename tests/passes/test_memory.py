@@ -1,4 +1,4 @@
-"""What is read must be what was there when the author read it, whoever writes: caches, counters, foreign code."""
+"""What is read must be what was there when the user read it, whoever writes: caches, counters, foreign code."""
 
 from __future__ import annotations
 

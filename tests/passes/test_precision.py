@@ -1,4 +1,4 @@
-"""A reading must not round differently from the author's code where that moves a mask or loses a score's digits.
+"""A reading must not round differently from the user's code where that moves a mask or loses a score's digits.
 
 Whole numbers beyond 2**24 in float32, float64, small integer types, and large numbers that nearly cancel.
 """

@@ -1,4 +1,4 @@
-"""A row that may attend to nothing gives what the author's arithmetic gives, or is left alone."""
+"""A row that may attend to nothing gives what the user's arithmetic gives, or is left alone."""
 
 from __future__ import annotations
 

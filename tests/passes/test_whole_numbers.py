@@ -1,6 +1,6 @@
 """Masks that compute in whole numbers give what PyTorch gives: each type wraps around at its own size.
 
-What is read is computed exactly; where the author's type may not hold a number, the value stays data. Python numbers
+What is read is computed exactly; where the user's type may not hold a number, the value stays data. Python numbers
 and tensors without dimensions take the type of what they meet, and are cast to it first.
 """
 

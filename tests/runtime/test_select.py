@@ -111,16 +111,16 @@ def test_lists_are_well_formed(name):
     plan = plan_of(form, **params)
     listed = select(plan, query, key)
     places = places_of(plan, 90, 130, (), (), (), torch.device("cpu"))
-    assert listed.order.dtype == listed.count.dtype == torch.int32
-    for block in range(listed.order.shape[2]):
-        edge = set(range(int(places.first[block]), int(places.last[block]) + 1))
-        assert int(listed.edges[block]) == len(edge) > 0
-        most = listed.count[:, :, block].amax(1)
-        assert int(listed.count[:, :, block].min()) >= len(edge)
+    assert listed.kv_indices.dtype == listed.kv_num_blocks.dtype == torch.int32
+    for block in range(listed.kv_indices.shape[2]):
+        own = set(range(int(places.first[block]), int(places.last[block]) + 1))
+        assert int(listed.partial[block]) == len(own) > 0
+        most = listed.kv_num_blocks[:, :, block].amax(1)
+        assert int(listed.kv_num_blocks[:, :, block].min()) >= len(own)
         for b in range(2):
-            for one in listed.order[b, :, block]:
+            for one in listed.kv_indices[b, :, block]:
                 units = one[: int(most[b])].tolist()
-                assert set(units[: len(edge)]) == edge
+                assert set(units[: len(own)]) == own
                 assert len(set(units)) == len(units)
                 assert max(units) <= int(places.last[block])
 
@@ -172,7 +172,7 @@ def test_more_coverage_only_adds():
 def test_equal_scores_go_to_the_later_key():
     query, key = torch.zeros(1, 1, 64, 16), torch.zeros(1, 1, 64, 16)
     listed = select(plan_of("dhsa", block=16, unit=16, share=0.5, local=0, sinks=0), query, key)
-    assert listed.order[0, 0, 3, :2].tolist() == [3, 2]
+    assert listed.kv_indices[0, 0, 3, :2].tolist() == [3, 2]
 
 
 def test_chunks_where_keys_change():

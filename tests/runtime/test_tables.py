@@ -16,7 +16,7 @@ from effattn.ir.expr import Nk, Table, h, k, q, s
 from effattn.ir.text import text
 from effattn.lowering import forms
 from effattn.lowering.forms.form import CAUSAL, FROM_THE_START, NO_BACKWARD, Form, Params
-from effattn.lowering.iteration.tile_ranges import walk
+from effattn.lowering.iteration.tile_ranges import tile_ranges
 from effattn.runtime.algebra import evaluate
 
 VALUES = (3, 1, 4, 1, 5)
@@ -54,7 +54,7 @@ def test_strings_that_hold_no_table(body):
 
 
 def test_a_window_for_each_head_bounds_tiles():
-    keys = walk(sympy.And(k <= q, q - k < Table(h, 4, 8)))
+    keys = tile_ranges(sympy.And(k <= q, q - k < Table(h, 4, 8)))
     assert keys.residual == sympy.true
     assert keys.lower == (q - Table(h, 4, 8) + 1,)
 

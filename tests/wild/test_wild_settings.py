@@ -318,7 +318,7 @@ def test_transformations_of_torch_func_inside_are_left_alone(name):
 
 @pytest.mark.parametrize("name", ["vmap", "grad"])
 def test_transformations_of_torch_func_around(name):
-    """Around a compiled function torch runs the author's code."""
+    """Around a compiled function torch runs the user's code."""
     module = Attention().eval()
     fast, _, _ = compiled(module)
     with torch.set_grad_enabled(name == "grad"):

@@ -17,7 +17,7 @@ from results import EVERY, PATH, Row, read
 from settings import SETTINGS
 from trial import ATTENTIONS, Trial
 
-HEAD = """# Coverage
+HEAD = """# TopP
 
 Made by `make zoo`; do not edit. Architectures of transformers that our rules make small enough for a CPU and for which
 arguments are found, with random weights in float32, compiled on a CPU ({runs}).

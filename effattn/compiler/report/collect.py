@@ -35,33 +35,33 @@ _listeners: ContextVar[tuple[Collected, ...]] = ContextVar("effattn_listeners", 
 @contextmanager
 def listening() -> Iterator[Collected]:
     """Collect the reports of every graph that this thread compiles inside."""
-    heard = Collected()
-    before = _listeners.set((*_listeners.get(), heard))
+    events = Collected()
+    before = _listeners.set((*_listeners.get(), events))
     try:
-        yield heard
+        yield events
     finally:
         _listeners.reset(before)
 
 
-def is_heard() -> bool:
+def is_collecting() -> bool:
     """Whether somebody listens in this thread."""
     return bool(_listeners.get())
 
 
-def tell(gm: fx.GraphModule, outcome: Outcome, options: Options, failure: Exception | None) -> None:
+def emit(gm: fx.GraphModule, outcome: Outcome, options: Options, failure: Exception | None) -> None:
     """Report one compiled graph to all listeners, and to the user as EFFATTN_DEBUG asks."""
     debug = settings.current().debug
     if debug.passes:
         for record in outcome.passes:
-            settings.tell("\n".join([str(record), *record.difference.splitlines()]))
+            settings.log("\n".join([str(record), *record.difference.splitlines()]))
     if not (listeners := _listeners.get()) and not debug.level:
         return
     after = str(gm.code)
     before = fx.GraphModule(gm, outcome.original).code if outcome.original is not None else after
     report = graph_report(after, outcome, failure, before)
-    for heard in listeners:
-        heard.graphs.append(report)
-        heard.choices += outcome.choices
+    for events in listeners:
+        events.graphs.append(report)
+        events.choices += outcome.choices
     if debug.level and (report.sites or report.missed):
         _show(report, options)
 

@@ -152,7 +152,7 @@ def _some(names: Iterable[str], most: int = 4) -> str:
     return ", ".join(different[:most]) + (", ..." if len(different) > most else "")
 
 
-# --- telling it ------------------------------------------------------------------------------------------------------
+# --- warning ------------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -166,7 +166,7 @@ class _Model:
 _models: WeakKeyDictionary[Any, _Model] = WeakKeyDictionary()
 
 
-def tell(gm: fx.GraphModule, choices: Sequence[Choice], policy: Policy) -> None:
+def warn_once(gm: fx.GraphModule, choices: Sequence[Choice], policy: Policy) -> None:
     """Warn of shortcomings, once for each compiled model."""
     if not policy.rules or not choices:
         return

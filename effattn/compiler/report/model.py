@@ -260,7 +260,7 @@ def _shown(site: Site) -> dict[str, Any]:
 
 
 def _linear_site(one: LinearMatch) -> SiteReport:
-    """Attention without a softmax: there is one form of it, and it is the author's own function."""
+    """Attention without a softmax: there is one form of it, and it is the user's own function."""
     site = one.match.site
     sums = f", each row divided by its sum{f' + {one.eps:g}' if one.eps else ''}" if one.normalised else ""
     return SiteReport(
@@ -285,7 +285,7 @@ def _linear_site(one: LinearMatch) -> SiteReport:
 
 
 def _kernel(choice: Choice) -> str | None:
-    """What runs: the author's own call, SDPA, or the op with the file of its generated kernel."""
+    """What runs: the user's own call, SDPA, or the op with the file of its generated kernel."""
     if choice.route == "linear":
         op = "window_linear" if getattr(choice.params, "window", 0) else "linear"
         return f"effattn::{op}, after the feature maps"

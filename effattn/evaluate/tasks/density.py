@@ -13,7 +13,7 @@ from effattn.ir import expr
 from effattn.ir.attention import AttentionSpec
 from effattn.ir.site import Layout, called_site
 from effattn.lowering.forms import FORMS
-from effattn.lowering.iteration.tile_ranges import KeyWalk, walk
+from effattn.lowering.iteration.tile_ranges import TileRanges, tile_ranges
 from effattn.runtime.algebra import evaluate
 
 ROWS_AT_ONCE = 1 << 16
@@ -53,7 +53,7 @@ def kept_pairs(predicate: Any, q_len: int, k_len: int) -> int:
     Raises:
         FormRefused: the predicate depends on data, or on q and k in a way that is no union of intervals.
     """
-    keys = walk(predicate)
+    keys = tile_ranges(predicate)
     if keys.residual != sympy.true:
         raise FormRefused(f"cannot count the pairs of a predicate that depends on data: {keys.residual}")
     total = 0
@@ -84,7 +84,7 @@ class _Rows:
         return start, stop
 
 
-def _kept_keys(keys: KeyWalk, rows: _Rows) -> Tensor:
+def _kept_keys(keys: TileRanges, rows: _Rows) -> Tensor:
     """Number of keys of each row: int64 [rows]."""
     start, stop = rows.band(keys.lower, keys.upper)
     if not keys.choice:

@@ -30,7 +30,7 @@ class KeptRows(Protocol):
     def __call__(self, captured: Captured, plan: Plan, chunks: Sequence[Rows]) -> Iterator[Tensor]:
         """Yield, for each ``(start, stop)`` of ``chunks`` in order, bool [B or 1, Hq or 1, stop - start, Nk].
 
-        True where the row keeps the key. Keys that the author's mask forbids may be True too: whoever asks combines
+        True where the row keeps the key. Keys that the user's mask forbids may be True too: whoever asks combines
         with :func:`allowed_rows`. Nothing of Nq x Nk values may be held. Rules by length (``Dispatch.min_length``) are
         applied by :func:`kept_rows` and need not be looked at.
         """
@@ -57,7 +57,7 @@ def is_static(plan: Plan) -> bool:
 
 
 def allowed_rows(captured: Captured, plan: Plan, chunks: Sequence[Rows]) -> Iterator[Tensor]:
-    """What the author's mask allows, whatever the form keeps of it."""
+    """What the user's mask allows, whatever the form keeps of it."""
     return rule_rows(captured, Plan(plan.form, plan.spec.dense()), chunks)
 
 
@@ -89,7 +89,7 @@ def indices(captured: Captured, rows: Rows, keys: int) -> dict[str, Any]:
 
 
 def reach(captured: Captured, plan: Plan, chunks: Sequence[Rows]) -> list[int]:
-    """For each chunk, the number of leading keys beyond which the author's mask allows none: saves half if causal."""
+    """For each chunk, the number of leading keys beyond which the user's mask allows none: saves half if causal."""
     symbols, captures = bindings(plan.spec, captured.captures, captured.scalars, captured.numbers)
     walker = Walker(plan.spec.predicate, captured.shape, symbols, captures)
     runs = [walker.runs(start, stop) for start, stop in chunks]

@@ -34,7 +34,7 @@ def oracle(mass: Tensor, kept: Tensor, allowed: Tensor) -> Chosen:
     Args:
         mass: softmax mass of the tiles, float32 [..., row blocks, key blocks]; see :func:`by_tiles`.
         kept: pairs that the form keeps in each tile, broadcasts to ``mass``.
-        allowed: pairs that the author's mask allows in each tile, broadcasts to ``mass``.
+        allowed: pairs that the user's mask allows in each tile, broadcasts to ``mass``.
     """
     budget = (kept > 0).sum(dim=-1, keepdim=True).expand(*mass.shape[:-1], 1)
     ordered, order = mass.sort(dim=-1, descending=True)

@@ -21,7 +21,7 @@ from pydantic import Field, model_validator
 
 from effattn.errors import WeightsError
 from effattn.ir.expr import Nk, Nq
-from effattn.ir.selector import Chunks, Expand, Mean, Pick, Reduce, Score, Selector, Share, Tokens, Trained
+from effattn.ir.selector import Chunks, Expand, Mean, Pick, Reduce, Score, Selector, Tokens, TopFraction, Trained
 from effattn.ir.site import Layout, Site
 from effattn.lowering.cost import CHOICE, Work
 from effattn.lowering.forms import boundary_weights
@@ -85,7 +85,7 @@ def select(params: DhsaParams, site: Site) -> Selector:
         return Selector(
             score=score,
             reduce=Reduce(),
-            pick=Pick(budget=Share(share=params.share), sinks=params.sinks, local=params.local),
+            pick=Pick(budget=TopFraction(share=params.share), sinks=params.sinks, local=params.local),
             expand=Expand(block=params.block, unit=params.unit),
         )
     return Selector(

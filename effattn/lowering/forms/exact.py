@@ -1,4 +1,4 @@
-"""Exact: the author's own function, whatever its mask and score; only the way of computing it changes."""
+"""Exact: the user's own function, whatever its mask and score; only the way of computing it changes."""
 
 from __future__ import annotations
 

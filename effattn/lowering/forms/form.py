@@ -14,7 +14,7 @@ from effattn.ir.refusal import Refusal
 from effattn.ir.selector import Selector
 from effattn.ir.site import Layout, Site
 from effattn.lowering.cost import Cost, Work, pairs
-from effattn.lowering.iteration.tile_ranges import key_conditions, walk
+from effattn.lowering.iteration.tile_ranges import key_conditions, tile_ranges
 
 Kind = Literal["exact", "approximate", "trained"]
 
@@ -94,7 +94,7 @@ class Form:
 
 def first_key(site: Site) -> Any:
     """The number of the first key of a query's text, for forms with the rule FROM_THE_FIRST_KEY."""
-    padding, _ = key_conditions(walk(site.spec.predicate).residual)
+    padding, _ = key_conditions(tile_ranges(site.spec.predicate).residual)
     return sympy.Integer(0) if padding == sympy.true else expr.first_key
 
 
@@ -103,7 +103,7 @@ def is_causal(site: Site, _params: Params) -> bool:
 
 
 def no_data_mask(site: Site, _params: Params) -> bool:
-    return walk(site.spec.predicate).residual == sympy.true
+    return tile_ranges(site.spec.predicate).residual == sympy.true
 
 
 def _beside_lists(residual: Any) -> Any:
@@ -116,14 +116,14 @@ def _beside_lists(residual: Any) -> Any:
 
 def padding_at_most(site: Site, _params: Params) -> bool:
     """No data in the mask but by batch and key."""
-    alone, others = key_conditions(_beside_lists(walk(site.spec.predicate).residual))
+    alone, others = key_conditions(_beside_lists(tile_ranges(site.spec.predicate).residual))
     named = any(spec.name == expr.FIRST_KEY for spec in site.spec.captures)
     return others == sympy.true and not (alone != sympy.true and named)
 
 
 def has_sinks(site: Site, params: Any) -> bool:
     """Whether every query that sees a key still does: in text with padding its own key may be masked."""
-    keys = walk(site.spec.predicate)
+    keys = tile_ranges(site.spec.predicate)
     out_of_reach = bool(keys.lower) and site.spec.empty_rows == "nan"  # sinks beyond the model's own window
     return _beside_lists(keys.residual) == sympy.true or (params.sinks > 0 and not out_of_reach)
 
@@ -134,7 +134,7 @@ def no_gradient(site: Site, _params: Params) -> bool:
 
 def only_causal(site: Site, _params: Params) -> bool:
     """``k <= position`` and conditions on data, nothing else; the position is the same in all batches and heads."""
-    keys = walk(site.spec.predicate)
+    keys = tile_ranges(site.spec.predicate)
     return (
         site.position is not None
         and not keys.choice

@@ -7,7 +7,7 @@ import torch
 from pydantic import Field, model_validator
 
 from effattn.ir.expr import Nk, Nq
-from effattn.ir.selector import KEY_HEADS, Coverage, Every, Expand, Last, Pick, Reduce, Score, Selector
+from effattn.ir.selector import KEY_HEADS, Expand, Last, Pick, Reduce, Score, Selector, Strided, TopP
 from effattn.ir.site import Layout, Site
 from effattn.lowering.cost import CHOICE, Work
 from effattn.lowering.forms.form import (
@@ -54,17 +54,17 @@ class ProxyParams(Params):
 
 
 def select(params: ProxyParams, site: Site) -> Selector:
-    of_each_head = Coverage(
+    of_each_head = TopP(
         gamma=params.gamma,
         least=params.least,
-        score=Score(query=Last(size=params.block), key=Every(), softmax=True),
+        score=Score(query=Last(size=params.block), key=Strided(), softmax=True),
         reduce=Reduce(rows="mean", columns="sum"),
         ranks_last=True,
     )
     return Selector(
         score=Score(
-            query=Every(stride=params.rows_apart),
-            key=Every(stride=params.key_stride),
+            query=Strided(stride=params.rows_apart),
+            key=Strided(stride=params.key_stride),
             lists=params.groups or KEY_HEADS,
             softmax=True,
         ),

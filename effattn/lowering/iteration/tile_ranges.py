@@ -38,7 +38,7 @@ class PowerList:
 
 
 @dataclass(frozen=True)
-class KeyWalk:
+class TileRanges:
     """The keys that a row of queries visits. All expressions are in q, Nq, Nk, scalars and captures without q or k.
 
     A key k is *structurally* kept by row q if every ``lower <= k``, every ``k < upper``, and, where ``choice`` is
@@ -58,13 +58,13 @@ class KeyWalk:
     residual: Any = sympy.true  # conditions on data: tested on every tile
 
 
-def walk(predicate) -> KeyWalk:
-    """The walk of a predicate. Conditions that cannot be bounded go to the residual: slower, never wrong."""
+def tile_ranges(predicate) -> TileRanges:
+    """The tile ranges of a predicate. Conditions that cannot be bounded go to the residual: slower, never wrong."""
     lower: list = []
     upper: list = []
     structural: list = []
     residual: list = []
-    choice: KeyWalk | None = None
+    choice: TileRanges | None = None
     for part in expr.conjuncts(predicate):
         bound = _bound(part)
         if bound is not None:
@@ -74,8 +74,8 @@ def walk(predicate) -> KeyWalk:
             structural.append(part)
         else:
             residual.append(part)
-    near = choice or KeyWalk()
-    return KeyWalk(
+    near = choice or TileRanges()
+    return TileRanges(
         lower=tuple(lower),
         upper=tuple(upper),
         choice=choice is not None,
@@ -98,7 +98,7 @@ def key_conditions(residual) -> tuple:
     return sympy.And(*alone), sympy.And(*others)
 
 
-def _choice(disjunction: sympy.Or) -> KeyWalk | None:
+def _choice(disjunction: sympy.Or) -> TileRanges | None:
     """An Or of one band, prefixes and one power-of-two list; None if it holds anything else."""
     near_lower = near_upper = prefix = powers = None
     for part in disjunction.args:
@@ -118,7 +118,7 @@ def _choice(disjunction: sympy.Or) -> KeyWalk | None:
             near_upper = tuple(value for side, value in bounds if side == "upper")
         else:
             return None
-    return KeyWalk(near_lower=near_lower, near_upper=near_upper or (), prefix=prefix, powers=powers)
+    return TileRanges(near_lower=near_lower, near_upper=near_upper or (), prefix=prefix, powers=powers)
 
 
 def _bound(atom) -> tuple[str, Any] | None:

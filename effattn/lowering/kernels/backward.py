@@ -10,7 +10,7 @@ from effattn.ir import expr
 from effattn.ir.attention import AttentionSpec
 from effattn.ir.fold import fold
 from effattn.lowering.dialects.triton.terms import KEYS, ROWS, TILE, UNLIMITED, Lines, Source, Value
-from effattn.lowering.iteration.tile_ranges import walk
+from effattn.lowering.iteration.tile_ranges import tile_ranges
 from effattn.lowering.kernels import allowed_keys as allowed
 from effattn.lowering.kernels.range_source import Part, flatten, rows_of
 from effattn.lowering.kernels.source import Generator, Sweep, affine_slope, parameters
@@ -21,7 +21,7 @@ WIDEST = 256  # head dimension: two accumulators of a tile of keys must fit in r
 
 def no_backward(attention: AttentionSpec, head_dim: int, value_dim: int) -> str | None:
     """Why there is no generated backward for a plan; None if there is."""
-    keys = walk(attention.rule)
+    keys = tile_ranges(attention.rule)
     if affine_slope(attention.score) is None:
         return "the score is not a multiple of s plus a bias"
     if any(load.has(expr.q, expr.k) for load in expr.loads_of(attention.score)):
@@ -54,11 +54,11 @@ class BackwardGenerator(Generator):
             # the row changes as the bisection goes on: no part of a bound is computed before it
             return self.scalar_text(bound, self.rows_before, row, UNLIMITED)
 
-        ranges = rows_of(self.walk, bound_text, self.allowed)
+        ranges = rows_of(self.tile_ranges, bound_text, self.allowed)
         data = "" if self.residual == sympy.true else " but for conditions on data"
         sweeps = [
-            self.rows_sweep(f"rows that keep every key of the tile{data}", ranges.full, edge=False),
-            self.rows_sweep("rows on the edges", ranges.edge, edge=True),
+            self.rows_sweep(f"rows that keep every key of the tile{data}", ranges.full, partial=False),
+            self.rows_sweep("rows that keep some keys of the tile", ranges.partial, partial=True),
         ]
         return found | {
             "query_params": parameters(self.spec, "grad_query"),
@@ -68,7 +68,7 @@ class BackwardGenerator(Generator):
             "rows_sweeps": sweeps,
         }
 
-    def rows_sweep(self, title: str, parts: tuple[Part, ...], edge: bool) -> Sweep:
+    def rows_sweep(self, title: str, parts: tuple[Part, ...], partial: bool) -> Sweep:
         """As :meth:`sweep`, with keys along the first side of a tile and rows along the second."""
         before, steps, count = flatten(parts, "i", "row_tile")
         inside = self.rows_before.inner()
@@ -76,11 +76,11 @@ class BackwardGenerator(Generator):
         symbols = self.symbols(q=Value("rows", KEYS, plain=True), k=Value("keys", ROWS, plain=True, tile=tile))
         # the head changes from turn to turn, so nothing is computed before the loop
         algebra = Source(symbols, self.captures, inside, inside, key_mask="row_ok", row_mask="key_ok")
-        sweep = Sweep(title, edge, count, before, steps, lines=inside.lines)
+        sweep = Sweep(title, partial, count, before, steps, lines=inside.lines)
         sweep.slope = fold(self.slope, algebra).text
         if self.scale is None:
             sweep.score = fold(self.attention.score, algebra).spread(TILE)
-        condition = self.attention.rule if edge else self.residual
+        condition = self.attention.rule if partial else self.residual
         if condition != sympy.true:
             sweep.keep = fold(condition, algebra).spread(TILE)
         return sweep

@@ -1,4 +1,4 @@
-"""The source of attention over a block list: the prefill kernel, with the keys to visit read from an order table.
+"""The source of attention over a block list: the prefill kernel, with the keys to visit read from ``kv_indices``.
 
 A tile of rows lies within one query block, so it has one list. Units at least as wide as a tile of keys are visited
 tile by tile; several smaller ones, or single tokens, share a tile whose keys are gathered.
@@ -19,14 +19,14 @@ from effattn.lowering.kernels.source import Generator, Sweep
 # where the list of a tile of rows stands, and how much of it is visited
 LIST = (
     "row_block = tile_row // LIST_BLOCK",
-    "order += ((batch * lists + head // (heads // lists)).to(tl.int64) * row_blocks + row_block) * width",
-    "count = tl.load(counts + (batch * counted + head // (heads // counted)) * row_blocks + row_block)",
-    "edge_count = tl.minimum(tl.load(edges + row_block), count)",
+    "kv_indices += ((batch * lists + head // (heads // lists)).to(tl.int64) * row_blocks + row_block) * width",
+    "count = tl.load(kv_num_blocks + (batch * counted + head // (heads // counted)) * row_blocks + row_block)",
+    "partial_count = tl.minimum(tl.load(partial_blocks + row_block), count)",
 )
 GATHER = (
     "place = ({first} + i) * BLOCK_N + columns",
     "key_ok = place < count * LIST_UNIT",
-    "keys = tl.load(order + place // LIST_UNIT, mask=key_ok, other=0) * LIST_UNIT + place % LIST_UNIT",
+    "keys = tl.load(kv_indices + place // LIST_UNIT, mask=key_ok, other=0) * LIST_UNIT + place % LIST_UNIT",
     "key_ok = key_ok & (keys < k_len)",
 )
 TILES = "(LIST_UNIT // BLOCK_N)"
@@ -50,34 +50,35 @@ class ListedGenerator(Generator):
     def ranges(self) -> Ranges:
         lines = list(LIST)
         if self.gathered:
-            lines.append("edge_turns = tl.cdiv(edge_count * LIST_UNIT, BLOCK_N)")
+            lines.append("partial_turns = tl.cdiv(partial_count * LIST_UNIT, BLOCK_N)")
         return Ranges(tuple(lines), (), ())
 
     def sweeps(self, ranges: Ranges) -> list[Sweep]:
         if self.gathered:
-            whole = "tl.cdiv(count * LIST_UNIT, BLOCK_N) - edge_turns"
-            edge_steps, whole_steps = ([line.format(first=first) for line in GATHER] for first in ("0", "edge_turns"))
-            edge = "edge_turns"
+            whole = "tl.cdiv(count * LIST_UNIT, BLOCK_N) - partial_turns"
+            partial_steps = [line.format(first="0") for line in GATHER]
+            whole_steps = [line.format(first="partial_turns") for line in GATHER]
+            partial = "partial_turns"
         else:
-            edge, whole = f"edge_count * {TILES}", f"(count - edge_count) * {TILES}"
-            edge_steps = [f"key_tile = tl.load(order + i // {TILES}) * {TILES} + i % {TILES}"]
-            whole_steps = [f"key_tile = tl.load(order + edge_count + i // {TILES}) * {TILES} + i % {TILES}"]
+            partial, whole = f"partial_count * {TILES}", f"(count - partial_count) * {TILES}"
+            partial_steps = [f"key_tile = tl.load(kv_indices + i // {TILES}) * {TILES} + i % {TILES}"]
+            whole_steps = [f"key_tile = tl.load(kv_indices + partial_count + i // {TILES}) * {TILES} + i % {TILES}"]
         data = "" if self.residual == sympy.true else ": only conditions on data are tested"
         found = [
-            self.listed_sweep("units with positions of the rows: every condition is tested", edge, edge_steps, True),
+            self.listed_sweep("units of the rows themselves: every condition is tested", partial, partial_steps, True),
             self.listed_sweep(f"the other units, before all rows{data}", whole, whole_steps, False),
         ]
-        found[0].stages = self.spec.tiles.edge_stages
+        found[0].stages = self.spec.tiles.partial_stages
         return found
 
-    def listed_sweep(self, title: str, count: str, steps: list[str], edge: bool) -> Sweep:
+    def listed_sweep(self, title: str, count: str, steps: list[str], partial: bool) -> Sweep:
         inside = self.before.inner()
-        key_mask = "key_ok" if edge or self.gathered else ""
+        key_mask = "key_ok" if partial or self.gathered else ""
         algebra = Source(self.symbols(), self.captures, self.before, inside, key_mask=key_mask)
-        sweep = Sweep(title, edge, count, [], steps, lines=inside.lines, gathered=self.gathered)
+        sweep = Sweep(title, partial, count, [], steps, lines=inside.lines, gathered=self.gathered)
         if self.scale is None:
             sweep.score = fold(self.attention.score, algebra).spread(TILE)
-        condition = self.attention.rule if edge else self.residual
+        condition = self.attention.rule if partial else self.residual
         keep = [] if condition == sympy.true else [fold(condition, algebra)]
         if key_mask:
             keep.append(Value(key_mask, KEYS, "bool"))

@@ -1,9 +1,9 @@
-"""The walk over keys as scalar code: which key tiles one tile of query rows visits, and which of them are full.
+"""Tile ranges as scalar code: which key tiles one tile of query rows visits, and which of them are full.
 
 Everything is counted in tiles of ``BLOCK_N`` keys. A *segment* is a run of consecutive tile numbers, or of places in
 the list of power-of-two blocks, cut in up to three: tiles on the left edge, full tiles, tiles on the right edge.
-Segments never share a tile. One loop runs over the full parts of all segments, another over the edges; both compute
-the tile number from the loop counter, so that the pipeline of loads does not drain from segment to segment.
+Segments never share a tile. One loop runs over the full parts of all segments, another over the partial tiles; both
+compute the tile number from the loop counter, so that the pipeline of loads does not drain from segment to segment.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 import sympy
 
 from effattn.ir.expr import q
-from effattn.lowering.iteration.tile_ranges import KeyWalk, PowerList
+from effattn.lowering.iteration.tile_ranges import PowerList, TileRanges
 
 Text = Callable[[Any, str], str]  # (bound, name of a row) -> source of the bound at that row
 
@@ -36,7 +36,7 @@ class Ranges:
 
     lines: tuple[str, ...]
     full: tuple[Part, ...]
-    edge: tuple[Part, ...]
+    partial: tuple[Part, ...]
 
 
 def position_offset(powers: PowerList, block_m: int, block_n: int) -> Any | None:
@@ -47,24 +47,24 @@ def position_offset(powers: PowerList, block_m: int, block_n: int) -> Any | None
     return offset
 
 
-def visits(walk: KeyWalk, text: Text, aligned: bool, split: bool, allowed: bool = False) -> Ranges:
+def visits(ranges: TileRanges, text: Text, aligned: bool, split: bool, allowed: bool = False) -> Ranges:
     """The parts that a tile with rows ``first_row`` to ``last_row`` visits.
 
     Args:
-        text: turns a bound of the walk into source at a row.
+        text: turns a bound of the tile ranges into source at a row.
         aligned: the rows have one block in the block list, called ``position_block``.
-        split: tell full tiles from edges; else everything is an edge.
-        allowed: no key before ``allowed_first`` or from ``allowed_end`` on is kept, and all between them that the walk
-            keeps if ``allowed_whole``; if not, every tile is an edge.
+        split: tell full tiles from partial ones; else every tile is partial.
+        allowed: no key before ``allowed_first`` or from ``allowed_end`` on is kept, and all between them that the
+            ranges keep if ``allowed_whole``; if not, every tile is partial.
     """
     builder = _Builder(text, split, allowed)
-    builder.outer(walk)
-    if not walk.choice or (walk.powers is not None and not aligned):
-        builder.split = split and not walk.choice
-        builder.segment("band", "outer_tile", "outer_end", "full_tile", "full_end", bool(walk.lower) or allowed)
+    builder.outer(ranges)
+    if not ranges.choice or (ranges.powers is not None and not aligned):
+        builder.split = split and not ranges.choice
+        builder.segment("band", "outer_tile", "outer_end", "full_tile", "full_end", bool(ranges.lower) or allowed)
     else:
-        builder.choose(walk)
-    return Ranges(tuple(builder.lines), tuple(builder.full), tuple(builder.edge))
+        builder.choose(ranges)
+    return Ranges(tuple(builder.lines), tuple(builder.full), tuple(builder.partial))
 
 
 class _Builder:
@@ -74,7 +74,7 @@ class _Builder:
         self.allowed = allowed
         self.lines: list[str] = []
         self.full: list[Part] = []
-        self.edge: list[Part] = []
+        self.partial: list[Part] = []
 
     def let(self, name: str, value: str) -> None:
         self.lines.append(f"{name} = {value}")
@@ -87,50 +87,50 @@ class _Builder:
             result = f"tl.{function}({result}, {other})"
         return result
 
-    def outer(self, walk: KeyWalk) -> None:
+    def outer(self, ranges: TileRanges) -> None:
         """Keys that some row may visit, and keys that every row keeps, by the conditions outside the choice."""
         within = "tl.minimum({}, k_len).to(tl.int32)".format
         zero, k_len = ("allowed_first", "allowed_end") if self.allowed else ("0", "k_len")
-        if walk.lower or self.allowed:
-            self.let("some_first", within(self.bound(walk.lower, "first_row", "maximum", [zero])))
+        if ranges.lower or self.allowed:
+            self.let("some_first", within(self.bound(ranges.lower, "first_row", "maximum", [zero])))
             self.let("outer_tile", "some_first // BLOCK_N")
         else:
             self.let("outer_tile", "0")
-        self.let("some_end", f"tl.maximum({self.bound(walk.upper, 'last_row', 'minimum', [k_len])}, 0).to(tl.int32)")
+        self.let("some_end", f"tl.maximum({self.bound(ranges.upper, 'last_row', 'minimum', [k_len])}, 0).to(tl.int32)")
         self.let("outer_end", "tl.maximum(tl.cdiv(some_end, BLOCK_N), outer_tile)")
         if not self.split:
             return
-        if walk.lower or self.allowed:
-            self.let("every_first", within(self.bound(walk.lower, "last_row", "maximum", [zero])))
+        if ranges.lower or self.allowed:
+            self.let("every_first", within(self.bound(ranges.lower, "last_row", "maximum", [zero])))
             self.let("full_tile", "tl.cdiv(every_first, BLOCK_N)")
         else:
             self.let("full_tile", "0")
-        every_end = self.bound(walk.upper, "first_row", "minimum", [k_len])
+        every_end = self.bound(ranges.upper, "first_row", "minimum", [k_len])
         self.let("every_end", f"tl.maximum({every_end}, 0).to(tl.int32)")
         full_end = "every_end // BLOCK_N"
         self.let("full_end", f"tl.where(allowed_whole, {full_end}, 0)" if self.allowed else full_end)
 
-    def choose(self, walk: KeyWalk) -> None:
+    def choose(self, ranges: TileRanges) -> None:
         """Segments of the choice: prefix, then the list between prefix and near band, then the near band."""
         middle, right = "outer_tile", "outer_end"
-        outer_left = bool(walk.lower) or self.allowed
-        if walk.prefix is not None:
-            prefix = f"tl.maximum({self.text(walk.prefix, 'first_row')}, 0)"
+        outer_left = bool(ranges.lower) or self.allowed
+        if ranges.prefix is not None:
+            prefix = f"tl.maximum({self.text(ranges.prefix, 'first_row')}, 0)"
             self.let("prefix_keys", f"tl.minimum({prefix}, k_len).to(tl.int32)")
             self.let("prefix_end", _clamp("tl.cdiv(prefix_keys, BLOCK_N)", "outer_tile", "outer_end"))
             full = "tl.minimum(prefix_keys // BLOCK_N, full_end)"
             self.segment("prefix", "outer_tile", "prefix_end", "full_tile", full, outer_left)
             middle = "prefix_end"
-        if walk.near_lower is not None:
-            self.near(walk, middle)
+        if ranges.near_lower is not None:
+            self.near(ranges, middle)
             right = "near_tile"
-        if walk.powers is not None:
+        if ranges.powers is not None:
             self.listed("far", middle, right, outer_left)
-            if walk.near_lower is not None and walk.near_upper:
+            if ranges.near_lower is not None and ranges.near_upper:
                 self.listed("ahead", "near_end", "outer_end", outer_left)
 
-    def near(self, walk: KeyWalk, middle: str) -> None:
-        lower, upper = walk.near_lower or (), walk.near_upper
+    def near(self, ranges: TileRanges, middle: str) -> None:
+        lower, upper = ranges.near_lower or (), ranges.near_upper
         if lower:
             first = self.bound(lower, "first_row", "maximum", ["0"])
             self.let("near_first", f"tl.minimum({first}, k_len).to(tl.int32) // BLOCK_N")
@@ -152,7 +152,7 @@ class _Builder:
             end = self.bound(upper, "first_row", "minimum", ["k_len"])
             self.let("near_whole", f"tl.maximum({end}, 0).to(tl.int32) // BLOCK_N")
             full_end = "tl.minimum(near_whole, full_end)"
-        self.segment("near", "near_tile", "near_end", full_tile, full_end, bool(lower or walk.lower) or self.allowed)
+        self.segment("near", "near_tile", "near_end", full_tile, full_end, bool(lower or ranges.lower) or self.allowed)
 
     def listed(self, name: str, first: str, end: str, has_left: bool) -> None:
         """Tiles of listed blocks in ``[first, end)``. Places in the list run from far right to far left."""
@@ -163,48 +163,48 @@ class _Builder:
         self.let(f"{name}_place", place(end))
         self.let(f"{name}_last", place(first))
         if not self.split:
-            self.edge.append(Part(name, f"{name}_place", f"{name}_last", True))
+            self.partial.append(Part(name, f"{name}_place", f"{name}_last", True))
             return
         self.let(f"{name}_full_end", place(_clamp("full_end", first, end)))
         left = f"{name}_last"
         if has_left:
             left = f"{name}_left"
             self.let(left, f"tl.maximum({place(_clamp('full_tile', first, end))}, {name}_full_end)")
-            self.edge.append(Part(f"{name}_left", left, f"{name}_last", True))
+            self.partial.append(Part(f"{name}_left", left, f"{name}_last", True))
         self.full.append(Part(name, f"{name}_full_end", left, True))
-        self.edge.append(Part(f"{name}_right", f"{name}_place", f"{name}_full_end", True))
+        self.partial.append(Part(f"{name}_right", f"{name}_place", f"{name}_full_end", True))
 
     def segment(self, name: str, first: str, end: str, full: str, full_end: str, has_left: bool) -> None:
         if not self.split:
-            self.edge.append(Part(name, first, end))
+            self.partial.append(Part(name, first, end))
             return
         left = first
         if has_left:
             left = f"{name}_full"
             self.let(left, _clamp(full, first, end))
-            self.edge.append(Part(f"{name}_left", first, left))
+            self.partial.append(Part(f"{name}_left", first, left))
         self.let(f"{name}_full_end", _clamp(full_end, left, end))
         self.full.append(Part(name, left, f"{name}_full_end"))
-        self.edge.append(Part(f"{name}_right", f"{name}_full_end", end))
+        self.partial.append(Part(f"{name}_right", f"{name}_full_end", end))
 
 
-def rows_of(walk: KeyWalk, text: Text, allowed: bool = False) -> Ranges:
+def rows_of(ranges: TileRanges, text: Text, allowed: bool = False) -> Ranges:
     """The other way round: tiles of query rows that a tile of keys ``first_key`` to ``last_key`` is visited by.
 
     Bounds never decrease in q, so the rows are consecutive and their ends are found by bisection. A walk with a
     block list has no such ends. ``allowed``: as for :func:`visits`.
     """
     conditions = {
-        "rows_first": ("first_key", walk.upper, walk.near_upper, "all"),
-        "rows_end": ("last_key", walk.lower, walk.near_lower, "any"),
-        "whole_first": ("last_key", walk.upper, walk.near_upper, "all"),
-        "whole_end": ("first_key", walk.lower, walk.near_lower, "any"),
+        "rows_first": ("first_key", ranges.upper, ranges.near_upper, "all"),
+        "rows_end": ("last_key", ranges.lower, ranges.near_lower, "any"),
+        "whole_first": ("last_key", ranges.upper, ranges.near_upper, "all"),
+        "whole_end": ("first_key", ranges.lower, ranges.near_lower, "any"),
     }
     lines: list[str] = []
-    prefix = None if walk.prefix is None else text(walk.prefix, "middle")
+    prefix = None if ranges.prefix is None else text(ranges.prefix, "middle")
     for name, (key, bounds, near, join) in conditions.items():
         found = [f"({key} < {text(bound, 'middle')})" for bound in bounds]
-        if walk.choice:
+        if ranges.choice:
             outside = (
                 "True" if prefix is None else f"({'first_key' if name.startswith('rows') else 'last_key'} >= {prefix})"
             )
@@ -228,8 +228,8 @@ def rows_of(walk: KeyWalk, text: Text, allowed: bool = False) -> Ranges:
         lines.insert(-2, "row_tile_end = tl.where(some_allowed, row_tile_end, row_tile_first)")
         lines.append("all_allowed = allowed_whole & (first_key >= allowed_first) & (last_key < allowed_end)")
         lines.append("whole_tile_end = tl.where(all_allowed, whole_tile_end, whole_tile)")
-    edges = (Part("before", "row_tile_first", "whole_tile"), Part("after", "whole_tile_end", "row_tile_end"))
-    return Ranges(tuple(lines), (Part("whole", "whole_tile", "whole_tile_end"),), edges)
+    partial = (Part("before", "row_tile_first", "whole_tile"), Part("after", "whole_tile_end", "row_tile_end"))
+    return Ranges(tuple(lines), (Part("whole", "whole_tile", "whole_tile_end"),), partial)
 
 
 def _bisection(name: str, condition: str, without: str) -> list[str]:

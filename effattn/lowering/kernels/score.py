@@ -19,7 +19,7 @@ from effattn.ir.attention import AttentionSpec
 from effattn.ir.fold import fold
 from effattn.ir.text import text
 from effattn.lowering.dialects.triton.terms import KEYS, ROWS, SCALAR, TILE, Lines, Source, Value, all_symbols
-from effattn.lowering.iteration.tile_ranges import walk
+from effattn.lowering.iteration.tile_ranges import tile_ranges
 from effattn.lowering.kernels.source import (
     LOG2_E,
     Param,
@@ -121,7 +121,7 @@ class Sweep:
 
     title: str
     range: str
-    edge: bool
+    partial: bool
     lines: list[str]
     score: str  # "": the products as they are
     keep: str  # "": all are kept
@@ -129,20 +129,20 @@ class Sweep:
 
 
 def _sweep(
-    attention: AttentionSpec, symbols: dict[str, Value], captures: Any, before: Lines, scored: bool, edge: bool
+    attention: AttentionSpec, symbols: dict[str, Value], captures: Any, before: Lines, scored: bool, partial: bool
 ) -> Sweep:
     inside = before.inner()
-    algebra = Source(symbols, captures, before, inside, key_mask="key_ok" if edge else "")
+    algebra = Source(symbols, captures, before, inside, key_mask="key_ok" if partial else "")
     score = fold(attention.score, algebra).spread(TILE) if scored else ""
-    condition = attention.predicate if edge else walk(attention.predicate).residual
+    condition = attention.predicate if partial else tile_ranges(attention.predicate).residual
     keep = [] if condition == sympy.true else [fold(condition, algebra)]
-    keep += [Value("key_ok", KEYS, "bool")] if edge else []
+    keep += [Value("key_ok", KEYS, "bool")] if partial else []
     kept = reduce(lambda x, y: algebra.call("and", x, y), keep).spread(TILE) if keep else ""
-    title = "every row sees every key" + ("" if edge or not keep else ", but for conditions on data")
+    title = "every row sees every key" + ("" if partial or not keep else ", but for conditions on data")
     return Sweep(
-        "some rows do not see some keys" if edge else title,
-        "full, end" if edge else "start, full",
-        edge,
+        "some rows do not see some keys" if partial else title,
+        "full, end" if partial else "start, full",
+        partial,
         inside.lines,
         score,
         kept,
@@ -167,8 +167,8 @@ def generate(spec: ScoreSpec) -> str:
     }
     symbols = all_symbols(indices, spec.attention, spec.wide)
     scale = constant_scale(spec.attention.score)
-    sweeps = [_sweep(spec.attention, symbols, captures, before, scale is None, edge) for edge in (False, True)]
-    (upper,) = walk(spec.attention.predicate).upper
+    sweeps = [_sweep(spec.attention, symbols, captures, before, scale is None, partial) for partial in (False, True)]
+    (upper,) = tile_ranges(spec.attention.predicate).upper
     one_row = replace(symbols["q"], axes=SCALAR, plain=False)
     first_bound, last_bound = (
         fold(upper, Source({**symbols, "q": replace(one_row, text=row)}, captures, bound_lines)).text

@@ -1,7 +1,7 @@
 """From a kernel's specialisation to its source file: a pure function, milliseconds, no device.
 
-The templates beside this file hold the kernels; what is filled in are expressions (``algebra``) and the walk over
-keys (``ranges``).
+The templates beside this file hold the kernels; what is filled in are expressions
+(``algebra``) and tile ranges (``ranges``).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from effattn.lowering.dialects.triton.terms import (
     all_symbols,
     tested_dims,
 )
-from effattn.lowering.iteration.tile_ranges import KeyWalk, key_conditions, walk
+from effattn.lowering.iteration.tile_ranges import TileRanges, key_conditions, tile_ranges
 from effattn.lowering.kernels import allowed_keys as allowed
 from effattn.lowering.kernels.range_source import Part, Ranges, flatten, position_offset, visits
 from effattn.lowering.kernels.spec import DTYPES, KernelSpec
@@ -57,7 +57,7 @@ class Sweep:
     """One loop over key tiles, as the template needs it."""
 
     title: str
-    edge: bool  # positions are tested
+    partial: bool  # positions are tested
     count: str
     before: list[str]
     steps: list[str]
@@ -90,7 +90,7 @@ def generate(spec: KernelSpec) -> str:
 
 def file_name(spec: KernelSpec, source: str) -> str:
     """A readable name that differs wherever the source differs: ``power_causal_bf16_d128_g4_ab12cd34.py``."""
-    keys = walk(spec.attention.rule)
+    keys = tile_ranges(spec.attention.rule)
     mask = "causal" if any(bound.has(expr.q) for bound in keys.upper) else "full"
     mask = "masked" if keys.residual != sympy.true else mask
     width = f"d{spec.head_dim}" + (f"x{spec.value_dim}" if spec.value_dim != spec.head_dim else "")
@@ -121,7 +121,7 @@ def parameters(spec: KernelSpec, kernel: str = "forward") -> list[Param]:
     if spec.kind == "decode":
         found += [Param(name, "*fp32") for name in ("parts", "parts_top", "parts_total")]
     if spec.kind == "listed":
-        found += [Param(name, "*i32") for name in ("order", "counts", "edges")]
+        found += [Param(name, "*i32") for name in ("kv_indices", "kv_num_blocks", "partial_blocks")]
     if spec.tiles.descriptors:
         for name, width in (("key_tiles", spec.block_d), ("value_tiles", spec.block_dv)):
             shape = f"1, 1, {spec.tiles.block_n}, {width}"
@@ -158,7 +158,7 @@ def _common_parameters(spec: KernelSpec) -> list[Param]:
 
 def key_condition(spec: KernelSpec) -> Any:
     """What is found out about keys before the main kernel starts; true: nothing."""
-    return key_conditions(walk(spec.attention.rule).residual)[0] if spec.key_ranges else sympy.true
+    return key_conditions(tile_ranges(spec.attention.rule).residual)[0] if spec.key_ranges else sympy.true
 
 
 def sizes_tested(attention: AttentionSpec) -> dict[str, list[int]]:
@@ -199,7 +199,7 @@ def kernel_constants(spec: KernelSpec) -> dict[str, int | bool]:
         "BLOCK_DV": spec.block_dv,
         "GROUPS": spec.groups,
     }
-    powers = walk(spec.attention.rule).powers
+    powers = tile_ranges(spec.attention.rule).powers
     if powers is not None and powers.block % spec.tiles.block_n == 0:
         found["LIST_TILES"] = powers.block // spec.tiles.block_n
     if spec.kind == "decode":
@@ -234,19 +234,19 @@ class Generator:
     def __init__(self, spec: KernelSpec):
         self.spec = spec
         self.attention = spec.attention
-        self.walk: KeyWalk = walk(self.attention.rule)
+        self.tile_ranges: TileRanges = tile_ranges(self.attention.rule)
         self.key_condition = key_condition(spec)
         self.allowed = self.key_condition != sympy.true
-        self.residual = key_conditions(self.walk.residual)[1] if self.allowed else self.walk.residual
+        self.residual = key_conditions(self.tile_ranges.residual)[1] if self.allowed else self.tile_ranges.residual
         self.captures = {load.name: load for load in self.attention.captures}
         self.early = Lines()  # before the rows of the tile are known: only scalars
         self.before = self.early.inner()  # before the loops
         self.scale = linear_scale(self.attention.score, spec)
         self.shift = ""
         self.offset = None
-        if self.walk.powers is not None:
+        if self.tile_ranges.powers is not None:
             rows = spec.tiles.block_m if spec.kind != "decode" else 1  # decode: kernels with a list take one row
-            self.offset = position_offset(self.walk.powers, rows, spec.tiles.block_n)
+            self.offset = position_offset(self.tile_ranges.powers, rows, spec.tiles.block_n)
 
     @property
     def may_mask(self) -> bool:
@@ -378,41 +378,41 @@ class Generator:
         listed = self.offset is not None
         split = self.spec.kind != "decode"
         found = visits(
-            self.walk, lambda bound, row: self.scalar_text(bound, self.before, row), listed, split, self.allowed
+            self.tile_ranges, lambda bound, row: self.scalar_text(bound, self.before, row), listed, split, self.allowed
         )
         lines = [*(allowed.SUMS if self.allowed else ()), *found.lines]
-        if listed and self.walk.choice:
-            powers = self.walk.powers
+        if listed and self.tile_ranges.choice:
+            powers = self.tile_ranges.powers
             assert powers is not None
             block = self.scalar_text(expr.FloorDiv(powers.position, powers.block), self.before, "first_row")
             lines.insert(0, f"position_block = {block}")
-        return Ranges(tuple(lines), found.full, found.edge)
+        return Ranges(tuple(lines), found.full, found.partial)
 
     def sweeps(self, ranges: Ranges) -> list[Sweep]:
         spec = self.spec
         found = []
         if spec.kind == "decode":
-            found.append(self.sweep("", ranges.edge, edge=True))
+            found.append(self.sweep("", ranges.partial, partial=True))
         else:
             title = "tiles in which every row keeps every key"
             if self.residual != sympy.true:
                 title = "tiles in which only conditions on data are tested"
             if ranges.full:
-                found.append(self.sweep(title, ranges.full, edge=False))
-            found.append(self.sweep("tiles on the edges: every condition is tested", ranges.edge, edge=True))
-            found[-1].stages = spec.tiles.edge_stages
+                found.append(self.sweep(title, ranges.full, partial=False))
+            found.append(self.sweep("partial tiles: every condition is tested", ranges.partial, partial=True))
+            found[-1].stages = spec.tiles.partial_stages
         return found
 
-    def sweep(self, title: str, parts: tuple[Part, ...], edge: bool) -> Sweep:
+    def sweep(self, title: str, parts: tuple[Part, ...], partial: bool) -> Sweep:
         before, steps, count = flatten(parts, "i")
         inside = self.before.inner()
-        algebra = Source(self.symbols(), self.captures, self.before, inside, key_mask="key_ok" if edge else "")
-        sweep = Sweep(title, edge, count, before, steps, lines=inside.lines)
+        algebra = Source(self.symbols(), self.captures, self.before, inside, key_mask="key_ok" if partial else "")
+        sweep = Sweep(title, partial, count, before, steps, lines=inside.lines)
         if self.scale is None:
             sweep.score = fold(self.attention.score, algebra).spread(TILE)
-        condition = self.attention.rule if edge else self.residual
+        condition = self.attention.rule if partial else self.residual
         keep = [] if condition == sympy.true else [fold(condition, algebra)]
-        if edge:
+        if partial:
             keep.append(Value("key_ok", frozenset("k"), "bool"))
         if keep:
             whole = reduce(lambda x, y: algebra.call("and", x, y), keep)

@@ -23,7 +23,7 @@ class Tiles:
     block_n: int
     warps: int
     stages: int
-    edge_stages: int = 0  # stages of the loop over boundary tiles; 0: as ``stages``
+    partial_stages: int = 0  # stages of the loop over boundary tiles; 0: as ``stages``
     heads_together: int = 0  # heads whose tiles start side by side; 0: groups whose keys fit in the L2 cache together
     descriptors: bool = False  # load keys and values through tensor descriptors (TMA); needs aligned strides
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from effattn.ir.plan import Plan
-from effattn.lowering.iteration.tile_ranges import walk
+from effattn.lowering.iteration.tile_ranges import tile_ranges
 from effattn.lowering.kernels.spec import MIN_TILE, Kind, Tiles, padded
 
 # On an H200 at D 128 causal attention was fastest with tiles of 128 x 64, 8 warps and 3 stages; 4 warps spill. On an
@@ -100,7 +100,7 @@ def mask_kind(plan: Plan) -> str:
     """ "list": blocks at power-of-two distances, that tiles of 128 divide; "band": rows keep no keys far behind."""
     if plan.sparsity.select is not None:
         return "list" if plan.sparsity.select.expand.unit % 128 == 0 else "small list"
-    keys = walk(plan.spec.rule)
+    keys = tile_ranges(plan.spec.rule)
     if keys.powers is not None:
         return "list" if keys.powers.block % 128 == 0 else "small list"
     return "band" if keys.lower or keys.near_lower else "dense"
@@ -120,7 +120,7 @@ def within_block(tiles: Tiles, block: int, unit: int) -> Tiles:
 
 def aligned(tiles: Tiles, plan: Plan) -> Tiles:
     """Tiles that divide the blocks of the plan's block list, if it has one."""
-    powers = walk(plan.spec.rule).powers
+    powers = tile_ranges(plan.spec.rule).powers
     if powers is None:
         return tiles
     divisor = powers.block & -powers.block

@@ -34,7 +34,7 @@ def check_recorded(view: GraphView, draft: Draft) -> None:
 
 
 def check_gradients(view: GraphView, draft: Draft) -> None:
-    """The op's gradient reaches query and key whenever they need one: the author's must do so too."""
+    """The op's gradient reaches query and key whenever they need one: the user's must do so too."""
     if not view.gradient_flows(view.time[draft.replaced]):
         return
     query, key, value = (view.held(operand.node).requires_grad for operand in (draft.query, draft.key, draft.value))

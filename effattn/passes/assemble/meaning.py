@@ -41,7 +41,7 @@ def meaning(view: GraphView, draft: Draft, layout: Layout) -> Meaning:
     """Score and mask of a draft taken apart; a note where fills stay in the score.
 
     Raises:
-        Refused: they cannot be, or not in a way that gives what the author's arithmetic gives.
+        Refused: they cannot be, or not in a way that gives what the user's arithmetic gives.
     """
     try:
         found = masks.split(draft.term)
@@ -70,7 +70,7 @@ def meaning(view: GraphView, draft: Draft, layout: Layout) -> Meaning:
             raise Refused(Why.ROWS_WITHOUT_KEYS, str(unclear), "use a boolean mask with SDPA") from unclear
         score, predicate, position = with_lengths(draft.term, layout), sympy.true, None
         empty = "zero" if draft.zero_when_empty else "nan"
-        draft.notes.append("a row may attend to nothing: the mask's fill values are added as the author adds them")
+        draft.notes.append("a row may attend to nothing: the mask's fill values are added as the user adds them")
     empty = _after_softmax(draft, layout, predicate, empty)
     return Meaning(score, predicate, position, empty, found.threshold)
 

@@ -90,7 +90,7 @@ def capture_names(score, predicate, captures: dict[str, CaptureSource]) -> dict[
 
 
 def own_names(roles: list[str], captures: list[CaptureSource]) -> tuple[str, ...]:
-    """The user's own names of captures that are used for ``roles``; the role where there is none, or one that misleads."""
+    """The user's own names of captures used for ``roles``; the role where there is none, or one that misleads."""
     taken: set[str] = {symbol.name for symbol in (*expr.INDICES, expr.s, Nq, Nk)}
     found: list[str] = []
     for role, source in zip(roles, captures, strict=True):

@@ -42,7 +42,7 @@ class Operand:
     picks: tuple[tuple[int, int], ...]
     groups: int
     factor: Any  # the constant that was multiplied in on the way
-    time: int  # when the author's code reads it
+    time: int  # when the user's code reads it
     folded: tuple[str, ...] = ()
     batch: Any = None  # what it is expanded to where all batches share it: an int, or (node, dimension)
     heads: int | None = None  # the same for heads
@@ -164,7 +164,7 @@ def _scaled(view: GraphView, reader: Reader, call: Call, index: Index):
 
 
 def _number(view: GraphView, reader: Reader, value: Any, time: int) -> Any:
-    """A factor that is a number, also one that the author's code holds in a tensor of no dimensions."""
+    """A factor that is a number, also one that the user's code holds in a tensor of no dimensions."""
     if not isinstance(value, fx.Node):
         return value
     tensor = view.tensor(value)
@@ -220,30 +220,30 @@ def _clean(view: GraphView, reader: Reader, node: fx.Node, index: Index, factor,
     return Operand(node, dims, tuple(picks), groups, factor, time, folded, some=tuple(some))
 
 
-def emit(graph: fx.Graph, operand: Operand, remember) -> fx.Node:
-    """Nodes that turn the operand into [B, H, N, D]; ``remember(node)`` records its fake value."""
+def emit(graph: fx.Graph, operand: Operand, annotate) -> fx.Node:
+    """Nodes that turn the operand into [B, H, N, D]; ``annotate(node)`` records its fake value."""
     node = operand.node
     batch, heads, length, depths = operand.dims
     keep = [*([] if batch is None else [batch]), *heads, length, *depths]
     for dim, first, step, count in operand.some:
         index = (*[slice(None)] * dim, slice(first, first + step * count, step))
-        node = remember(graph.call_function(operator.getitem, (node, index)))
+        node = annotate(graph.call_function(operator.getitem, (node, index)))
     for dim, position in sorted(operand.picks, reverse=True):
-        node = remember(graph.call_function(torch.select, (node, dim, position)))
+        node = annotate(graph.call_function(torch.select, (node, dim, position)))
         keep = [d - 1 if d > dim else d for d in keep]
     if keep != sorted(keep):
-        node = remember(graph.call_method("permute", (node, tuple(keep))))
+        node = annotate(graph.call_method("permute", (node, tuple(keep))))
     if batch is None:
-        node = remember(graph.call_method("unsqueeze", (node, 0)))
+        node = annotate(graph.call_method("unsqueeze", (node, 0)))
     if len(heads) > 1:
-        node = remember(graph.call_method("flatten", (node, 1, len(heads))))
+        node = annotate(graph.call_method("flatten", (node, 1, len(heads))))
     elif not heads:
-        node = remember(graph.call_method("unsqueeze", (node, 1)))
+        node = annotate(graph.call_method("unsqueeze", (node, 1)))
     if len(depths) > 1:
-        node = remember(graph.call_method("flatten", (node, 3)))
+        node = annotate(graph.call_method("flatten", (node, 3)))
     if operand.batch is None and operand.heads is None:
         return node
     sizes = [-1 if size is None else size for size in (operand.batch, operand.heads)]
     if isinstance(sizes[0], tuple):
-        sizes[0] = remember(graph.call_method("size", sizes[0]))
-    return remember(graph.call_method("expand", (node, *sizes, -1, -1)))
+        sizes[0] = annotate(graph.call_method("size", sizes[0]))
+    return annotate(graph.call_method("expand", (node, *sizes, -1, -1)))

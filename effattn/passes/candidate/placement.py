@@ -30,19 +30,19 @@ class Placement:
         changed = self.drops or self.heads or self.widths or self.merges or self.new
         return not changed and self.order == (0, 1, 2, 3)
 
-    def emit(self, graph: fx.Graph, node: fx.Node, remember) -> fx.Node:
+    def emit(self, graph: fx.Graph, node: fx.Node, annotate) -> fx.Node:
         for dim in self.drops:
-            node = remember(graph.call_function(torch.select, (node, dim, 0)))
+            node = annotate(graph.call_function(torch.select, (node, dim, 0)))
         if self.heads:
-            node = remember(graph.call_method("unflatten", (node, 1 - self.drops.count(0), self.heads)))
+            node = annotate(graph.call_method("unflatten", (node, 1 - self.drops.count(0), self.heads)))
         if self.widths:
-            node = remember(graph.call_method("unflatten", (node, -1, self.widths)))
+            node = annotate(graph.call_method("unflatten", (node, -1, self.widths)))
         if self.order != tuple(range(len(self.order))):
-            node = remember(graph.call_method("permute", (node, self.order)))
+            node = annotate(graph.call_method("permute", (node, self.order)))
         for dim in self.merges:
-            node = remember(graph.call_method("flatten", (node, dim, dim + 1)))
+            node = annotate(graph.call_method("flatten", (node, dim, dim + 1)))
         for dim in self.new:
-            node = remember(graph.call_method("unsqueeze", (node, dim)))
+            node = annotate(graph.call_method("unsqueeze", (node, dim)))
         return node
 
 

@@ -17,7 +17,7 @@ from effattn.passes.graph.provenance import code_line, location, module_path
 from effattn.passes.masks.split import FILL
 from effattn.passes.symbolic import CaptureSource, Reader
 
-FOUND_AS = "effattn_found_as"  # in a node's meta: what the author called, where a pass wrote the node
+FOUND_AS = "effattn_found_as"  # in a node's meta: what the user called, where a pass wrote the node
 
 
 @dataclass(frozen=True)

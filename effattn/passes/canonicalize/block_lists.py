@@ -28,14 +28,14 @@ class TabulateBlockLists(Pass):
     optional = True
 
     def apply(self, work: Compilation) -> bool:
-        self.tables = write_out(work.graph)
+        self.tables = decompose(work.graph)
         return bool(self.tables)
 
     def undo(self, work: Compilation) -> bool:
-        return settle(work.graph, self.tables)
+        return restore_unused(work.graph, self.tables)
 
 
-def write_out(graph: fx.Graph) -> list[fx.Node]:
+def decompose(graph: fx.Graph) -> list[fx.Node]:
     """Put a table before every call whose lists are inputs; the nodes that were put in."""
     tables: dict[tuple, fx.Node] = {}
     for node in list(graph.nodes):
@@ -58,7 +58,7 @@ def write_out(graph: fx.Graph) -> list[fx.Node]:
     return list(tables.values())
 
 
-def settle(graph: fx.Graph, tables: list[fx.Node]) -> bool:
+def restore_unused(graph: fx.Graph, tables: list[fx.Node]) -> bool:
     """Erase the tables that nobody reads after all."""
     unread = [table for table in tables if not table.users and table in set(graph.nodes)]
     for table in unread:

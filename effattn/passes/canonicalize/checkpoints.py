@@ -19,12 +19,12 @@ from effattn.passes.compilation import Compilation, Pass
 from effattn.passes.graph.insertion import REGION
 from effattn.passes.graph.view import CHECKPOINT
 
-SELECTIVE = "_checkpoint_context_fn"  # in the meta of a body: the author chose which operators are kept
+SELECTIVE = "_checkpoint_context_fn"  # in the meta of a body: the user chose which operators are kept
 
 
 @dataclass(frozen=True)
 class Region:
-    """One checkpoint as its author wrote it."""
+    """One checkpoint as the user wrote it."""
 
     number: int
     kwargs: dict[str, Any]
@@ -33,21 +33,21 @@ class Region:
 
 
 class InlineCheckpoints(Pass):
-    """Checkpoints are laid open, and made checkpoints again."""
+    """Checkpoints are inlined, and made checkpoints again."""
 
     name = "inline checkpoints"
     optional = True
 
     def apply(self, work: Compilation) -> bool:
-        self.regions = lay_open(work.gm)
+        self.regions = inline(work.gm)
         return bool(self.regions)
 
     def undo(self, work: Compilation) -> bool:
-        close(work.gm, self.regions)
+        outline(work.gm, self.regions)
         return bool(self.regions)
 
 
-def lay_open(gm: fx.GraphModule) -> list[Region]:
+def inline(gm: fx.GraphModule) -> list[Region]:
     """Replace every checkpoint by what it runs, in place; those that are not plain are left closed."""
     regions: list[Region] = []
     for node in list(gm.graph.nodes):
@@ -59,7 +59,7 @@ def lay_open(gm: fx.GraphModule) -> list[Region]:
     return regions
 
 
-def close(gm: fx.GraphModule, regions: list[Region]) -> None:
+def outline(gm: fx.GraphModule, regions: list[Region]) -> None:
     """Make the nodes of each region a checkpoint again, with all that was inserted between them.
 
     Raises:

@@ -1,6 +1,6 @@
 """Before matching: calls that hide a whole attention in one node are written out, and weights that nobody reads go.
 
-Everything else is left as the author wrote it: the vocabulary already gives every spelling one name.
+Everything else is left as the user wrote it: the vocabulary already gives every spelling one name.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from effattn.passes.graph.insertion import Inserter
 from effattn.passes.graph.view import GraphView
 
 
-def _write_out_softmin(write: Inserter, node: fx.Node) -> None:
+def _decompose_softmin(write: Inserter, node: fx.Node) -> None:
     """``softmin(x)`` is ``softmax(-x)``, in PyTorch too."""
     given = dict(zip(("input", "dim", "_stacklevel", "dtype"), node.args, strict=False)) | node.kwargs
     if not isinstance(given.get("dim"), int):
@@ -35,9 +35,9 @@ def _write_out_softmin(write: Inserter, node: fx.Node) -> None:
 
 # a function that Dynamo keeps whole -> what writes it out and gives its users the parts
 RULES: dict[Any, Callable[[Inserter, fx.Node], None]] = {
-    F.softmin: _write_out_softmin,
-    F.multi_head_attention_forward: multihead.write_out,
-    torch._transformer_encoder_layer_fwd: multihead.write_out_encoder_layer,
+    F.softmin: _decompose_softmin,
+    F.multi_head_attention_forward: multihead.decompose,
+    torch._transformer_encoder_layer_fwd: multihead.decompose_encoder_layer,
     torch._native_multi_head_attention: multihead.leave_native,
 }
 

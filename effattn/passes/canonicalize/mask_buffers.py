@@ -22,7 +22,7 @@ from effattn.passes.compilation import Compilation, Pass
 from effattn.passes.graph.insertion import Inserter
 from effattn.passes.graph.known_values import Known, Unknown
 from effattn.passes.graph.view import GraphView, as_sympy
-from effattn.runtime.ops.mask_tables import CHANGED, holds_triangle  # registers torch.ops.effattn.holds_triangle
+from effattn.runtime.ops.mask_tables import CHANGED, is_causal_buffer  # registers torch.ops.effattn.is_causal_buffer
 
 _FULL = slice(None)
 
@@ -55,17 +55,17 @@ class DecomposeMaskBuffers(Pass):
     optional = True
 
     def apply(self, work: Compilation) -> bool:
-        self.masks = write_out(work.view, work.inputs)
+        self.masks = decompose(work.view, work.inputs)
         return bool(self.masks)
 
     def undo(self, work: Compilation) -> bool:
-        settle(work.graph, self.masks, bool(work.taken))
+        restore_unused(work.graph, self.masks, bool(work.taken))
         if work.taken:
             work.outcome.assumed += assumed(work.graph, self.masks)
         return bool(self.masks)
 
 
-def write_out(view: GraphView, inputs: Sequence[Any]) -> list[WrittenOut]:
+def decompose(view: GraphView, inputs: Sequence[Any]) -> list[WrittenOut]:
     """Write out every part of a buffer with a triangle that the graph reads; ``view`` is stale if there is one."""
     buffers = [node for node in view.graph.nodes if node.op == "placeholder" and _may_be_mask(node)]
     known = Known(view, inputs)
@@ -115,7 +115,7 @@ def _write(
         if held.dim() > 2:
             mask = insert.call(operator.getitem, mask, (None,) * (held.dim() - 2))
         value = (float if held.dtype.is_floating_point else int)(triangle.inside), triangle.outside
-        op = torch.ops.effattn.holds_triangle.default
+        op = torch.ops.effattn.is_causal_buffer.default
         fits = insert.call(op, part, given, diagonal, value[0], type(value[0])(value[1]))
         check = insert.call(torch._assert_async, fits, CHANGED)
     for reader in readers:
@@ -123,7 +123,7 @@ def _write(
     return WrittenOut(buffer, triangle, part, mask, check, tuple(insert.nodes))
 
 
-def settle(graph: fx.Graph, written: list[WrittenOut], relied_on: bool) -> None:
+def restore_unused(graph: fx.Graph, written: list[WrittenOut], relied_on: bool) -> None:
     """Where the model still reads a mask, it reads its buffer again. Checks stay if some site was replaced."""
     present = set(graph.nodes)
     for one in written:
@@ -146,7 +146,7 @@ def assumed(graph: fx.Graph, written: list[WrittenOut]) -> list[Assumed]:
 def _assumed(buffer: fx.Node, triangle: Triangle, place: int) -> Assumed:
     def holds(*args: Any) -> bool:
         facts = (triangle.diagonal, triangle.inside, triangle.outside)
-        return bool(holds_triangle(args[place], None, *facts))
+        return bool(is_causal_buffer(args[place], None, *facts))
 
     name = getattr(buffer.meta["grapharg"].source, "index", None) or buffer.name
     return Assumed(f"a mask in a buffer ({name})", (place,), holds)
@@ -174,7 +174,7 @@ def _triangle(table: torch.Tensor) -> Triangle | None:
         return None
     first = int((table[0] == inside).sum())
     diagonal = first - 1 if first else -int((table[:, 0] == outside).sum())
-    fits = holds_triangle(table, None, diagonal, inside, outside)
+    fits = is_causal_buffer(table, None, diagonal, inside, outside)
     return Triangle(diagonal, inside, outside) if bool(fits) else None
 
 

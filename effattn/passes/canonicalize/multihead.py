@@ -43,7 +43,7 @@ _EXOTIC = {
 # -- F.multi_head_attention_forward -------------------------------------------------------------------------------
 
 
-def write_out(insert: Inserter, node: fx.Node) -> None:
+def decompose(insert: Inserter, node: fx.Node) -> None:
     """Replace the uses of a ``multi_head_attention_forward`` node by its parts.
 
     Raises:
@@ -183,7 +183,7 @@ def _softmax(insert: Inserter, query, key, value, mask: fx.Node | None) -> fx.No
 # -- the fused encoder layer ------------------------------------------------------------------------------------
 
 
-def write_out_encoder_layer(insert: Inserter, node: fx.Node) -> None:
+def decompose_encoder_layer(insert: Inserter, node: fx.Node) -> None:
     """Replace ``torch._transformer_encoder_layer_fwd``, the inference path of nn.TransformerEncoderLayer.
 
     Its masks hide where they are not zero, floating point ones too, and a row without keys is NaN.

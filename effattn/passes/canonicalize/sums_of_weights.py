@@ -42,7 +42,7 @@ class DistributeSums(Pass):
     optional = True
 
     def apply(self, work: Compilation) -> bool:
-        self.products = write_out(work.view)
+        self.products = decompose(work.view)
         return bool(self.products)
 
     def undo(self, work: Compilation) -> bool:
@@ -51,7 +51,7 @@ class DistributeSums(Pass):
         return False
 
 
-def write_out(view: GraphView) -> list[fx.Node]:
+def decompose(view: GraphView) -> list[fx.Node]:
     """Distribute every product of a sum of weights, in place; the nodes that have to become sites.
 
     A softmax that is still used after all is one of them: it then costs as much as it did. Where there are none, the
@@ -197,7 +197,7 @@ def _keeps_rows(view: GraphView, call: Call) -> bool:
 def _again(insert: Inserter, call: Call, source: fx.Node) -> fx.Node:
     """The same call of another tensor."""
     args, kwargs = fx.map_arg((call.node.args, call.node.kwargs), lambda n: source if n is call.get("input") else n)
-    return insert.remember(insert.graph.create_node(call.node.op, call.node.target, args, kwargs))
+    return insert.annotate(insert.graph.create_node(call.node.op, call.node.target, args, kwargs))
 
 
 def _moves(view: GraphView, node: fx.Node, time: int) -> bool:

@@ -29,7 +29,7 @@ def _name(node: fx.Node) -> str:
 
 
 def unused_batch_dims(graph: fx.Graph) -> list[fx.Node]:
-    """Inputs of a mask_mod under torch.vmap that it does not read: dead in the author's graph already."""
+    """Inputs of a mask_mod under torch.vmap that it does not read: dead in the user's graph already."""
     return [node for node in graph.nodes if _name(node) == "_add_batch_dim" and not node.users]
 
 

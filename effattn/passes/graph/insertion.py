@@ -19,7 +19,7 @@ PROVENANCE = ("nn_module_stack", "stack_trace", "source_fn_stack", "custom", REG
 
 
 class Inserter:
-    """Writes nodes at the graph's insertion point as if the author had written them where ``like`` stands.
+    """Writes nodes at the graph's insertion point as if the user had written them where ``like`` stands.
 
     Whoever inserts chooses the place with ``graph.inserting_before``.
     """
@@ -29,7 +29,7 @@ class Inserter:
         self.nodes: list[fx.Node] = []
         self.mode = fake_mode(like)
 
-    def remember(self, node: fx.Node) -> fx.Node:
+    def annotate(self, node: fx.Node) -> fx.Node:
         """Give a node that was just inserted its provenance and the value it has on fake tensors."""
         self.nodes.append(node)  # first: what raises here is undone too
         node.meta.update({key: self.like.meta[key] for key in PROVENANCE if key in self.like.meta})
@@ -39,10 +39,10 @@ class Inserter:
         return node
 
     def call(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
-        return self.remember(self.graph.call_function(target, args, kwargs))
+        return self.annotate(self.graph.call_function(target, args, kwargs))
 
     def method(self, name: str, *args: Any, **kwargs: Any) -> fx.Node:
-        return self.remember(self.graph.call_method(name, args, kwargs))
+        return self.annotate(self.graph.call_method(name, args, kwargs))
 
     def undo(self) -> None:
         """Erase everything that was inserted; nothing else may use it."""

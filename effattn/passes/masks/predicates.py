@@ -52,7 +52,7 @@ def _oriented(atom):
         return atom
     loads = expr.loads_of(difference)
     if loads and not difference.xreplace(dict.fromkeys(loads, sympy.Integer(0))).has(k):
-        # data may be as large as its type, and a sum that the author does not compute may wrap around
+        # data may be as large as its type, and a sum that the user does not compute may wrap around
         return atom if isinstance(atom, (sympy.Le, sympy.Lt)) else atom.reversed
     if (distance := _distance(difference)) is not None:
         inside, sign, rest = distance

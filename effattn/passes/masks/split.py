@@ -1,11 +1,11 @@
 """From one expression for the scores to a score, a predicate, and what stands at masked keys.
 
 Masks come as ``where(allowed, s, fill)``, as an added ``where(allowed, 0, fill)``, or several of both; the fill is
--inf, the most negative float, or another large negative number. Splitting keeps what the author wrote where the
+-inf, the most negative float, or another large negative number. Splitting keeps what the user wrote where the
 difference shows: in rows that may attend to nothing.
 
 What counts is what reaches the softmax: a fill that is divided afterwards, or stands beside scores that may be as low
-as itself, hides nothing for certain. It stays in the score as the author computes it.
+as itself, hides nothing for certain. It stays in the score as the user computes it.
 """
 
 from __future__ import annotations
@@ -226,7 +226,7 @@ def in_float32(factor, number) -> bool:
 
 
 def empty_rows(found: Split, layout: Layout, *, sdpa: bool, dtype: str, data: frozenset[str]) -> EmptyRows:
-    """What a row that may attend to nothing yields, as the author wrote it.
+    """What a row that may attend to nothing yields, as the user wrote it.
 
     Args:
         sdpa: SDPA gives 0 for a row without keys, a softmax of -inf gives NaN.
@@ -234,7 +234,7 @@ def empty_rows(found: Split, layout: Layout, *, sdpa: bool, dtype: str, data: fr
         data: names of captures that may mask keys as well: an additive mask that the caller passes.
 
     Raises:
-        Unclear: such rows can occur and the author's arithmetic on them cannot be reproduced.
+        Unclear: such rows can occur and the user's arithmetic on them cannot be reproduced.
     """
     nothing: EmptyRows = "zero" if sdpa else "nan"
     masks_by_data = any(load.name in data for load in expr.loads_of(found.score)) or may_be_infinite(found.score)
@@ -248,14 +248,14 @@ def empty_rows(found: Split, layout: Layout, *, sdpa: bool, dtype: str, data: fr
         if len(values) == 1 and all(fill.replaces or _absorbs(fill.value, dtype) for fill in found.fills):
             return "mean"
     raise Unclear(
-        "a row may attend to nothing, and what the author's fill values then give depends on rounding "
+        "a row may attend to nothing, and what the user's fill values then give depends on rounding "
         f"(fills: {', '.join(sorted(map(_spelled, found.fills)))}, scores in {dtype}"
         + (", and data is added that may mask too)" if masks_by_data else ")")
     )
 
 
 def may_stay_in_score(found: Split, term, dtype: str) -> bool:
-    """Whether a kernel that computes ``term`` as it stands, fills and all, gives what the author's code gives.
+    """Whether a kernel that computes ``term`` as it stands, fills and all, gives what the user's code gives.
 
     A fill that takes up any score leaves nothing to rounding, and two that are low enough are -inf in bfloat16 too.
     """

@@ -244,7 +244,7 @@ def scores_at(
 ):
     """The scores at ``index`` with s for the product, and the product's own index.
 
-    ``mask_is_data``: what is added last is read as the tensor that it is, so that it is added as the author adds it.
+    ``mask_is_data``: what is added last is read as the tensor that it is, so that it is added as the user adds it.
     """
     reading = _with_data_added(view, reader, scores, time) if mask_is_data else reader.read(scores, time)
     term = reading.at(index)

@@ -41,7 +41,7 @@ class Scores:
     node: fx.Node
     time: int
     sink: CaptureSource | float | None = None
-    shifted: bool = False  # the largest was taken off by the author
+    shifted: bool = False  # the largest was taken off by the user
     columns: Columns | None = None  # the sinks that stand beside the scores, whose weights have to be dropped
     nan_rows: bool = False  # a row without keys is NaN in spite of the sink
 

@@ -1,4 +1,4 @@
-"""What was left alone stays as its author wrote it: Inductor's patterns of attention pass it by.
+"""What was left alone stays as the user wrote it: Inductor's patterns of attention pass it by.
 
 They look for a product, a softmax and a product, and do not ask over which dimension the softmax goes, how the key was
 turned, or what a row without keys gets: what effattn refuses for such a reason they replace all the same. A dimension

@@ -1,4 +1,4 @@
-"""Linear attention into the graph: the op, with its decay computed from what the author's code computes it from."""
+"""Linear attention into the graph: the op, with its decay computed from what the user's code computes it from."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def _pairs(writer: Writer, one: LinearMatch, target: str | None, known: Known) -
     anchors, rate = one.match.anchors, _rate(writer, one)
     if one.loop is not None:
         return loop_ops(writer, one, one.loop, checked_rate(writer, one.loop, rate, known), target)
-    return [(anchors.replaced, anchors.placement.emit(writer.graph, _op(writer, one, rate, target), writer.remember))]
+    return [(anchors.replaced, anchors.placement.emit(writer.graph, _op(writer, one, rate, target), writer.annotate))]
 
 
 def _fits(one: LinearMatch) -> Callable[[torch.Tensor, torch.Tensor], bool]:
@@ -79,7 +79,7 @@ def _op(writer: Writer, one: LinearMatch, rate: fx.Node | None, target: str | No
 
 
 def _rate(writer: Writer, one: LinearMatch) -> fx.Node | None:
-    """The logarithm of each head's decay, [H] float32, as nodes that read the author's own tensors."""
+    """The logarithm of each head's decay, [H] float32, as nodes that read the user's own tensors."""
     if one.term.rate is None:
         return None
     site, anchors = one.match.site, one.match.anchors

@@ -1,4 +1,4 @@
-"""Memory order of what replaces a node: the author's code may rely on it, with ``view`` for one."""
+"""Memory order of what replaces a node: the user's code may rely on it, with ``view`` for one."""
 
 from __future__ import annotations
 

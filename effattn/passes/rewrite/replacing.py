@@ -97,7 +97,7 @@ class Writer(Inserter):
 
     def operand(self, operand: Operand, dtype: torch.dtype) -> fx.Node:
         """Query, key or value as [B, H, N, D] in the dtype of the result (autocast may have cast it)."""
-        node = emit(self.graph, replace(operand, node=self.now(operand.node)), self.remember)
+        node = emit(self.graph, replace(operand, node=self.now(operand.node)), self.annotate)
         return node if node.meta["example_value"].dtype == dtype else self.method("to", node, dtype)
 
     def load(self, source: CaptureSource, time: int) -> fx.Node:
@@ -106,7 +106,7 @@ class Writer(Inserter):
 
 
 class SavedCaptures:
-    """Loads as the author's code read them. Where memory is written in between, a copy is taken before the write."""
+    """Loads as the user's code read them. Where memory is written in between, a copy is taken before the write."""
 
     def __init__(self, view: GraphView):
         self.view = view

@@ -54,7 +54,7 @@ def _pairs(writer: Writer, choice: Choice) -> list[tuple[fx.Node, fx.Node]]:
     """(node, replacement) for what a site computes."""
     anchors = choice.match.anchors
     result = _result(writer, choice)
-    pairs = [(anchors.replaced, anchors.placement.emit(writer.graph, result, writer.remember))]
+    pairs = [(anchors.replaced, anchors.placement.emit(writer.graph, result, writer.annotate))]
     if anchors.lse is not None:
         pairs.append((anchors.lse, _lse(writer, result)))
     return pairs

@@ -19,7 +19,7 @@ _HALF = (torch.float16, torch.bfloat16)
 class DecayReader(Reader):
     """Reads ``gamma ** (i - j)``, and a finished mask of decay cast to half precision as it was before.
 
-    The weights are then more exact than the author's, as scores are elsewhere. Positions that are rounded stay data.
+    The weights are then more exact than the user's, as scores are elsewhere. Positions that are rounded stay data.
     """
 
     def _define(self, node: fx.Node) -> Reading | None:

@@ -99,8 +99,8 @@ def pointwise(reader: Reader, call: Call, shape, names: tuple[str, ...], functio
 def exact(reader: Reader, value, dtype: torch.dtype):
     """``value`` if computing it in ``dtype`` loses nothing that a reading would keep, and the other way round.
 
-    Scores may be computed more exactly than the author does. A bias or position in half precision may not: rounding
-    moves whole columns of a mask, so such a tensor stays what the author's code makes of it. And a reading of
+    Scores may be computed more exactly than the user does. A bias or position in half precision may not: rounding
+    moves whole columns of a mask, so such a tensor stays what the user's code makes of it. And a reading of
     ``(1 - mask) * -1e4`` would be ``-1e4 + 1e4 * mask``, in which a score loses its last digits.
 
     Raises:

@@ -1,6 +1,6 @@
 """Readers of functions of one number, powers, and short sums of products.
 
-Of scores they are read wherever they stand. Of data and positions alone they are computed once, as the author's code
+Of scores they are read wherever they stand. Of data and positions alone they are computed once, as the user's code
 does, unless the reader is one of a mod, in which nothing can stay data.
 """
 

@@ -43,7 +43,7 @@ class Reading:
 
 @dataclass(frozen=True)
 class CaptureSource:
-    """Where a named load gets its tensor: a node, and the time at which the author's code reads it."""
+    """Where a named load gets its tensor: a node, and the time at which the user's code reads it."""
 
     node: fx.Node
     time: int
@@ -286,7 +286,7 @@ class Reader:
         return None if source is None else self.view.held(source.node).dtype
 
     def computes_in(self, dtype: torch.dtype, *values: Any) -> torch.dtype:
-        """The type in which the author's code computes with ``values``, where the graph says ``dtype``."""
+        """The type in which the user's code computes with ``values``, where the graph says ``dtype``."""
         return dtype
 
     def grouped(self, value):

@@ -1,10 +1,10 @@
-"""Whether whole numbers are the same in the types in which the author's code computes them.
+"""Whether whole numbers are the same in the types in which the user's code computes them.
 
 A reading is exact. Code that computes in 32 bits wraps around, and floats round what they cannot count; where either
-may happen, a value stays what the author's code makes of it.
+may happen, a value stays what the user's code makes of it.
 
 Taken for granted: symbolic lengths below 2**22, and data of 64 bits small enough to be multiplied and added. Where it
-is not, both the author's code and ours wrap around at 2**64.
+is not, both the user's code and ours wrap around at 2**64.
 """
 
 from __future__ import annotations

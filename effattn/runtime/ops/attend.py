@@ -145,7 +145,7 @@ def _setup_context(ctx, inputs, output) -> None:
         names = [spec.name for spec, load in zip(decoded.spec.captures, captures, strict=True) if load.requires_grad]
         raise NoGradient(
             f"effattn::attend has no gradient for the data that a mask or score reads, and {', '.join(names)} requires "
-            "one (a learned bias?); detach it, or keep this attention as its author wrote it"
+            "one (a learned bias?); detach it, or keep this attention as the user wrote it"
         )
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(query, key, value, *output, *captures)

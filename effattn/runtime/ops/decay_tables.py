@@ -24,7 +24,7 @@ from effattn.runtime.ops.registry import Op, register
 SCHEMA = "(Tensor log_decay, Tensor[] rising, Tensor[] falling, Tensor[] triangles) -> Tensor"
 _CHANGED = (
     "the decay tables of a linear attention are no longer powers of one rate per head, as they were when it was "
-    "compiled: call torch._dynamo.reset(), and the model runs as its author wrote it"
+    "compiled: call torch._dynamo.reset(), and the model runs as the user wrote it"
 )
 _OF_EXP = 2 * torch.finfo(torch.float32).eps  # what a device's exp() may be off by
 
@@ -87,7 +87,7 @@ def _bounds(exponent: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 def _setup_context(ctx, inputs, output) -> None:
     if inputs[0].requires_grad or any(table.requires_grad for tables in inputs[1:] for table in tables):
-        raise NoGradient("effattn::checked_decay has no gradient: a decay that is learned is left to its author's code")
+        raise NoGradient("effattn::checked_decay has no gradient: a decay that is learned is left to its user's code")
 
 
 def _no_gradient(ctx, *grads):

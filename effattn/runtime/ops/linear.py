@@ -267,7 +267,7 @@ def _setup_context(ctx, inputs, output) -> None:
     if log_decay is not None and log_decay.requires_grad:
         raise NoGradient(
             "effattn::linear has no gradient for decay, and log_decay requires one (a learned decay?); detach it, or "
-            "keep this attention as its author wrote it"
+            "keep this attention as the user wrote it"
         )
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(query, key, value, log_decay, state, output[0])

@@ -1,6 +1,6 @@
 """Masks that a model keeps as buffers: whether they hold the triangle that they held when the model was compiled.
 
-    holds_triangle(table, rows, diagonal, inside, outside) -> bool, 0-d
+    is_causal_buffer(table, rows, diagonal, inside, outside) -> bool, 0-d
 
 ``table`` is [..., R, C]; row r holds ``inside`` up to column ``rows[r] + diagonal`` and ``outside`` beyond. Buffers
 can be written at any time, so it is looked at in every call, in the part that the call reads, without waiting for the
@@ -22,7 +22,7 @@ CHANGED = (
 _AT_ONCE = 1 << 24  # elements that are compared together
 
 
-def holds_triangle(table: Tensor, rows: Tensor | None, diagonal: int, inside: float, outside: float) -> Tensor:
+def is_causal_buffer(table: Tensor, rows: Tensor | None, diagonal: int, inside: float, outside: float) -> Tensor:
     """Whether every row is ``inside`` up to its last column and ``outside`` beyond; a 0-d boolean."""
     height, width = table.shape[-2:]
     place = torch.arange(height, device=table.device) if rows is None else rows.to(table.device)
@@ -44,5 +44,5 @@ def _no_gradient(ctx, *grads):
     return None, None, None, None, None
 
 
-OPS = {"holds_triangle": Op(SCHEMA, holds_triangle, _fake, _no_gradient)}
+OPS = {"is_causal_buffer": Op(SCHEMA, is_causal_buffer, _fake, _no_gradient)}
 _LIBRARY = register(OPS) or globals().get("_LIBRARY")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from effattn.ir.selector import Coverage, Pick, Share, Tokens
+from effattn.ir.selector import Pick, Tokens, TopFraction, TopP
 from effattn.runtime.selection.places import Places
 
 FORCED = 3.0e38  # above every score, below the infinity of a block's own units
@@ -41,16 +41,16 @@ def budget_units(pick: Pick, unit: int, k_len: int) -> int:
     budget = pick.budget
     if isinstance(budget, Tokens):
         return -(-budget.tokens // unit)
-    assert isinstance(budget, Share)
+    assert isinstance(budget, TopFraction)
     units = -(-k_len // unit)
     return max(int(budget.share * units), -(-budget.least // unit), 1)
 
 
-def covering_units(coverage: Coverage, unit: int, mass: Tensor) -> Tensor:
+def top_p_units(top_p: TopP, unit: int, mass: Tensor) -> Tensor:
     """How many units hold ``gamma`` of each head's mass: int64 [B, H, 1] from [B, H, 1, U]."""
     best = mass.sort(dim=-1, descending=True).values.cumsum(dim=-1)
-    needed = (best < coverage.gamma * best[..., -1:]).sum(dim=-1) + 1
-    return needed.clamp(min=-(-coverage.least // unit), max=mass.shape[-1])
+    needed = (best < top_p.gamma * best[..., -1:]).sum(dim=-1) + 1
+    return needed.clamp(min=-(-top_p.least // unit), max=mass.shape[-1])
 
 
 def counts(budget: Tensor | int, pick: Pick, unit: int, places: Places) -> Tensor:
@@ -58,7 +58,7 @@ def counts(budget: Tensor | int, pick: Pick, unit: int, places: Places) -> Tenso
     sinks, local = pick.forced_units(unit)
     of_sinks = places.first.clamp(max=sinks)
     recent = torch.maximum(places.last + 1 - local, of_sinks)
-    least = places.edges + of_sinks + (places.first - recent).clamp(min=0)
+    least = places.own + of_sinks + (places.first - recent).clamp(min=0)
     wanted = least.clamp(min=budget) if isinstance(budget, int) else torch.maximum(least, budget)
     return torch.minimum(wanted, places.eligible).to(torch.int32)
 
@@ -76,6 +76,6 @@ def choose_into(
     order[:, :, rows] = ranked(scores, own, near, here.last)[..., : order.shape[3]]
 
 
-def covering_counts(coverage: Coverage, mass: Tensor, pick: Pick, unit: int, places: Places) -> Tensor:
+def top_p_counts(top_p: TopP, mass: Tensor, pick: Pick, unit: int, places: Places) -> Tensor:
     """Units that each head visits in every query block: int32 [B, Hq, M], from its mass [B, Hq, 1, U]."""
-    return counts(covering_units(coverage, unit, mass), pick, unit, places)
+    return counts(top_p_units(top_p, unit, mass), pick, unit, places)

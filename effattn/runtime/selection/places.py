@@ -11,14 +11,14 @@ from torch import Tensor
 
 from effattn.ir.attention import AttentionSpec
 from effattn.ir.plan import Plan
-from effattn.lowering.iteration.tile_ranges import walk
+from effattn.lowering.iteration.tile_ranges import tile_ranges
 from effattn.runtime.algebra import bindings, evaluate
 
 
 @lru_cache(maxsize=4096)
 def position_of(spec: AttentionSpec) -> sympy.Expr:
     """Absolute index of row q among the keys, from the causal condition ``k <= position``."""
-    (upper,) = walk(spec.predicate).upper
+    (upper,) = tile_ranges(spec.predicate).upper
     return sympy.expand(upper - 1)
 
 
@@ -36,7 +36,7 @@ class Places:
     units: int
 
     @property
-    def edges(self) -> Tensor:
+    def own(self) -> Tensor:
         """Units that hold a position of the block: int64 [M]."""
         return self.last - self.first + 1
 
@@ -50,7 +50,7 @@ class Places:
         first, last = self.first[rows], self.last[rows]
         return Places(first, last, first.shape[0], self.units)
 
-    def most_edges(self, block: int, unit: int) -> int:
+    def most_own(self, block: int, unit: int) -> int:
         return min((block - 1) // unit + 2, self.units)
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from effattn.ir.plan import Plan
-from effattn.ir.selector import Chunks, Coverage, Mean, Trained
+from effattn.ir.selector import Chunks, Mean, TopP, Trained
 from effattn.runtime.algebra import bindings
 from effattn.runtime.selection import chunks as chunked
 from effattn.runtime.selection.block_list import BlockList
@@ -43,7 +43,7 @@ def select(
         order, count = _tokens(plan, query, key, given, places)
     else:
         order, count = _units(plan, query, key, given, places, _steps(target))
-    return BlockList(order, count.contiguous(), places.edges.to(torch.int32), expand.block, expand.unit)
+    return BlockList(order, count.contiguous(), places.own.to(torch.int32), expand.block, expand.unit)
 
 
 def _steps(target: str) -> Any:
@@ -63,16 +63,16 @@ def _units(plan: Plan, query: Tensor, key: Tensor, given: tuple, places: Places,
     pick, unit = selector.pick, selector.expand.unit
     scorer = steps.Scorer(plan, selector.score, selector.reduce, query, key, *given)
     of_last: Tensor | None = None
-    if isinstance(pick.budget, Coverage):
+    if isinstance(pick.budget, TopP):
         mass = steps.Scorer(plan, pick.budget.score, pick.budget.reduce, query, key, *given).of(0, 1)
-        count = steps.covering_counts(pick.budget, mass, pick, unit, places)
+        count = steps.top_p_counts(pick.budget, mass, pick, unit, places)
         width = places.units  # heads differ in how much they take of one list
         if pick.budget.ranks_last:
             of_last = mass.squeeze(2).unflatten(1, (scorer.lists, -1)).amax(2)
     else:
         budget = budget_units(pick, unit, key.shape[2])
         count = counts(budget, pick, unit, places).expand(query.shape[0], scorer.lists, -1).contiguous()
-        forced = places.most_edges(selector.expand.block, unit) + sum(pick.forced_units(unit))
+        forced = places.most_own(selector.expand.block, unit) + sum(pick.forced_units(unit))
         width = min(places.units, max(budget, forced))
     shape = (query.shape[0], scorer.lists, places.blocks, width)
     order = torch.empty(shape, dtype=torch.int32, device=query.device)

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from effattn.ir.plan import Plan
-from effattn.ir.selector import Coverage, Every, Last, Pick, Reduce, Score
+from effattn.ir.selector import Last, Pick, Reduce, Score, Strided, TopP
 from effattn.lowering.kernels import pick as pick_source
 from effattn.lowering.kernels import score as score_source
 from effattn.lowering.kernels.score import ScoreSpec
 from effattn.runtime import kernels
-from effattn.runtime.launching import Calls, Known, facts, far, tf32, width
+from effattn.runtime.launching import Known, LaunchCache, far, tensor_key, tf32, width
 from effattn.runtime.selection import portable_steps as portable
 from effattn.runtime.selection.places import Places
 from effattn.runtime.selection.vectors import vectors
@@ -42,8 +42,8 @@ class Scorer(portable.Scorer):
         query, key = vectors(self.query, self.score.query, self.pooled), self.key
         batch, lists, rows, head_dim = query.shape
         tail = isinstance(self.score.query, Last)
-        q_stride = self.score.query.stride if isinstance(self.score.query, Every) else 1
-        k_stride = self.score.key.stride if isinstance(self.score.key, Every) else 1
+        q_stride = self.score.query.stride if isinstance(self.score.query, Strided) else 1
+        k_stride = self.score.key.stride if isinstance(self.score.key, Strided) else 1
         height = self.expand.block // q_stride
         row_tiles = -(-rows // score_source.TILE_SIDE[16]) * batch * lists
         spec = ScoreSpec(
@@ -73,8 +73,8 @@ class Scorer(portable.Scorer):
             sizes = (row_start, divisor, self.q_len, self.k_len)
             return out, call.launch(query, key, out, *sizes, *self.given, call.known)
 
-        known_by = (spec, *map(facts, (query, key, *captures)), *map(width, scalars))
-        return _CALLS.run(known_by, lambda: _Call(_score_module(spec).launch), started)
+        launch_key = (spec, *map(tensor_key, (query, key, *captures)), *map(width, scalars))
+        return _CALLS.run(launch_key, lambda: _Call(_score_module(spec).launch), started)
 
 
 def splits_for(row_tiles: int, key_vectors: int) -> int:
@@ -91,7 +91,7 @@ class _Call:
     known: Known | None = None
 
 
-_CALLS = Calls()
+_CALLS = LaunchCache()
 
 
 @lru_cache(maxsize=256)
@@ -123,18 +123,18 @@ def choose_into(
     module.choose[grid](scores.contiguous(), count, order, firsts, lasts, *sizes, width, sharing, **module.OPTIONS)
 
 
-def covering_counts(coverage: Coverage, mass: Tensor, pick: Pick, unit: int, places: Places) -> Tensor:
+def top_p_counts(top_p: TopP, mass: Tensor, pick: Pick, unit: int, places: Places) -> Tensor:
     """Units that each head visits in every query block: int32 [B, Hq, M], from its mass [B, Hq, 1, U]."""
     batch, heads, _, units = mass.shape
     if units > pick_source.WIDEST:
-        return portable.covering_counts(coverage, mass, pick, unit, places)
+        return portable.top_p_counts(top_p, mass, pick, unit, places)
     width = pick_source.width_for(units)
     module = _pick_module(width)
     found = torch.empty((batch, heads, places.blocks), dtype=torch.int32, device=mass.device)
     firsts, lasts = places.first.to(torch.int32), places.last.to(torch.int32)
     sinks, local = pick.forced_units(unit)
-    least = -(-coverage.least // unit)
+    least = -(-top_p.least // unit)
     module.cover[(batch * heads,)](
-        mass, found, firsts, lasts, places.blocks, units, coverage.gamma, least, sinks, local, width, **module.OPTIONS
+        mass, found, firsts, lasts, places.blocks, units, top_p.gamma, least, sinks, local, width, **module.OPTIONS
     )
     return found

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from effattn.ir.selector import Every, Last, Mean, Piece
+from effattn.ir.selector import Last, Mean, Piece, Strided
 
 
 def pool_heads(tensor: Tensor, lists: int) -> Tensor:
@@ -21,14 +21,14 @@ def pool_heads(tensor: Tensor, lists: int) -> Tensor:
 
 def vectors(tensor: Tensor, piece: Piece, lists: int) -> Tensor:
     """[B, H, N, D] as [B, L, R, D]: what :func:`take` names of pooled heads; only tokens that are scored are pooled."""
-    if isinstance(piece, Every | Last):
+    if isinstance(piece, Strided | Last):
         return pool_heads(take(tensor, piece), lists)
     return take(pool_heads(tensor, lists), piece)
 
 
 def take(tensor: Tensor, piece: Piece) -> Tensor:
     """[B, L, N, D] as [B, L, R, D]: the vectors that a piece of a score names."""
-    if isinstance(piece, Every):
+    if isinstance(piece, Strided):
         return tensor[:, :, :: piece.stride]
     if isinstance(piece, Last):
         return tensor[:, :, max(tensor.shape[2] - piece.size, 0) :]
@@ -39,7 +39,7 @@ def take(tensor: Tensor, piece: Piece) -> Tensor:
 def indices(length: int, piece: Piece, device: torch.device) -> Tensor:
     """Which rows or keys the vectors of :func:`take` are: int64 [R]."""
     start = max(length - piece.size, 0) if isinstance(piece, Last) else 0
-    return torch.arange(start, length, piece.stride if isinstance(piece, Every) else 1, device=device)
+    return torch.arange(start, length, piece.stride if isinstance(piece, Strided) else 1, device=device)
 
 
 def block_means(tensor: Tensor, piece: Mean) -> Tensor:

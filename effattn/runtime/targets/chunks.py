@@ -1,9 +1,9 @@
 """Which keys each chunk of rows visits, and which of them without asking the predicate.
 
-Works on the host from a :class:`~effattn.lowering.iteration.tile_ranges.KeyWalk`: a chunk of rows gets sorted runs of
-keys, each *full* (every row of every batch and head keeps every key of it, as far as structure goes) or not. Data that
-bounds depend on is read only if it lies in host memory; elsewhere the bound is taken as unknown, so nothing ever waits
-for a device.
+Works on the host from a :class:`~effattn.lowering.iteration.tile_ranges.TileRanges`: a chunk of rows gets sorted runs
+of keys, each *full* (every row of every batch and head keeps every key of it, as far as structure goes) or not. Data
+that bounds depend on is read only if it lies in host memory; elsewhere the bound is taken as unknown, so nothing ever
+waits for a device.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from effattn.ir import expr
-from effattn.lowering.iteration.tile_ranges import KeyWalk, walk
+from effattn.lowering.iteration.tile_ranges import TileRanges, tile_ranges
 from effattn.runtime.algebra import evaluate, evaluate_integer
 
 Interval = tuple[int, int]
@@ -61,8 +61,8 @@ def depends_on_head(term: Any) -> bool:
 
 
 @lru_cache(maxsize=4096)
-def walk_of(rule: Any) -> KeyWalk:
-    return walk(rule)
+def tile_ranges_of(rule: Any) -> TileRanges:
+    return tile_ranges(rule)
 
 
 class Walker:
@@ -77,7 +77,7 @@ class Walker:
     ):
         """``shape`` is (B, Hq, Nq, Nk); ``symbols`` holds the scalars, ``captures`` the tensors that the rule names."""
         batch, heads, self.q_len, self.k_len = shape
-        self.walk = walk_of(rule)
+        self.tile_ranges = tile_ranges_of(rule)
         self.captures = captures
         self.symbols = {
             **symbols,
@@ -92,19 +92,19 @@ class Walker:
         start = 0
         while start < self.q_len:
             stop = min(start + rows, self.q_len)
-            if self.walk.powers is not None:
-                position = self._at(self.walk.powers.position, start)
+            if self.tile_ranges.powers is not None:
+                position = self._at(self.tile_ranges.powers.position, start)
                 if position is not None:
-                    step = max(rows // self.walk.powers.block, 1) * self.walk.powers.block
+                    step = max(rows // self.tile_ranges.powers.block, 1) * self.tile_ranges.powers.block
                     stop = min(start + step - position[0] % step, stop)
             yield Chunk(start, stop, self.runs(start, stop))
             start = stop
 
     def runs(self, start: int, stop: int) -> tuple[Run, ...]:
         """The keys that rows ``start <= q < stop`` visit."""
-        walk, first, last = self.walk, start, stop - 1
-        needed, full = self._band(walk.lower, walk.upper, first, last)
-        if not walk.choice:
+        ranges, first, last = self.tile_ranges, start, stop - 1
+        needed, full = self._band(ranges.lower, ranges.upper, first, last)
+        if not ranges.choice:
             visited, sure = [needed], [full]
         else:
             visited, sure = [], []
@@ -118,16 +118,16 @@ class Walker:
 
     def _choices(self, first: int, last: int) -> Iterator[tuple[list[Interval], list[Interval]]]:
         """For each alternative of the choice: intervals that some row may keep, and that all rows keep."""
-        walk = self.walk
-        if walk.near_lower is not None:
-            needed, full = self._band(walk.near_lower, walk.near_upper, first, last)
+        ranges = self.tile_ranges
+        if ranges.near_lower is not None:
+            needed, full = self._band(ranges.near_lower, ranges.near_upper, first, last)
             yield [needed], [full]
-        if walk.prefix is not None:
-            needed, full = self._band((), (walk.prefix,), first, last)
+        if ranges.prefix is not None:
+            needed, full = self._band((), (ranges.prefix,), first, last)
             yield [needed], [full]
-        if walk.powers is not None:
-            block = walk.powers.block
-            low, high = self._at(walk.powers.position, first), self._at(walk.powers.position, last)
+        if ranges.powers is not None:
+            block = ranges.powers.block
+            low, high = self._at(ranges.powers.position, first), self._at(ranges.powers.position, last)
             if low is None or high is None:
                 yield [(0, self.k_len)], []
                 return

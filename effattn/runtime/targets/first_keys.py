@@ -10,7 +10,7 @@ from torch import Tensor
 
 from effattn.ir.expr import FIRST_KEY
 from effattn.ir.plan import Plan
-from effattn.lowering.iteration.tile_ranges import key_conditions, walk
+from effattn.lowering.iteration.tile_ranges import key_conditions, tile_ranges
 from effattn.runtime.algebra import bindings, evaluate
 
 
@@ -31,7 +31,7 @@ def with_first_keys(
         "b": torch.arange(batch, device=device)[:, None],
         "k": torch.arange(k_len, device=device),
     }
-    condition, _ = key_conditions(walk(plan.spec.predicate).residual)
+    condition, _ = key_conditions(tile_ranges(plan.spec.predicate).residual)
     allowed = torch.as_tensor(evaluate(condition, symbols, tensors, torch.float32, device), device=device)
     return [*captures, first_keys(allowed.to(torch.bool).expand(batch, k_len))]
 

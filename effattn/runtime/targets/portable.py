@@ -13,7 +13,7 @@ from torch import Tensor
 from effattn.ir.attention import AttentionSpec
 from effattn.ir.plan import Plan
 from effattn.runtime.algebra import Span, bindings, evaluate
-from effattn.runtime.targets.chunks import Chunk, Walker, walk_of
+from effattn.runtime.targets.chunks import Chunk, Walker, tile_ranges_of
 from effattn.runtime.targets.sdpa import scale_and_bias, widened_for_lse
 
 SCORES = 2**24  # most elements of the blocks of scores that are alive at once: 64 MiB in float32
@@ -52,7 +52,7 @@ class Call:
         self.query = self.by_group(query)
         self.key, self.value = key, value
         self.names, self.captures = bindings(plan.spec, captures, scalars, numbers)
-        self.walk = walk_of(plan.spec.rule)
+        self.tile_ranges = tile_ranges_of(plan.spec.rule)
         self.walker = Walker(
             plan.spec.rule, (self.batch, self.heads, self.q_len, self.k_len), self.names, self.captures
         )
@@ -164,7 +164,8 @@ class Call:
 
     def empty_rows(self, piece: Piece, added: Tensor | None) -> Tensor | None:
         """Which rows keep nothing, by what :meth:`additive` returned: bool [b, hkv, G, rows], or None for no row."""
-        certain = self.bias == 0 and self.walk.residual == sympy.true and any(run.full for run in piece.chunk.runs)
+        structural = self.bias == 0 and self.tile_ranges.residual == sympy.true
+        certain = structural and any(run.full for run in piece.chunk.runs)
         if added is None or certain:
             return None
         return added.amax(dim=-1) == -torch.inf
@@ -175,11 +176,11 @@ class Call:
         for run in piece.chunk.runs:
             width = run.stop - run.start
             if not run.full:
-                kept = self.evaluate(self.walk.structural, {**symbols, "k": self.span([(run.start, run.stop)])})
+                kept = self.evaluate(self.tile_ranges.structural, {**symbols, "k": self.span([(run.start, run.stop)])})
                 conditions.append((slice(column, column + width), kept))
             column += width
-        if self.walk.residual != sympy.true:
-            kept = self.evaluate(self.walk.residual, {**symbols, "k": self.all_keys(piece)})
+        if self.tile_ranges.residual != sympy.true:
+            kept = self.evaluate(self.tile_ranges.residual, {**symbols, "k": self.all_keys(piece)})
             conditions.append((slice(0, column), kept))
         return conditions
 

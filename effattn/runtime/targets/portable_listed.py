@@ -26,9 +26,9 @@ class Part:
     kv_heads: slice
     start: int
     stop: int
-    keys: Tensor  # int64 [n], those on the edge first
+    keys: Tensor  # int64 [n], those at positions of the rows first
     taken: Tensor  # bool [heads or 1, n]: which of them each head visits
-    edge: int  # how many of the first keys causality has to be tested on
+    partial: int  # how many of the first keys causality has to be tested on
 
 
 def run(
@@ -59,24 +59,24 @@ def run(
 
 def parts(listed: BlockList, call: Call) -> Iterator[Part]:
     """The call cut so that the rows and heads of each part read the same list."""
-    lists = listed.order.shape[1]
-    per_list, counted = call.heads // lists, listed.count.shape[1] // lists
+    lists = listed.kv_indices.shape[1]
+    per_list, counted = call.heads // lists, listed.kv_num_blocks.shape[1] // lists
     within = torch.arange(listed.unit, device=call.device)
-    width = listed.order.shape[3]
+    width = listed.kv_indices.shape[3]
     on_host = call.device.type == "cpu"  # elsewhere a look at the counts would wait for the device
     for batch in range(call.batch):
         for index in range(lists):
             heads = slice(index * per_list, (index + 1) * per_list)
             kv_heads = slice(heads.start // call.groups, -(-heads.stop // call.groups))
-            counts = listed.count[batch, index * counted : (index + 1) * counted]
+            counts = listed.kv_num_blocks[batch, index * counted : (index + 1) * counted]
             counts = counts.repeat_interleave(per_list // counted, dim=0) if counted > 1 else counts
-            for block in range(listed.order.shape[2]):
+            for block in range(listed.kv_indices.shape[2]):
                 most = int(counts[:, block].max()) if on_host else width
-                units = listed.order[batch, index, block, :most].long()
+                units = listed.kv_indices[batch, index, block, :most].long()
                 taken = torch.arange(most, device=call.device) < counts[:, block, None]
                 keys = (units[:, None] * listed.unit + within).flatten()
                 taken = taken.repeat_interleave(listed.unit, dim=1) & (keys < call.k_len)
-                edge = int(listed.edges[block]) * listed.unit if on_host else keys.numel()
+                partial = int(listed.partial[block]) * listed.unit if on_host else keys.numel()
                 start = block * listed.block
                 yield Part(
                     batch,
@@ -86,7 +86,7 @@ def parts(listed: BlockList, call: Call) -> Iterator[Part]:
                     min(start + listed.block, call.q_len),
                     keys.clamp(0, call.k_len - 1),
                     taken,
-                    edge,
+                    partial,
                 )
 
 
@@ -144,10 +144,10 @@ def indices(call: Call, part: Part) -> dict[str, Any]:
 
 
 def rule(call: Call, part: Part, symbols: dict[str, Any]) -> Tensor:
-    """Which pairs are kept: bool [heads, rows, n]. Causality is tested on the edge alone."""
+    """Which pairs are kept: bool [heads, rows, n]. Causality is tested on these alone."""
     heads, rows = part.heads.stop - part.heads.start, part.stop - part.start
     kept = part.taken[:, None, :].expand(heads, -1, -1).repeat(1, rows, 1)
-    kept[..., : part.edge] &= call.evaluate(call.walk.structural, {**symbols, "k": part.keys[: part.edge]})
-    if call.walk.residual != sympy.true:
-        kept &= call.evaluate(call.walk.residual, {**symbols, "k": part.keys})
+    kept[..., : part.partial] &= call.evaluate(call.tile_ranges.structural, {**symbols, "k": part.keys[: part.partial]})
+    if call.tile_ranges.residual != sympy.true:
+        kept &= call.evaluate(call.tile_ranges.residual, {**symbols, "k": part.keys})
     return kept

@@ -13,7 +13,7 @@ from torch import Tensor
 from effattn.ir import expr
 from effattn.ir.plan import Plan
 from effattn.runtime.algebra import bindings, evaluate, evaluate_integer
-from effattn.runtime.targets.chunks import depends_on_head, names_of_loads, walk_of
+from effattn.runtime.targets.chunks import depends_on_head, names_of_loads, tile_ranges_of
 
 FLASH, CUDNN = 1, 3  # what torch._fused_sdp_choice answers: values of torch.nn.attention.SDPBackend
 MANY_ROWS = 256  # on a CPU, with fewer rows, expanding grouped heads costs more than it saves
@@ -114,13 +114,13 @@ def scale_and_bias(score: Any) -> tuple[Any | None, Any]:
 @lru_cache(maxsize=1024)
 def _dense_bounds(rule: Any) -> tuple[tuple[Any, ...], tuple[tuple[Any, bool], ...]] | None:
     """Lower bounds, and upper ones with whether each is ``q + constant``; None if the rule is more than these."""
-    walk = walk_of(rule)
-    bounds = (*walk.lower, *walk.upper)
-    if walk.choice or walk.residual != sympy.true or any(map(names_of_loads, bounds)):
+    ranges = tile_ranges_of(rule)
+    bounds = (*ranges.lower, *ranges.upper)
+    if ranges.choice or ranges.residual != sympy.true or any(map(names_of_loads, bounds)):
         return None
     if any(depends_on_head(bound) for bound in bounds):
         return None
-    return walk.lower, tuple((bound, not (bound - expr.q).has(expr.q)) for bound in walk.upper)
+    return ranges.lower, tuple((bound, not (bound - expr.q).has(expr.q)) for bound in ranges.upper)
 
 
 def dense_kind(rule: Any, symbols: dict[str, Any]) -> Literal["all", "causal"] | None:

@@ -14,7 +14,7 @@ from effattn.ir import expr
 from effattn.ir.attention import AttentionSpec
 from effattn.ir.fold import UnknownOperation
 from effattn.ir.plan import Plan
-from effattn.lowering.iteration.tile_ranges import walk
+from effattn.lowering.iteration.tile_ranges import tile_ranges
 from effattn.lowering.kernels.backward import no_backward
 from effattn.lowering.kernels.source import generate
 from effattn.lowering.kernels.spec import (
@@ -30,14 +30,14 @@ from effattn.lowering.kernels.spec import (
 from effattn.lowering.schedules import attention as configs
 from effattn.runtime import kernels
 from effattn.runtime.launching import (
-    Calls,
     Known,
+    LaunchCache,
     architecture,
-    facts,
     far,
     multiprocessors,
     narrow,
     on_device,
+    tensor_key,
     tf32,
     width,
 )
@@ -84,9 +84,9 @@ def run(
     tensors = (query, key, value, *captures)
     given = [float(number) for number in numbers]
     # a plan is known by its place in memory, which the call keeps for it: to hash its expressions takes longer
-    known_by = (id(plan), config, kind, splits, tf32(), *map(facts, tensors), *map(width, scalars))
+    launch_key = (id(plan), config, kind, splits, tf32(), *map(tensor_key, tensors), *map(width, scalars))
     return _CALLS.run(
-        known_by,
+        launch_key,
         lambda: _prepared(plan, query, key, value, captures, scalars, config, kind, splits),
         lambda call: _started(call, query, key, value, captures, scalars, given),
     )
@@ -110,7 +110,7 @@ def _started(call: _Call, query, key, value, captures, scalars, numbers):
     with on_device(query.device):
         if call.plan.sparsity.select is not None:
             listed = select(call.plan, query, key, captures, scalars, numbers, target="triton")
-            extra = (listed.order, listed.count, listed.edges)
+            extra = (listed.kv_indices, listed.kv_num_blocks, listed.partial)
         known = call.launch(query, key, value, out, lse, captures, scalars, numbers, *extra, call.known)
     return (out, lse), known
 
@@ -138,8 +138,8 @@ class _BackwardCall:
     known: Known | None = None
 
 
-_CALLS = Calls()
-_BACKWARD_CALLS = Calls()
+_CALLS = LaunchCache()
+_BACKWARD_CALLS = LaunchCache()
 
 
 def forget() -> None:
@@ -221,8 +221,8 @@ def run_backward(
     groups = query.shape[1] // key.shape[1]
     inputs = (narrow(query), narrow(key), narrow(value), out, lse, narrow(grad_out))
     grad_lse = None if grad_lse is None else grad_lse.float().contiguous()
-    known_by: tuple = (id(plan), config, tf32(), *map(facts, (*inputs, *captures)), *map(width, scalars))
-    known_by += (None if grad_lse is None else facts(grad_lse),)
+    launch_key: tuple = (id(plan), config, tf32(), *map(tensor_key, (*inputs, *captures)), *map(width, scalars))
+    launch_key += (None if grad_lse is None else tensor_key(grad_lse),)
     of_query, of_key, of_value = (_empty_like(plan, tensor, tensor.dtype) for tensor in (query, key, value))
     grads = (of_query, of_key, of_value)
     given = [float(number) for number in numbers]
@@ -237,7 +237,7 @@ def run_backward(
         with on_device(query.device):
             return None, call.launch(*inputs, grad_lse, grads, captures, scalars, given, call.known)
 
-    _BACKWARD_CALLS.run(known_by, prepared, started)
+    _BACKWARD_CALLS.run(launch_key, prepared, started)
     if plan.spec.empty_rows == "mean":
         lost = torch.where(lse[..., None] == -torch.inf, grad_out.float(), 0.0).sum(dim=2)
         of_value.add_(lost.unflatten(1, (-1, groups)).sum(dim=2)[:, :, None] / key.shape[2])
@@ -255,7 +255,7 @@ def _empty_like(plan: Plan, tensor: torch.Tensor, dtype: torch.dtype) -> torch.T
 
 
 def kind_of(plan: Plan, q_len: int, groups: int) -> Kind:
-    """Few query rows go to the kernel that splits keys over programs, if its tiles can follow the plan's walk."""
+    """Few query rows go to the kernel that splits keys over programs, if its tiles fit the plan's ranges."""
     if plan.sparsity.select is not None:
         return "listed"
     if q_len > DECODE_QUERIES or q_len * groups > DECODE_ROWS:
@@ -265,7 +265,7 @@ def kind_of(plan: Plan, q_len: int, groups: int) -> Kind:
 
 @lru_cache(maxsize=4096)
 def _walk_allows_decode(plan: Plan, one_row: bool) -> bool:
-    keys = walk(plan.spec.rule)
+    keys = tile_ranges(plan.spec.rule)
     if keys.powers is not None and not one_row:
         return False
     near = (*(keys.near_lower or ()), *keys.near_upper)

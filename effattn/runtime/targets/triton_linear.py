@@ -24,7 +24,16 @@ from effattn.lowering.kernels.linear_spec import (
 from effattn.lowering.kernels.spec import DTYPES
 from effattn.lowering.schedules import linear as linear_configs
 from effattn.runtime.cache import keep_source
-from effattn.runtime.launching import Calls, Known, architecture, facts, multiprocessors, narrow, on_device, tf32
+from effattn.runtime.launching import (
+    Known,
+    LaunchCache,
+    architecture,
+    multiprocessors,
+    narrow,
+    on_device,
+    tensor_key,
+    tf32,
+)
 
 PROGRAMS = 4  # for each multiprocessor; with 8, parts are shorter and 32,768 tokens took 1.1 times as long on an H100
 LEAST_SPAN = 1024  # tokens of a part: its state is read and written as if it were 256 of them
@@ -59,7 +68,7 @@ class _Call:
     known: Known | None = None
 
 
-_CALLS = Calls()
+_CALLS = LaunchCache()
 
 
 def forget() -> None:
@@ -133,7 +142,14 @@ def _run(
     log_decay = None if log_decay is None else log_decay.float().contiguous()
     state = None if state is None else state.contiguous()
     given = [tensor for tensor in (log_decay, state) if tensor is not None]
-    known_by = (kind, traits, log_decay is None, state is None, tf32(), *map(facts, (query, key, value, out, *given)))
+    launch_key = (
+        kind,
+        traits,
+        log_decay is None,
+        state is None,
+        tf32(),
+        *map(tensor_key, (query, key, value, out, *given)),
+    )
 
     def started(call: _Call) -> tuple[Tensor, Known]:
         states = query.new_empty(call.states, dtype=torch.float32)
@@ -142,7 +158,7 @@ def _run(
             return final, call.launch(*tensors, *sizes, scale, eps, call.known)
 
     prepared = partial(_prepared, kind, traits, query, key, value, log_decay is not None, state is not None)
-    return _CALLS.run(known_by, prepared, started)
+    return _CALLS.run(launch_key, prepared, started)
 
 
 def _prepared(

@@ -3,7 +3,7 @@
     out = softmax over k with mask_mod(b, h, q, k) of score_mod(scale * q.k, b, h, q, k), times v; 0 for an empty row
     lse = log2 of the sum of exp of the same scores
 
-A captured tensor is read in the outer graph, so that what the author computed it from is seen too.
+A captured tensor is read in the outer graph, so that what the user computed it from is seen too.
 """
 
 from __future__ import annotations

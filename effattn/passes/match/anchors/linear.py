@@ -164,7 +164,7 @@ def _match(view: GraphView, product: Contraction, side: str, readers: dict, orde
     operands = query_and_key(view, inner, roles, inside, (batch, heads, q_len, k_len), dtype)
     value, out_index, value_dim = value_of(view, product, (weights, tuple(index)), (batch, heads, k_len))
     if any(len(operand.dims[1]) > 1 for operand in (*operands, value)):
-        raise Refused(Why.HEADS, "heads lie in several dimensions: the author computes it in chunks already")
+        raise Refused(Why.HEADS, "heads lie in several dimensions: the user computes it in chunks already")
     if value.factor != 1:
         raise Refused(Why.VALUE, "value is scaled by a constant on the way to attention")
     notes: list[str] = []

@@ -307,7 +307,7 @@ def _check_used_nowhere_else(view: GraphView, made: frozenset[fx.Node], joined: 
 def _needs_grad(
     view: GraphView, operands_do: bool, initial: fx.Node | None, made: frozenset[fx.Node], joined: fx.Node
 ) -> bool:
-    """Whether the output needs a gradient. The op's reaches everything from every output: so must the author's."""
+    """Whether the output needs a gradient. The op's reaches everything from every output: so must the user's."""
     modes = {view.gradient_flows(view.time[node]) for node in (*made, joined)}
     if len(modes) > 1:
         raise Refused(Why.GRADIENT, "the gradient is stopped inside the loop")

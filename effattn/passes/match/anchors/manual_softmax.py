@@ -1,10 +1,10 @@
-"""A softmax that the author wrote out: ``exp(x - max) / sum(exp(x - max))``, ``exp(x - logsumexp(x))``,
+"""A softmax that the user wrote out: ``exp(x - max) / sum(exp(x - max))``, ``exp(x - logsumexp(x))``,
 ``log_softmax(x).exp()``.
 
 The division may also come after the product with value. The sum may have one more in it, ``sum + exp(-max)``: a sink.
 
 It is the anchor of an attention like any other softmax. Without the shift by the largest, a row of which every key is
-masked is 0 / 0 whatever number masks; and where exp() leaves the range of its type, the author's result is not finite,
+masked is 0 / 0 whatever number masks; and where exp() leaves the range of its type, the user's result is not finite,
 and ours is.
 """
 
