@@ -2,8 +2,8 @@
 
     python -m benchmarks.prefill_llama --out benchmarks/results/prefill_llama.json
 
-Three kinds of call: with no attention_mask, with one that is all ones (what a tokenizer returns), and a batch of two
-with the shorter sequence padded on the left.
+Four kinds of call: with no attention_mask, with one that is all ones (what a tokenizer returns), a batch of two with
+the shorter sequence padded on the left, and documents packed into one sequence, whose positions start anew.
 """
 
 from __future__ import annotations
@@ -17,13 +17,16 @@ import torch
 from benchmarks import harness, llama
 from benchmarks.harness import EAGER, EFFATTN, INDUCTOR
 
-NO_MASK, ONES, PADDED = "no mask", "mask of ones", "left padding"
+NO_MASK, ONES, PADDED, PACKED = "no mask", "mask of ones", "left padding", "packed documents"
+KINDS = (NO_MASK, ONES, PADDED, PACKED)
+DOCUMENT = 5000  # tokens of one of the packed documents
 BACKENDS = (EAGER, INDUCTOR, EFFATTN)
 # the most telling first: the time on a lent machine may end
 CASES = (
     (NO_MASK, 65_536),
     (ONES, 65_536),
     (PADDED, 65_536),
+    (PACKED, 32_768),
     (NO_MASK, 32_768),
     (NO_MASK, 8192),
     (ONES, 32_768),
@@ -31,17 +34,20 @@ CASES = (
     (PADDED, 32_768),
     (PADDED, 8192),
 )
-TINY_CASES = ((NO_MASK, 64), (ONES, 64), (PADDED, 48))
+TINY_CASES = ((NO_MASK, 64), (ONES, 64), (PADDED, 48), (PACKED, 64))
 
 
 def inputs(options: argparse.Namespace, kind: str, length: int) -> dict[str, Any]:
     """Keyword arguments of one call."""
     ids = llama.tokens(options, 2 if kind == PADDED else 1, length)
     given: dict[str, Any] = {"input_ids": ids, "use_cache": False, "logits_to_keep": 1}
-    if kind != NO_MASK:
+    if kind in (ONES, PADDED):
         given["attention_mask"] = torch.ones_like(ids)
     if kind == PADDED:
         given["attention_mask"][1:, : length // 4] = 0
+    if kind == PACKED:
+        document = min(DOCUMENT, length // 3)
+        given["position_ids"] = (torch.arange(length, device=ids.device) % document)[None]
     return given
 
 
@@ -73,7 +79,7 @@ def chosen(options: argparse.Namespace) -> Iterator[tuple[str, int]]:
 def run(argv: list[str] | None) -> int:
     parser = harness.parser(__doc__.split("\n")[0])
     parser.add_argument("--lengths", type=int, nargs="+", help="only these")
-    parser.add_argument("--kinds", nargs="+", choices=(NO_MASK, ONES, PADDED), help="only these")
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, help="only these")
     parser.add_argument("--backends", nargs="+", choices=BACKENDS, default=list(BACKENDS))
     options = parser.parse_args(argv)
     cases = list(chosen(options))
