@@ -109,7 +109,7 @@ def some_rows(out: Tensor) -> Tensor:
 def sweep(suite: harness.Suite, given: tuple[Tensor, ...], case: str) -> None:
     """Every combination of tiles and parts, forward."""
     from effattn.lowering.kernels.linear_spec import LinearTiles
-    from effattn.runtime.targets import triton_linear as linear_triton
+    from effattn.runtime.targets.triton import linear as linear_triton
 
     views = [tensor.transpose(1, 2) for tensor in given]
     decay, out = rates(given[0]), torch.empty_like(given[2]).transpose(1, 2)

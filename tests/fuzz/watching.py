@@ -98,6 +98,7 @@ def small_tiles(on: bool) -> Iterator[None]:
         return
     from effattn.lowering.schedules import attention as configs
     from effattn.runtime.targets import triton as triton_target
+    from effattn.runtime.targets.triton.specialise import specialise
 
     choose = configs.choose
 
@@ -105,7 +106,7 @@ def small_tiles(on: bool) -> Iterator[None]:
         return choose(kind, plan, "interpreter", *sizes)
 
     def forget() -> None:
-        triton_target.specialise.cache_clear()
+        specialise.cache_clear()
         triton_target.forget()
 
     configs.choose = of_the_interpreter

@@ -12,6 +12,7 @@ from plans import CASES, Sizes, tensors
 from effattn.lowering.kernels.spec import Tiles
 from effattn.runtime import launching
 from effattn.runtime.targets import triton as triton_target
+from effattn.runtime.targets.triton.limits import UnsupportedCall
 
 CPU = torch.device("cpu")
 SMALL = Tiles(16, 16, 4, 1)
@@ -23,7 +24,7 @@ def nothing_remembered():
 
 
 def remembered() -> int:
-    return len(triton_target._CALLS)
+    return len(triton_target.CALLS)
 
 
 def test_same_shapes_share_a_launch():
@@ -76,7 +77,7 @@ def test_checks_are_made_for_each_shape():
     sizes = Sizes(q_len=20, k_len=20)
     call = CASES["left_padding"](sizes, CPU)
     check(call, *tensors(sizes), config=SMALL, kind="prefill")
-    with pytest.raises(triton_target.UnsupportedCall, match="padding"):
+    with pytest.raises(UnsupportedCall, match="padding"):
         triton_target.run(call.plan, *tensors(sizes), [call.captures[0][:, :10]])
 
 

@@ -8,7 +8,7 @@ from checking import check
 from plans import BY_HEAD, CASES, Sizes, tensors
 
 from effattn.lowering.kernels.spec import Tiles
-from effattn.runtime.targets import triton as triton_target
+from effattn.runtime.targets.triton.specialise import kind_of, splits_for
 
 # a decode tile cannot follow a block list for several rows at once
 LISTED = [name for name in CASES if name.startswith(("power", "list"))]
@@ -46,14 +46,14 @@ def test_few_rows_are_decoded_and_lists_are_not():
     causal = CASES["causal_from_the_end"](Sizes(), device).plan
     power = CASES["power_at_an_offset"](Sizes(), device).plan
     by_head = CASES["window_per_head"](Sizes(), device).plan
-    assert triton_target.kind_of(by_head, 1, 8) == "prefill"
-    assert triton_target.kind_of(causal, 1, 8) == "decode"
-    assert triton_target.kind_of(causal, 17, 1) == "prefill"
-    assert triton_target.kind_of(causal, 16, 16) == "prefill"
-    assert triton_target.kind_of(power, 1, 8) == "decode"
-    assert triton_target.kind_of(power, 2, 8) == "prefill"
+    assert kind_of(by_head, 1, 8) == "prefill"
+    assert kind_of(causal, 1, 8) == "decode"
+    assert kind_of(causal, 17, 1) == "prefill"
+    assert kind_of(causal, 16, 16) == "prefill"
+    assert kind_of(power, 1, 8) == "decode"
+    assert kind_of(power, 2, 8) == "prefill"
 
 
 @pytest.mark.parametrize(("pairs", "k_len", "wanted"), [(8, 131072, 33), (8, 100, 1), (1024, 131072, 1), (1, 4096, 16)])
 def test_splits_follow_sizes(pairs, k_len, wanted):
-    assert triton_target.splits_for(pairs, k_len, 132) == wanted
+    assert splits_for(pairs, k_len, 132) == wanted

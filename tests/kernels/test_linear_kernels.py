@@ -22,7 +22,7 @@ from effattn.lowering.kernels.linear_source import file_name, generate
 from effattn.lowering.kernels.linear_spec import LinearTiles
 from effattn.runtime.ops.linear import SCHEMAS
 from effattn.runtime.reference.linear import quadratic
-from effattn.runtime.targets import triton_linear as linear_triton
+from effattn.runtime.targets.triton import linear as linear_triton
 
 GOLDENS = pathlib.Path(__file__).parents[1] / "goldens" / "kernels"
 # bytes a thread may keep in memory: with twice the warps nothing does, and half as many programs run side by side

@@ -14,6 +14,7 @@ from plans import CASES, Sizes, tensors
 from effattn.ir import expr
 from effattn.lowering.kernels.spec import Tiles
 from effattn.runtime.targets import triton as triton_target
+from effattn.runtime.targets.triton.limits import UnsupportedCall
 
 CPU = torch.device("cpu")
 SMALL = Tiles(16, 16, 4, 1)
@@ -131,12 +132,12 @@ def test_what_kernels_do_not_serve():
     sizes = Sizes()
     query, key, value = tensors(sizes)
     causal = CASES["causal"](sizes, CPU).plan
-    with pytest.raises(triton_target.UnsupportedCall, match="float64"):
+    with pytest.raises(UnsupportedCall, match="float64"):
         triton_target.run(causal, query.double(), key.double(), value.double())
-    with pytest.raises(triton_target.UnsupportedCall, match="share a dtype"):
+    with pytest.raises(UnsupportedCall, match="share a dtype"):
         triton_target.run(causal, query, key.half(), value)
     padded = CASES["left_padding"](sizes, CPU)
-    with pytest.raises(triton_target.UnsupportedCall, match="padding"):
+    with pytest.raises(UnsupportedCall, match="padding"):
         triton_target.run(padded.plan, query, key, value, [padded.captures[0][:, :50]])
     assert triton_target.unsupported(causal.spec, torch.bfloat16, 1024, 64) is not None
     strange = replace(causal.spec, score=sympy.besselj(0, expr.s))

@@ -21,6 +21,7 @@ from effattn.lowering.kernels.source import file_name, generate
 from effattn.lowering.kernels.spec import Tiles
 from effattn.runtime import kernels
 from effattn.runtime.targets import triton as triton_target
+from effattn.runtime.targets.triton.specialise import spec_of
 
 GOLDENS = Path(__file__).parents[1] / "goldens" / "kernels"
 CPU = torch.device("cpu")
@@ -76,7 +77,7 @@ def test_plans_that_differ_outside_the_kernel_share_it():
     plan = CASES["causal"](Sizes(), CPU).plan
     other = plan.dispatched(layout="bnhd", target="triton", min_length=9, lse_is_read=False)
     assert other != plan
-    specs = [triton_target.spec_of(one, torch.bfloat16, 57, 1, 16, 16, CPU, "prefill") for one in (plan, other)]
+    specs = [spec_of(one, torch.bfloat16, 57, 1, 16, 16, CPU, "prefill") for one in (plan, other)]
     assert specs[0] == specs[1]
     assert kernels.load(specs[0]) is kernels.load(specs[1])
 

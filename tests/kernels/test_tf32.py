@@ -78,4 +78,4 @@ def test_calls_follow_the_setting():
     for value in ("none", "tf32", "ieee"):
         _all(value)
         check(call, *tensors(sizes), config=config, kind="prefill")
-    assert len(triton_target._CALLS) == 2  # one kernel that rounds, one that does not
+    assert len(triton_target.CALLS) == 2  # one kernel that rounds, one that does not

@@ -10,7 +10,7 @@ from linear_cases import CASES, Case
 from effattn.runtime.ops import linear
 from effattn.runtime.ops.attend import NoGradient
 from effattn.runtime.reference.linear import quadratic
-from effattn.runtime.targets import portable_linear as linear_portable
+from effattn.runtime.targets.portable import linear as linear_portable
 
 ops = torch.ops.effattn
 TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float64: 1e-10}

@@ -17,7 +17,8 @@ from effattn.lowering.forms import FORMS
 from effattn.runtime.reference.attention import reference
 from effattn.runtime.targets import portable
 from effattn.runtime.targets.chunks import Walker, names_of_loads
-from effattn.runtime.targets.portable_backward import run_backward
+from effattn.runtime.targets.portable import call as portable_call
+from effattn.runtime.targets.portable.backward import run_backward
 
 CPU = torch.device("cpu")
 
@@ -37,7 +38,7 @@ def check(call: Call, query, key, value, tolerance=None):
 def path(request, monkeypatch):
     """Both ways of computing a piece."""
     if request.param == "products":
-        monkeypatch.setattr(portable.Call, "takes_flash_kernel", lambda self: False)
+        monkeypatch.setattr(portable_call.Call, "takes_flash_kernel", lambda self: False)
     return request.param
 
 
@@ -50,8 +51,8 @@ def test_every_plan(name, path):
 @pytest.mark.parametrize("name", CASES)
 def test_every_plan_in_small_pieces(name, path, monkeypatch):
     """Few rows at a time, and so small a budget that batches and heads are split as well."""
-    monkeypatch.setattr(portable, "ROWS", 24)
-    monkeypatch.setattr(portable, "SCORES", 3 * 5 * 60)
+    monkeypatch.setattr(portable_call, "ROWS", 24)
+    monkeypatch.setattr(portable_call, "SCORES", 3 * 5 * 60)
     sizes = Sizes(heads=6, kv_heads=2, q_len=65, k_len=65)
     check(CASES[name](sizes, CPU), *tensors(sizes))
 
@@ -244,8 +245,8 @@ class LargestTensor(TorchDispatchMode):
     "name", ["none", "causal", "window_and_sinks", "power_16", "left_padding", "documents", "alibi", "soft_cap"]
 )
 def test_no_n_by_n_tensor(name, path, monkeypatch):
-    monkeypatch.setattr(portable, "ROWS", 32)
-    monkeypatch.setattr(portable, "SCORES", 2**16)
+    monkeypatch.setattr(portable_call, "ROWS", 32)
+    monkeypatch.setattr(portable_call, "SCORES", 2**16)
     sizes = Sizes(1, 4, 2, 1024, 1024, 16, 16)
     call = CASES[name](sizes, CPU)
     made = tensors(sizes)
@@ -266,6 +267,6 @@ def test_no_n_by_n_tensor(name, path, monkeypatch):
 def test_only_kept_keys_are_visited(form, params, most):
     length = 4096
     made = tensors(Sizes(1, 2, 1, length, length, 4, 4))
-    call = portable.Call(plan_of(form, **params), *made, (), (), ())
+    call = portable_call.Call(plan_of(form, **params), *made, (), (), ())
     visited = sum(piece.chunk.keys * (piece.chunk.stop - piece.chunk.start) for piece in call.pieces())
     assert visited < most * length * length

@@ -15,8 +15,8 @@ from effattn.ir.plan import Plan
 from effattn.runtime.algebra import evaluate
 from effattn.runtime.ops import attend
 from effattn.runtime.reference.attention import reference
-from effattn.runtime.targets import portable
-from effattn.runtime.targets.derivative import derivative
+from effattn.runtime.targets.portable import call as portable_call
+from effattn.runtime.targets.portable.derivative import derivative
 
 CPU = torch.device("cpu")
 
@@ -32,8 +32,8 @@ def gradients(out, lse, inputs, weights, lse_weights):
 @pytest.mark.parametrize("name", CASES)
 def test_against_autograd_of_the_definition(name, layout, small, monkeypatch):
     if small:
-        monkeypatch.setattr(portable, "ROWS", 24)
-        monkeypatch.setattr(portable, "SCORES", 4 * 3 * 24 * 57)
+        monkeypatch.setattr(portable_call, "ROWS", 24)
+        monkeypatch.setattr(portable_call, "SCORES", 4 * 3 * 24 * 57)
     sizes = Sizes(heads=6, kv_heads=2, head_dim=12, value_dim=8)
     call = CASES[name](sizes, CPU)
     plan = call.plan.dispatched(layout=layout)
@@ -136,8 +136,8 @@ def test_derivatives(score):
 def test_no_n_by_n_tensor_in_the_backward(monkeypatch):
     from test_portable import LargestTensor
 
-    monkeypatch.setattr(portable, "ROWS", 32)
-    monkeypatch.setattr(portable, "SCORES", 2**18)
+    monkeypatch.setattr(portable_call, "ROWS", 32)
+    monkeypatch.setattr(portable_call, "SCORES", 2**18)
     sizes = Sizes(1, 4, 2, 1024, 1024, 16, 16)
     inputs = [tensor.requires_grad_() for tensor in tensors(sizes)]
     score = 20 * sympy.tanh(s / 80)

@@ -19,7 +19,7 @@ from effattn.compiler.report import collect
 from effattn.lowering.kernels.spec import Tiles
 from effattn.runtime import kernels
 from effattn.runtime.targets import triton as triton_target
-from effattn.runtime.targets import triton_linear as linear_triton
+from effattn.runtime.targets.triton import linear as linear_triton
 
 CPU = torch.device("cpu")
 SIZES = Sizes(q_len=20, k_len=20)
@@ -112,7 +112,7 @@ def test_two_first_calls_at_once(work, monkeypatch):
 
 def test_a_record_is_not_written_to():
     forward()
-    (call,) = triton_target._CALLS._calls.values()
+    (call,) = triton_target.CALLS._calls.values()
     with pytest.raises(TypeError):
         call.known["grid"] = None
 
@@ -125,7 +125,7 @@ def test_a_first_call_that_fails_leaves_nothing(monkeypatch):
         patched.setattr(kernels, "load", broken)
         with pytest.raises(RuntimeError, match="no kernel"):
             forward()
-    assert len(triton_target._CALLS) == 0
+    assert len(triton_target.CALLS) == 0
     forward()
 
 

@@ -14,11 +14,11 @@ def kernel_path(choice: Choice) -> str:
     if not triton_is_importable():
         return "portable (Triton is not installed)"
     from effattn.runtime import kernels
-    from effattn.runtime.targets import triton as triton_target
+    from effattn.runtime.targets.triton.specialise import spec_of
 
     site, plan = choice.match.site, choice.plan
     assert plan is not None
-    spec = triton_target.spec_of(
+    spec = spec_of(
         plan.complete,
         getattr(torch, site.dtype),
         site.hints.q_len,
@@ -35,7 +35,7 @@ def linear_kernel_path(one: LinearMatch) -> str:
     site = one.match.site
     if site.device != "cuda" or not triton_is_importable():
         return "portable (ATen, in chunks)"
-    from effattn.runtime.targets import triton_linear as linear_triton
+    from effattn.runtime.targets.triton import linear as linear_triton
 
     dtype, sizes = getattr(torch, site.dtype), site.layout
     widths = int(sizes.head_dim), int(sizes.value_dim)

@@ -23,6 +23,7 @@ from effattn.runtime.ops.registry import Op, register
 from effattn.runtime.targets import portable
 from effattn.runtime.targets.choice import kernels_serve
 from effattn.runtime.targets.first_keys import with_first_keys
+from effattn.runtime.targets.memory_order import allocate, allocate_output
 from effattn.runtime.targets.sdpa import sdpa_path
 
 SCHEMAS = {
@@ -77,7 +78,7 @@ def attend(
 
 def attend_fake(query, key, value, captures, scalars, numbers, plan):
     """Shapes and strides of :func:`attend`, for any symbolic sizes."""
-    return portable.allocate_output(Plan.decode(plan), query, value)
+    return allocate_output(Plan.decode(plan), query, value)
 
 
 def attend_backward(
@@ -94,17 +95,14 @@ def attend_backward(
     plan: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value, in their shapes and dtypes, in the plan's memory order."""
-    from effattn.runtime.targets import portable_backward
-
     decoded = Plan.decode(plan).at(key.shape[2])
     target = _target(decoded, query, value)
-    backward = getattr(target, "run_backward", portable_backward.run_backward)
-    return backward(decoded, grad_out, grad_lse, query, key, value, out, lse, captures, scalars, numbers)
+    return target.run_backward(decoded, grad_out, grad_lse, query, key, value, out, lse, captures, scalars, numbers)
 
 
 def attend_backward_fake(grad_out, grad_lse, query, key, value, out, lse, captures, scalars, numbers, plan):
     layout = Plan.decode(plan).dispatch.layout
-    return tuple(portable.allocate(layout, tensor, tensor.shape) for tensor in (query, key, value))
+    return tuple(allocate(layout, tensor, tensor.shape) for tensor in (query, key, value))
 
 
 def _check_shapes(query: Tensor, key: Tensor, value: Tensor) -> None:

@@ -20,11 +20,11 @@ from torch import Tensor
 
 from effattn.runtime.ops.attend import NoGradient
 from effattn.runtime.ops.registry import Op, register
-from effattn.runtime.targets import portable_linear as linear_portable
 from effattn.runtime.targets.choice import kernels_serve
 from effattn.runtime.targets.linear_backward import run_backward
-from effattn.runtime.targets.portable import allocate
-from effattn.runtime.targets.portable_linear import state_dtype
+from effattn.runtime.targets.memory_order import allocate
+from effattn.runtime.targets.portable import linear as linear_portable
+from effattn.runtime.targets.portable.linear import state_dtype
 
 _MEANING = (
     "float scale=1.0, bool causal=True, bool normalised=False, float eps=0.0, str layout='bhnd', str? target=None"
@@ -248,13 +248,13 @@ def _target(wanted: str | None, dtype: torch.dtype, device: torch.device, featur
     """The module that runs on such tensors."""
 
     def unsupported() -> str | None:
-        from effattn.runtime.targets import triton_linear as linear_triton
+        from effattn.runtime.targets.triton import linear as linear_triton
 
         return linear_triton.unsupported(dtype, features, value_dim)
 
     if not kernels_serve(wanted, device, unsupported):
         return linear_portable
-    from effattn.runtime.targets import triton_linear as linear_triton
+    from effattn.runtime.targets.triton import linear as linear_triton
 
     return linear_triton
 

@@ -16,7 +16,7 @@ from torch import Tensor
 import effattn.runtime.ops.linear  # noqa: F401  (registers the op)
 from effattn.runtime.ops.attend import NoGradient
 from effattn.runtime.ops.registry import Op, register
-from effattn.runtime.targets.portable import allocate
+from effattn.runtime.targets.memory_order import allocate
 from effattn.runtime.targets.window_blocks import Rest, Window
 
 EPS = 1e-6  # of the linear op's quotient, which is multiplied by its denominator again

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from effattn.runtime.targets.portable_linear import state_dtype
+from effattn.runtime.targets.portable.linear import state_dtype
 
 
 def run_backward(
@@ -34,7 +34,7 @@ def run_backward(
 ) -> Tensor | None:
     """Fill ``grads`` of query, key and value; returns that of the initial state, None if there was none.
 
-    ``target`` is a module with ``run`` as in :mod:`effattn.runtime.targets.portable_linear`; ``out`` is what the
+    ``target`` is a module with ``run`` as in :mod:`effattn.runtime.targets.portable.linear`; ``out`` is what the
     forward gave.
     """
     grad_out = torch.zeros_like(out) if grad_out is None else grad_out

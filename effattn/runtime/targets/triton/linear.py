@@ -92,7 +92,7 @@ def run(
     tiles: LinearTiles | None = None,
     span: int | None = None,
 ) -> Tensor:
-    """As :func:`effattn.runtime.targets.portable_linear.run`.
+    """As :func:`effattn.runtime.targets.portable.linear.run`.
 
     ``tiles`` and ``span`` instead of what is chosen, to measure.
     """

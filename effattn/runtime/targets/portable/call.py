@@ -1,4 +1,4 @@
-"""Any plan on any device, through ATen, chunk by chunk: memory grows with Nq + Nk, never with their product."""
+"""One call of a plan in pieces that fit in memory: chunks of rows, the keys that they visit, scores and masks."""
 
 from __future__ import annotations
 
@@ -10,11 +10,10 @@ import sympy
 import torch
 from torch import Tensor
 
-from effattn.ir.attention import AttentionSpec
 from effattn.ir.plan import Plan
 from effattn.runtime.algebra import Span, bindings, evaluate
 from effattn.runtime.targets.chunks import Chunk, Walker, tile_ranges_of
-from effattn.runtime.targets.sdpa import scale_and_bias, widened_for_lse
+from effattn.runtime.targets.sdpa import scale_and_bias
 
 SCORES = 2**24  # most elements of the blocks of scores that are alive at once: 64 MiB in float32
 ROWS = 128
@@ -192,89 +191,3 @@ def _mask(score: Tensor, conditions: list[tuple[slice, Tensor | bool]]) -> None:
             score[..., columns].masked_fill_(~kept, -torch.inf)
         elif not kept:
             score[..., columns].fill_(-torch.inf)
-
-
-def empty_output(spec: AttentionSpec, value: Tensor, dtype: torch.dtype) -> Tensor:
-    """What a row that keeps nothing gets: [B, Hkv, 1, 1, Dv]."""
-    batch, kv_heads, _, dim = value.shape
-    if spec.empty_rows == "mean":
-        return value.mean(dim=2, dtype=dtype)[:, :, None, None]
-    fill = torch.nan if spec.empty_rows == "nan" else 0.0
-    return value.new_full((), fill, dtype=dtype).expand(batch, kv_heads, 1, 1, dim)
-
-
-def allocate(layout: str, like: Tensor, shape: Sequence[int]) -> Tensor:
-    """An uninitialised [B, H, N, D] tensor in a memory order of plans, dtype and device as ``like``."""
-    batch, heads, length, dim = shape
-    if layout == "bnhd":
-        return like.new_empty((batch, length, heads, dim)).transpose(1, 2)
-    return like.new_empty((batch, heads, length, dim))
-
-
-def allocate_output(plan: Plan, query: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    """Uninitialised (out [B, Hq, Nq, Dv] in the plan's memory order and q's dtype, lse [B, Hq, Nq] float32)."""
-    batch, heads, q_len, _ = query.shape
-    out = allocate(plan.dispatch.layout, query, (batch, heads, q_len, value.shape[3]))
-    return out, query.new_empty((batch, heads, q_len), dtype=torch.float32)
-
-
-def run(
-    plan: Plan,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    captures: Sequence[Tensor] = (),
-    scalars: Sequence[int] = (),
-    numbers: Sequence[float] = (),
-) -> tuple[Tensor, Tensor]:
-    """Output and LSE of a plan, as ``effattn::attend`` defines them. Scores are computed in float32 (or float64)."""
-    if plan.sparsity.select is not None:
-        from effattn.runtime.targets import portable_listed
-
-        return portable_listed.run(plan, query, key, value, captures, scalars, numbers)
-    call = Call(plan, query, key, value, captures, scalars, numbers)
-    compute = by_flash_kernel if call.takes_flash_kernel() else by_products
-    out, lse = allocate_output(plan, query, value)
-    grouped_out, grouped_lse = call.by_group(out), call.by_group(lse)
-    fill = empty_output(plan.spec, value, call.dtype)
-    for piece in call.pieces():
-        out_rows, lse_rows = call.rows(grouped_out, piece), call.rows(grouped_lse, piece)
-        instead = fill[piece.batches, piece.kv_heads].expand_as(out_rows)
-        if not piece.chunk.runs:
-            out_rows.copy_(instead)
-            lse_rows.fill_(-torch.inf)
-            continue
-        result, result_lse, empty = compute(call, piece)
-        if empty is not None:
-            result = torch.where(empty[..., None], instead, result)
-            result_lse = torch.where(empty, -torch.inf, result_lse)
-        out_rows.copy_(result)
-        lse_rows.copy_(result_lse)
-    return out, lse
-
-
-def by_products(call: Call, piece: Piece) -> tuple[Tensor, Tensor, Tensor | None]:
-    """One piece as two matrix products and a softmax: (out [b, hkv, G, rows, Dv], lse, which rows are empty)."""
-    query, key = call.rows(call.query, piece).to(call.dtype), call.visited(call.key, piece).to(call.dtype)
-    score, _ = call.scores(piece, query, key)
-    top = score.amax(dim=-1)
-    weights = score.softmax(dim=-1)
-    out = (weights.flatten(2, 3) @ call.visited(call.value, piece).to(call.dtype)).unflatten(2, weights.shape[2:4])
-    # the greatest weight is exp(top - lse): no pass of exp and sum of our own
-    return out, top - weights.amax(dim=-1).log(), top == -torch.inf
-
-
-def by_flash_kernel(call: Call, piece: Piece) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The same by PyTorch's CPU flash kernel; bias and mask are added to its scores."""
-    query, key, value = call.rows(call.query, piece), call.visited(call.key, piece), call.visited(call.value, piece)
-    shape = query.shape
-    added = call.additive(piece)
-    # the groups become rows: k and v are not expanded, and the kernel takes larger tiles of more rows
-    query = query.flatten(2, 3)
-    mask = None if added is None else added.expand(-1, -1, shape[2], -1, -1).flatten(2, 3)
-    query, key, value = widened_for_lse(call.plan, query, key, value)
-    query, key, value = (tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in (query, key, value))
-    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        query, key, value, 0.0, False, attn_mask=mask, scale=call.scale
-    )
-    return out.view(shape), lse.unflatten(2, shape[2:4]), call.empty_rows(piece, added)

@@ -13,7 +13,9 @@ from torch import Tensor
 from effattn.ir.plan import Plan
 from effattn.runtime.selection.block_list import BlockList
 from effattn.runtime.selection.run import select
-from effattn.runtime.targets.portable import Call, allocate_output, empty_output
+from effattn.runtime.targets.memory_order import allocate_output
+from effattn.runtime.targets.portable.call import Call
+from effattn.runtime.targets.portable.forward import empty_output
 from effattn.runtime.targets.sdpa import widened_for_lse
 
 

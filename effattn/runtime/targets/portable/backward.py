@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from effattn.ir.plan import Plan
-from effattn.runtime.targets.derivative import derivative
-from effattn.runtime.targets.portable import Call, Piece, allocate
+from effattn.runtime.targets.memory_order import allocate
+from effattn.runtime.targets.portable.call import Call, Piece
+from effattn.runtime.targets.portable.derivative import derivative
 
 LIVE_BLOCKS = 4  # blocks of scores that are alive at once: scores, weights and the gradients of both
 

@@ -1,0 +1,25 @@
+"""Outputs in the memory orders of plans."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from effattn.ir.plan import Plan
+
+
+def allocate(layout: str, like: Tensor, shape: Sequence[int]) -> Tensor:
+    """An uninitialised [B, H, N, D] tensor in a memory order of plans, dtype and device as ``like``."""
+    batch, heads, length, dim = shape
+    if layout == "bnhd":
+        return like.new_empty((batch, length, heads, dim)).transpose(1, 2)
+    return like.new_empty((batch, heads, length, dim))
+
+
+def allocate_output(plan: Plan, query: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Uninitialised (out [B, Hq, Nq, Dv] in the plan's memory order and q's dtype, lse [B, Hq, Nq] float32)."""
+    batch, heads, q_len, _ = query.shape
+    out = allocate(plan.dispatch.layout, query, (batch, heads, q_len, value.shape[3]))
+    return out, query.new_empty((batch, heads, q_len), dtype=torch.float32)

@@ -1,0 +1,85 @@
+"""Output and LSE of any plan, through ATen, piece by piece."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from effattn.ir.attention import AttentionSpec
+from effattn.ir.plan import Plan
+from effattn.runtime.targets.memory_order import allocate_output
+from effattn.runtime.targets.portable.call import Call, Piece
+from effattn.runtime.targets.sdpa import widened_for_lse
+
+
+def run(
+    plan: Plan,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    captures: Sequence[Tensor] = (),
+    scalars: Sequence[int] = (),
+    numbers: Sequence[float] = (),
+) -> tuple[Tensor, Tensor]:
+    """Output and LSE of a plan, as ``effattn::attend`` defines them. Scores are computed in float32 (or float64)."""
+    if plan.sparsity.select is not None:
+        from effattn.runtime.targets.portable import listed
+
+        return listed.run(plan, query, key, value, captures, scalars, numbers)
+    call = Call(plan, query, key, value, captures, scalars, numbers)
+    compute = by_flash_kernel if call.takes_flash_kernel() else by_products
+    out, lse = allocate_output(plan, query, value)
+    grouped_out, grouped_lse = call.by_group(out), call.by_group(lse)
+    fill = empty_output(plan.spec, value, call.dtype)
+    for piece in call.pieces():
+        out_rows, lse_rows = call.rows(grouped_out, piece), call.rows(grouped_lse, piece)
+        instead = fill[piece.batches, piece.kv_heads].expand_as(out_rows)
+        if not piece.chunk.runs:
+            out_rows.copy_(instead)
+            lse_rows.fill_(-torch.inf)
+            continue
+        result, result_lse, empty = compute(call, piece)
+        if empty is not None:
+            result = torch.where(empty[..., None], instead, result)
+            result_lse = torch.where(empty, -torch.inf, result_lse)
+        out_rows.copy_(result)
+        lse_rows.copy_(result_lse)
+    return out, lse
+
+
+def by_products(call: Call, piece: Piece) -> tuple[Tensor, Tensor, Tensor | None]:
+    """One piece as two matrix products and a softmax: (out [b, hkv, G, rows, Dv], lse, which rows are empty)."""
+    query, key = call.rows(call.query, piece).to(call.dtype), call.visited(call.key, piece).to(call.dtype)
+    score, _ = call.scores(piece, query, key)
+    top = score.amax(dim=-1)
+    weights = score.softmax(dim=-1)
+    out = (weights.flatten(2, 3) @ call.visited(call.value, piece).to(call.dtype)).unflatten(2, weights.shape[2:4])
+    # the greatest weight is exp(top - lse): no pass of exp and sum of our own
+    return out, top - weights.amax(dim=-1).log(), top == -torch.inf
+
+
+def by_flash_kernel(call: Call, piece: Piece) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The same by PyTorch's CPU flash kernel; bias and mask are added to its scores."""
+    query, key, value = call.rows(call.query, piece), call.visited(call.key, piece), call.visited(call.value, piece)
+    shape = query.shape
+    added = call.additive(piece)
+    # the groups become rows: k and v are not expanded, and the kernel takes larger tiles of more rows
+    query = query.flatten(2, 3)
+    mask = None if added is None else added.expand(-1, -1, shape[2], -1, -1).flatten(2, 3)
+    query, key, value = widened_for_lse(call.plan, query, key, value)
+    query, key, value = (tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in (query, key, value))
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        query, key, value, 0.0, False, attn_mask=mask, scale=call.scale
+    )
+    return out.view(shape), lse.unflatten(2, shape[2:4]), call.empty_rows(piece, added)
+
+
+def empty_output(spec: AttentionSpec, value: Tensor, dtype: torch.dtype) -> Tensor:
+    """What a row that keeps nothing gets: [B, Hkv, 1, 1, Dv]."""
+    batch, kv_heads, _, dim = value.shape
+    if spec.empty_rows == "mean":
+        return value.mean(dim=2, dtype=dtype)[:, :, None, None]
+    fill = torch.nan if spec.empty_rows == "nan" else 0.0
+    return value.new_full((), fill, dtype=dtype).expand(batch, kv_heads, 1, 1, dim)

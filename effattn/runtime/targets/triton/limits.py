@@ -1,0 +1,68 @@
+"""What generated kernels do not serve, by dtype, sizes and expressions."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+
+from effattn.errors import EffattnError
+from effattn.ir import expr
+from effattn.ir.attention import AttentionSpec
+from effattn.ir.fold import UnknownOperation
+from effattn.ir.plan import Plan
+from effattn.lowering.kernels.source import generate
+from effattn.lowering.kernels.spec import DTYPES, MAX_HEAD_DIM, KernelSpec, Tiles
+
+
+class UnsupportedCall(EffattnError):
+    """A call that the Triton target cannot serve; :func:`unsupported` says so beforehand."""
+
+
+def unsupported(spec: AttentionSpec, dtype: torch.dtype, head_dim: int, value_dim: int) -> str | None:
+    """Why kernels cannot serve such calls; None if they can."""
+    name = str(dtype).removeprefix("torch.")
+    if name not in DTYPES:
+        return f"kernels exist for {', '.join(DTYPES)}, not {name}"
+    if max(head_dim, value_dim) > MAX_HEAD_DIM:
+        return f"head dimensions over {MAX_HEAD_DIM} do not fit on a multiprocessor"
+    return _unwritable(spec)
+
+
+@lru_cache(maxsize=4096)
+def _unwritable(spec: AttentionSpec) -> str | None:
+    try:
+        generate(KernelSpec("prefill", "exact", spec, "bfloat16", 64, 64, 1, Tiles(16, 16, 4, 1)))
+    except (UnknownOperation, KeyError) as error:
+        return f"no kernel can be written: {error}"
+    return None
+
+
+def check(plan: Plan, query, key, value, captures) -> None:
+    if query.dtype != key.dtype or query.dtype != value.dtype:
+        raise UnsupportedCall(f"query, key and value must share a dtype: {query.dtype}, {key.dtype}, {value.dtype}")
+    if query.shape[1] % key.shape[1]:
+        raise UnsupportedCall(f"{query.shape[1]} query heads are no multiple of {key.shape[1]} key heads")
+    reason = unsupported(plan.spec, query.dtype, query.shape[3], value.shape[3])
+    if reason:
+        raise UnsupportedCall(reason)
+    sizes = {"b": query.shape[0], "h": query.shape[1], "q": query.shape[2], "k": key.shape[2]}
+    by_name = dict(zip((spec.name for spec in plan.spec.captures), captures, strict=True))
+    for name, dim, index in _plain_indices(plan.spec):
+        held = by_name[name].shape[dim]
+        needed = sizes[index] if isinstance(index, str) else index + 1
+        if held != 1 and held < needed:
+            raise UnsupportedCall(f"tensor {name!r} has {held} elements along dimension {dim}, {needed} are read")
+
+
+@lru_cache(maxsize=4096)
+def _plain_indices(spec: AttentionSpec) -> tuple[tuple[str, int, str | int], ...]:
+    """(load, dimension, index symbol or constant) wherever a load is indexed so simply that kernels test no bounds."""
+    found: set[tuple[str, int, str | int]] = set()
+    for load in expr.loads_of(spec.score, spec.rule):
+        for dim, index in enumerate(load.indices):
+            if index in expr.INDICES:
+                found.add((load.name, dim, index.name))
+            elif index.is_Integer:
+                found.add((load.name, dim, int(index)))
+    return tuple(sorted(found, key=repr))

@@ -1,0 +1,95 @@
+"""Which kernel serves a call: its kind, its tiles, and over how many programs keys are split."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import lru_cache
+
+import torch
+
+from effattn.ir import expr
+from effattn.ir.plan import Plan
+from effattn.lowering.iteration.tile_ranges import tile_ranges
+from effattn.lowering.kernels.spec import DECODE_QUERIES, DECODE_ROWS, KernelSpec, Kind, Tiles, padded
+from effattn.lowering.schedules import attention as configs
+from effattn.runtime.launching import architecture, tf32
+
+MAX_SPLITS = 128
+KEYS_PER_SPLIT = 256  # a split with fewer keys costs more to combine than it saves
+WAVES = 2  # programs that share one multiprocessor: all run at once, and no few are left for the end
+MAX_DESCRIPTOR_DIM = 256  # widest side of a box that the copy engine takes
+
+
+def kind_of(plan: Plan, q_len: int, groups: int) -> Kind:
+    """Few query rows go to the kernel that splits keys over programs, if its tiles fit the plan's ranges."""
+    if plan.sparsity.select is not None:
+        return "listed"
+    if q_len > DECODE_QUERIES or q_len * groups > DECODE_ROWS:
+        return "prefill"
+    return "decode" if _walk_allows_decode(plan, q_len == 1) else "prefill"
+
+
+@lru_cache(maxsize=4096)
+def _walk_allows_decode(plan: Plan, one_row: bool) -> bool:
+    keys = tile_ranges(plan.spec.rule)
+    if keys.powers is not None and not one_row:
+        return False
+    near = (*(keys.near_lower or ()), *keys.near_upper)
+    bounds = [*keys.lower, *keys.upper, *near, *([keys.prefix] if keys.prefix is not None else [])]
+    bounds += [keys.powers.position] if keys.powers is not None else []
+    return not any(bound.has(expr.h) for bound in bounds if hasattr(bound, "has"))
+
+
+def spec_of(
+    plan: Plan,
+    dtype: torch.dtype,
+    q_len: int,
+    groups: int,
+    head_dim: int,
+    value_dim: int,
+    device: torch.device,
+    kind: Kind | None = None,
+    config: Tiles | None = None,
+) -> KernelSpec:
+    """The specialisation that serves calls of this kind on ``device``."""
+    kind = kind or kind_of(plan, q_len, groups)
+    rows = padded(q_len * groups if kind == "decode" else 0)
+    return specialise(plan, kind, dtype, head_dim, value_dim, groups, rows, architecture(device), config, tf32())
+
+
+@lru_cache(maxsize=4096)
+def specialise(
+    plan: Plan,
+    kind: Kind,
+    dtype: torch.dtype,
+    head_dim: int,
+    value_dim: int,
+    groups: int,
+    rows: int,
+    arch: str,
+    config: Tiles | None,
+    tf32: bool,
+) -> KernelSpec:
+    """The specialisation that a call needs. ``rows``: padded rows of a decode tile, otherwise 16."""
+    name = str(dtype).removeprefix("torch.")
+    bits = 32 if name == "float32" else 16
+    tiles = config or configs.choose(kind, plan, arch, bits, head_dim, value_dim, rows)
+    spec = KernelSpec(kind, plan.form, plan.spec, name, head_dim, value_dim, groups, tiles, tf32 and bits == 32)
+    if plan.sparsity.select is None:
+        return spec
+    expand = plan.sparsity.select.expand
+    return replace(spec, key_ranges=False, list_block=expand.block, list_unit=expand.unit)
+
+
+def splits_for(pairs: int, k_len: int, multiprocessors: int) -> int:
+    """How many programs share the keys of one (batch, key head) pair: from sizes alone, never from device data."""
+    wanted = max(1, WAVES * multiprocessors // max(1, pairs))
+    return max(1, min(wanted, MAX_SPLITS, -(-k_len // KEYS_PER_SPLIT)))
+
+
+def describable(tensor: torch.Tensor) -> bool:
+    """Whether a tensor descriptor can stand for ``tensor``: 16-byte alignment, a contiguous last dimension."""
+    steps = [stride for size, stride in zip(tensor.shape[:3], tensor.stride()[:3], strict=True) if size > 1]
+    aligned = all(stride > 0 and stride * tensor.element_size() % 16 == 0 for stride in steps)
+    whole = tensor.numel() > 0 and padded(tensor.shape[3]) <= MAX_DESCRIPTOR_DIM
+    return aligned and whole and tensor.stride(3) == 1 and tensor.data_ptr() % 16 == 0
