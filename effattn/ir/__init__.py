@@ -1,6 +1,6 @@
-"""The records that every stage shares: expressions, sites, plans.
+"""The records that every stage shares.
 
-Nothing here imports another stage of effattn. ``expr`` holds the vocabulary of score expressions and
-predicates, ``fold`` walks them, ``wire`` turns them into JSON and back without evaluating anything,
-``text`` prints them for people; ``site`` is what matching yields, ``plan`` is what an op carries.
+This package imports no other stage of effattn. ``expr`` defines the terms of scores and predicates, ``fold`` evaluates
+them in any algebra, ``wire`` converts them to and from JSON, ``text`` prints them. ``site`` is the result of matching;
+``plan`` is the argument of an op.
 """

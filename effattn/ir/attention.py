@@ -1,6 +1,7 @@
-"""What one attention means: score, predicate, kept keys and the data that they read.
+"""What one attention computes: score, predicate, kept keys and the captured tensors they read.
 
-Never where, when or how fast: sites that mean the same hold equal records, and share a kernel.
+Where, when and how fast it runs is not part of it, so sites that compute the same function hold equal records and share
+a kernel.
 """
 
 from __future__ import annotations
@@ -20,52 +21,52 @@ EMPTY_ROWS: tuple[EmptyRows, ...] = ("never", "zero", "nan", "mean")
 
 @dataclass(frozen=True)
 class CaptureSpec:
-    """One captured tensor that the predicate or score reads: its name in expressions, dtype and dimensions."""
+    """A captured tensor that the predicate or score reads."""
 
     name: str
-    dtype: str  # as in torch, without "torch.": "bool", "int64", "float32"
+    dtype: str  # torch's name without "torch.": "bool", "int64", "float32"
     ndim: int
 
 
 @dataclass(frozen=True)
 class AttentionSpec:
-    """The function that is computed.
+    """The function that an op computes.
 
-    out[b, h, q] = softmax over kept k of score(s = query[b, h, q] . key[b, h // G, k]) times value[b, h // G, k],
-    with k kept where ``predicate & keep`` holds.
+    out[b, h, q] = softmax(score(s = query[b, h, q] . key[b, h // G, k])) . value[b, h // G, k], over the keys k where
+    ``predicate & keep`` holds.
     """
 
-    score: Any  # sympy term in s and the indices; natural units, scale included
+    score: Any  # sympy term in s and the indices; natural exponent, scale included
     predicate: Any = sympy.true  # what the user's mask allows
-    keep: Any = sympy.true  # what a form keeps of that
-    captures: tuple[CaptureSpec, ...] = ()  # captured tensors, in the order in which they are passed
+    keep: Any = sympy.true  # which of these keys a form keeps
+    captures: tuple[CaptureSpec, ...] = ()  # captured tensors, in the order they are passed
     scalars: tuple[str, ...] = ()  # names of integers passed at run time, in order
     numbers: tuple[str, ...] = ()  # names of floats passed at run time, in order
-    empty_rows: EmptyRows = "zero"  # output of a row that may attend to nothing: 0, NaN, or the mean of all values
+    empty_rows: EmptyRows = "zero"  # output where no key is allowed: 0, NaN, or the mean of all values
 
     @cached_property
     def rule(self) -> Any:
-        """The whole predicate: what is both allowed and kept."""
+        """``predicate & keep``."""
         return sympy.And(self.predicate, self.keep)
 
     def dense(self) -> AttentionSpec:
-        """The same without a form: keeps all that the mask allows, and reads what callers pass."""
+        """The same without a form: every key the mask allows, and only captures that callers pass."""
         return replace(self.given, keep=sympy.true)
 
     @cached_property
     def complete(self) -> AttentionSpec:
-        """The record with the load that no caller passes, as the last, if a form reads it."""
+        """The record with ``FIRST_KEY`` as its last capture if ``keep`` reads it. Callers do not pass that tensor."""
         if any(load.name == expr.FIRST_KEY for load in self.captures) or not self.keep.has(expr.first_key):
             return self
         return replace(self, captures=(*self.captures, CaptureSpec(expr.FIRST_KEY, "int32", 1)))
 
     @cached_property
     def given(self) -> AttentionSpec:
-        """The record with the captures that callers pass."""
+        """The record with only the captures that callers pass."""
         return replace(self, captures=tuple(load for load in self.captures if load.name != expr.FIRST_KEY))
 
     def encode(self) -> dict[str, Any]:
-        """The record as JSON values: equal records give equal bytes, in any process."""
+        """JSON values; equal records give equal bytes in any process."""
         return {
             "score": wire.encode(self.score),
             "predicate": wire.encode(self.predicate),
@@ -78,11 +79,11 @@ class AttentionSpec:
 
     @staticmethod
     def decode(body: dict[str, Any]) -> AttentionSpec:
-        """What :meth:`encode` wrote.
+        """The inverse of :meth:`encode`.
 
         Raises:
-            PlanError: names, tensors or expressions that it cannot have written.
-            KeyError, TypeError, ValueError: it lacks or misuses a field.
+            PlanError: invalid names, tensors or expressions.
+            KeyError, TypeError, ValueError: a field is missing or has the wrong type.
         """
         if body["empty_rows"] not in EMPTY_ROWS:
             raise PlanError(f"bad empty_rows in plan: {body['empty_rows']!r}; allowed: {EMPTY_ROWS}")

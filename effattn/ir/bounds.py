@@ -1,7 +1,7 @@
-"""Between which numbers an expression lies: the algebra of intervals that :func:`effattn.ir.fold.fold` is given.
+"""Interval arithmetic on expressions, an algebra for :func:`effattn.ir.fold.fold`.
 
-Whole numbers have ends of type int and are exact; ends of floats are as exact as Python's. What is not known reaches to
-infinity. An interval never says too little.
+Integers have exact bounds of type int; bounds of floats are as exact as Python's floats. Unknown bounds are infinite.
+An interval always contains every value that its expression can take.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ INFINITY = math.inf
 
 
 class Interval(NamedTuple):
-    """All numbers from ``low`` to ``high``, both included."""
+    """The closed interval from ``low`` to ``high``."""
 
     low: int | float
     high: int | float
@@ -26,7 +26,7 @@ class Interval(NamedTuple):
         return other.low <= self.low and self.high <= other.high
 
     def joined(self, *others: Interval) -> Interval:
-        """The smallest interval that holds all of them."""
+        """The smallest interval that contains all of them."""
         every = (self, *others)
         return Interval(min(each.low for each in every), max(each.high for each in every))
 
@@ -40,7 +40,7 @@ UNKNOWN = Interval(-INFINITY, INFINITY)
 TRUTH = Interval(0, 1)
 INT32 = Interval(-(2**31), 2**31 - 1)
 INT64 = Interval(-(2**63), 2**63 - 1)
-# what an element of an integer tensor may be
+# values of an element of an integer tensor, by dtype
 INTEGERS: dict[str, Interval] = {
     "bool": TRUTH,
     **{f"int{bits}": Interval(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) for bits in (8, 16, 32, 64)},
@@ -49,12 +49,12 @@ INTEGERS: dict[str, Interval] = {
 
 
 def around(size: int | float) -> Interval:
-    """From -size to size."""
+    """The interval [-size, size]."""
     return Interval(-size, size)
 
 
 def _ends(function: Callable[[Any, Any], Any]) -> Callable[[Interval, Interval], Interval]:
-    """For a function of two numbers whose extremes lie at the ends of its arguments."""
+    """Lift a function of two numbers whose extremes lie at the bounds of its arguments."""
 
     def found(x: Interval, y: Interval) -> Interval:
         values = [function(one, other) for one, other in product(x, y)]
@@ -154,7 +154,7 @@ TABLE: dict[str, Callable[..., Interval]] = {
 
 
 class Intervals:
-    """The algebra: where symbols and loads lie is asked of two functions."""
+    """The algebra; two functions give the intervals of symbols and loads by name."""
 
     def __init__(self, symbol: Callable[[str], Interval], load: Callable[[str], Interval]):
         self._symbol = symbol
@@ -176,7 +176,7 @@ class Intervals:
 
 
 def interval(term: Any, symbol: Callable[[str], Interval], load: Callable[[str], Interval]) -> Interval:
-    """What ``term`` lies between; :data:`UNKNOWN` where it holds an operation that no target computes."""
+    """The interval of ``term``; :data:`UNKNOWN` if it contains an operation that no target computes."""
     try:
         return fold(term, Intervals(symbol, load))
     except UnknownOperation:

@@ -1,8 +1,8 @@
-"""The vocabulary of predicates and score expressions, as sympy terms.
+"""The terms of predicates and score expressions, in sympy.
 
-Index symbols ``b, h, q, k`` name batch, query head, query row and key column of one attention. ``s`` is the raw
-score (query . key, no scale). ``Nq`` and ``Nk`` are the two lengths. Data that an expression depends on appears as
-a :class:`Load`: a named tensor with symbolic indices.
+The symbols ``b, h, q, k`` index the batch, query head, query and key of one attention. ``s`` is the raw score
+(query . key, unscaled). ``Nq`` and ``Nk`` are the numbers of queries and keys. A captured tensor appears as a
+:class:`Load`: its name and symbolic indices.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ Nk = sympy.Symbol("Nk", integer=True, positive=True)
 
 
 def scalar(name: str) -> sympy.Symbol:
-    """An integer that is known when the op runs (a symbolic length other than Nq and Nk)."""
+    """An integer passed at run time (a symbolic length other than Nq and Nk)."""
     return sympy.Symbol(name, integer=True)
 
 
 def number(name: str) -> sympy.Symbol:
-    """A float that is known when the op runs (a scale that arrives as a graph value)."""
+    """A float passed at run time (a scale that is a graph value)."""
     return sympy.Symbol(name, real=True)
 
 
 class Load(sympy.Function):
-    """``Load(name, i0, i1, ...)``: the element of a floating point tensor at symbolic indices."""
+    """``Load(name, i0, i1, ...)``: one element of a captured floating-point tensor."""
 
     is_real = True
 
@@ -44,23 +44,23 @@ class Load(sympy.Function):
 
 
 class IntLoad(Load):
-    """A load from an integer or boolean tensor. A boolean mask appears as ``Ne(IntLoad(...), 0)``."""
+    """A load from an integer or boolean tensor. A boolean mask is ``Ne(IntLoad(...), 0)``."""
 
     is_integer = True
 
 
 def load(name: str, indices, *, integer: bool) -> Load:
-    """A load by name; the name becomes the first argument so that two tensors never compare equal."""
+    """A load by name. The name is the first argument, so loads from two tensors never compare equal."""
     return (IntLoad if integer else Load)(sympy.Symbol(name), *indices)
 
 
-# Not passed by a caller: the first key of batch row b that the mask allows, or Nk where these are not consecutive
+# Computed by the op, not passed: the first key that the mask allows in batch b, or Nk if its keys are not consecutive.
 FIRST_KEY = "first_allowed_key"
 first_key = load(FIRST_KEY, (b,), integer=True)
 
 
 class FloorDiv(sympy.Function):
-    """Integer division rounding down, the divisor positive."""
+    """Integer division rounding down; the divisor is positive."""
 
     is_integer = True
 
@@ -80,7 +80,7 @@ class FloorDiv(sympy.Function):
 
 
 class Modulo(sympy.Function):
-    """Remainder of :class:`FloorDiv`, never negative."""
+    """Remainder of :class:`FloorDiv`; never negative."""
 
     is_integer = True
     is_nonnegative = True
@@ -95,7 +95,7 @@ class Modulo(sympy.Function):
 
 
 class Bits(sympy.Function):
-    """An operation on the bits of two integers, in two's complement."""
+    """A bitwise operation on two integers in two's complement."""
 
     is_integer = True
 
@@ -142,9 +142,9 @@ class Where(sympy.Function):
 
 
 class Table(sympy.Function):
-    """``Table(index, v0, v1, ...)``: one of a few numbers that are known when compiling, as a window for each head is.
+    """``Table(index, v0, v1, ...)``: an element of a constant table, for example a window size per head.
 
-    Below 0 the index is 0, and beyond the last it is the last.
+    The index is clamped to the table.
     """
 
     is_real = True
@@ -171,9 +171,9 @@ class Table(sympy.Function):
 
 
 class Group(sympy.Function):
-    """A sum that is computed before what is around it: ``0.1*(t[q] - t[k])``.
+    """A sum that sympy must not take apart: ``0.1*(t[q] - t[k])``.
 
-    sympy takes sums apart: ``s + 0.1*t[q] - 0.1*t[k]`` loses the digits of s where t is large.
+    Expanded, ``s + 0.1*t[q] - 0.1*t[k]`` would lose the digits of s where t is large.
     """
 
     is_real = True
@@ -187,7 +187,7 @@ class Group(sympy.Function):
 
 
 class IsPowerOfTwo(BooleanFunction):
-    """True where the argument is one of 1, 2, 4, 8, ..."""
+    """Whether the argument is a power of two: 1, 2, 4, 8, ..."""
 
     @classmethod
     def eval(cls, x):
@@ -198,7 +198,7 @@ class IsPowerOfTwo(BooleanFunction):
 
 
 def plain_scale(score):
-    """c where the score is c * s with c a constant or a number known at run time; None otherwise."""
+    """c if the score is c * s with c a constant or one float passed at run time, else None."""
     scale = sympy.expand(score).coeff(s)
     if sympy.expand(score - scale * s) != 0 or scale.has(*INDICES, s) or loads_of(scale):
         return None
@@ -207,7 +207,7 @@ def plain_scale(score):
 
 
 def conjuncts(predicate) -> tuple:
-    """The parts of an And, or the predicate itself; () for true."""
+    """The operands of an And, or the predicate itself; () for true."""
     if predicate == sympy.true:
         return ()
     return tuple(predicate.args) if isinstance(predicate, sympy.And) else (predicate,)
@@ -220,13 +220,13 @@ def loads_of(*terms) -> list[Load]:
 
 
 def is_of_blocks(load: Load) -> bool:
-    """Whether a load has one element for each pair of a block of queries and a block of keys."""
+    """Whether the tensor has one element for each pair of a query block and a key block."""
     places = [index for index in load.indices if index.has(q, k)]
     return {index.args[0] for index in places if isinstance(index, FloorDiv)} == {q, k} and len(places) == 2
 
 
 def free_symbols(*terms) -> set[sympy.Symbol]:
-    """Symbols of the terms, names of captured tensors not counted."""
+    """Symbols of the terms, without the names of captured tensors."""
     found: set[sympy.Symbol] = set()
     for term in terms:
         names = {load.args[0] for load in sympy.sympify(term).atoms(Load)}

@@ -1,7 +1,7 @@
-"""One traversal of an expression, for every target.
+"""One traversal of an expression, shared by all targets.
 
-An *algebra* says what each operation means: torch tensors (the portable target and the checks), Python integers
-(tile bounds), or source text (generated kernels). Adding an operation is adding a method here and in the algebras.
+An *algebra* defines each operation: on torch tensors (portable target, checks), on Python integers (tile bounds), or as
+source text (generated kernels). A new operation needs an entry here and a method in each algebra.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from effattn.ir.expr import BitAnd, BitOr, BitXor, FloorDiv, Group, IsPowerOfTwo
 
 
 class Algebra(Protocol):
-    """What a target must be able to do. Values are whatever the target computes with."""
+    """The interface of an algebra. Values are of any type."""
 
     def constant(self, value: int | float | bool) -> Any: ...
     def symbol(self, name: str) -> Any: ...
@@ -26,7 +26,7 @@ class Algebra(Protocol):
     def call(self, operation: str, *args: Any) -> Any: ...
 
 
-# sympy class -> name of the operation that an algebra's ``call`` is asked for
+# sympy class -> operation name passed to ``Algebra.call``
 OPERATIONS: dict[type, str] = {
     sympy.Le: "le",
     sympy.Lt: "lt",
@@ -51,7 +51,7 @@ OPERATIONS: dict[type, str] = {
     Where: "where",
     IsPowerOfTwo: "is_power_of_two",
 }
-# the same for operations of any number of arguments, folded two at a time
+# the same for variadic operations, folded two arguments at a time
 CHAINS: dict[type, str] = {
     sympy.Add: "add",
     sympy.Mul: "mul",
@@ -63,11 +63,15 @@ CHAINS: dict[type, str] = {
 
 
 class UnknownOperation(EffattnError):
-    """An expression holds a sympy operation that no target knows."""
+    """The expression contains a sympy operation that no target computes."""
 
 
 def fold(expression, algebra: Algebra) -> Any:
-    """Evaluate ``expression`` (a sympy term) in ``algebra``; shared subterms are computed once."""
+    """Evaluate ``expression`` (a sympy term) in ``algebra``. Shared subterms are computed once.
+
+    Raises:
+        UnknownOperation: no target computes one of its operations.
+    """
     done: dict[sympy.Basic, Any] = {}
 
     def visit(term):
@@ -99,7 +103,7 @@ def fold(expression, algebra: Algebra) -> Any:
         raise UnknownOperation(f"no target can compute {type(term).__name__} in {expression}")
 
     def table(index, values, kind, first=0):
-        """A choice between two halves, so that no target needs tables; ``first``: the place of the first value."""
+        """A binary search by ``where``, so that no target needs tables. ``first``: the index of the first value."""
         if len(set(values)) == 1:
             return algebra.constant(kind(values[0]))
         half = len(values) // 2
@@ -129,7 +133,7 @@ def fold(expression, algebra: Algebra) -> Any:
 
 
 class Integers:
-    """Python integers: bounds of tiles on the host. Symbols and loads come from a table."""
+    """Python integers, for tile bounds on the host."""
 
     TABLE: ClassVar[dict[str, Callable[..., Any]]] = {
         "add": operator.add,

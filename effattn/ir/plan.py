@@ -1,8 +1,7 @@
-"""The plan: everything that one op is told, in one string.
+"""The plan: everything one op needs besides its tensors, in one string.
 
-An op receives tensors and a plan string and nothing else, so a compiled graph that a second process loads from
-Inductor's cache still means the same. Forms do not appear at run time: a form has already said which keys it keeps
-(``keep``), and kernels only see expressions.
+An op receives only tensors and a plan string, so a graph that another process loads from Inductor's cache keeps its
+meaning. Kernels see expressions, not forms: the keys that a form keeps are already in ``keep``.
 """
 
 from __future__ import annotations
@@ -23,23 +22,23 @@ TARGETS = ("triton", "portable", None)
 
 @dataclass(frozen=True)
 class Sparsity:
-    """How the keys to visit are found: by the formula of predicate and kept keys, or by a selector among these."""
+    """How the keys to visit are found: from predicate and ``keep``, or by a selector among those."""
 
-    select: Selector | None = None  # what of the rule is visited, decided by data at run time; None: all of it
+    select: Selector | None = None  # chooses among the kept keys at run time; None: visits all of them
 
 
 @dataclass(frozen=True)
 class Dispatch:
-    """Where and when a plan is used. Nothing of it changes what is computed where it is used."""
+    """Where and when a plan runs. It does not change what the plan computes."""
 
-    min_length: int = 0  # below this many keys the form keeps everything (the choice is made when the op runs)
-    below: Plan | None = None  # what is computed below ``min_length``; None: everything that the mask allows
+    min_length: int = 0  # with fewer keys, ``below`` runs instead (decided when the op runs)
+    below: Plan | None = None  # the plan below ``min_length``; None: dense, every key the mask allows
     target: str | None = None  # "triton", "portable", or None: by device
     layout: str = "bhnd"  # memory order of the output; its shape is always [B, H, Nq, Dv]
-    lse_is_read: bool = True  # False: the LSE serves the gradient alone, as SDPA's own does
+    lse_is_read: bool = True  # False: only the backward reads the LSE, as with SDPA
 
     def encode(self) -> dict[str, Any]:
-        """The record as JSON values."""
+        """JSON values."""
         return {
             "min_length": self.min_length,
             "below": None if self.below is None else self.below.encode(),
@@ -50,7 +49,7 @@ class Dispatch:
 
     @staticmethod
     def decode(body: dict[str, Any]) -> Dispatch:
-        """What :meth:`encode` wrote. Raises: PlanError, KeyError, TypeError, ValueError: it did not."""
+        """The inverse of :meth:`encode`. Raises PlanError, KeyError, TypeError or ValueError for other data."""
         for name, allowed in (("layout", LAYOUTS), ("target", TARGETS)):
             if body[name] not in allowed:
                 raise PlanError(f"bad {name} in plan: {body[name]!r}; allowed: {allowed}")
@@ -65,7 +64,7 @@ class Dispatch:
 
 @dataclass(frozen=True)
 class Plan:
-    """What the op ``effattn::attend`` computes (``spec``), by which keys (``sparsity``), where and when."""
+    """What the op ``effattn::attend`` computes (``spec``), how it finds keys (``sparsity``), where and when it runs."""
 
     form: str  # name of the form, for the report and for file names
     spec: AttentionSpec
@@ -73,30 +72,33 @@ class Plan:
     dispatch: Dispatch = field(default_factory=Dispatch)
 
     def dense(self) -> Plan:
-        """The same site without the form: keeps all that the mask allows."""
+        """The same site without the form: every key the mask allows."""
         dispatch = replace(self.dispatch, min_length=0, below=None)
         return Plan("exact", self.spec.dense(), dispatch=dispatch)
 
     def at(self, k_len: int) -> Plan:
-        """What is computed for this many keys: ``below``, or the dense plan, with fewer than ``min_length``; the dense
-        plan where a selector keeps all. Its captures are all that it reads, with ``FIRST_KEY`` as the last."""
+        """The plan that runs with this many keys.
+
+        That is ``below`` (or the dense plan) under ``min_length``, and the dense plan where the selector keeps all
+        keys. Its captures include ``FIRST_KEY``, as the last, if it is read.
+        """
         if k_len < self.dispatch.min_length:
             return self._dense if self.dispatch.below is None else self.dispatch.below.at(k_len)
         select = self.sparsity.select
         return self._dense if select is not None and select.keeps_all(k_len) else self.complete
 
     def dispatched(self, **changes: Any) -> Plan:
-        """The same with other fields of its dispatch."""
+        """The same plan with some fields of ``dispatch`` changed."""
         return replace(self, dispatch=replace(self.dispatch, **changes))
 
     def reading_lse(self) -> Plan:
-        """The same where somebody reads the LSE, at every length."""
+        """The same plan with ``lse_is_read`` at every length."""
         below = self.dispatch.below
         return self.dispatched(lse_is_read=True, below=None if below is None else below.reading_lse())
 
     @property
     def selects(self) -> bool:
-        """Whether at some length data decides what is visited."""
+        """Whether a selector chooses keys at some length."""
         below = self.dispatch.below
         return self.sparsity.select is not None or (below is not None and below.selects)
 
@@ -106,11 +108,11 @@ class Plan:
 
     @cached_property
     def complete(self) -> Plan:
-        """The plan with the load that no caller passes, if its form reads it."""
+        """The plan with ``FIRST_KEY`` among its captures if its form reads it."""
         return self if self.spec.complete is self.spec else replace(self, spec=self.spec.complete)
 
     def encode(self) -> str:
-        """The canonical string: equal plans give equal bytes, in any process."""
+        """The canonical string; equal plans give equal bytes in any process."""
         select = self.sparsity.select
         body = {
             "v": VERSION,
@@ -124,10 +126,10 @@ class Plan:
     @staticmethod
     @lru_cache(maxsize=4096)
     def decode(text: str) -> Plan:
-        """The plan in a string that :meth:`encode` wrote.
+        """The inverse of :meth:`encode`.
 
         Raises:
-            PlanError: not such a string, or written by another version.
+            PlanError: the string is malformed or has another version.
         """
         try:
             body = json.loads(text)

@@ -1,4 +1,4 @@
-"""Why something was not done."""
+"""Why an attention was left alone."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from enum import StrEnum
 
 
 class Why(StrEnum):
-    """The rule that an attention fails which is left alone. Sentences may change; control flow and tests read this."""
+    """The rule that refused an attention. Code and tests compare these; the sentences of reasons may change."""
 
-    NOT_ATTENTION = "not attention"  # a softmax over something else: a router, a classifier
-    # what stands where attention has a softmax
+    NOT_ATTENTION = "not attention"  # a softmax of something else: a router, a classifier
+    # in place of the softmax
     NO_SOFTMAX = "no softmax"
     RANDOM = "random weights"
     NORMALISER = "normaliser"
@@ -41,7 +41,7 @@ class Why(StrEnum):
     # the operands
     ARGUMENTS = "arguments"
     OPERANDS = "operands"
-    NOT_APART = "heads apart"  # batch and heads are one dimension, and nothing tells which is which
+    NOT_APART = "heads apart"  # batch and heads are merged into one dimension and cannot be told apart
     BATCH = "batch"
     HEADS = "heads"
     HEAD_DIM = "head_dim"
@@ -62,7 +62,7 @@ class Why(StrEnum):
     OPERATOR = "operator"
     MULTI_HEAD_ATTENTION = "multi_head_attention"
     FUSED_CALL = "fused call"
-    UNEXPECTED = "error"  # no property of the attention: a mistake of ours, a file that is not there
+    UNEXPECTED = "error"  # not a property of the attention: a bug in effattn, a missing file
     # attention without a softmax
     LOOP_OVER_BLOCKS = "loop over blocks"
     BLOCKS = "blocks"
@@ -75,12 +75,12 @@ class Why(StrEnum):
 
 @dataclass(frozen=True)
 class Refusal:
-    """Why something was not done: which rule, about what, what would help, and where it stands in the user's code."""
+    """Why something was not done: the rule, the reason, what would help, and the line of user code."""
 
     rule: str
     reason: str
     hint: str = ""
-    cause: str = ""  # "file:line: code" of the operation that the reason names
+    cause: str = ""  # "file:line: code" of the operation named in the reason
 
     def __str__(self) -> str:
         return f"{self.reason} ({self.hint})" if self.hint else self.reason

@@ -1,9 +1,8 @@
-"""How a form decides at run time what a query block attends to: Score -> Reduce -> Pick -> Expand, as data.
+"""How a form chooses keys at run time: the pieces Score, Reduce, Pick and Expand, as data.
 
-A selector is a record of four pieces and no code. The runtime turns it and the tensors of a call into a *block list*:
-for each batch row, list head and query block the units of keys that are visited, and how many of them each query head
-takes. A dynamic form is a function from its parameters to such a record; a new one needs a new kernel only if it
-needs a new piece.
+The runtime evaluates a selector on the tensors of a call. The result is a *block list*: for each batch, list head and
+query block, the units of keys to visit, and how many of them each query head takes. A dynamic form is a function from
+its parameters to a selector; it needs a new kernel only if it needs a new piece.
 """
 
 from __future__ import annotations
@@ -14,12 +13,12 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 
 from effattn.errors import PlanError
 
-KEY_HEADS = -1  # as many lists as key heads
-BOUNDARIES = "boundaries"  # name of the load that says where chunks begin
+KEY_HEADS = -1  # one list per key head
+BOUNDARIES = "boundaries"  # name of the captured tensor that says where chunks begin
 
 
 class Piece(BaseModel):
-    """Frozen, hashable, and nothing but what its fields say."""
+    """Base of all pieces: frozen, hashable, no unknown fields."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
@@ -28,14 +27,14 @@ class Piece(BaseModel):
 
 
 class Strided(Piece):
-    """One vector of every ``stride`` tokens, the first of each group."""
+    """The first vector of every ``stride`` tokens."""
 
     kind: Literal["strided"] = "strided"
     stride: PositiveInt = 1
 
 
 class Mean(Piece):
-    """The mean of every ``size`` tokens in float32, times the root of how many there are if ``root_length``."""
+    """The float32 mean of every ``size`` tokens; ``root_length`` multiplies it by the square root of their number."""
 
     kind: Literal["mean"] = "mean"
     size: PositiveInt
@@ -43,18 +42,18 @@ class Mean(Piece):
 
 
 class Last(Piece):
-    """The vectors of the last ``size`` rows alone."""
+    """The vectors of the last ``size`` queries only."""
 
     kind: Literal["last"] = "last"
     size: PositiveInt
 
 
 class Chunks(Piece):
-    """Chunk means as :class:`Mean`, of chunks that the data cuts.
+    """Chunk means, as in :class:`Mean`, over chunks whose boundaries depend on data.
 
-    ``dip``: a chunk begins where the keys before and after a token are least alike: where the cosine of the means of
-    ``width`` keys on both sides is below ``threshold`` and the least within ``apart`` tokens.
-    ``given``: where the load named ``boundaries``, bool [B, Nk], says so.
+    ``dip``: a chunk begins where the keys before and after a token are least alike: the cosine of the means of
+    ``width`` keys on either side is below ``threshold`` and is the minimum within ``apart`` tokens.
+    ``given``: boundaries come from the captured tensor ``boundaries``, bool [B, Nk].
     """
 
     kind: Literal["chunks"] = "chunks"
@@ -66,12 +65,12 @@ class Chunks(Piece):
 
 
 class Trained(Piece):
-    """Chunk means as :class:`Mean`, of chunks that a trained predictor cuts (DHSA v1, arXiv 2510.24606).
+    """Chunk means, as in :class:`Mean`, over chunks cut by a trained predictor (DHSA v1, arXiv 2510.24606).
 
-    A chunk begins where the predictor's logit is above ``threshold`` and no greater one that begins a chunk itself lies
-    within ``apart`` tokens; at most ``per_block`` chunks for every ``block`` keys, those with the greatest logits.
-    ``weights`` is a safetensors file and ``digest`` its SHA-256 when the plan was made: another file is refused at run
-    time. ``layer``: whose weights are taken if the file holds some for each layer.
+    A chunk begins where the predictor's logit is above ``threshold`` and no boundary with a greater logit lies within
+    ``apart`` tokens. At most ``per_block`` chunks begin in every ``block`` keys, those with the greatest logits.
+    ``weights`` is a safetensors file and ``digest`` its SHA-256 when the plan was made; a file that differs is refused
+    at run time. ``layer`` selects the weights in a file that has some for each layer.
     """
 
     kind: Literal["trained"] = "trained"
@@ -88,10 +87,10 @@ class Trained(Piece):
 class Score(Piece):
     """Products of query vectors and key vectors.
 
-    ``lists``: 0 for a score of each query head; n: query heads are averaged in n groups, and so are their key heads;
-    ``KEY_HEADS``: in one group for each key head.
-    ``softmax``: over the keys that the mask allows; products are then scaled as the site's score says. Without it they
-    are used as they are: good for ranking within a row.
+    ``lists``: 0 scores every query head; n averages query heads, and their key heads, in n groups; ``KEY_HEADS`` makes
+    one group per key head.
+    ``softmax``: over the keys that the mask allows, with the site's scale. Without it products are used unscaled, which
+    is enough to rank the keys of one query.
     """
 
     query: Annotated[Strided | Mean | Last, Field(discriminator="kind")]
@@ -101,7 +100,7 @@ class Score(Piece):
 
 
 class Reduce(Piece):
-    """From vectors to one number a query block and unit of keys; where a side is a mean there is nothing to reduce."""
+    """One number for each query block and unit of keys. A side that is already a mean is not reduced."""
 
     rows: Literal["max", "mean"] = "max"
     columns: Literal["max", "sum"] = "max"
@@ -111,7 +110,7 @@ class Reduce(Piece):
 
 
 class TopFraction(Piece):
-    """This share of the units of all keys, in every row; at least ``least`` tokens."""
+    """This share of all units of keys, for every query; at least ``least`` tokens."""
 
     kind: Literal["top_fraction"] = "top_fraction"
     share: float = Field(gt=0, le=1)
@@ -119,16 +118,16 @@ class TopFraction(Piece):
 
 
 class Tokens(Piece):
-    """This many tokens in every row."""
+    """This many tokens, for every query."""
 
     kind: Literal["tokens"] = "tokens"
     tokens: PositiveInt
 
 
 class TopP(Piece):
-    """As many units as hold ``gamma`` of the mass that a score of each head finds; at least ``least`` tokens.
+    """As many units as hold the share ``gamma`` of each head's softmax mass; at least ``least`` tokens.
 
-    ``ranks_last``: the last query block is ranked by that mass too, by the largest of a list's heads.
+    ``ranks_last``: units of the last query block are also ranked by that mass, the maximum over the heads of a list.
     """
 
     kind: Literal["top_p"] = "top_p"
@@ -140,26 +139,26 @@ class TopP(Piece):
 
 
 class Pick(Piece):
-    """The best units within a budget. Forced ones count: the query block's own, sinks and the most recent."""
+    """The best units within a budget. Forced units count: the query block's own, sinks and the most recent."""
 
     budget: Annotated[TopFraction | Tokens | TopP, Field(discriminator="kind")]
     sinks: int = Field(default=0, ge=0)
     local: int = Field(default=0, ge=0)
 
     def forced_units(self, unit: int) -> tuple[int, int]:
-        """How many units of this size hold the sinks, and how many the most recent tokens."""
+        """Numbers of units of this size that hold the sinks and the most recent tokens."""
         return -(-self.sinks // unit), -(-self.local // unit)
 
 
 class Expand(Piece):
-    """Sizes in tokens: rows that share a list, and keys that are visited together (1: single tokens)."""
+    """Sizes in tokens: queries that share a list, and keys that are visited together (1: single tokens)."""
 
     block: PositiveInt = 128
     unit: PositiveInt = 128
 
 
 class Selector(Piece):
-    """The whole of it."""
+    """The whole selector."""
 
     score: Score
     reduce: Reduce = Reduce()
@@ -171,7 +170,7 @@ class Selector(Piece):
         return isinstance(self.score.key, Chunks) and self.score.key.find == "given"
 
     def keeps_all(self, k_len: int) -> bool:
-        """Whether the budget covers every key of this many, whatever the data: then dense attention is the same."""
+        """Whether the budget covers ``k_len`` keys, whatever the data. Dense attention is then the same."""
         budget = self.pick.budget
         if isinstance(budget, Tokens):
             return budget.tokens >= k_len
@@ -181,10 +180,10 @@ class Selector(Piece):
 
     @staticmethod
     def decode(body: object) -> Selector:
-        """The selector in the JSON values of a plan.
+        """The selector from the JSON values of a plan.
 
         Raises:
-            PlanError: not what :meth:`model_dump` gives.
+            PlanError: the values are not what :meth:`model_dump` gives.
         """
         try:
             return Selector.model_validate(body)

@@ -1,4 +1,4 @@
-"""The site: one attention found in a graph, with everything that later steps may know about it."""
+"""The site: one attention found in a graph, with everything that later stages need to know."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ STAGES: tuple[Stage, ...] = ("prefill", "decode", "train", "cross", "encoder")
 
 @dataclass(frozen=True)
 class Layout:
-    """Sizes of one attention. Each is an int or a sympy expression in the graph's symbolic lengths."""
+    """Sizes of one attention, each an int or a sympy expression in the graph's symbolic lengths."""
 
     batch: Any
     heads: Any
@@ -30,7 +30,7 @@ class Layout:
 
     @property
     def fixed_keys(self) -> int | None:
-        """The number of keys, if the graph serves no other; None: it is only known when the graph runs."""
+        """The number of keys if it is static, else None."""
         known = getattr(self.k_len, "is_Integer", isinstance(self.k_len, int))
         return int(self.k_len) if known else None
 
@@ -43,32 +43,32 @@ class Layout:
 
 @dataclass(frozen=True)
 class Site:
-    """One attention: where it stands, its sizes, and in closed form what it computes."""
+    """One attention: where it stands, its sizes, and the function it computes."""
 
     name: str
     found_as: str  # "softmax", "sdpa", "flex_attention", "multi_head_attention"
     stage: Stage
     layout: Layout
-    hints: Layout  # the same sizes as plain ints, for costs
-    spec: AttentionSpec  # what the user's code computes: keeps all that the mask allows
-    position: Any | None  # absolute index of query row q among the keys, from the causal condition; None if not causal
+    hints: Layout  # the same sizes as ints, for cost estimates
+    spec: AttentionSpec  # what user code computes: every key the mask allows
+    position: Any | None  # absolute position of query q among the keys, from the causal condition; None: not causal
     dtype: str  # of query, key and value: "float32", "bfloat16", "float16"
     device: str  # "cpu", "cuda"
-    needs_grad: bool  # of the output
-    output_layout: str  # memory order to write: "bhnd" or "bnhd"
-    captures_need_grad: bool = False  # a tensor that the score reads (a learned bias) needs a gradient itself
-    layer: int | None = None  # a number in ``path``: it may repeat, as in an encoder and a decoder
-    layer_count: int | None = None  # how many layers are counted with it; None: not known
-    path: str = ""  # of the module it is computed in, as named_modules() calls it: decoder.layers.3.self_attn
+    needs_grad: bool  # the output needs a gradient
+    output_layout: str  # memory order of the output: "bhnd" or "bnhd"
+    captures_need_grad: bool = False  # a captured tensor (a learned bias) needs a gradient
+    layer: int | None = None  # index of the layer in ``path``; may repeat, as in an encoder and a decoder
+    layer_count: int | None = None  # number of layers in the same list; None: unknown
+    path: str = ""  # module path as in named_modules(): decoder.layers.3.self_attn
     module_classes: tuple[str, ...] = ()  # class names, outermost first
     location: str = ""  # file:line in the user's code
-    sink: bool = False  # one more column takes part in the softmax, with a score and without a value
-    reads: tuple[str, ...] = ()  # the user's own names of ``captures``, in order: attention_mask for padding
-    notes: tuple[str, ...] = field(default=())  # things worth telling: grouped heads folded back, opaque mask, ...
+    sink: bool = False  # one more column in the softmax, with a score but no value
+    reads: tuple[str, ...] = ()  # user code's names of ``captures``, in order: attention_mask for padding
+    notes: tuple[str, ...] = field(default=())  # remarks for the report: grouped heads folded back, opaque mask, ...
 
 
 def called_site(spec: AttentionSpec, position: Any, layout: Layout) -> Site:
-    """The site of an attention that is called by the name of its form: no graph, layer or user code is around it."""
+    """The site of a direct call of a form by name, outside any graph, layer or user code."""
     return Site(
         name="attention",
         found_as="sdpa",

@@ -1,4 +1,4 @@
-"""Predicates and scores as people write them: ``k <= q & q - k < 4096 & padding[b, k]``."""
+"""Predicates and scores as readable text: ``k <= q & q - k < 4096 & padding[b, k]``."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _FLIPPED = {sympy.Ge: (sympy.Le, "<="), sympy.Gt: (sympy.Lt, "<")}
 _SIGNS = {sympy.Le: "<=", sympy.Lt: "<", sympy.Eq: "==", sympy.Ne: "!="}
 _BITS = {expr.BitAnd: "&", expr.BitOr: "|", expr.BitXor: "^"}
 _FEW_DIGITS = 8
-_FEW_VALUES = 8  # of a table that are shown
+_FEW_VALUES = 8  # how many values of a table are shown
 
 
 class _Printer(StrPrinter):
@@ -77,11 +77,11 @@ class _Printer(StrPrinter):
 
 
 def _reading_order(term) -> tuple:
-    """Causality first, then windows, then data, then the rest."""
+    """Sort key: causality first, then windows, then captured tensors, then the rest."""
     relational = isinstance(term, (sympy.Le, sympy.Lt, sympy.Ge, sympy.Gt))
     return (bool(expr.loads_of(term)) and not relational, isinstance(term, sympy.Or), sympy.count_ops(term), str(term))
 
 
 def text(term) -> str:
-    """``term`` as one readable line; ``true`` for a predicate without conditions."""
+    """``term`` on one line; ``true`` for a predicate without conditions."""
     return "true" if term == sympy.true else _Printer({"order": "none"}).doprint(term)

@@ -1,4 +1,4 @@
-"""Expressions as JSON and back. Decoding builds terms from a closed table; nothing is ever evaluated as code."""
+"""Expressions to JSON and back. Decoding builds terms from a closed table and evaluates no code."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ MAX_DEPTH = 200
 
 
 def encode(term) -> Any:
-    """A sympy term as nested lists of JSON values."""
+    """A sympy term as nested lists of JSON values. Raises PlanError for an operation that no target computes."""
     term = sympy.sympify(term)
     if term in (sympy.true, sympy.false):
         return term == sympy.true
@@ -40,7 +40,7 @@ def encode(term) -> Any:
 
 
 def decode(data: Any, depth: int = 0) -> Any:
-    """The term that :func:`encode` wrote.
+    """The inverse of :func:`encode`.
 
     Raises:
         PlanError: the data was not written by :func:`encode`.
