@@ -1,4 +1,4 @@
-"""Kernels of linear attention that are compiled for GPUs that are not here, and some that are kept as golden files."""
+"""Kernels of linear attention that are compiled for GPUs that are not here."""
 
 from __future__ import annotations
 
@@ -37,15 +37,3 @@ def compiled() -> dict[str, tuple[LinearSpec, str, str]]:
             made["both directions add_up"] = (made["both directions outputs"][0], "add_up")
         found |= {f"{name} {arch}": (one, arch, kernel) for name, (one, kernel) in made.items()}
     return found
-
-
-def goldens() -> dict[str, LinearSpec]:
-    """Name of the golden file -> what it holds."""
-    return {
-        "linear_lightning": spec("sm90", decay=True),
-        "linear_normalised_reverse": spec("sm80", features=60, value_dim=96, ones=True, reverse=True),
-        "linear_both_directions": spec(
-            "sm90", "whole", features=64, value_dim=64, ones=True, key_groups=4, shared=True
-        ),
-        "linear_step": spec("sm90", "step", decay=True),
-    }

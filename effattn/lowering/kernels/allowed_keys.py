@@ -13,13 +13,22 @@ from effattn.lowering.dialects.triton.terms import KEYS, Lines, Source
 PARTS = 32  # programs of a batch row; the lanes of one warp add up what they found
 KEYS_AT_ONCE = 1024
 
-# the first lines of every kernel that reads what was found; ``batch`` is known
-SUMS = (
-    f"found = allowed + batch * {3 * PARTS} + tl.arange(0, {PARTS})",
-    "allowed_first = tl.min(tl.load(found), 0)",
-    f"allowed_end = tl.max(tl.load(found + {PARTS}), 0)",
-    f"allowed_whole = tl.sum(tl.load(found + {2 * PARTS}), 0) == allowed_end - allowed_first  # no gap between them",
-)
+
+def sums(whole: bool) -> list[str]:
+    """The first lines of every kernel that reads what was found; ``batch`` is known.
+
+    ``whole``: also whether the keys between the first and the last are all allowed, which decode does not ask.
+    """
+    found = [
+        f"found = allowed + batch * {3 * PARTS} + tl.arange(0, {PARTS})",
+        "allowed_first = tl.min(tl.load(found), 0)",
+        f"allowed_end = tl.max(tl.load(found + {PARTS}), 0)",
+    ]
+    if whole:
+        found.append(
+            f"allowed_whole = tl.sum(tl.load(found + {2 * PARTS}), 0) == allowed_end - allowed_first  # no gaps"
+        )
+    return found
 
 
 def lines_and_keep(condition, symbols, captures) -> tuple[list[str], str]:

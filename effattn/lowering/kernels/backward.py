@@ -64,7 +64,7 @@ class BackwardGenerator(Generator):
             "query_params": parameters(self.spec, "grad_query"),
             "key_params": parameters(self.spec, "grad_key_value"),
             "rows_before": self.rows_before.lines,
-            "rows_lines": [*(allowed.SUMS if self.allowed else ()), *ranges.lines],
+            "rows_lines": [*(allowed.sums(True) if self.allowed else ()), *ranges.lines],
             "rows_sweeps": sweeps,
         }
 
@@ -74,8 +74,10 @@ class BackwardGenerator(Generator):
         inside = self.rows_before.inner()
         tile = ("first_key", self.spec.tiles.block_m)
         symbols = self.symbols(q=Value("rows", KEYS, plain=True), k=Value("keys", ROWS, plain=True, tile=tile))
-        # the head changes from turn to turn, so nothing is computed before the loop
-        algebra = Source(symbols, self.captures, inside, inside, key_mask="row_ok", row_mask="key_ok")
+        # the head changes from turn to turn: what may depend on it is not computed before the loop
+        by_head = any(sympy.sympify(term).has(expr.h) for term in (self.attention.score, self.attention.rule))
+        before_loop = inside if by_head else self.rows_before
+        algebra = Source(symbols, self.captures, before_loop, inside, key_mask="row_ok", row_mask="key_ok")
         sweep = Sweep(title, partial, count, before, steps, lines=inside.lines)
         sweep.slope = fold(self.slope, algebra).text
         if self.scale is None:

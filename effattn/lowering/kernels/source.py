@@ -380,7 +380,7 @@ class Generator:
         found = visits(
             self.tile_ranges, lambda bound, row: self.scalar_text(bound, self.before, row), listed, split, self.allowed
         )
-        lines = [*(allowed.SUMS if self.allowed else ()), *found.lines]
+        lines = [*(allowed.sums(split) if self.allowed else ()), *found.lines]
         if listed and self.tile_ranges.choice:
             powers = self.tile_ranges.powers
             assert powers is not None
