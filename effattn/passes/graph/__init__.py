@@ -1,1 +1,1 @@
-"""The graph as Dynamo made it: a read-only view, one vocabulary for all spellings, memory and writes."""
+"""Dynamo's graph: a read-only view, one vocabulary for all spellings, aliases and writes."""

@@ -1,4 +1,4 @@
-"""Autocast where a node stands: what Dynamo found when the graph began, and what the graph itself switches."""
+"""The autocast state at a node: the state Dynamo recorded at the start of the graph, and switches inside the graph."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
 
 @contextmanager
 def autocast_at(node: fx.Node) -> Iterator[None]:
-    """Autocast as it is when ``node`` runs; to be entered while its graph is compiled, as Dynamo calls a backend."""
+    """Enter the autocast state in which ``node`` runs. Only valid while its graph is being compiled."""
     with ExitStack() as stack:
         for enter in node.graph.find_nodes(op="call_function", target=_enter_autocast):
             over = any(user.target is _exit_autocast and user < node for user in enter.users)
@@ -23,6 +23,6 @@ def autocast_at(node: fx.Node) -> Iterator[None]:
 
 
 def is_autocast(node: fx.Node, device: torch.device) -> bool:
-    """Whether operations on such a device are cast where ``node`` stands."""
+    """Whether autocast is enabled for ``device`` at ``node``."""
     with autocast_at(node):
         return torch.is_autocast_enabled(device.type)

@@ -1,24 +1,24 @@
-"""Code in a graph that only makes block masks: ``create_block_mask`` under torch.vmap, which goes with what it made."""
+"""Nodes that only build block masks: ``create_block_mask`` under torch.vmap. They are erased with the mask."""
 
 from __future__ import annotations
 
 import torch
 from torch import fx
 
-# Functions and methods that the vocabulary does not hold and that have no effect but their value, by name.
+# Functions and methods outside the vocabulary that have no side effect, by name.
 _VALUES = {
     "sum",
     "argsort",
     "pad",
     "_add_batch_dim",
     "_remove_batch_dim",
-    "setitem",  # into a tensor that dies with it
+    "setitem",  # into a temporary tensor
 }
 _OPEN, _CLOSE, _LOAD = "_vmap_increment_nesting", "_vmap_decrement_nesting", "lazy_load_decompositions"
 
 
 def is_block_mask_code(node: fx.Node) -> bool:
-    """Whether ``node`` can be erased once nobody uses it or what shares its memory."""
+    """Whether ``node`` can be erased once nothing uses it or its memory."""
     return node.op == "get_attr" or _name(node) in _VALUES or node.target is torch.ops.aten.index
 
 
@@ -29,12 +29,12 @@ def _name(node: fx.Node) -> str:
 
 
 def unused_batch_dims(graph: fx.Graph) -> list[fx.Node]:
-    """Inputs of a mask_mod under torch.vmap that it does not read: dead in the user's graph already."""
+    """Arguments of a mask_mod under torch.vmap that it does not read; they are dead in the user's graph too."""
     return [node for node in graph.nodes if _name(node) == "_add_batch_dim" and not node.users]
 
 
 def erase_empty_brackets(graph: fx.Graph) -> None:
-    """Erase the beginnings and ends of torch.vmap between which nothing is left."""
+    """Erase pairs of torch.vmap's enter and exit calls with no nodes between them."""
     opened: list[fx.Node] = []
     inside: list[int] = [0]
     for node in list(graph.nodes):

@@ -1,6 +1,6 @@
-"""Products of two tensors over one index or several, whatever their spelling: matmul, bmm, baddbmm, einsum.
+"""Products of two tensors that sum over one or more indices: matmul, bmm, baddbmm, einsum.
 
-A contraction is seen as an einsum: a label for every dimension of both operands and of the result.
+A contraction is described like an einsum: one label per dimension of each operand and of the result.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ class Contraction:
 
     @property
     def sums(self) -> tuple[str, ...]:
-        """The labels that are summed over, as they follow each other on the left; at least one."""
+        """The labels that are summed over, at least one, in the order of ``left_labels``."""
         return tuple(x for x in self.left_labels if x in self.right_labels and x not in self.out_labels)
 
     @property
     def summed(self) -> str | None:
-        """The one label that is summed over; None if there are several."""
+        """The label that is summed over; None if there are several."""
         return self.sums[0] if len(self.sums) == 1 else None
 
     def keeps_rows(self, side: str) -> bool:
-        """Whether this operand is summed over its last dimension, and its others stand alike in the result."""
+        """Whether the operand's last dimension is summed and its others lead the result in the same order."""
         labels = self.operand(side)[1]
         return labels[-1] == self.summed and self.out_labels[:-1] == labels[:-1]
 
@@ -47,7 +47,7 @@ class Contraction:
 
 
 def contraction(view: GraphView, node: Any) -> Contraction | None:
-    """The contraction that ``node`` spells; None if it is none."""
+    """``node`` as a contraction; None if it is not one."""
     call = view.call(node)
     if call is None:
         return None
@@ -75,7 +75,7 @@ def _einsum(view: GraphView, call: Call) -> Contraction | None:
     if not isinstance(equation, str) or len(operands) != 2:
         return None
     inputs, arrow, output = equation.replace(" ", "").partition("->")
-    if not arrow:  # what stands there once, in alphabetical order
+    if not arrow:  # implicit output: labels that occur once, in alphabetical order
         output = ("..." if "..." in inputs else "") + "".join(
             letter for letter in sorted(set(inputs) - {",", "."}) if inputs.count(letter) == 1
         )
@@ -93,7 +93,7 @@ def _einsum(view: GraphView, call: Call) -> Contraction | None:
     one, other = (view.shape(part) for part in operands)
     if not found.sums or any(one[left.index(label)] != other[right.index(label)] for label in found.sums):
         return None
-    alone = set(left).symmetric_difference(right) - set(out)  # a sum of one operand
+    alone = set(left).symmetric_difference(right) - set(out)  # labels summed over in one operand only
     return None if alone else found
 
 

@@ -1,7 +1,7 @@
-"""Clean-up after the rewriting: only what it orphaned, and only what has no effect.
+"""Removes nodes that the rewriting left unused, if they have no side effect.
 
-``Graph.eliminate_dead_code`` must not be used on Dynamo's graphs: it takes ``index_copy_`` without users, the write
-into a key/value cache, for dead.
+``Graph.eliminate_dead_code`` must not be used on Dynamo's graphs: it considers an ``index_copy_`` without users dead,
+although it writes the key/value cache.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from effattn.passes.graph.contraction import CONTRACTIONS
 from effattn.passes.graph.view import GraphView, writes
 from effattn.passes.graph.vocabulary import canonical, is_dead_dropout
 
-_LARGEST_PART = 200  # nodes that go together or not at all
-_KEEP_STATISTICS = ("batch_norm", "instance_norm")  # they write into their arguments, and their schemas do not say so
+_LARGEST_PART = 200  # most nodes that are erased together
+_KEEP_STATISTICS = ("batch_norm", "instance_norm")  # write their arguments, which their schemas do not declare
 
 
 def erase_unused_weights(graph: fx.Graph) -> int:
-    """Erase what nobody reads of attention weights, as a model returns them only to some of its callers.
+    """Erase attention weights that nothing reads, as where a model returns them only on request.
 
-    Only what is made of a softmax before its product with value: an unread state of linear attention, say, tells how
-    fast it decays. Only where an operation has no effect but its value. Returns how many nodes went.
+    Only nodes between a softmax and the product with value are candidates (an unread state of linear attention is kept,
+    since it shows how fast the state decays), and only those without side effects. Returns the number of erased nodes.
     """
     weights: set[fx.Node] = set()
     for node in graph.nodes:
@@ -38,13 +38,13 @@ def erase_unused_weights(graph: fx.Graph) -> int:
     before = len(graph.nodes)
     for node in reversed(graph.nodes):
         if node in weights and not node.users and not writes(node) and not _has_effect(node):
-            weights.update(node.all_input_nodes)  # what only they needed goes too
+            weights.update(node.all_input_nodes)  # their other users may be gone now
             graph.erase_node(node)
     return before - len(graph.nodes)
 
 
 def _has_effect(node: fx.Node) -> bool:
-    """Whether a node that writes nothing may still do something: draw random numbers, or ask for a gradient."""
+    """Whether a node that writes nothing has another side effect: it draws random numbers or requires a gradient."""
     call = canonical(node)
     if call is None:
         leaves = pytree.tree_leaves(GraphView.value(node))
@@ -56,7 +56,7 @@ def _has_effect(node: fx.Node) -> bool:
 
 
 def _is_pure(target: Any) -> bool:
-    """Whether an operation outside the vocabulary is one of ATen by its name, and none that draws, writes or waits."""
+    """Whether ``target``, outside the vocabulary, is an ATen operation that draws, writes and synchronises nothing."""
     name = target if isinstance(target, str) else getattr(target, "__name__", "")
     if not isinstance(target, str) and (getattr(target, "__module__", None) or "torch").split(".")[0] != "torch":
         return False
@@ -69,10 +69,10 @@ def _is_pure(target: Any) -> bool:
 
 
 def erase_orphans(view: GraphView, replaced: list[fx.Node]) -> None:
-    """Erase the replaced nodes and whatever only they needed: mask code, expanded heads, score arithmetic.
+    """Erase the replaced nodes and the nodes that only they used: mask code, expanded heads, score arithmetic.
 
-    A node goes only if its operation is in the vocabulary, so that it is known to have no effect but its value. Nodes
-    that share memory go together: ``scores += mask`` is dead once nobody outside reads those scores.
+    A node is erased only if it is known to have no side effect. Nodes that share memory are erased together:
+    ``scores += mask`` is dead once nothing else reads those scores.
     """
     sharing: dict[object, list[fx.Node]] = defaultdict(list)
     for node in view.time:
@@ -92,9 +92,9 @@ def erase_orphans(view: GraphView, replaced: list[fx.Node]) -> None:
 def _dead_part(
     view: GraphView, node: fx.Node, sharing: dict[object, list[fx.Node]], gone: set[fx.Node]
 ) -> list[fx.Node]:
-    """What can be erased together with ``node``, users first; [] if it must stay.
+    """The nodes that can be erased together with ``node``, users first; [] if it must stay.
 
-    That is all that shares memory with it, and all that is made of any of that: ``scores[1:] = f(scores[1:])``.
+    These are all nodes that share its memory and all their users: ``scores[1:] = f(scores[1:])``.
     """
     if not node.users and only_a_value(view, node) and not view.writes(node):
         return [node]
@@ -112,5 +112,5 @@ def _dead_part(
 
 
 def only_a_value(view: GraphView, node: fx.Node) -> bool:
-    """Whether a node is known to have no effect but its value."""
+    """Whether a node is known to have no side effect."""
     return (view.call(node) is not None and not _has_effect(node)) or is_block_mask_code(node)

@@ -1,4 +1,4 @@
-"""Inserting nodes: each gets the fake value and the provenance that later stages rely on."""
+"""Inserts nodes together with the fake value and provenance that later stages read."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from effattn.errors import RewriteError
 from effattn.passes.graph.autocast import autocast_at
 from effattn.passes.graph.view import as_sympy
 
-REGION = "effattn_checkpoint"  # the number of the checkpoint that a node is part of
+REGION = "effattn_checkpoint"  # meta key: the number of the checkpoint that a node belongs to
 PROVENANCE = ("nn_module_stack", "stack_trace", "source_fn_stack", "custom", REGION)
 
 
 class Inserter:
-    """Writes nodes at the graph's insertion point as if the user had written them where ``like`` stands.
+    """Inserts nodes at the graph's insertion point, with the provenance of ``like``.
 
-    Whoever inserts chooses the place with ``graph.inserting_before``.
+    The caller sets the insertion point with ``graph.inserting_before``.
     """
 
     def __init__(self, graph: fx.Graph, like: fx.Node):
@@ -30,8 +30,8 @@ class Inserter:
         self.mode = fake_mode(like)
 
     def annotate(self, node: fx.Node) -> fx.Node:
-        """Give a node that was just inserted its provenance and the value it has on fake tensors."""
-        self.nodes.append(node)  # first: what raises here is undone too
+        """Give a new node its provenance and its fake value."""
+        self.nodes.append(node)  # first, so that undo() also erases a node whose evaluation raises
         node.meta.update({key: self.like.meta[key] for key in PROVENANCE if key in self.like.meta})
         args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta.get("example_value"))
         with autocast_at(self.like):
@@ -45,15 +45,15 @@ class Inserter:
         return self.annotate(self.graph.call_method(name, args, kwargs))
 
     def undo(self) -> None:
-        """Erase everything that was inserted; nothing else may use it."""
+        """Erase all inserted nodes, which nothing else may use."""
         while self.nodes:
             self.graph.erase_node(self.nodes.pop())
 
 
 def evaluate(mode: Any, node: fx.Node, args: Any, kwargs: Any) -> Any:
-    """What a node computes of fake tensors of ``mode``, as Dynamo asks it.
+    """The fake value of a node, computed under ``mode`` as in Dynamo.
 
-    Without Python's dispatcher some functions make numbers of symbolic sizes, and the graph serves no other size.
+    The Python dispatcher must be enabled: without it some functions specialise symbolic sizes to ints.
     """
     with mode, enable_python_dispatcher():
         if node.op == "call_method":
@@ -62,10 +62,10 @@ def evaluate(mode: Any, node: fx.Node, args: Any, kwargs: Any) -> Any:
 
 
 def fake_mode(node: fx.Node):
-    """The mode of the fake tensors that Dynamo recorded for ``node``.
+    """The fake tensor mode of the value that Dynamo recorded for ``node``.
 
     Raises:
-        RewriteError: it recorded none.
+        RewriteError: the node has no fake tensor.
     """
     for value in pytree.tree_leaves(node.meta.get("example_value")):
         mode = getattr(value, "fake_mode", None)
@@ -75,7 +75,7 @@ def fake_mode(node: fx.Node):
 
 
 def difference(before: torch.Tensor, after: torch.Tensor) -> str:
-    """How a replacement's fake value differs from what it replaces, in words; "" if it may take its place."""
+    """How a replacement's fake value differs from the original's, as text; "" if shape, dtype and device are equal."""
     shapes = [tuple(sympy.expand(as_sympy(size)) for size in value.shape) for value in (before, after)]
     if shapes[0] == shapes[1] and before.dtype == after.dtype and before.device == after.device:
         return ""

@@ -1,4 +1,4 @@
-"""Values of nodes that are known while compiling: what can be computed from the tensors that Dynamo was called with."""
+"""Values of nodes at compile time, computed from the tensors that Dynamo passes to the backend."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from effattn.passes.graph.vocabulary import canonical
 
 
 class Unknown(Exception):
-    """A value that cannot be had while compiling; the message says why."""
+    """The value cannot be computed at compile time; the message says why."""
 
 
 class Known:
-    """Reads values through views and arithmetic down to buffers. They may be others when the graph runs."""
+    """Computes values through views and arithmetic from inputs. They may differ when the graph runs."""
 
     def __init__(self, view: GraphView, inputs: Sequence[Any]):
         self.view = view
@@ -26,10 +26,10 @@ class Known:
         self.inputs = dict(zip(placeholders, inputs, strict=False))
 
     def value(self, node: Any) -> Any:
-        """What ``node`` holds, symbolic lengths as they were in the call that is compiled.
+        """The value of ``node``, with symbolic lengths as in the call that is being compiled.
 
         Raises:
-            Unknown: it depends on tensors without data, or on what is not read here.
+            Unknown: it depends on a tensor without data or on an operation outside the vocabulary.
         """
         if isinstance(node, (list, tuple)):
             return type(node)(self.value(part) for part in node)

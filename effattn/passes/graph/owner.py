@@ -1,8 +1,8 @@
-"""The classes of the modules around a node, from what Dynamo recorded and the frame that it compiles.
+"""Classes of the modules around a node, from Dynamo's records and the frame it compiles.
 
-Dynamo records of a node the modules that were called inside the frame. The module whose ``forward`` the frame is, is
-not among them, and need not be called ``self`` there: decorators such as those of transformers take ``*args``.
-Modules further out, which called the frame, are left aside: no guard of Dynamo would notice another one.
+Dynamo records the modules called inside the frame, but not the module whose ``forward`` is the frame. That module need
+not be named ``self``: decorators such as those of transformers take ``*args``. Modules that called the frame are
+ignored, because no guard would notice a different caller.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ _PART = re.compile(r"\.(\w+)|\['([^']*)'\]|\[(\d+)\]")
 
 
 class _Frame(NamedTuple):
-    """The outermost frame that is being compiled; not one that is inlined in it."""
+    """The outermost frame being compiled, not one inlined into it."""
 
     code: CodeType
-    variables: Mapping[str, Mapping[str, Any]]  # L: of the function, G: of its Python module
+    variables: Mapping[str, Mapping[str, Any]]  # L: locals of the function, G: globals of its Python module
 
 
-_owners: WeakKeyDictionary[fx.Graph, str | None] = WeakKeyDictionary()  # one graph has one frame, and many sites
+_owners: WeakKeyDictionary[fx.Graph, str | None] = WeakKeyDictionary()  # a graph has one frame and many sites
 
 
 def classes_around(node: fx.Node) -> tuple[str, ...]:
-    """Class names of the modules around a node, outermost first, from the one that is compiled on."""
+    """Class names of the modules around a node, from the compiled module inwards."""
     frame = _compiled_frame()
     found: dict[str, None] = {}
     if frame is not None:
@@ -51,10 +51,10 @@ def classes_around(node: fx.Node) -> tuple[str, ...]:
 
 
 def layer_around(node: fx.Node) -> tuple[int, int] | None:
-    """(number, count): which of how many layers a node is in; None: nothing around it is counted.
+    """(index, count) of the layer that contains a node; None if no module around it is one of several layers.
 
-    The innermost module that stands in a container with others of its class. What a layer itself counts (T5 its
-    attention, cross attention and MLP) is of different classes.
+    A layer is the innermost module in a container with other modules of its class. The numbered parts of one layer
+    (T5's attention, cross-attention and MLP) have different classes.
     """
     frame = _compiled_frame()
     for source, _ in reversed(_recorded(node)):
@@ -67,7 +67,7 @@ def layer_around(node: fx.Node) -> tuple[int, int] | None:
 
 
 def _numbered(container: Any) -> dict[str, torch.nn.Module]:
-    """The modules in a container by number."""
+    """The modules in a container, by number."""
     if isinstance(container, torch.nn.Module):
         container = container._modules
     if not isinstance(container, Mapping):
@@ -77,7 +77,7 @@ def _numbered(container: Any) -> dict[str, torch.nn.Module]:
 
 
 def _recorded(node: fx.Node) -> list[tuple[str, Any]]:
-    """What Dynamo calls each module around a node, and its class; outermost first."""
+    """(source, class) of each module around a node as Dynamo recorded it, outermost first."""
     return [(str(source), kind) for source, kind in (node.meta.get("nn_module_stack") or {}).values()]
 
 
@@ -89,7 +89,7 @@ def _compiled_frame() -> _Frame | None:
 
 
 def _owner(frame: _Frame) -> str | None:
-    """The class of which the compiled frame is a method, decorated or not, from its start or after a graph break."""
+    """The class that the compiled frame is a method of, decorated or not, also if it resumes after a graph break."""
     from torch._dynamo.guards import GuardBuilder, install_guard
     from torch._dynamo.source import GetItemSource, LocalSource, Source
 
@@ -98,14 +98,14 @@ def _owner(frame: _Frame) -> str | None:
         if isinstance(value, tuple) and value:  # *args of a decorator
             source, value = GetItemSource(source, 0), value[0]
         if isinstance(value, torch.nn.Module) and any(_within(frame.code, method) for method in _methods(value)):
-            # a method that never looks at its module would otherwise serve those of other classes that inherit it
+            # without this guard, a method that never reads its module would also serve classes that inherit it
             install_guard(source.make_guard(GuardBuilder.TYPE_MATCH))
             return type(value).__name__
     return None
 
 
 def _methods(module: torch.nn.Module) -> Iterator[CodeType]:
-    """The methods of a module's class, of its instance (``forward``), and what decorates them."""
+    """Code of the methods of a module's class, of its own ``forward``, and of what they wrap."""
     methods: list[Any] = [vars(module).get("forward")]
     for base in type(module).__mro__:
         methods += vars(base).values() if base is not torch.nn.Module else ()
@@ -120,13 +120,13 @@ def _methods(module: torch.nn.Module) -> Iterator[CodeType]:
 
 
 def _within(code: CodeType, method: CodeType) -> bool:
-    """By their text: what Dynamo makes to go on after a graph break is other code, that begins at the break's line."""
+    """Whether ``code`` lies in ``method``, by line: Dynamo's resume functions are new code that starts at the break."""
     last = max(line or 0 for _, _, line in method.co_lines())
     return code.co_filename == method.co_filename and method.co_firstlineno <= code.co_firstlineno <= last
 
 
 def _along(source: str, frame: _Frame | None) -> Iterator[tuple[str, Any]]:
-    """(name, value) on the way from a module in a variable of the frame to ``source``: ``L['self'].layers[0]``."""
+    """(name, value) of each step from a module in a variable of the frame to ``source``: ``L['self'].layers[0]``."""
     while source != (source := re.sub(r"getattr\(([^()]*), '([^']*)'\)", r"\1.\2", source)):
         pass
     inside = False

@@ -1,4 +1,4 @@
-"""Where in the user's model a node comes from: its module and the line of code, from what Dynamo recorded."""
+"""Where a node comes from in the user's model: module and line of code, as Dynamo recorded them."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import fx
 
-TORCH = os.path.join(os.path.dirname(torch.__file__), "")  # not the torchvision beside it
+TORCH = os.path.join(os.path.dirname(torch.__file__), "")  # the separator excludes torchvision
 
 
-# what Dynamo writes before the first module: a variable and what was taken out of it, as in L['args'][0] or L['self']
+# the variable before the first module in a source, and accesses to it: L['args'][0], L['self']
 _ROOT = re.compile(r"[LG]\['([^']*)'\](?:\.__closure__|\.cell_contents|\.__self__|\.__func__|\[[^\]]*\])*\.?")
 _WRAPPERS = re.compile(
     r"(^|\.)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_modules|_parameters)(?=\.|$)"
@@ -21,12 +21,11 @@ _WRAPPERS = re.compile(
 
 
 def module_path(node: fx.Node) -> str:
-    """Path of the module that a node is computed in, from what Dynamo recorded.
+    """Path of the module that computes a node, as in ``named_modules()`` of the compiled module.
 
-    It is that of ``named_modules()`` of the module that is compiled: ``decoder.layers.3.self_attn``. In a graph
-    that begins inside a module, after a graph break or where layers are compiled one by one, it begins there as well:
-    such a graph may serve several layers. A function may call several modules: their paths begin with the function's
-    names for them.
+    For example ``decoder.layers.3.self_attn``. A graph that begins inside a module, after a graph break or where layers
+    are compiled one by one, has paths that begin at that module; it may serve several layers. If a function calls
+    several modules, their paths begin with the function's names for them.
     """
     entries = _entries(node)
     while entries and _is_activation(entries[-1][1]):
@@ -40,7 +39,7 @@ def module_path(node: fx.Node) -> str:
 
 
 def clean(source: str) -> str:
-    """The path in what Dynamo writes as a source: ``L['self'].layers[3].attn`` is ``layers.3.attn``."""
+    """The path in a Dynamo source: ``L['self'].layers[3].attn`` gives ``layers.3.attn``."""
     while "getattr(" in source:
         source, before = re.sub(r"getattr\(([^()]*), '([^']*)'\)", r"\1.\2", source), source
         if source == before:
@@ -53,7 +52,7 @@ def clean(source: str) -> str:
 
 
 def _variable(source: str) -> str:
-    """What a function calls the outermost module: ``encoder``, ``models.0``."""
+    """A function's name for the outermost module in a source: ``encoder``, ``models.0``."""
     root = _ROOT.search(source)
     return ".".join(re.findall(r"\['?([^'\]]*)'?\]", root[0])) if root else ""
 
@@ -62,7 +61,7 @@ _names: WeakKeyDictionary[fx.Graph, frozenset[str]] = WeakKeyDictionary()
 
 
 def _prefixes(graph: fx.Graph) -> frozenset[str]:
-    """The names that tell modules apart, where a graph calls several that are not parts of one."""
+    """Names of the outermost modules, if the graph calls several."""
     if graph not in _names:
         outermost = {str(entries[0][0]) for node in graph.nodes if (entries := _entries(node))}
         names = frozenset(map(_variable, outermost))
@@ -75,61 +74,61 @@ def _entries(node: fx.Node) -> list[Any]:
 
 
 def _is_activation(kind: Any) -> bool:
-    """Whether a module is but a function, as nn.Softmax: what is computed there belongs to the module around it."""
+    """Whether a module is only a function, such as nn.Softmax. Its nodes belong to the module around it."""
     module = kind.__module__ if isinstance(kind, type) else str(kind)
     return "torch.nn.modules.activation" in module and "MultiheadAttention" not in str(kind)
 
 
 def source_of(node: fx.Node) -> str:
-    """What Dynamo wrote for an input of the graph: ``L['self']._buffers['mask']``; "" where it wrote nothing."""
+    """Dynamo's source of a graph input: ``L['self']._buffers['mask']``; "" if it has none."""
     source = getattr(node, "_dynamo_source", None)
     return "" if source is None else str(source.name() if callable(source.name) else source.name)
 
 
 def own_name(node: fx.Node) -> str:
-    """The user's own name of a tensor: of the argument, attribute or variable that holds it; "" if it has none."""
+    """User code's name of a tensor: the argument, attribute or variable that holds it; "" if it has none."""
     if node.op == "placeholder":
         source = source_of(node)
         name = (clean(source) or _variable(source)).rsplit(".", 1)[-1]
     else:
-        name = re.sub(r"_\d+$", "", node.name)  # Dynamo calls a node as the variable that it is assigned to
+        name = re.sub(r"_\d+$", "", node.name)  # Dynamo names a node after the variable that it is assigned to
         operation = str(getattr(node.target, "__name__", node.target)).strip("_")
         name = "" if name.strip("_") == operation else name
     return name if name.isidentifier() and not name.startswith("__") else ""
 
 
 def user_name(node: fx.Node) -> str:
-    """The user's own name of a tensor, else what Dynamo calls it."""
+    """User code's name of a tensor, or the node's name if it has none."""
     return own_name(node) or node.name
 
 
 def is_state(node: fx.Node) -> bool:
-    """Whether an input of the graph is a parameter or buffer."""
+    """Whether a graph input is a parameter or buffer."""
     if isinstance(node.meta.get("example_value"), torch.nn.Parameter):
         return True
     return any(part in source_of(node) for part in ("_parameters[", "_buffers["))
 
 
 def layer_of(path: str) -> int | None:
-    """The number in a module's path that counts layers: the last one."""
+    """The layer index in a module path: its last number."""
     numbers = re.findall(r"(?:^|\.)(\d+)(?=\.|$)", path)
     return int(numbers[-1]) if numbers else None
 
 
 def location(node: fx.Node) -> str:
-    """file:line of the user's code that made the node."""
+    """file:line of the user code that made the node."""
     file, line, _ = _frame(node)
     return f"{file}:{line}" if file else ""
 
 
 def code_line(node: fx.Node) -> str:
-    """file:line of the user's code that made the node, and the code; "" where it is not known."""
+    """The user code that made the node, as "file:line: code"; "" if unknown."""
     file, line, code = _frame(node)
     return f"{file}:{line}: {code}" if file else ""
 
 
 def _frame(node: fx.Node) -> tuple[str, str, str]:
-    """(file, line, code) of the innermost frame that is not torch's own."""
+    """(file, line, code) of the innermost frame outside torch."""
     trace = node.meta.get("stack_trace") or ""
     frames = re.findall(r'File "(.+?)", line (\d+)[^\n]*(?:\n[ \t]+(?!File ")(.*))?', trace)
     own = [frame for frame in frames if not frame[0].startswith(TORCH)] or frames
@@ -165,7 +164,7 @@ _SYMBOLS = {
 
 
 def spelled(node: fx.Node) -> str:
-    """An operation as the user wrote it: ``softmax``, ``+``, ``mT``; "the end of the graph" for its output."""
+    """An operation as user code writes it: ``softmax``, ``+``, ``mT``; "the end of the graph" for the output node."""
     if node.op == "output":
         return "the end of the graph"
     if node.target is getattr:

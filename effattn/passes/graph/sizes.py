@@ -1,7 +1,6 @@
-"""Symbolic sizes compared: what Dynamo's guards and ranges tell, without a guard of our own.
+"""Comparison of symbolic sizes from Dynamo's guards and ranges, without adding guards.
 
-Two sizes that are not the same term may be equal all the same, and a term that is not 1 may be 1. Each question here
-has three answers: yes, no, and None where nothing tells.
+Different terms may still be equal, and a term other than 1 may be 1. So each answer is True, False, or None if unknown.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from effattn.passes.graph.view import GraphView
 
 
 def equal(view: GraphView, one: Any, other: Any) -> bool | None:
-    """Whether two sizes, terms of :meth:`GraphView.shape`, are equal in every call that the graph serves."""
+    """Whether two sizes (terms of :meth:`GraphView.shape`) are equal in every call of the graph."""
     one, other = sympy.sympify(one), sympy.sympify(other)
     if sympy.expand(one - other) == 0:
         return True
@@ -33,9 +32,9 @@ def equal(view: GraphView, one: Any, other: Any) -> bool | None:
 
 
 def is_broadcast(view: GraphView, size: Any, full: Any) -> bool | None:
-    """Whether a dimension of ``size`` is one element for all ``full``, where the operation asks for 1 or ``full``.
+    """Whether a dimension of ``size`` is broadcast to ``full``, in an operation that accepts 1 or ``full``.
 
-    False also where ``size`` cannot be 1, whatever its name: then it has to be ``full``.
+    False also if ``size`` cannot be 1: it then has to be ``full``.
     """
     if equal(view, size, full):
         return False
@@ -57,5 +56,5 @@ def _shape_env(view: GraphView) -> ShapeEnv | None:
 
 
 def _in_their_words(term: Any) -> Any:
-    """A size in torch's own symbolic functions, as :func:`effattn.passes.graph.view.as_sympy` found it."""
+    """A size in torch's own symbolic functions; the inverse of :func:`effattn.passes.graph.view.as_sympy`."""
     return term.replace(expr.FloorDiv, functions.FloorDiv).replace(expr.Modulo, functions.Mod)

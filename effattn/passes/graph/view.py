@@ -1,8 +1,7 @@
-"""A read-only view of a Dynamo graph: order, shapes, who aliases whom, and when memory is written.
+"""A read-only view of a Dynamo graph: order, shapes, aliases, and writes to memory.
 
-Dynamo's graphs mutate (``index_copy_`` into a cache, ``add_`` on a counter), so a value is a node *at a time*. The
-view answers two questions that every later step asks: what does this node hold when it is read at that point, and is
-it still the same further down?
+Dynamo's graphs mutate (``index_copy_`` into a cache, ``add_`` on a counter), so a value is a node *at a time*. The view
+says what a node holds at a given point, and whether that changes later.
 """
 
 from __future__ import annotations
@@ -26,9 +25,9 @@ from torch.utils._sympy import functions
 from effattn.ir import expr
 from effattn.passes.graph.vocabulary import Call, canonical, is_dead_dropout
 
-CHECKPOINT = torch.ops.higher_order.tag_activation_checkpoint  # what torch.utils.checkpoint becomes
+CHECKPOINT = torch.ops.higher_order.tag_activation_checkpoint  # the node that torch.utils.checkpoint becomes
 
-# operations whose result may share memory with an argument; asked only where Dynamo recorded no value
+# operations whose result may share memory with an argument; used only where Dynamo recorded no value
 _VIEWS = {f"cast_{name}" for name in ("float32", "float64", "float16", "bfloat16", "int32", "int64", "bool")} | {
     *("reshape", "transpose", "permute", "movedim", "t", "getattr", "expand", "getitem", "select", "narrow", "chunk"),
     *("split", "unbind", "identity", "to", "type_as", "dropout"),
@@ -51,19 +50,19 @@ _INPLACE_OPERATORS = {
         "matmul",
     ]
 } | {operator.setitem}
-# what changes the shape or the memory of the tensor object that it is called on
+# methods that change the shape or storage of the tensor object itself
 _CHANGES_ITSELF = {
     *("squeeze_", "unsqueeze_", "t_", "transpose_", "swapaxes_", "swapdims_"),
     *("as_strided_", "resize_", "resize_as_", "set_", "set_data"),
 }
-_MAKERS = ("arange", "ones", "zeros", "full", "tensor")  # they look at the shape of an argument at most
-_LIKE_ANOTHER = ("type_as", "reshape", "expand")  # they look at the dtype or shape of a second argument at most
-# packages whose functions have no effect but their value, unless their names or schemas say so
+_MAKERS = ("arange", "ones", "zeros", "full", "tensor")  # read at most the shape of an argument
+_LIKE_ANOTHER = ("type_as", "reshape", "expand")  # read at most the dtype or shape of the second argument
+# packages whose functions have no side effects unless their names or schemas say so
 _PURE_PACKAGES = ("torch", "_operator", "operator", "builtins", "math", "einops")
 
 
 class GraphView:
-    """Facts about one ``fx.Graph``; valid until the graph is changed."""
+    """Facts about one ``fx.Graph``; invalid once the graph changes."""
 
     def __init__(self, graph: fx.Graph):
         self.graph = graph
@@ -79,7 +78,7 @@ class GraphView:
         ]
 
     def call(self, node: Any) -> Call | None:
-        """The node through the vocabulary."""
+        """The node in the vocabulary's terms, or None."""
         if not isinstance(node, fx.Node):
             return None
         if node not in self._calls:
@@ -104,12 +103,12 @@ class GraphView:
         return writes(node)
 
     def written_as(self, writer: fx.Node) -> fx.Node | None:
-        """The node that ``writer`` was given to write to."""
+        """The node passed to ``writer`` as the tensor to write; None if there are several."""
         targets = _written_args(writer)
         return targets[0] if len(targets) == 1 else None
 
     def changes_itself(self, node: fx.Node) -> bool:
-        """Whether a tensor that shares memory with ``node`` changes its shape in place: nothing is certain then."""
+        """Whether a tensor that shares memory with ``node`` changes its shape in place. Its values are then unknown."""
         return self._aliases[node] in self._reshaped
 
     def _find_aliases_and_writes(self) -> None:
@@ -131,7 +130,7 @@ class GraphView:
         self._reshaped = {self._aliases[target] for node in changed for target in node.all_input_nodes[:1]}
 
     def _storages(self, node: fx.Node) -> list[int] | None:
-        """The memory of the fake tensors that Dynamo recorded: views share it, inputs that overlap share it too."""
+        """Storages of the fake tensors that Dynamo recorded. Views share them, and so do overlapping inputs."""
         found = []
         for value in pytree.tree_leaves(node.meta.get("example_value")):
             if isinstance(value, torch.Tensor):
@@ -160,7 +159,7 @@ class GraphView:
         return self._gradient_switches[place - 1][1] if place else torch.is_grad_enabled()
 
     def cuts_gradient(self, node: fx.Node, time: int) -> bool:
-        """Whether a reader at ``time`` gets no gradient through ``node`` to its inputs, as after ``detach()``."""
+        """Whether no gradient flows through ``node`` to its inputs for a reader at ``time``, as after ``detach()``."""
         value = self.tensor(node)
         if value is None or value.requires_grad or not value.is_floating_point() or not self.gradient_flows(time):
             return False
@@ -175,7 +174,7 @@ class GraphView:
 
     @staticmethod
     def value(node: Any) -> Any:
-        """The fake tensor or number that Dynamo recorded for a node; anything else is its own value."""
+        """The fake tensor or number that Dynamo recorded for a node; any other argument is returned as it is."""
         return node.meta.get("example_value") if isinstance(node, fx.Node) else node
 
     def tensor(self, node: Any) -> torch.Tensor | None:
@@ -183,25 +182,25 @@ class GraphView:
         return value if isinstance(value, torch.Tensor) else None
 
     def held(self, node: Any) -> torch.Tensor:
-        """The fake tensor of a node that is known to hold one."""
+        """The fake tensor of a node that is known to have one."""
         tensor = self.tensor(node)
         assert tensor is not None, f"{node} holds no tensor"
         return tensor
 
     def shape(self, node: fx.Node) -> tuple[sympy.Expr, ...]:
-        """The sizes of a tensor node as sympy terms (symbolic lengths stay symbolic; no guard is made)."""
+        """Sizes of a tensor node as sympy terms; symbolic lengths stay symbolic and add no guard."""
         tensor = self.tensor(node)
         return tuple(as_sympy(size) for size in tensor.shape) if tensor is not None else ()
 
 
 def as_sympy(value: Any) -> sympy.Expr:
-    """An int or SymInt as a sympy term in our vocabulary, without guarding on it."""
+    """An int or SymInt as a sympy term in effattn's functions, without a guard."""
     if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
         return _in_our_words(value.node.expr)
     return sympy.sympify(value)
 
 
-# torch's own symbolic functions that ours compute as well, for sizes: all arguments positive
+# torch's symbolic functions -> effattn's; equivalent for sizes, whose terms are positive
 _OUR_WORDS: dict[type, Any] = {
     functions.FloorDiv: expr.FloorDiv,
     functions.CleanDiv: expr.FloorDiv,
@@ -224,7 +223,7 @@ def _in_our_words(term: sympy.Expr) -> sympy.Expr:
 
 
 def hint(value: Any) -> int:
-    """An int for costs and stages: the size that was seen while tracing."""
+    """An int for costs and stages: for a symbolic size, its value while tracing."""
     if isinstance(value, (torch.SymInt, torch.SymFloat)):
         found = value.node.hint
         return int(found) if found is not None else 0
@@ -237,7 +236,7 @@ def writes(node: fx.Node) -> bool:
 
 
 def _written_args(node: fx.Node) -> list[fx.Node]:
-    """The arguments whose memory a node writes."""
+    """The arguments that a node writes."""
     if node.op == "call_method":
         name = str(node.target)
         inplace = (name.endswith("_") and not name.endswith("__") and name != "requires_grad_") or name == "__setitem__"
@@ -246,13 +245,13 @@ def _written_args(node: fx.Node) -> list[fx.Node]:
     if node.op != "call_function":
         return []
     if (call := canonical(node)) is not None and is_dead_dropout(call):
-        return []  # its input as it is, also where the flag says in place
+        return []  # returns its input unchanged, even with inplace=True
     if (schemas := _schemas(node.target)) is not None:
         return _schema_args(node, schemas, lambda info: info is not None and info.is_write)
     if isinstance(node.target, torch._ops.HigherOrderOperator):
         return _nodes([node.args, node.kwargs]) if _body_writes(node) else []
     if isinstance(node.target, FunctionType) and (node.target.__module__ or "").split(".")[0] not in _PURE_PACKAGES:
-        return _nodes([node.args, node.kwargs])  # a function that was allowed in the graph: it may do anything
+        return _nodes([node.args, node.kwargs])  # a function made opaque by allow_in_graph may do anything
     found: list[fx.Node] = []
     name = getattr(node.target, "__name__", "")
     writes_first = node.target in _INPLACE_OPERATORS or (name.endswith("_") and not name.endswith("__"))
@@ -267,7 +266,7 @@ def _nodes(values: Any) -> list[fx.Node]:
 
 
 def _inplace_flag(node: fx.Node) -> bool:
-    """``F.relu(x, True)``: the argument named inplace, wherever it stands."""
+    """Whether the argument named ``inplace`` is set, also by position: ``F.relu(x, True)``."""
     if "inplace" in node.kwargs:
         return node.kwargs["inplace"] is not False
     place = _inplace_position(node.target)
@@ -284,14 +283,14 @@ def _inplace_position(target: Any) -> int | None:
 
 
 def _body_writes(node: fx.Node) -> bool:
-    """Whether a higher-order operator may write its arguments: a Triton kernel, or a body that works in place."""
+    """Whether a higher-order operator may write its arguments: a Triton kernel, or a body with in-place operations."""
     if "mutation" in str(node.target):
         return True
     return any(_written_args(inner) for body in bodies_of(node) for inner in body.nodes)
 
 
 def bodies_of(node: fx.Node) -> list[fx.Graph]:
-    """The graphs that a higher-order operator runs, as the checkpointed part of a model; [] for any other node."""
+    """The graphs that a higher-order operator runs, such as a checkpointed region; [] for any other node."""
     if not isinstance(node.target, torch._ops.HigherOrderOperator):
         return []
     module = node.graph.owning_module
@@ -300,7 +299,7 @@ def bodies_of(node: fx.Node) -> list[fx.Graph]:
 
 
 def _schemas(target: Any) -> list[Any] | None:
-    """The schemas that a call of ``target`` may have, None if it is no operator of torch's dispatcher."""
+    """The schemas of ``target``; None if it is not an operator of torch's dispatcher."""
     if isinstance(target, torch._ops.OpOverload):
         return [target._schema]
     if isinstance(target, torch._ops.OpOverloadPacket):

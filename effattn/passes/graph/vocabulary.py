@@ -1,7 +1,7 @@
-"""One vocabulary for every spelling: ``torch.add(x, y)``, ``x + y`` and ``x.add(y)`` are the same call.
+"""One vocabulary for all spellings: ``torch.add(x, y)``, ``x + y`` and ``x.add(y)`` are the same call.
 
-``ROWS`` is the whole table. A new spelling is a new entry in a row; a new operation is a new row (and, to be read
-symbolically, a reader in :mod:`effattn.passes.symbolic`).
+``ROWS`` is the whole table. A new spelling is an entry in a row. A new operation is a row, plus a reader in
+:mod:`effattn.passes.symbolic` if masks or scores may contain it.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Spelling:
 
 @dataclass(frozen=True)
 class Call:
-    """A graph node seen through the vocabulary. ``args`` holds arguments by name; absent ones are absent."""
+    """A graph node in the vocabulary's terms. ``args`` maps parameter names to the arguments that were passed."""
 
     name: str
     node: fx.Node
@@ -37,12 +37,12 @@ class Call:
 
     @property
     def casts(self) -> bool:
-        """Whether the call gives its input in another dtype (or on another device)."""
+        """Whether the call converts its input to another dtype (or device)."""
         return self.name in ("to", "type_as") or self.name.startswith("cast_")
 
 
 def _row(name: str, params: str, functions: tuple = (), methods: str = "", also: tuple = ()) -> tuple:
-    """A row: canonical name, parameter names, functions and methods that share them; ``also`` has (target, params)."""
+    """A row: canonical name, and functions and methods with these parameters; ``also`` lists (target, params)."""
     names = tuple(params.split())
     spellings = [Spelling(function, names) for function in functions]
     spellings += [Spelling(method, names) for method in methods.split()]
@@ -51,7 +51,7 @@ def _row(name: str, params: str, functions: tuple = (), methods: str = "", also:
 
 
 def _starred(name: str, star: str, methods: str, functions: tuple = ()) -> tuple:
-    """A row whose methods take ``x.view(2, 3)`` as well as ``x.view((2, 3))``."""
+    """A row whose methods accept both ``x.view(2, 3)`` and ``x.view((2, 3))``."""
     return _row(name, f"input *{star}", functions, methods)
 
 
@@ -194,7 +194,7 @@ ROWS: tuple[tuple[str, tuple[Spelling, ...]], ...] = (
     _row("hstack", "tensors", (torch.hstack,)),
     _row("pad", "input pad mode value", (F.pad, torch._C._nn.pad)),
     _row("flip", "input *dims", (torch.flip,), "flip"),
-    # makers
+    # factories
     _row("arange", "*bounds", (torch.arange,)),
     _row("ones", "*size", (torch.ones,)),
     _row("ones", "input", (torch.ones_like,), "new_ones"),
@@ -203,16 +203,16 @@ ROWS: tuple[tuple[str, tuple[Spelling, ...]], ...] = (
     _row("full", "size fill_value", (torch.full,), "", (("new_full", "input size fill_value"),)),
     _row("full", "input fill_value", (torch.full_like,)),
     _row("tensor", "data", (torch.tensor, torch.scalar_tensor, torch.as_tensor), "", (("new_tensor", "input data"),)),
-    # structure of masks
+    # mask structure
     _row("tril", "input diagonal", (torch.tril,), "tril tril_"),
     _row("triu", "input diagonal", (torch.triu,), "triu triu_"),
     _row("cumsum", "input dim", (torch.cumsum,), "cumsum"),
     _row("sum", "input dim keepdim dtype", (torch.sum,), "sum"),
     _row("diff", "input n dim prepend append", (torch.diff,), "diff"),
-    # what weights go through where rows may be NaN
+    # applied to weights of queries that may be NaN
     _row("nan_to_num", "input nan posinf neginf", (torch.nan_to_num,), "nan_to_num"),
     _row("isnan", "input", (torch.isnan,), "isnan"),
-    # contractions and what they feed
+    # contractions and softmax
     _row("matmul", "input other", (operator.matmul, torch.matmul, torch.bmm, torch.mm), "matmul bmm mm __matmul__"),
     _row("baddbmm", "input batch1 batch2 beta alpha", (torch.baddbmm,), "baddbmm"),
     _row("einsum", "equation *operands", (torch.einsum, torch.functional.einsum)),
@@ -248,7 +248,7 @@ _BY_TARGET: dict[Any, tuple[str, tuple[str, ...]]] = {
 
 
 def canonical(node: fx.Node) -> Call | None:
-    """The call that ``node`` spells, or None for a node that the vocabulary does not hold."""
+    """``node`` as a call of the vocabulary, or None if the vocabulary does not contain its target."""
     if node.op not in ("call_function", "call_method"):
         return None
     entry = _BY_TARGET.get(node.target)
@@ -267,19 +267,19 @@ def canonical(node: fx.Node) -> Call | None:
             args[param] = positional[index]
     else:
         for extra, value in enumerate(positional[len(params) :]):
-            args[f"_{extra}"] = value  # arguments that the result's shape and dtype already tell
+            args[f"_{extra}"] = value  # arguments already reflected in the result's shape and dtype
     args.update(node.kwargs)
     return Call(name, node, args)
 
 
 def is_dead_dropout(call: Call) -> bool:
-    """Dropout that does nothing, in place or not: p is 0, or the model is not training."""
+    """Whether a dropout has no effect: p is 0, or it is not in training mode."""
     if call.name != "dropout":
         return False
     return call.get("p", 0.5) == 0 or call.get("training", True) is False
 
 
 def one_dim(dim: Any, rank: int) -> int | None:
-    """The one dimension that a reduction names, counted from the first; None if it names none or several."""
+    """The one dimension that a reduction names, as a nonnegative index; None if it names none or several."""
     dims = dim if isinstance(dim, (tuple, list)) else (dim,)
     return dims[0] % rank if len(dims) == 1 and isinstance(dims[0], int) else None
