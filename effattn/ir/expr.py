@@ -8,6 +8,7 @@ The symbols ``b, h, q, k`` index the batch, query head, query and key of one att
 from __future__ import annotations
 
 import operator
+from typing import Any
 
 import sympy
 from sympy.logic.boolalg import BooleanFunction
@@ -232,3 +233,41 @@ def free_symbols(*terms) -> set[sympy.Symbol]:
         names = {load.args[0] for load in sympy.sympify(term).atoms(Load)}
         found |= sympy.sympify(term).free_symbols - names
     return found
+
+
+def nonzero(value):
+    """``value != 0`` as a boolean, without detours over where(c, 1, 0)."""
+    if not isinstance(value, Where) or not _chooses_numbers(value):
+        return sympy.Ne(value, 0)
+    condition, yes, no = value.args[0], *(nonzero(branch) for branch in value.args[1:])
+    if yes == no:
+        return yes
+    return sympy.Or(sympy.And(condition, yes), sympy.And(sympy.Not(condition), no))
+
+
+def _chooses_numbers(value) -> bool:
+    """Whether a value is a number, or one of several by conditions: a triangle of a triangle of ones."""
+    if isinstance(value, Where):
+        return all(_chooses_numbers(branch) for branch in value.args[1:])
+    return bool(value.is_number)
+
+
+def tree_size(term: Any, known: dict[int, tuple[Any, int]]) -> int:
+    """How many operations, symbols and numbers a term has when it is written out, without walking it so.
+
+    ``known`` holds terms that were counted before, by identity, and keeps them so that an identity stays theirs.
+    """
+    waiting = [term]
+    while waiting:
+        part = waiting[-1]
+        if id(part) in known:
+            waiting.pop()
+            continue
+        args = getattr(part, "args", ())
+        missing = [arg for arg in args if id(arg) not in known]
+        if missing:
+            waiting += missing
+            continue
+        known[id(part)] = (part, 1 + sum(known[id(arg)][1] for arg in args))
+        waiting.pop()
+    return known[id(term)][1]

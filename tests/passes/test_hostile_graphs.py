@@ -6,9 +6,10 @@ import pytest
 import torch
 from compiled import compiled
 
+from effattn.ir.expr import tree_size
 from effattn.ir.refusal import Why
 from effattn.passes.symbolic import reader
-from effattn.passes.symbolic.reader import MAX_OPERATIONS, MAX_WORK, tree_size
+from effattn.passes.symbolic.reader import MAX_OPERATIONS, MAX_WORK
 
 N = 16
 

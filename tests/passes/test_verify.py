@@ -17,7 +17,7 @@ from effattn.errors import VerificationError
 from effattn.ir import expr
 from effattn.passes.masks import split as masks
 from effattn.passes.match import products
-from effattn.passes.symbolic import elementwise, logic, reader
+from effattn.passes.symbolic import choices, elementwise, logic, reader
 
 B, H, N, D = 2, 4, 13, 8
 
@@ -81,7 +81,7 @@ def swap(monkeypatch):
 
 
 def wrong_triangle(reader, call, shape):
-    reading = elementwise.triangle(reader, call, shape)
+    reading = choices.triangle(reader, call, shape)
     return dataclasses.replace(reading, at=lambda index: reading.at((*index[:-1], index[-1] + 1)))
 
 
@@ -103,11 +103,11 @@ def shifted_load(original):
 
 
 SABOTAGE = {
-    "le read as lt": (causal, elementwise._COMPARISONS, "le", sympy.Lt, "mask was read as"),
-    "le read as ge": (causal, elementwise._COMPARISONS, "le", sympy.Ge, "mask was read as"),
-    "lt read as le": (window, elementwise._COMPARISONS, "lt", sympy.Le, "mask was read as"),
+    "le read as lt": (causal, logic._COMPARISONS, "le", sympy.Lt, "mask was read as"),
+    "le read as ge": (causal, logic._COMPARISONS, "le", sympy.Ge, "mask was read as"),
+    "lt read as le": (window, logic._COMPARISONS, "lt", sympy.Le, "mask was read as"),
     "and read as or": (window, logic._LOGIC, "and", sympy.Or, "mask was read as"),
-    "eq read as le": (documents, elementwise._COMPARISONS, "eq", sympy.Le, "mask was read as"),
+    "eq read as le": (documents, logic._COMPARISONS, "eq", sympy.Le, "mask was read as"),
     "triangle off by one": (triangle, reader.HANDLERS, "triu", wrong_triangle, "mask was read as"),
     "captures shifted": (documents, reader.Reader, "_load", shifted_load(reader.Reader._load), "mask was read as"),
     "scale forgotten": (window, masks, "split", wrong_split(lambda score: score / 0.3), "output 0"),

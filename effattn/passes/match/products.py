@@ -25,8 +25,8 @@ from effattn.passes.graph.view import GraphView, hint
 from effattn.passes.graph.vocabulary import Call
 from effattn.passes.match.sink import before_casts
 from effattn.passes.symbolic import Reader, Reading
-from effattn.passes.symbolic.elementwise import aligned
 from effattn.passes.symbolic.heads import digits_of
+from effattn.passes.symbolic.pointwise import aligned
 from effattn.passes.symbolic.reader import generic_index
 
 

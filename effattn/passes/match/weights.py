@@ -21,7 +21,7 @@ from effattn.passes.graph.vocabulary import Call, is_dead_dropout
 from effattn.passes.match.products import adds_nothing
 from effattn.passes.match.sink import Columns, dropped_columns
 from effattn.passes.symbolic import Reader
-from effattn.passes.symbolic.elementwise import aligned
+from effattn.passes.symbolic.pointwise import aligned
 from effattn.passes.symbolic.reader import generic_index
 from effattn.passes.symbolic.views import permutation, reinterprets, reshape_index
 

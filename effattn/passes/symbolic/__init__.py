@@ -6,7 +6,7 @@ and appears in the expression as a named load.
 """
 
 # they register their readers
-from effattn.passes.symbolic import creation, elementwise, functions, logic, parts, views  # noqa: F401
+from effattn.passes.symbolic import choices, creation, elementwise, functions, indexing, logic, parts, views  # noqa: F401
 from effattn.passes.symbolic.reader import CaptureSource, Reader, Reading
 
 __all__ = ["CaptureSource", "Reader", "Reading"]

@@ -9,7 +9,7 @@ import torch
 
 from effattn.ir import expr
 from effattn.passes.graph.vocabulary import Call
-from effattn.passes.symbolic.elementwise import stored_as
+from effattn.passes.symbolic.pointwise import stored_as
 from effattn.passes.symbolic.reader import Index, Reader, Reading, generic_index, kind_of, reads
 from effattn.passes.symbolic.widths import check_held, fits
 

@@ -10,7 +10,7 @@ from torch import fx
 
 from effattn.ir import expr
 from effattn.passes.graph.vocabulary import Call
-from effattn.passes.symbolic.elementwise import aligned, distribute
+from effattn.passes.symbolic.pointwise import aligned, distribute
 from effattn.passes.symbolic.reader import Index, Reader, Reading
 
 _HALF = (torch.float16, torch.bfloat16)

@@ -13,7 +13,7 @@ import sympy
 
 from effattn.ir import expr
 from effattn.passes.graph.vocabulary import Call
-from effattn.passes.symbolic.elementwise import pointwise
+from effattn.passes.symbolic.pointwise import pointwise
 from effattn.passes.symbolic.reader import Index, Reader, Reading, Unreadable, kind_of, reads
 
 LONGEST_SUM = 16  # elements of a dot product that are written out

@@ -11,7 +11,7 @@ from torch import fx
 from effattn.ir import expr
 from effattn.passes.graph.view import GraphView
 from effattn.passes.graph.vocabulary import Call
-from effattn.passes.symbolic.elementwise import aligned, stored_as
+from effattn.passes.symbolic.pointwise import aligned, stored_as
 from effattn.passes.symbolic.reader import Index, Reader, Reading, kind_of, reads
 
 _HALF = (torch.float16, torch.bfloat16)

@@ -14,6 +14,7 @@ from effattn.ir import expr
 from effattn.passes.graph.contraction import Contraction, contraction
 from effattn.passes.graph.view import GraphView, as_sympy
 from effattn.passes.graph.vocabulary import Call
+from effattn.passes.symbolic.index_bounds import IndexBounds
 
 Kind = Literal["bool", "int", "float"]
 Index = tuple[sympy.Expr, ...]
@@ -38,7 +39,7 @@ class Reading:
 
     def bool_at(self, index: Index):
         value = self.at(index)
-        return value if self.kind == "bool" else nonzero(value)
+        return value if self.kind == "bool" else expr.nonzero(value)
 
 
 @dataclass(frozen=True)
@@ -64,23 +65,6 @@ def reads(*names: str) -> Callable[[Handler], Handler]:
     return register
 
 
-def nonzero(value):
-    """``value != 0`` as a boolean, without detours over where(c, 1, 0)."""
-    if not isinstance(value, expr.Where) or not _chooses_numbers(value):
-        return sympy.Ne(value, 0)
-    condition, yes, no = value.args[0], *(nonzero(branch) for branch in value.args[1:])
-    if yes == no:
-        return yes
-    return sympy.Or(sympy.And(condition, yes), sympy.And(sympy.Not(condition), no))
-
-
-def _chooses_numbers(value) -> bool:
-    """Whether a value is a number, or one of several by conditions: a triangle of a triangle of ones."""
-    if isinstance(value, expr.Where):
-        return all(_chooses_numbers(branch) for branch in value.args[1:])
-    return bool(value.is_number)
-
-
 def generic_index(rank: int) -> Index:
     """Indices of which nothing is known but that they are not negative."""
     return tuple(sympy.Symbol(f"i{axis}", integer=True, nonnegative=True) for axis in range(rank))
@@ -92,7 +76,7 @@ def kind_of(dtype: torch.dtype) -> Kind:
     return "float" if dtype.is_floating_point else "int"
 
 
-class Reader:
+class Reader(IndexBounds):
     """Reads nodes of one graph as expressions.
 
     ``sizes`` bounds the index symbols (symbol -> exclusive upper bound), which lets views simplify. With ``products``
@@ -102,8 +86,8 @@ class Reader:
     everything = False  # whether nothing can stay data, as in a mod
 
     def __init__(self, view: GraphView, sizes: dict[sympy.Symbol, sympy.Expr] | None = None, *, products: bool = False):
+        super().__init__(sizes)
         self.view = view
-        self.sizes = sizes or {}
         self.products = products
         self.raw: dict[str, Contraction] = {}
         self.captures: dict[str, CaptureSource] = {}
@@ -115,8 +99,6 @@ class Reader:
         self._work = 0  # for the element that is being read
         self._sizes: dict[int, tuple[Any, int]] = {}  # of terms, by identity: they share most of their parts
         self._capture_names: dict[tuple[fx.Node, int], str] = {}
-
-    # -- values ---------------------------------------------------------------------------------------------
 
     def read(self, value: Any, time: int) -> Reading:
         """What ``value`` (a node or a Python number) holds when a node at ``time`` reads it."""
@@ -215,7 +197,7 @@ class Reader:
         return bounded
 
     def _size(self, node: fx.Node, term: Any, most: int) -> int:
-        if (size := tree_size(term, self._sizes)) > most:
+        if (size := expr.tree_size(term, self._sizes)) > most:
             raise Unreadable(f"{node.name} has more than {most} operations")
         return size
 
@@ -300,89 +282,6 @@ class Reader:
             return value
         return value if any(load.name in self.raw for load in expr.loads_of(value)) else expr.Group(value)
 
-    # -- integer arithmetic under the known bounds ----------------------------------------------------------
-
-    def upper_bound(self, term) -> sympy.Expr | None:
-        """An inclusive bound of a sum of non-negative multiples of bounded symbols; None if it is not one."""
-        total = sympy.Integer(0)
-        for part in sympy.Add.make_args(sympy.expand(term)):
-            factor, symbol = part.as_coeff_Mul()
-            free = [s for s in part.free_symbols if s in self.sizes]
-            if not free:
-                if part.is_nonnegative is not True:
-                    return None
-                total += part
-                continue
-            if isinstance(symbol, expr.Modulo) and factor.is_nonnegative:
-                total += factor * (symbol.args[1] - 1)
-                continue
-            if len(free) != 1:
-                return None
-            coefficient = sympy.Poly(part, free[0]).coeff_monomial(free[0]) if part.is_polynomial(free[0]) else None
-            if coefficient is None or part != coefficient * free[0] or coefficient.is_nonnegative is not True:
-                return None
-            total += coefficient * (self.sizes[free[0]] - 1)
-        return sympy.expand(total)
-
-    def nonnegative(self, term) -> bool:
-        """Whether a term is certainly not negative: ``q - k + N`` where k < N, a clamped distance plus its limit."""
-        low = self.lower_bound(term)
-        return low is not None and sympy.expand(low).is_nonnegative is True
-
-    def lower_bound(self, term) -> sympy.Expr | None:
-        """An inclusive bound of an integer; None where none is known."""
-        parts = sympy.Add.make_args(sympy.expand(term))
-        if len(parts) > 1:
-            bounds = [self.lower_bound(part) for part in parts]
-            return None if None in bounds else sympy.Add(*bounds)
-        (part,) = parts
-        factor, inner = part.as_coeff_Mul()
-        if not part.free_symbols & set(self.sizes) and not expr.loads_of(part):
-            return part
-        if factor.is_negative:
-            return factor * (self.sizes[inner] - 1) if inner in self.sizes else None
-        if isinstance(inner, (sympy.Max, sympy.Min, expr.Where)):
-            choices = inner.args[1:] if isinstance(inner, expr.Where) else inner.args
-            bounds = [bound for choice in choices if (bound := self.lower_bound(choice)) is not None]
-            if bounds and isinstance(inner, sympy.Max):
-                return factor * sympy.Max(*bounds)
-            return factor * sympy.Min(*bounds) if len(bounds) == len(choices) else None
-        return sympy.Integer(0) if part.is_nonnegative else None
-
-    def below(self, term, size) -> bool:
-        """Whether 0 <= term < size is certain."""
-        top = self.upper_bound(term)
-        return top is not None and sympy.expand(size - 1 - top).is_nonnegative is True
-
-    def divide(self, term, size) -> tuple[Any, Any]:
-        """(quotient, remainder) of a non-negative term by a positive size, simplified where bounds allow."""
-        term, size = sympy.expand(term), sympy.sympify(size)
-        if size == 1:
-            return term, sympy.Integer(0)
-        term = recombined(term)
-        whole, rest = sympy.Integer(0), sympy.Integer(0)
-        for part in sympy.Add.make_args(term):
-            ratio = sympy.cancel(part / size)
-            if ratio.is_integer and not sympy.denom(ratio).free_symbols and sympy.denom(ratio) == 1:
-                whole += ratio
-            else:
-                rest += part
-        if self.below(rest, size):
-            return whole, rest
-        return whole + expr.FloorDiv(rest, size), expr.Modulo(rest, size)
-
-
-def recombined(term):
-    """``x // n * n + x % n`` is x again, as after splitting a dimension and merging it."""
-    for part in sympy.Add.make_args(term):
-        factor, inner = part.as_coeff_Mul()
-        if isinstance(inner, expr.Modulo):
-            number, size = inner.args
-            whole = factor * size * expr.FloorDiv(number, size)
-            if sympy.expand(term - part - whole).has(inner) is False and whole in sympy.Add.make_args(term):
-                return recombined(sympy.expand(term - part - whole + factor * number))
-    return term
-
 
 def _constant(value: Any) -> Reading:
     if isinstance(value, bool):
@@ -400,27 +299,6 @@ def _constant(value: Any) -> Reading:
 
 class Unreadable(Exception):
     """A value that has no symbolic meaning and cannot be loaded as a tensor either."""
-
-
-def tree_size(term: Any, known: dict[int, tuple[Any, int]]) -> int:
-    """How many operations, symbols and numbers a term has when it is written out, without walking it so.
-
-    ``known`` holds terms that were counted before, by identity, and keeps them so that an identity stays theirs.
-    """
-    waiting = [term]
-    while waiting:
-        part = waiting[-1]
-        if id(part) in known:
-            waiting.pop()
-            continue
-        args = getattr(part, "args", ())
-        missing = [arg for arg in args if id(arg) not in known]
-        if missing:
-            waiting += missing
-            continue
-        known[id(part)] = (part, 1 + sum(known[id(arg)][1] for arg in args))
-        waiting.pop()
-    return known[id(term)][1]
 
 
 def _identifier(name: str) -> str:

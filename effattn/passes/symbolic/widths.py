@@ -125,3 +125,9 @@ def _promoted(left: tuple[torch.dtype, bool] | type, right: tuple[torch.dtype, b
         return kind(1) if isinstance(kind, type) else torch.empty(() if kind[1] else (1,), dtype=kind[0], device="meta")
 
     return torch.result_type(example(left), example(right))
+
+
+def counts(reader: Reader, term) -> bool:
+    """Whether a term reads whole numbers that may be larger than a float32 can count."""
+    held = (reader.dtype_of_capture(load.name) for load in expr.loads_of(term) if isinstance(load, expr.IntLoad))
+    return any(dtype is not None and dtype.itemsize > 2 for dtype in held)

@@ -23,7 +23,7 @@ from effattn.passes.match.products import (
     traced,
 )
 from effattn.passes.symbolic import Reader
-from effattn.passes.symbolic.elementwise import aligned
+from effattn.passes.symbolic.pointwise import aligned
 
 
 def from_sdpa(view: GraphView, call: Call, readers: dict[tuple, Reader]) -> Draft:
