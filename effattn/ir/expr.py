@@ -236,7 +236,7 @@ def free_symbols(*terms) -> set[sympy.Symbol]:
 
 
 def nonzero(value):
-    """``value != 0`` as a boolean, without detours over where(c, 1, 0)."""
+    """``value != 0`` as a boolean; a where() of numbers becomes its conditions."""
     if not isinstance(value, Where) or not _chooses_numbers(value):
         return sympy.Ne(value, 0)
     condition, yes, no = value.args[0], *(nonzero(branch) for branch in value.args[1:])
@@ -246,16 +246,16 @@ def nonzero(value):
 
 
 def _chooses_numbers(value) -> bool:
-    """Whether a value is a number, or one of several by conditions: a triangle of a triangle of ones."""
+    """Whether a value is a number or a where() of numbers, possibly nested."""
     if isinstance(value, Where):
         return all(_chooses_numbers(branch) for branch in value.args[1:])
     return bool(value.is_number)
 
 
 def tree_size(term: Any, known: dict[int, tuple[Any, int]]) -> int:
-    """How many operations, symbols and numbers a term has when it is written out, without walking it so.
+    """The number of nodes of a term as a tree, counted without visiting shared parts twice.
 
-    ``known`` holds terms that were counted before, by identity, and keeps them so that an identity stays theirs.
+    ``known`` caches counts by id. It also holds the terms, so that their ids stay valid.
     """
     waiting = [term]
     while waiting:

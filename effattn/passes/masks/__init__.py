@@ -1,1 +1,1 @@
-"""Score and predicate apart, and what rows without keys give."""
+"""Splits scores into score and predicate, and finds what queries without keys give."""

@@ -1,4 +1,4 @@
-"""How large a score may be expected to be: what a fill has to lie below so that it hides a key."""
+"""The size a score may be expected to have. A fill must be lower than that to hide a key."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from effattn.ir.fold import UnknownOperation, fold
 
 @dataclass(frozen=True)
 class Sizes:
-    """How large the parts of a score are taken to be."""
+    """Assumed sizes of the parts of a score."""
 
     product: float  # query . key
-    data: float  # a bias, a slope, a temperature; and what dividing by one multiplies with
+    data: float  # captured tensors: a bias, a slope, a temperature; and the inverse of a divisor
     count: int  # positions, lengths
 
 
 IN_FLOAT32 = Sizes(30_000.0, 16.0, 2**20)
-IN_HALF = Sizes(8192.0, 1.0, 8192)  # beside a fill of float16, which holds no larger ones
+IN_HALF = Sizes(8192.0, 1.0, 8192)  # beside float16's lowest fill, since float16 holds no larger scores
 
 
 def plausible(score: Any, *, in_half: bool) -> Interval:
-    """Between which numbers a score lies, if its data are of a usual size."""
+    """The interval of a score with captured tensors of usual size."""
     sizes = IN_HALF if in_half else IN_FLOAT32
     whole = {symbol.name for symbol in score.free_symbols if symbol.is_integer}
     whole |= {load.name for load in expr.loads_of(score) if isinstance(load, expr.IntLoad)}
@@ -39,7 +39,7 @@ def plausible(score: Any, *, in_half: bool) -> Interval:
 
 
 class _Plausible(Intervals):
-    """Divisors that may be 0 are data, and not that small."""
+    """A divisor whose interval contains 0 is assumed to be a captured tensor, not close to 0."""
 
     def __init__(self, size, inverse: Interval):
         super().__init__(size, size)

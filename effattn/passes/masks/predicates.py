@@ -1,7 +1,7 @@
-"""Predicates in one normal form, so that equal masks read equal whatever their spelling.
+"""A normal form of predicates, so that equal masks read equal however they are written.
 
-Negation stands only before what is no inequality; inequalities read ``k <= rest`` or ``rest - k < constant``; a bound
-that another one implies is dropped.
+Negations are pushed inwards and turned into opposite inequalities. Inequalities read ``k <= rest`` or
+``rest - k < constant``. A bound that another one implies is dropped.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def _oriented(atom):
         return atom
     loads = expr.loads_of(difference)
     if loads and not difference.xreplace(dict.fromkeys(loads, sympy.Integer(0))).has(k):
-        # data may be as large as its type, and a sum that the user does not compute may wrap around
+        # data may be as large as their dtype allows, so a sum that user code does not compute might wrap around
         return atom if isinstance(atom, (sympy.Le, sympy.Lt)) else atom.reversed
     if (distance := _distance(difference)) is not None:
         inside, sign, rest = distance
@@ -64,7 +64,7 @@ def _oriented(atom):
         rest = k - difference - (1 if strict else 0)  # k <= rest
         constant, others = rest.as_coeff_Add()
         if not rest.has(q) and (others == 0 or constant == -1):
-            return sympy.Lt(k, rest + 1)  # a number of keys
+            return sympy.Lt(k, rest + 1)  # rest + 1 is a number of keys
         return sympy.Le(k, rest)
     if key == -1:
         constant, others = difference.as_coeff_Add()
@@ -74,13 +74,13 @@ def _oriented(atom):
 
 
 def _sides(difference, strict: bool):
-    """``difference <= 0`` with what is positive on the left: ``k//4 <= q//4``."""
+    """``difference <= 0`` with positive terms on the left: ``k//4 <= q//4``."""
     left = sympy.Add(*[part for part in sympy.Add.make_args(difference) if part.as_coeff_Mul()[0].is_positive])
     return (sympy.Lt if strict else sympy.Le)(left, left - difference)
 
 
 def _distance(difference) -> tuple[Any, int, Any] | None:
-    """``(x, sign, rest)`` of ``sign * |x| + rest`` where only x holds k: a window to both sides is two bounds."""
+    """``(x, sign, rest)`` of ``sign * |x| + rest`` where only x contains k (a two-sided window is two bounds)."""
     holding = [part for part in sympy.Add.make_args(difference) if part.has(k)]
     if len(holding) != 1:
         return None
@@ -91,26 +91,26 @@ def _distance(difference) -> tuple[Any, int, Any] | None:
 
 
 def _bounds(joined, *, narrowest: bool):
-    """Of two bounds of which one implies the other, only the narrower one of an And, only the wider one of an Or."""
+    """Drop bounds that others imply: keep the narrower of two in an And, the wider in an Or."""
     slacks = [_slack(part) for part in joined.args]
     kept: list[Any] = []
     for part, slack in zip(joined.args, slacks, strict=True):
         room = [sympy.expand(slack - other) for other in slacks if slack is not None and other is not None]
         if any((difference.is_negative if narrowest else difference.is_positive) is True for difference in room):
-            continue  # another bound says more (And) or less (Or)
+            continue  # implied by another bound
         kept.append(part)
     return type(joined)(*kept)
 
 
 def _contradicts_itself(conjunction: sympy.And) -> bool:
-    """Whether two bounds leave nothing between them: x <= 0 and c - x <= 0 with c > 0."""
+    """Whether two bounds exclude each other: x <= 0 and c - x <= 0 with c > 0."""
     slacks = [slack for slack in map(_slack, conjunction.args) if slack is not None]
     pairs = ((x, y) for number, x in enumerate(slacks) for y in slacks[:number])
     return any(sympy.expand(x + y).is_positive is True for x, y in pairs)
 
 
 def _slack(part) -> Any | None:
-    """x where ``part`` is the condition x <= 0 over integers."""
+    """x if ``part`` is equivalent to x <= 0 over integers, else None."""
     if isinstance(part, (sympy.Le, sympy.Lt)):
         slack = part.lhs - part.rhs
     elif isinstance(part, (sympy.Ge, sympy.Gt)):
@@ -123,7 +123,7 @@ def _slack(part) -> Any | None:
 
 
 def assuming(score, predicate):
-    """``score`` where ``predicate`` holds: choices that the predicate has already made are gone."""
+    """``score`` simplified where ``predicate`` holds: each where() that it decides is replaced by the branch taken."""
     known = set(expr.conjuncts(predicate))
     if not known or not isinstance(score, sympy.Basic) or not score.has(Where):
         return score

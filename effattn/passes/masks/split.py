@@ -1,11 +1,10 @@
-"""From one expression for the scores to a score, a predicate, and what stands at masked keys.
+"""Splits an expression for the scores into a score, a predicate, and the fills at masked keys.
 
-Masks come as ``where(allowed, s, fill)``, as an added ``where(allowed, 0, fill)``, or several of both; the fill is
--inf, the most negative float, or another large negative number. Splitting keeps what the user wrote where the
-difference shows: in rows that may attend to nothing.
+Masks are ``where(allowed, s, fill)``, an added ``where(allowed, 0, fill)``, or several of both. The fill is -inf, the
+lowest float, or another large negative number. For queries without keys the fills decide the result, so they are kept.
 
-What counts is what reaches the softmax: a fill that is divided afterwards, or stands beside scores that may be as low
-as itself, hides nothing for certain. It stays in the score as the user computes it.
+What counts is the value that reaches the softmax. A fill that is divided later, or that scores may be as low as, may
+not hide its key; it stays in the score as user code computes it.
 """
 
 from __future__ import annotations
@@ -23,26 +22,26 @@ from effattn.ir.site import Layout
 from effattn.passes.masks.magnitude import plausible
 from effattn.passes.masks.predicates import assuming, simplify
 
-# A finite fill this low is a mask: exp underflows to exactly 0 unless every key of the row is masked.
+# A finite fill this low masks: exp underflows to exactly 0, unless every key of the query is masked.
 FILL = -1e8
-UNDERFLOW = 104.0  # exp of minus this, and of anything lower, is 0 in float32
+UNDERFLOW = 104.0  # exp(-104) is 0 in float32
 
-# Adding a fill this low to any score gives the fill itself in float32, so that a masked row is uniform.
+# A score plus a fill this low equals the fill in float32, so a query without keys gets uniform weights.
 ABSORBS = -1e30
 LOWEST = 3.4028234663852886e38  # -finfo(float32).min
-LARGE = 1000.0  # half precision has no digits of a score of a few units left beside larger numbers
+LARGE = 1000.0  # added to a larger number in half precision, a score of a few units loses all digits
 LARGE_FLOAT32 = 2.0**16
 HALF_FILL = -65504.0  # finfo(float16).min
 INFINITE = sympy.S.NegativeInfinity
 
 
 class Unclear(Exception):
-    """The scores cannot be told apart into a score and a mask; the message is the reason."""
+    """The scores cannot be split into a score and a mask; the message is the reason."""
 
 
 @dataclass(frozen=True)
 class Fill:
-    """What stands at a masked key: ``value`` itself if it replaced the score, the score plus ``value`` if not."""
+    """The value at a masked key: ``value`` if it ``replaces`` the score, else the score plus ``value``."""
 
     value: Any
     replaces: bool
@@ -50,7 +49,7 @@ class Fill:
 
 @dataclass(frozen=True)
 class Split:
-    """score (a term in s), predicate, and every fill that a masked key can hold."""
+    """The score (a term in s), the predicate, and every fill that a masked key may have."""
 
     score: Any
     predicate: Any
@@ -58,7 +57,7 @@ class Split:
 
     @property
     def threshold(self) -> float:
-        """A number between every finite fill and any score: above it a key is allowed."""
+        """A number above every finite fill and below any score of an allowed key."""
         finite = [float(fill.value) for fill in self.fills if fill.value is not INFINITE]
         if not finite and plausible(self.score, in_half=False).low <= FILL:
             return -LOWEST / 2
@@ -67,7 +66,7 @@ class Split:
 
 @dataclass(frozen=True)
 class _Part:
-    """A term without its masks: None where it holds nothing but a fill, whatever the condition."""
+    """A term without its masks; ``score`` is None if it is only a fill."""
 
     score: Any
     allowed: Any = sympy.true
@@ -81,10 +80,10 @@ def is_fill(value) -> bool:
 
 
 def split(term) -> Split:
-    """Split ``term``, the scores before softmax with s for the raw score.
+    """Split ``term``, the scores before the softmax, with s for the raw score.
 
     Raises:
-        Unclear: a mask stands where it has no meaning as one (inside tanh, multiplied, ...).
+        Unclear: a mask stands where it does not work as one (inside tanh, multiplied, ...).
     """
     part = _peel(sympy.sympify(term), sympy.Integer(1))
     if part.score is not None and not _hides(part):
@@ -101,7 +100,7 @@ def split(term) -> Split:
 
 
 def _hides(part: _Part) -> bool:
-    """Whether every finite fill lies so far below any score that the softmax gives it nothing."""
+    """Whether every finite fill is so far below any score that its weight underflows to 0."""
     fills = [fill for fill in part.fills if fill.value is not INFINITE]
     if not fills:
         return True
@@ -113,7 +112,7 @@ def _hides(part: _Part) -> bool:
 
 
 def _peel(term, factor) -> _Part:
-    """Masks off ``term``, which is multiplied by ``factor`` before the softmax; None: only -inf is a fill."""
+    """Remove masks from ``term``, which is later multiplied by ``factor``. With factor None only -inf is a fill."""
     if isinstance(term, Where):
         return _peel_where(term, factor)
     if isinstance(term, sympy.Add):
@@ -123,7 +122,7 @@ def _peel(term, factor) -> _Part:
     if isinstance(term, sympy.Max) and len(term.args) == 2:
         floor, rest = term.args if term.args[0].is_number else reversed(term.args)
         if _fills(floor, factor) and floor is not INFINITE:
-            part = _peel(rest, factor)  # a score is never as low as a fill, so the limit only raises other fills
+            part = _peel(rest, factor)  # scores are never as low as a fill, so the clamp only raises other fills
             fills = frozenset(
                 Fill(sympy.Max(fill.value, floor), fill.replaces or fill.value is INFINITE) for fill in part.fills
             )
@@ -132,12 +131,12 @@ def _peel(term, factor) -> _Part:
 
 
 def _fills(value, factor) -> bool:
-    """Whether ``value`` is a fill once it is multiplied by ``factor``."""
+    """Whether ``value``, multiplied by ``factor``, is a fill."""
     return value is INFINITE or (factor is not None and value.is_number and is_fill(factor * value))
 
 
 def _peel_product(term: sympy.Mul, outer) -> _Part | None:
-    """A masked term times something positive; None if it is anything else."""
+    """A masked term times a positive factor; None for other products."""
     masked = [arg for arg in term.args if arg.has(Where)]
     factor = sympy.Mul(*[arg for arg in term.args if not arg.has(Where)])
     if len(masked) != 1 or not factor.is_positive:
@@ -150,7 +149,7 @@ def _peel_product(term: sympy.Mul, outer) -> _Part | None:
 
 
 def _overflowing(value):
-    """What a float32 holds of a fill."""
+    """A fill as float32 holds it."""
     return INFINITE if value.is_infinite or value < -LOWEST else value
 
 
@@ -169,7 +168,7 @@ def _peel_where(choice: Where, factor) -> _Part:
         return _Part(Where(condition, yes, no))
     allowed = sympy.And(
         sympy.Or(sympy.Not(condition), kept.allowed), sympy.Or(condition, other.allowed)
-    )  # simpler to read than the Or of two Ands, as one side is mostly true
+    )  # reads better than an Or of two Ands, because one side is usually true
     same = (kept.score - other.score).is_zero is True
     score = kept.score if same else Where(condition, kept.score, other.score)
     return _Part(score, allowed, fills)
@@ -188,21 +187,22 @@ def _peel_sum(parts: list[_Part]) -> _Part:
             else:
                 fills.add(Fill(fill.value, False))
     if len(masked) > 1 and any(fill.value is not INFINITE for fill in fills):
-        # a key that several masks drop holds the sum of their fills
+        # a key masked by several masks holds the sum of their fills
         fills.add(Fill(sympy.Add(*[min(fill.value for fill in part.fills) for part in masked]), False))
     return _Part(score, allowed, frozenset(fills))
 
 
 def may_be_infinite(score) -> bool:
-    """Whether a score may be -inf by itself, as the logarithm of a distance is at 0."""
+    """Whether a score itself may be -inf, such as the logarithm of a distance of 0."""
     return any(logarithm.args[0].is_positive is not True for logarithm in score.atoms(sympy.log))
 
 
 def not_lowered(score, lose_digits: Callable[[Any, Any], bool]) -> list[Any]:
-    """Where a score that takes large numbers as summands takes none: it loses its digits elsewhere.
+    """Conditions under which large summands of a score are not added, so that it keeps its digits.
 
-    Nowhere, if they raise it: then the scores without digits are those that count. ``lose_digits`` says which do, of a
-    factor and the number that it multiplies.
+    The condition is false for a summand that raises the score: the scores that lose digits are then the ones that
+    count.
+    ``lose_digits(factor, number)`` says whether a summand ``factor * where(..., number, ...)`` is that large.
     """
     sums = [term for term in sympy.preorder_traversal(score) if isinstance(term, sympy.Add)]
     parts = [(part.as_coeff_Mul()[0], part.atoms(Where)) for term in sums for part in term.args]
@@ -216,25 +216,25 @@ def not_lowered(score, lose_digits: Callable[[Any, Any], bool]) -> list[Any]:
 
 
 def in_half(factor, number) -> bool:
-    """Beside which numbers half precision has no digits of a score left."""
+    """Whether adding ``number`` in half precision leaves no digits of a score."""
     return abs(number) > LARGE
 
 
 def in_float32(factor, number) -> bool:
-    """The same for float32: in which order several summands meet such a number decides what is left of them."""
+    """The same in float32, where the order of summation decides which digits are left."""
     return abs(number * factor) > LARGE_FLOAT32
 
 
 def empty_rows(found: Split, layout: Layout, *, sdpa: bool, dtype: str, data: frozenset[str]) -> EmptyRows:
-    """What a row that may attend to nothing yields, as the user wrote it.
+    """The output of a query without keys, as user code defines it.
 
     Args:
-        sdpa: SDPA gives 0 for a row without keys, a softmax of -inf gives NaN.
+        sdpa: SDPA gives 0 for such a query, a softmax of -inf gives NaN.
         dtype: of the scores. Adding the lowest float16 to a score is not exact.
-        data: names of captures that may mask keys as well: an additive mask that the caller passes.
+        data: names of captured tensors that may mask keys too: an additive mask passed by the caller.
 
     Raises:
-        Unclear: such rows can occur and the user's arithmetic on them cannot be reproduced.
+        Unclear: such queries may occur and their result in user code cannot be reproduced.
     """
     nothing: EmptyRows = "zero" if sdpa else "nan"
     masks_by_data = any(load.name in data for load in expr.loads_of(found.score)) or may_be_infinite(found.score)
@@ -255,9 +255,9 @@ def empty_rows(found: Split, layout: Layout, *, sdpa: bool, dtype: str, data: fr
 
 
 def may_stay_in_score(found: Split, term, dtype: str) -> bool:
-    """Whether a kernel that computes ``term`` as it stands, fills and all, gives what the user's code gives.
+    """Whether a kernel that computes ``term`` with its fills gives the same result as user code.
 
-    A fill that takes up any score leaves nothing to rounding, and two that are low enough are -inf in bfloat16 too.
+    It does if each fill absorbs any score, and two of them together also overflow to -inf in bfloat16.
     """
     enough = 0.0 if dtype == "float32" else -0.6 * LOWEST
     fills = [fill.value for fill in found.fills]
@@ -275,7 +275,7 @@ def _spelled(fill: Fill) -> str:
 
 
 def every_row_sees_a_key(predicate, layout: Layout) -> bool:
-    """Whether a key that each row keeps can be named: the first one, or the row's own, counted from either end."""
+    """Whether every query keeps a key that can be named: the first, or its own, counted from either end."""
     candidates = [sympy.Integer(0)]
     if _at_most(layout.q_len, layout.k_len):
         candidates += [q, q + layout.k_len - layout.q_len]
@@ -287,23 +287,23 @@ def _at_most(x, y) -> bool:
 
 
 def query_position(predicate, layout: Layout) -> Any | None:
-    """The absolute position of query row q, from the causal condition ``k <= position``; None if there is none.
+    """The absolute position of query q, from the causal condition ``k <= position``; None if there is none.
 
-    A row that sees keys beyond its own place (a window to both sides) has no such position.
+    A query that sees keys beyond its own position (a two-sided window) has none.
     """
     found = []
     for part in expr.conjuncts(predicate):
         if not isinstance(part, (sympy.Le, sympy.Lt)) or part.lhs != k or part.rhs.has(k, b, h, expr.s):
             continue
         last = sympy.expand(part.rhs if isinstance(part, sympy.Le) else part.rhs - 1)
-        one_row = layout.q_len == 1 and layout.k_len != 1 and not last.has(q)  # decoding: q is 0
+        one_row = layout.q_len == 1 and layout.k_len != 1 and not last.has(q)  # decode: q is 0
         if one_row or _is_offset(sympy.expand(last - q), layout):
             found.append(last)
     return found[0] if len(found) == 1 else None
 
 
 def _is_offset(beyond, layout: Layout) -> bool:
-    """Whether keys up to ``q + beyond`` can be those up to the query's own place: none lies beyond the last key."""
+    """Whether ``q + beyond`` may be the query's own position: it is not beyond the last key."""
     if beyond.has(q):
         return False
     known_at_run_time = expr.loads_of(beyond) or beyond.free_symbols - {expr.Nq, expr.Nk}

@@ -1,11 +1,11 @@
-"""Symbolic reading: a graph node as a function of its indices.
+"""Reads a graph node as a function of its indices.
 
-:class:`~effattn.passes.symbolic.reader.Reader` walks from a node towards the inputs. Each operation that it understands
-has a small function here, registered under its name in the vocabulary; a node of any other operation stays as data
-and appears in the expression as a named load.
+:class:`~effattn.passes.symbolic.reader.Reader` descends from a node towards the inputs. Each operation that it knows
+has a function here, registered under its name in the vocabulary. A node of any other operation becomes a captured
+tensor, a named load in the expression.
 """
 
-# they register their readers
+# imported to register their readers
 from effattn.passes.symbolic import choices, creation, elementwise, functions, indexing, logic, parts, views  # noqa: F401
 from effattn.passes.symbolic.reader import CaptureSource, Reader, Reading
 

@@ -1,4 +1,4 @@
-"""Readers of where, masked_fill, triangles and casts, and of what changes nothing."""
+"""Readers of where, masked_fill, tril, triu, casts, and operations that return their input."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def _select(reader: Reader, call: Call, condition: Reading, x: Reading, y: Readi
         return None
     kind = kind_of(tensor.dtype)
     if kind == "int" and "float" in (x.kind, y.kind):
-        return None  # a fill that is truncated
+        return None  # the fill would be truncated
 
     def at(index: Index):
         test = condition.bool_at(aligned(condition, index, shape))
@@ -78,7 +78,7 @@ def cast(reader: Reader, call: Call, shape):
     if target.is_complex():
         return None
     if target.dtype.is_floating_point and target.dtype.itemsize < 2:
-        return None  # an 8-bit float is another value, not only a less exact one
+        return None  # an 8-bit float changes the value too much to ignore its rounding
     widens = source.dtype == target.dtype
     widens = widens or (source.dtype.is_floating_point and source.dtype.itemsize < target.dtype.itemsize)
 

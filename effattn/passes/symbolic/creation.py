@@ -1,4 +1,4 @@
-"""Readers of tensors made from nothing, and of sums and differences along a dimension."""
+"""Readers of tensor creation, concatenation, padding, cumsum and diff."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def cumsum(reader: Reader, call: Call, shape):
     probe = sympy.Symbol("along", integer=True, nonnegative=True)
     generic = tuple(probe if axis == dim else i for axis, i in enumerate(generic_index(len(source.shape))))
     if source.number_at(generic).has(probe):
-        return None  # a true running sum: it stays data
+        return None  # a running sum of data
 
     def at(index: Index):
         value = source.number_at(index) * (index[dim] + 1)
@@ -135,7 +135,7 @@ def hstack(reader: Reader, call: Call, shape):
 
 @reads("pad")
 def pad(reader: Reader, call: Call, shape):
-    """A constant around a tensor; numbers of elements come in pairs, those of the last dimension first."""
+    """Constant padding. As in torch, sizes come in pairs (before, after), last dimension first."""
     source, sizes, value = reader.argument(call, "input"), call.get("pad"), call.get("value")
     value = 0 if value is None else value
     if call.get("mode", "constant") != "constant" or not isinstance(value, (int, float)) or value != value:
@@ -160,7 +160,7 @@ def pad(reader: Reader, call: Call, shape):
 
 
 def joined(parts: list[Reading], dim: int) -> Reading:
-    """Tensors one after the other along ``dim``; an index picks its part by comparing with the running length."""
+    """Tensors concatenated along ``dim``; comparisons with the running length choose the part of an index."""
     kind = parts[0].kind
 
     def at(index: Index):
@@ -174,7 +174,7 @@ def joined(parts: list[Reading], dim: int) -> Reading:
             rest = pick(number + 1, end)
             inside = index[dim] < end
             if end == 1 and index[dim].is_Symbol and rest.subs(index[dim], 0) == value:
-                return rest  # a first element that continues the sequence, as transformers prepends to positions
+                return rest  # the first element continues the sequence, as when transformers prepends to positions
             if kind == "bool":
                 return sympy.Or(sympy.And(inside, value), sympy.And(sympy.Not(inside), rest))
             return expr.Where(inside, value, rest)

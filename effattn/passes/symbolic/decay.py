@@ -1,4 +1,4 @@
-"""The reader of weights without a softmax: it also knows powers, and looks through the last cast of a decay mask."""
+"""The reader for attention without a softmax: it also reads powers, and sees through the last cast of a decay mask."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ _HALF = (torch.float16, torch.bfloat16)
 
 
 class DecayReader(Reader):
-    """Reads ``gamma ** (i - j)``, and a finished mask of decay cast to half precision as it was before.
+    """Reads ``gamma ** (i - j)``, and sees through the cast of a finished decay mask to half precision.
 
-    The weights are then more exact than the user's, as scores are elsewhere. Positions that are rounded stay data.
+    The weights are then more exact than the user's, as scores are elsewhere. Rounded positions become captured tensors.
     """
 
     def _define(self, node: fx.Node) -> Reading | None:
@@ -41,7 +41,7 @@ class DecayReader(Reader):
 
 
 def _is_decay(value: Any) -> bool:
-    """Whether ``value`` is a power, a constant, or a choice between such."""
+    """Whether ``value`` is a power, a constant, or a ``where`` of such values."""
     if isinstance(value, expr.Where):
         return all(_is_decay(branch) for branch in value.args[1:])
     return value.is_number or isinstance(value, (sympy.exp, sympy.Pow))

@@ -58,7 +58,7 @@ def add(reader: Reader, call: Call, shape):
 
 
 def _of_booleans(reader: Reader, call: Call, shape):
-    """A sum or product of booleans, as torch takes them: or, and."""
+    """A sum or product of booleans is Or or And, as in torch."""
     operation = {"add": sympy.Or, "mul": sympy.And}.get(call.name)
     if operation is None:
         return None
@@ -68,7 +68,7 @@ def _of_booleans(reader: Reader, call: Call, shape):
 
 @reads("max", "min")
 def extremum(reader: Reader, call: Call, shape):
-    """Of two tensors; ``max`` along a dimension stays data."""
+    """max or min of two tensors. A reduction along a dimension is not read."""
     if reader.view.tensor(call.get("other")) is None or "input" not in call.args:
         return None
     if reader.view.tensor(call.node) is None or reader.view.held(call.node).dtype == torch.bool:

@@ -1,7 +1,7 @@
 """Readers of functions of one number, powers, and short sums of products.
 
-Of scores they are read wherever they stand. Of data and positions alone they are computed once, as the user's code
-does, unless the reader is one of a mod, in which nothing can stay data.
+Functions of scores are always read. Functions of captured tensors and positions alone are computed once by user code
+instead, except in a score_mod or mask_mod, where everything has to be read.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from effattn.passes.graph.vocabulary import Call
 from effattn.passes.symbolic.pointwise import pointwise
 from effattn.passes.symbolic.reader import Index, Reader, Reading, Unreadable, kind_of, reads
 
-LONGEST_SUM = 16  # elements of a dot product that are written out
+LONGEST_SUM = 16  # most elements of a dot product or sum
 LARGEST_EXPONENT = 8
 
 
 def _log(x):
-    return -sympy.oo if x.is_zero else sympy.log(x)  # a mask of ones and zeros becomes one of 0 and -inf
+    return -sympy.oo if x.is_zero else sympy.log(x)  # the log of a 0/1 mask is a 0/-inf mask
 
 
 _FUNCTIONS: dict[str, Callable[[Any], Any]] = {
@@ -101,7 +101,7 @@ def dot(reader: Reader, call: Call, shape):
 
 @reads("sum")
 def total(reader: Reader, call: Call, shape):
-    """Of a captured vector, in a mod. Sums elsewhere stay data."""
+    """The sum of a captured vector in a score_mod or mask_mod. Other sums are not read."""
     source = reader.argument(call, "input")
     if call.get("dim", -1) not in (-1, 0, (-1,), (0,), [-1], [0]) or call.get("keepdim"):
         return None

@@ -1,7 +1,7 @@
-"""Heads that lie in several dimensions: ``[B, blocks, len, H, D]`` has the head ``block * H + head`` of one attention.
+"""Heads in several dimensions: in ``[B, blocks, len, H, D]``, head ``block * H + head`` of one attention.
 
-Each of the dimensions is indexed by one digit of the head's number, ``(h // divisor) % size``. So it is with head_dim,
-where a product runs over several dimensions.
+Each such dimension is indexed by a digit of the head index, ``(h // divisor) % size``. The same holds for head_dim if
+the product sums over several dimensions.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from effattn.ir.expr import h
 
 
 class Digit(NamedTuple):
-    """``(number // divisor) % size``; a size of None: all of the rest."""
+    """``(number // divisor) % size``; without the modulo if size is None."""
 
     divisor: int
     size: int | None
 
 
 def digits_of(number: Any, sizes: Sequence[Any]) -> list[Any]:
-    """``number`` in digits below ``sizes``, the slowest varying first. All sizes but the first are integers."""
+    """The digits of ``number`` for ``sizes``, slowest first. All sizes except the first must be integers."""
     found: list[Any] = []
     rest: Any = number
     for place, size in reversed(list(enumerate(sizes))):
@@ -39,7 +39,7 @@ def digits_of(number: Any, sizes: Sequence[Any]) -> list[Any]:
 
 
 def digit(entry: Any, number: Any = h) -> Digit | None:
-    """The digit of ``number``, the head's if it is not given, that ``entry`` is; None if it is anything else."""
+    """``entry`` as a digit of ``number`` (by default the head index); None if it is not one."""
     if entry == number:
         return Digit(1, None)
     if not isinstance(entry, (expr.FloorDiv, expr.Modulo)) or not entry.args[1].is_Integer:
@@ -53,7 +53,7 @@ def digit(entry: Any, number: Any = h) -> Digit | None:
 
 
 def in_steps(entry: Any) -> tuple[Digit, int, int] | None:
-    """(digit, first, step) of ``first + step * digit``; None if ``entry`` is anything else."""
+    """(digit, first, step) of ``first + step * digit``; None for any other term."""
     first, rest = sympy.sympify(entry).as_coeff_Add()
     step, inner = rest.as_coeff_Mul()
     part = digit(inner)
@@ -63,7 +63,7 @@ def in_steps(entry: Any) -> tuple[Digit, int, int] | None:
 
 
 def how_many(part: Digit, heads: Any) -> int | None:
-    """How many values a digit of a number below ``heads`` takes; None if that is not known."""
+    """The number of values of a digit of a number below ``heads``; None if unknown."""
     if part.size is not None:
         return part.size
     count = sympy.sympify(heads) / part.divisor
@@ -71,15 +71,15 @@ def how_many(part: Digit, heads: Any) -> int | None:
 
 
 def sizes_of(digits: Sequence[Digit], limit: Any) -> tuple[int, ...]:
-    """How many values each of ``digits`` takes, that in this order are a whole number below ``limit``."""
+    """The number of values of each of ``digits``, which in this order make up a number below ``limit``."""
     above = [int(limit), *(part.divisor for part in digits)]
     return tuple(outer // inner for outer, inner in pairwise(above))
 
 
 def in_order(digits: Sequence[Digit], limit: Any) -> list[int] | None:
-    """Places of ``digits``, the slowest varying first; None if together they are not ``number // smallest divisor``.
+    """The order of ``digits`` from slowest to fastest; None if they do not make up ``number // smallest divisor``.
 
-    ``limit``: the number is below it.
+    ``limit`` is the exclusive upper bound of the number.
     """
     order = sorted(range(len(digits)), key=lambda place: -digits[place].divisor)
     above = sympy.sympify(limit)

@@ -1,4 +1,4 @@
-"""Arithmetic of indices whose bounds are known: views turn one index into another by sums, quotients and remainders."""
+"""Arithmetic on bounded indices: views map indices by sums, quotients and remainders."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from effattn.ir import expr
 
 
 class IndexBounds:
-    """``sizes`` bounds the index symbols: symbol -> exclusive upper bound; none is negative."""
+    """``sizes`` maps nonnegative index symbols to exclusive upper bounds."""
 
     def __init__(self, sizes: dict[sympy.Symbol, sympy.Expr] | None = None):
         self.sizes = sizes or {}
 
     def upper_bound(self, term) -> sympy.Expr | None:
-        """An inclusive bound of a sum of non-negative multiples of bounded symbols; None if it is not one."""
+        """An inclusive upper bound of a sum of nonnegative multiples of bounded symbols; None for other terms."""
         total = sympy.Integer(0)
         for part in sympy.Add.make_args(sympy.expand(term)):
             factor, symbol = part.as_coeff_Mul()
@@ -38,12 +38,12 @@ class IndexBounds:
         return sympy.expand(total)
 
     def nonnegative(self, term) -> bool:
-        """Whether a term is certainly not negative: ``q - k + N`` where k < N, a clamped distance plus its limit."""
+        """Whether a term is known to be nonnegative: ``q - k + N`` with k < N, a clamped distance plus its limit."""
         low = self.lower_bound(term)
         return low is not None and sympy.expand(low).is_nonnegative is True
 
     def lower_bound(self, term) -> sympy.Expr | None:
-        """An inclusive bound of an integer; None where none is known."""
+        """An inclusive lower bound of an integer; None if unknown."""
         parts = sympy.Add.make_args(sympy.expand(term))
         if len(parts) > 1:
             bounds = [self.lower_bound(part) for part in parts]
@@ -63,12 +63,12 @@ class IndexBounds:
         return sympy.Integer(0) if part.is_nonnegative else None
 
     def below(self, term, size) -> bool:
-        """Whether 0 <= term < size is certain."""
+        """Whether 0 <= term < size is known to hold."""
         top = self.upper_bound(term)
         return top is not None and sympy.expand(size - 1 - top).is_nonnegative is True
 
     def divide(self, term, size) -> tuple[Any, Any]:
-        """(quotient, remainder) of a non-negative term by a positive size, simplified where bounds allow."""
+        """(quotient, remainder) of a nonnegative term by a positive size, simplified where bounds allow."""
         term, size = sympy.expand(term), sympy.sympify(size)
         if size == 1:
             return term, sympy.Integer(0)
@@ -86,7 +86,7 @@ class IndexBounds:
 
 
 def recombined(term):
-    """``x // n * n + x % n`` is x again, as after splitting a dimension and merging it."""
+    """Simplify ``x // n * n + x % n`` to x, as after splitting and merging a dimension."""
     for part in sympy.Add.make_args(term):
         factor, inner = part.as_coeff_Mul()
         if isinstance(inner, expr.Modulo):

@@ -24,7 +24,7 @@ def select(reader: Reader, call: Call, shape):
 
 @reads("gather")
 def gather(reader: Reader, call: Call, shape):
-    """A shift of relative positions: ``table.gather(-1, query - key + length)``. An index that is data stays data."""
+    """A shift of relative positions: ``table.gather(-1, query - key + length)``. Indices from data are not read."""
     dim, index_node = call.get("dim"), call.get("index")
     if not isinstance(dim, int) or not isinstance(index_node, fx.Node) or call.get("out") is not None:
         return None
@@ -71,7 +71,7 @@ def getitem(reader: Reader, call: Call, shape):
 
 
 def _piece(reader: Reader, container: fx.Node, item: Any, shape):
-    """An element of what chunk, split or unbind returned."""
+    """One of the tensors that chunk, split or unbind returned."""
     call = reader.view.call(container)
     if call is None or call.name not in ("chunk", "split", "unbind") or not isinstance(item, int):
         return None
@@ -89,7 +89,7 @@ def _piece(reader: Reader, container: fx.Node, item: Any, shape):
 
 
 def indexed(reader: Reader, source: Reading, spec: list[Any], shape, time: int) -> Reading | None:
-    """``source[spec]`` for integers, slices, None, Ellipsis and integer tensors (of which a result dimension group)."""
+    """``source[spec]`` with ints, slices, None, Ellipsis and integer tensors (one group of result dimensions)."""
     consumed = sum(1 for item in spec if item is not None and item is not Ellipsis)
     if Ellipsis in [item for item in spec if not isinstance(item, (fx.Node, torch.SymInt))]:
         where = next(n for n, item in enumerate(spec) if item is Ellipsis)
@@ -125,7 +125,7 @@ def indexed(reader: Reader, source: Reading, spec: list[Any], shape, time: int) 
                 continue
             picked = reader.read(item, time)
             if picked.kind != "int":
-                return None  # boolean masks select a number of rows that only the data knows
+                return None  # boolean masks select a data-dependent number of elements
             tensors.append((position, picked))
             steps.append(("tensor", picked))
         else:
@@ -139,7 +139,7 @@ def _compose(reader: Reader, source: Reading, steps, tensors, shape) -> Reading 
     together = positions == list(range(positions[0], positions[0] + len(positions))) if positions else True
     group_shape = _broadcast([picked.shape for _, picked in tensors], rank)
     if rank and any(kind == "int" for kind, _ in steps):
-        return None  # an integer beside index tensors moves dimensions; rare enough to leave as data
+        return None  # an integer beside index tensors moves dimensions; too rare to support
 
     def at(index: Index):
         if tensors and not together:
@@ -167,9 +167,9 @@ def _compose(reader: Reader, source: Reading, steps, tensors, shape) -> Reading 
 
 
 def _from_the_end(reader: Reader, index, size):
-    """An index that may be negative counts from the end then.
+    """An index that may be negative, as one that counts from the start.
 
-    Raises: Unreadable: outside of mods, where what it picks has a value for each query and key already, as data.
+    Raises Unreadable outside a score_mod or mask_mod: the indexed tensor then becomes a captured tensor instead.
     """
     if reader.nonnegative(index):
         return index

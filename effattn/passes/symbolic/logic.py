@@ -1,4 +1,4 @@
-"""Readers of comparisons, of logic, and of the bits of integers."""
+"""Readers of comparisons and of logical and bitwise operations."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def comparison(reader: Reader, call: Call, shape):
 
 
 def _decided(relation: Callable, x, y):
-    """``relation`` of two choices, one condition after the other."""
+    """``relation`` of two constants or choices between constants, as a boolean of their conditions."""
     for term, at in ((x, lambda value: _decided(relation, value, y)), (y, lambda value: _decided(relation, x, value))):
         if isinstance(term, expr.Where):
             condition, yes, no = term.args
@@ -44,9 +44,9 @@ def _decided(relation: Callable, x, y):
 
 
 def _check_comparable(x, y) -> None:
-    """Comparisons of numbers that are not whole are read only where rounding cannot change their result.
+    """Raise Unreadable for a comparison of non-integers whose result may depend on rounding, or of data with infinity.
 
-    sympy, besides, takes every load for finite, and decides comparisons with infinity by that.
+    sympy assumes that every load is finite and would decide comparisons with infinity.
     """
     for term in (x, y):
         if not (_is_whole(term) or term.is_number or isinstance(term, (expr.Load, expr.Where))):
@@ -57,7 +57,7 @@ def _check_comparable(x, y) -> None:
 
 
 def _is_whole(term) -> bool:
-    """Whether a term is a whole number, also where it is one of several: a sum over ``where(end, 1, 0)``."""
+    """Whether a term is an integer, also inside a where() that sympy does not know to be one: ``where(end, 1, 0)``."""
     if isinstance(term, (sympy.Add, sympy.Mul)):
         return all(_is_whole(part) for part in term.args)
     if isinstance(term, expr.Where):
@@ -66,7 +66,7 @@ def _is_whole(term) -> bool:
 
 
 def _check_rounding(reader: Reader, call: Call, x, y) -> None:
-    """A kernel compares floats in float32; PyTorch may compare in float64, or round whole numbers first."""
+    """Kernels compare floats in float32. Raise Unreadable if user code compares in float64 or rounds integers first."""
     held = [reader.view.tensor(call.get(name)) for name in ("input", "other")]
     dtypes = [tensor.dtype for tensor in held if tensor is not None]
     data = [term for term in (x, y) if expr.loads_of(term)]
@@ -83,7 +83,7 @@ def _differ(x, y):
 
 
 def _bit_and(x, y):
-    """Masks of low or high bits are remainders, which bounds are known of."""
+    """A mask of the low or high bits becomes a remainder, for which bounds are known."""
     for number, mask in ((x, y), (y, x)):
         if mask.is_Integer and _is_power_of_two(mask + 1):
             return expr.Modulo(number, mask + 1)
@@ -117,7 +117,7 @@ def logic(reader: Reader, call: Call, shape):
 
 @reads("lshift", "rshift")
 def shift(reader: Reader, call: Call, shape):
-    """By a constant: a product, or a quotient rounded down."""
+    """A shift by a constant, as a multiplication or floor division."""
 
     def moved(number, places):
         if not (places.is_Integer and 0 <= places < 31):

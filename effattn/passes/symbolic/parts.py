@@ -1,4 +1,4 @@
-"""Readers of tensors of which a part was written: ``scores[..., 1:] += bias``, ``scores[hidden] = -inf``."""
+"""Readers of tensors that are written in part: ``scores[..., 1:] += bias``, ``scores[hidden] = -inf``."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _HALF = (torch.float16, torch.bfloat16)
 
 
 def _assignment(view: GraphView, value: fx.Node, writer: fx.Node) -> Call | None:
-    """What ``writer`` did to ``value`` as an assignment to a part of it; None if it is nothing of the kind."""
+    """The write to ``value`` by ``writer`` as an assignment to part of it; None if it is not one."""
     call = view.call(writer)
     if call is None or (call.name == "setitem" and call.get("input") is value):
         return call
@@ -40,7 +40,7 @@ def _assignment(view: GraphView, value: fx.Node, writer: fx.Node) -> Call | None
 
 @reads("written")
 def written(reader: Reader, call: Call, shape):
-    """The tensor ``input`` after the call's node has written a part of it."""
+    """The tensor ``input`` after the call's node wrote part of it."""
     tensor = reader.view.held(call.get("input"))
     assignment = _assignment(reader.view, call.get("input"), call.node)
     if assignment is None or any(stride == 0 for stride in tensor.stride()):
@@ -63,14 +63,14 @@ def written(reader: Reader, call: Call, shape):
             return sympy.Or(sympy.And(test, yes), sympy.And(sympy.Not(test), no))
         yes, no = stored_as(new.number_at(inside), tensor.dtype), before.number_at(index)
         if isinstance(no, expr.Where) and no.args[0] == test:
-            no = no.args[2]  # of several writes to one part the last one counts
+            no = no.args[2]  # a later write to the same part replaces the earlier one
         return yes if yes == no else expr.Where(test, yes, no)
 
     return Reading(shape, kind_of(tensor.dtype), at)
 
 
 def _held_as_it_is(reader: Reader, dtype: torch.dtype, written: Any, new: Reading) -> bool:
-    """Whether a tensor of ``dtype`` holds what is written to it without rounding or truncating it."""
+    """Whether a tensor of ``dtype`` stores the written value without rounding or truncation."""
     kind, held = kind_of(dtype), reader.view.tensor(written)
     if held is None or held.dtype == dtype:
         return kind != "int" or new.kind != "float"
@@ -80,7 +80,7 @@ def _held_as_it_is(reader: Reader, dtype: torch.dtype, written: Any, new: Readin
 
 
 def _part(reader: Reader, call: Call, shape):
-    """(index -> whether it lies in the part, (dimension, start) of each dimension of the part, their sizes)."""
+    """(index -> whether it is in the part, (dimension, start) of each of the part's dimensions, their sizes)."""
     item = call.get("index")
     items = list(item) if isinstance(item, tuple) else [item]
     if len(items) == 1 and (mask := reader.view.tensor(items[0])) is not None:
@@ -90,7 +90,7 @@ def _part(reader: Reader, call: Call, shape):
     items = [*items[: places[0]], *filled, *items[places[0] + 1 :]] if places else [*items, *filled]
     if len(items) != len(shape) or len(places) > 1:
         return None
-    bounds: list[tuple[int, Any, Any, bool]] = []  # dimension, start, end, whether it is one place
+    bounds: list[tuple[int, Any, Any, bool]] = []  # dimension, start, end, whether it is indexed by an integer
     for dim, (entry, size) in enumerate(zip(items, shape, strict=True)):
         if isinstance(entry, bool) or not isinstance(entry, (slice, int)):
             return None
@@ -120,7 +120,7 @@ def _part(reader: Reader, call: Call, shape):
 
 
 def _place(reader: Reader, end: Any, size: Any, default: Any) -> Any:
-    """A bound of a slice as a place from the first on; None where it is not certain."""
+    """A slice bound as a nonnegative index; None if unknown."""
     if end is None:
         return sympy.sympify(default)
     held = reader.view.value(end)
@@ -134,7 +134,7 @@ def _place(reader: Reader, end: Any, size: Any, default: Any) -> Any:
 
 
 def _chosen(reader: Reader, call: Call, node: fx.Node, mask: torch.Tensor, shape):
-    """One number where a mask of all dimensions holds."""
+    """A number written where a mask of all dimensions holds."""
     written = reader.view.tensor(call.get("value"))
     if mask.dtype != torch.bool or mask.dim() != len(shape) or (written is not None and written.dim() != 0):
         return None

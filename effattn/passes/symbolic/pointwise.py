@@ -1,4 +1,4 @@
-"""What element-wise readers share: broadcast operands, values as a dtype holds them, what rounding must not change."""
+"""Shared by element-wise readers: broadcasting, values as a dtype stores them, and checks of rounding."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from effattn.passes.symbolic.widths import check_held, check_operands
 _HALF = (torch.float16, torch.bfloat16)
 
 
-_LARGE = 1000.0  # a score of a few units keeps its digits beside numbers up to here
+_LARGE = 1000.0  # adding a constant up to this size leaves a score of a few units enough digits
 
 
 def aligned(reading: Reading, index: Index, shape: Index) -> Index:
-    """The index of an operand broadcast to ``shape``: trailing dimensions align, broadcast ones stay at 0.
+    """The index of an operand broadcast to ``shape``: dimensions align from the last, broadcast ones have index 0.
 
-    A dimension of size 1 in operand and result alike keeps its index: it may be the one query row of a decode step.
+    A dimension of size 1 in both keeps its index, since it may be the single query of a decode step.
     """
     skip = len(index) - len(reading.shape)
     return tuple(
@@ -31,7 +31,7 @@ def aligned(reading: Reading, index: Index, shape: Index) -> Index:
 
 
 def distribute(function: Callable, *terms):
-    """``function`` of terms, applied inside a where() if that does not repeat work, so that masks stay masks."""
+    """Apply ``function``, moved inside a where() if that repeats no work, so that masks remain a where()."""
     wheres = [i for i, term in enumerate(terms) if isinstance(term, expr.Where)]
     if len(wheres) == 1:
         at = wheres[0]
@@ -50,7 +50,7 @@ def distribute(function: Callable, *terms):
 
 
 def leaves(term) -> list:
-    """What a choice may yield."""
+    """The values that a where() chooses from."""
     return [leaf for branch in term.args[1:] for leaf in leaves(branch)] if isinstance(term, expr.Where) else [term]
 
 
@@ -59,9 +59,9 @@ def _is_small_choice(term) -> bool:
 
 
 def stored_as(value, dtype: torch.dtype):
-    """``value`` as a tensor of ``dtype`` holds it: constants beyond its range are infinite, also inside a where().
+    """``value`` as stored in ``dtype``: constants outside its range become infinite, also inside a where().
 
-    So are those that are added to something: what a type holds beside them is too small to bring them back.
+    Constant summands do too, since no finite summand of that dtype brings the sum back into range.
     """
     if not dtype.is_floating_point:
         return value
@@ -102,14 +102,14 @@ def pointwise(reader: Reader, call: Call, shape, names: tuple[str, ...], functio
 
 
 def exact(reader: Reader, value, dtype: torch.dtype):
-    """``value`` if computing it in ``dtype`` loses nothing that a reading would keep, and the other way round.
+    """``value``, if it may be read although ``dtype`` rounds.
 
-    Scores may be computed more exactly than the user does. A bias or position in half precision may not: rounding
-    moves whole columns of a mask, so such a tensor stays what the user's code makes of it. And a reading of
-    ``(1 - mask) * -1e4`` would be ``-1e4 + 1e4 * mask``, in which a score loses its last digits.
+    Scores may be computed more exactly than in user code. A bias or position in half precision may not: rounding moves
+    whole columns of a mask. Nor may ``(1 - mask) * -1e4``, which reads as ``-1e4 + 1e4 * mask``: added to that sum, a
+    score loses its last digits.
 
     Raises:
-        Unreadable: the value is to stay data.
+        Unreadable: the value has to become a captured tensor.
     """
     if dtype in _HALF and not _rounds_to_itself(reader, value):
         raise Unreadable("rounded in half precision")

@@ -1,4 +1,4 @@
-"""The reader: memory-aware descent from a node to an expression in its indices."""
+"""The reader: from a node to an expression in its indices, aware of writes to memory."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from effattn.passes.symbolic.index_bounds import IndexBounds
 
 Kind = Literal["bool", "int", "float"]
 Index = tuple[sympy.Expr, ...]
-MAX_WRITES = 2  # a mask of which more parts were written one after the other is kept as data
-MAX_OPERATIONS = 2000  # written out; an expression larger than this is kept as data
-MAX_INDEX = 100  # the same of one index of an element
-INDEX_COST = 10  # how much more it takes to simplify an operation of an index
-MAX_WORK = 50_000  # operations of all that is read for one element; what takes more is kept as data
+MAX_WRITES = 2  # a tensor with more partial writes becomes a captured tensor
+MAX_OPERATIONS = 2000  # of an expression as a tree; a larger one becomes a captured tensor
+MAX_INDEX = 100  # the same for the index of an element
+INDEX_COST = 10  # cost of simplifying an operation in an index, relative to one in a value
+MAX_WORK = 50_000  # operations read for one element; what takes more becomes a captured tensor
 
 
 @dataclass(frozen=True)
 class Reading:
-    """A tensor as a function of its indices: ``at(i0, i1, ...)`` is a sympy number, or a boolean for kind "bool"."""
+    """A tensor as a function of its indices: ``at((i0, i1, ...))`` is a sympy number, or a boolean for kind "bool"."""
 
     shape: tuple[sympy.Expr, ...]
     kind: Kind
@@ -44,7 +44,7 @@ class Reading:
 
 @dataclass(frozen=True)
 class CaptureSource:
-    """Where a named load gets its tensor: a node, and the time at which the user's code reads it."""
+    """The tensor of a named load: a node, and the time at which user code reads it."""
 
     node: fx.Node
     time: int
@@ -55,7 +55,7 @@ HANDLERS: dict[str, Handler] = {}
 
 
 def reads(*names: str) -> Callable[[Handler], Handler]:
-    """Register the reader of operations of the vocabulary. It may return None: the node stays data."""
+    """Register the reader of these operations. It may return None: the node then becomes a captured tensor."""
 
     def register(handler: Handler) -> Handler:
         for name in names:
@@ -66,7 +66,7 @@ def reads(*names: str) -> Callable[[Handler], Handler]:
 
 
 def generic_index(rank: int) -> Index:
-    """Indices of which nothing is known but that they are not negative."""
+    """Index symbols known only to be nonnegative."""
     return tuple(sympy.Symbol(f"i{axis}", integer=True, nonnegative=True) for axis in range(rank))
 
 
@@ -79,11 +79,11 @@ def kind_of(dtype: torch.dtype) -> Kind:
 class Reader(IndexBounds):
     """Reads nodes of one graph as expressions.
 
-    ``sizes`` bounds the index symbols (symbol -> exclusive upper bound), which lets views simplify. With ``products``
-    set, a product of two tensors is kept as a load named ``raw_...``: it may be query . key.
+    ``sizes`` maps index symbols to exclusive upper bounds, by which views simplify. With ``products``, a product of two
+    tensors becomes a load named ``raw_...``, since it may be query . key.
     """
 
-    everything = False  # whether nothing can stay data, as in a mod
+    everything = False  # True in a score_mod or mask_mod, where an unreadable node is an error
 
     def __init__(self, view: GraphView, sizes: dict[sympy.Symbol, sympy.Expr] | None = None, *, products: bool = False):
         super().__init__(sizes)
@@ -92,16 +92,16 @@ class Reader(IndexBounds):
         self.raw: dict[str, Contraction] = {}
         self.captures: dict[str, CaptureSource] = {}
         self.numbers: dict[str, fx.Node] = {}
-        self.probed: dict[sympy.Symbol, sympy.Expr] = {}  # as ``sizes``, while a node is read for the first time
-        self.reasons: dict[fx.Node, str] = {}  # why a node whose operation is known stays data
+        self.probed: dict[sympy.Symbol, sympy.Expr] = {}  # like ``sizes``, while a node is read for the first time
+        self.reasons: dict[fx.Node, str] = {}  # why a node with a known operation became a captured tensor
         self._definitions: dict[fx.Node, Reading | None] = {}
-        self._parts: dict[tuple[fx.Node, fx.Node], Reading | None] = {}  # by tensor and who wrote a part of it last
-        self._work = 0  # for the element that is being read
-        self._sizes: dict[int, tuple[Any, int]] = {}  # of terms, by identity: they share most of their parts
+        self._parts: dict[tuple[fx.Node, fx.Node], Reading | None] = {}  # by tensor and last writer
+        self._work = 0  # operations read so far for the current element
+        self._sizes: dict[int, tuple[Any, int]] = {}  # tree sizes of terms, by id: terms share most parts
         self._capture_names: dict[tuple[fx.Node, int], str] = {}
 
     def read(self, value: Any, time: int) -> Reading:
-        """What ``value`` (a node or a Python number) holds when a node at ``time`` reads it."""
+        """The value of ``value`` (a node or a Python number) when a node at ``time`` reads it."""
         if not isinstance(value, fx.Node):
             return _constant(value)
         held = self.view.value(value)
@@ -117,7 +117,7 @@ class Reader(IndexBounds):
             call = self.view.call(last)
             whole = call is not None and call.name != "setitem"
             if self.view.written_as(last) is value and last is not value and whole:
-                return self.read(last, time)  # x.masked_fill_(...) and then x: the written value
+                return self.read(last, time)  # x.masked_fill_(...) and then x: the result of the write
             few = len(writers) <= MAX_WRITES or self._was_product(value)
             return (self._written_in_part(value, last) if few else None) or self._load(value, time)
         if value not in self._definitions:
@@ -125,19 +125,19 @@ class Reader(IndexBounds):
         return self._definitions[value] or self._load(value, time)
 
     def argument(self, call: Call, name: str, default: Any = None) -> Reading:
-        """An argument of a call, as it was when the call ran."""
+        """An argument of a call, at the time of the call."""
         return self.read(call.get(name, default), self.view.time[call.node])
 
     def extent(self, value: Any) -> sympy.Expr:
-        """An integer argument (a Python int or a symbolic one) as a term."""
+        """An integer argument (int or SymInt) as a term."""
         return as_sympy(self.view.value(value))
 
     def as_data(self, node: fx.Node, time: int) -> Reading:
-        """The node as a named load, without looking into it."""
+        """The node as a captured tensor, without reading its definition."""
         return self._load(node, time)
 
     def _was_product(self, value: fx.Node) -> bool:
-        """Whether a tensor held the product of query and key before anyone wrote to it."""
+        """Whether a tensor held a product of query and key before it was written."""
         reading = self.read(value, self.view.time[value] + 1)
         loads = expr.loads_of(reading.at(generic_index(len(reading.shape))))
         return any(load.name in self.raw for load in loads)
@@ -159,7 +159,7 @@ class Reader(IndexBounds):
         return self._readable(node, handler(self, call, self.view.shape(node)))
 
     def _readable(self, node: fx.Node, reading: Reading | None) -> Reading | None:
-        """The reading, each index of it read once; None if it turns out to have no symbolic meaning."""
+        """The reading with its elements cached; None if the node has to become a captured tensor."""
         if reading is None:
             return None
         reading = Reading(reading.shape, reading.kind, self._bounded(node, reading.at))
@@ -175,7 +175,7 @@ class Reader(IndexBounds):
         return reading
 
     def _bounded(self, node: fx.Node, at: Callable[[Index], Any]) -> Callable[[Index], Any]:
-        """``at``, each element read once, with an end to its work: graphs share values, expressions spell them out."""
+        """``at`` with a cache and a limit on its work: graphs share values, but expressions repeat them."""
         known: dict[Index, Any] = {}
 
         def bounded(index: Index):
@@ -252,7 +252,7 @@ class Reader(IndexBounds):
             raise Unreadable(f"{node.name} may be larger than any number of 64 bits with a sign")
 
         def at(index: Index):
-            # an index of a dimension of size 1 can only be 0; b and h are kept, so that a batch of one reads like any
+            # the index of a dimension of size 1 is 0; b and h are kept, so that B = 1 and H = 1 read like other sizes
             whole = (expr.b, expr.h)
             inside = tuple(
                 sympy.Integer(0) if size == 1 and i not in whole else i for size, i in zip(shape, index, strict=True)
@@ -263,18 +263,18 @@ class Reader(IndexBounds):
         return Reading(shape, kind, at)
 
     def dtype_of_capture(self, name: str) -> torch.dtype | None:
-        """What a load is read from; None for the product of query and key."""
+        """The dtype of a captured tensor; None for a product of query and key."""
         source = self.captures.get(name)
         return None if source is None else self.view.held(source.node).dtype
 
     def computes_in(self, dtype: torch.dtype, *values: Any) -> torch.dtype:
-        """The type in which the user's code computes with ``values``, where the graph says ``dtype``."""
+        """The dtype in which user code computes with ``values``, where the graph says ``dtype``."""
         return dtype
 
     def grouped(self, value):
-        """A sum that takes part in floating point arithmetic, kept together: see :class:`effattn.ir.expr.Group`.
+        """Protect a sum in floating-point arithmetic by :class:`effattn.ir.expr.Group`.
 
-        Not a sum that holds a mask or the product of query and key.
+        Sums that contain a mask or a product of query and key are not grouped.
         """
         if not isinstance(value, sympy.Add):
             return value
@@ -298,7 +298,7 @@ def _constant(value: Any) -> Reading:
 
 
 class Unreadable(Exception):
-    """A value that has no symbolic meaning and cannot be loaded as a tensor either."""
+    """The value cannot be read as an expression; the message says why."""
 
 
 def _identifier(name: str) -> str:

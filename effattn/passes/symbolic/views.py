@@ -1,4 +1,4 @@
-"""Readers of views: where does the element at this index come from?"""
+"""Readers of views: which element of the source has this index?"""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from effattn.passes.symbolic.reader import Index, Reader, Reading, reads
 
 
 def reshape_groups(old: tuple, new: tuple) -> list[tuple[list[int], list[int]]] | None:
-    """Runs of old and new dimensions with equal products; None if the sizes cannot be told apart symbolically."""
+    """Runs of old and new dimensions with equal products; None if symbolic sizes leave them unclear."""
     groups: list[tuple[list[int], list[int]]] = []
     i = j = 0
     while i < len(old) or j < len(new):
@@ -50,7 +50,7 @@ def reshape_groups(old: tuple, new: tuple) -> list[tuple[list[int], list[int]]] 
 
 
 def reshape_index(reader: Reader, source: tuple, target: tuple, index: Index) -> Index | None:
-    """Where ``index`` of a tensor of shape ``target`` lies in the same elements seen with shape ``source``."""
+    """The index in shape ``source`` of the element with ``index`` in shape ``target``; None if unknown."""
     groups = reshape_groups(source, target)
     if groups is None:
         return None
@@ -85,13 +85,13 @@ def reshape(reader: Reader, call: Call, shape):
 
 
 def reinterprets(view: GraphView, call: Call) -> bool:
-    """Whether ``x.view(dtype)`` reads the same bits as other numbers."""
+    """Whether the call is ``x.view(dtype)``, which reinterprets the bits."""
     source, result = view.tensor(call.get("input")), view.tensor(call.node)
     return source is None or result is None or source.dtype != result.dtype
 
 
 def permutation(call: Call, rank: int) -> tuple[int, ...] | None:
-    """The order of a transpose, permute, movedim, T or mT; None if ``call`` is none of them."""
+    """The order of dimensions of a transpose, permute, movedim, T or mT; None for other calls."""
     order = list(range(rank))
     if call.name == "transpose":
         a, b = call.get("dim0", call.get("axis0")), call.get("dim1", call.get("axis1"))

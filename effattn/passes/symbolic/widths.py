@@ -1,10 +1,10 @@
-"""Whether whole numbers are the same in the types in which the user's code computes them.
+"""Checks that integers are exact in the dtypes in which user code computes them.
 
-A reading is exact. Code that computes in 32 bits wraps around, and floats round what they cannot count; where either
-may happen, a value stays what the user's code makes of it.
+Expressions are exact. 32-bit integers wrap around, and floats round large integers. Where either may happen, the value
+becomes a captured tensor.
 
-Taken for granted: symbolic lengths below 2**22, and data of 64 bits small enough to be multiplied and added. Where it
-is not, both the user's code and ours wrap around at 2**64.
+Assumed: symbolic lengths are below 2**22, and 64-bit data are small enough to be multiplied and added. Otherwise both
+user code and kernels wrap around at 2**64.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from effattn.passes.symbolic.reader import Reader, Unreadable
 
 LENGTH = 2**22
 DATA = 2**31
-# up to where a type of floats has every whole number
+# up to these, a floating-point dtype represents every integer
 COUNTS = {torch.float64: 2**53, torch.float32: 2**24, torch.float16: 2**11, torch.bfloat16: 2**8}
 _BITS_64 = (torch.int64, torch.uint64)
 
@@ -33,7 +33,7 @@ def name_of(dtype: torch.dtype) -> str:
 
 
 def bounds_of(reader: Reader, term: Any, dtype: torch.dtype) -> Interval:
-    """Between which numbers a term lies that is computed in ``dtype``."""
+    """The interval of a term computed in ``dtype``."""
     symbols = {symbol.name: symbol for symbol in sympy.sympify(term).free_symbols}
 
     def of_symbol(name: str) -> Interval:
@@ -59,10 +59,10 @@ def _largest(size: Any) -> int | float:
 
 
 def check_held(reader: Reader, value: Any, dtype: torch.dtype) -> None:
-    """Do nothing if ``dtype`` holds ``value`` as it is.
+    """Check that ``dtype`` holds ``value`` exactly.
 
     Raises:
-        Unreadable: a whole number may wrap around, or is rounded.
+        Unreadable: an integer may wrap around or be rounded.
     """
     if dtype.is_floating_point:
         _check_counted(reader, value, dtype)
@@ -75,26 +75,26 @@ def _check_counted(reader: Reader, value: Any, dtype: torch.dtype) -> None:
         for branch in value.args[1:]:
             _check_counted(reader, branch, dtype)
         return
-    # what floats are chosen from, a fill say, is a float already
+    # the values of a where() of numbers, such as a fill, are floats already
     choices = [choice for choice in value.atoms(expr.Where) if all(branch.is_number for branch in choice.args[1:])]
     rest = value.xreplace(dict.fromkeys(choices, sympy.Integer(0)))
     if rest.is_number or rest.is_integer is not True or expr.loads_of(rest):
-        return  # data that counts is looked at where it is cast and compared
+        return  # integer data are checked where they are cast and compared
     if bounds_of(reader, rest, dtype).size > COUNTS.get(dtype, 0):
         raise Unreadable(f"{dtype} has not all of the whole numbers that may occur")
 
 
 def fits(value: int | float, tensor: torch.Tensor | None) -> bool:
-    """Whether a Python number is itself in a tensor of integers; true for any number and a tensor of floats."""
+    """Whether an integer tensor holds a Python number exactly; True for a floating-point tensor."""
     limits = None if tensor is None else INTEGERS.get(name_of(tensor.dtype))
     return limits is None or (value == int(value) and Interval(int(value), int(value)).within(limits))
 
 
 def check_operands(reader: Reader, values: Iterable[Any], dtype: torch.dtype) -> None:
-    """Do nothing if whole numbers are themselves once they are cast to the type in which an operation computes.
+    """Check that integers stay exact when cast to the dtype in which an operation computes.
 
     Raises:
-        Unreadable: one may not be.
+        Unreadable: one may not.
     """
     for value in values:
         if not dtype.is_floating_point or value.is_integer:
@@ -102,10 +102,10 @@ def check_operands(reader: Reader, values: Iterable[Any], dtype: torch.dtype) ->
 
 
 def compared_in(reader: Reader, left: Any, right: Any) -> torch.dtype | None:
-    """The type in which two operands are compared; None if neither is a tensor.
+    """The dtype in which two operands are compared; None if neither is a tensor.
 
-    A Python number takes the type of the tensor, and so does a tensor of one element without dimensions if both are
-    integers: ``int32 < int64`` may be a comparison of 32 bits.
+    By torch's type promotion, a Python number takes the tensor's dtype, and so does a 0-d tensor of the same kind:
+    ``int32 < int64`` may be a 32-bit comparison.
     """
     kinds = [_kind(reader, operand) for operand in (left, right)]
     return None if all(isinstance(kind, type) for kind in kinds) else _promoted(*kinds)
@@ -128,6 +128,6 @@ def _promoted(left: tuple[torch.dtype, bool] | type, right: tuple[torch.dtype, b
 
 
 def counts(reader: Reader, term) -> bool:
-    """Whether a term reads whole numbers that may be larger than a float32 can count."""
+    """Whether a term loads integers of more than 16 bits, which float32 may round."""
     held = (reader.dtype_of_capture(load.name) for load in expr.loads_of(term) if isinstance(load, expr.IntLoad))
     return any(dtype is not None and dtype.itemsize > 2 for dtype in held)
