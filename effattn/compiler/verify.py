@@ -19,6 +19,7 @@ from effattn.ir import expr
 from effattn.ir.text import text
 from effattn.passes.candidate.record import Match
 from effattn.passes.compilation import Outcome
+from effattn.passes.masks import split as masks
 from effattn.runtime.algebra import evaluate
 
 ROWS = 128
@@ -98,16 +99,14 @@ class _Checker(fx.Interpreter):
             query = _flex_scores(*args)
         if (scores := match.anchors.scores) is not None:
             query = self.values[scores.node.name, scores.time]
-        allowed = _allowed_by_user(match, query, key, kwargs)
-        if allowed is None:
-            return
-        sizes = _sizes(match, query, key)
-        rows = torch.linspace(0, sizes["q"] - 1, min(ROWS, sizes["q"]), device=allowed.device).long()
+        theirs = _scores_of_user(match, query, key, kwargs)
+        sizes, device = _sizes(match, query, key), theirs.device
+        rows = torch.linspace(0, sizes["q"] - 1, min(ROWS, sizes["q"]), device=device).long()
         index = {
-            "b": torch.arange(sizes["b"], device=allowed.device).view(-1, 1, 1, 1),
-            "h": torch.arange(sizes["h"], device=allowed.device).view(1, -1, 1, 1),
+            "b": torch.arange(sizes["b"], device=device).view(-1, 1, 1, 1),
+            "h": torch.arange(sizes["h"], device=device).view(1, -1, 1, 1),
             "q": rows.view(1, 1, -1, 1),
-            "k": torch.arange(sizes["k"], device=allowed.device).view(1, 1, 1, -1),
+            "k": torch.arange(sizes["k"], device=device).view(1, 1, 1, -1),
             "Nq": sizes["q"],
             "Nk": sizes["k"],
         }
@@ -120,24 +119,30 @@ class _Checker(fx.Interpreter):
             index[name] = held if source.dim is None else held[source.dim]
         for name, number in zip(site.spec.numbers, match.anchors.numbers, strict=True):
             index[name] = self.plain[number.name]
-        device = allowed.device
         places = [evaluate(entry, index, captures, torch.float64, device) for entry in match.anchors.scores_index]
         places = [torch.as_tensor(place, device=device) for place in places]
         places = [
-            torch.zeros_like(place) if size == 1 else place for place, size in zip(places, allowed.shape, strict=True)
+            torch.zeros_like(place) if size == 1 else place for place, size in zip(places, theirs.shape, strict=True)
         ]
-        expected = allowed[tuple(places)]
+        theirs = theirs[tuple(places)].double()
         read = torch.as_tensor(evaluate(site.spec.predicate, index, captures, torch.float64, device), device=device)
         # a mask may also be data that is added to the score: then the predicate leaves it to the score
-        added = evaluate(site.spec.score, {**index, "s": 0.0}, captures, torch.float64, device)
-        read = read & (torch.as_tensor(added, device=device) > match.anchors.threshold)
-        expected, read = torch.broadcast_tensors(expected, read)
-        if not torch.equal(expected, read):
-            wrong = int((expected != read).sum())
+        added = evaluate(site.spec.score, {**index, "s": 0.0}, loads, torch.float64, device)
+        ours = torch.where(read, torch.as_tensor(added, dtype=torch.float64, device=device), -torch.inf)
+        theirs, ours = torch.broadcast_tensors(theirs, ours)
+        threshold = match.anchors.threshold
+        # what lies far below other keys has no weight, whether it is a large number or already infinite
+        differ = ((theirs > threshold) != (ours > threshold)) & ~(_far_below(theirs) & _far_below(ours))
+        if wrong := int(differ.sum()):
             raise VerificationError(
                 f"{site.name} ({site.location}): the mask was read as {text(site.spec.predicate)}, "
-                f"but {wrong} of {read.numel()} checked entries differ from the model's own mask"
+                f"but {wrong} of {differ.numel()} checked entries differ from the model's own mask"
             )
+
+
+def _far_below(scores: torch.Tensor) -> torch.Tensor:
+    """Which scores have no weight because others of their row are larger by what a fill is at least."""
+    return scores - scores.amax(dim=-1, keepdim=True) <= masks.FILL
 
 
 def _flex_scores(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *rest: Any) -> torch.Tensor:
@@ -165,18 +170,18 @@ def _sizes(match: Match, query: Any, key: Any) -> dict[str, int]:
     }
 
 
-def _allowed_by_user(match: Match, query: Any, key: Any, sdpa: dict) -> torch.Tensor | None:
-    """Which entries of the scores the user's mask lets through, in the shape of the scores."""
+def _scores_of_user(match: Match, query: Any, key: Any, sdpa: dict) -> torch.Tensor:
+    """The user's scores, or the mask that SDPA adds to them, as numbers in the shape of the scores."""
     if not match.anchors.is_sdpa:
-        return query > match.anchors.threshold
+        return query
     mask, causal = sdpa.get("attn_mask"), sdpa.get("is_causal", False)
     shape = (*query.shape[:-1], key.shape[-2])
-    allowed = torch.ones(shape[-2:], dtype=torch.bool, device=query.device)
+    scores = torch.zeros(shape[-2:], device=query.device)
     if causal:
-        allowed = allowed.tril()
+        scores = scores.masked_fill(torch.ones_like(scores, dtype=torch.bool).triu(1), -torch.inf)
     if mask is not None:
-        allowed = allowed & (mask if mask.dtype == torch.bool else mask > match.anchors.threshold)
-    return allowed.expand(torch.broadcast_shapes(allowed.shape, (1,) * len(shape)))
+        scores = torch.where(mask, scores, -torch.inf) if mask.dtype == torch.bool else scores + mask
+    return scores.expand(torch.broadcast_shapes(scores.shape, (1,) * len(shape)))
 
 
 def _compare(expected: Any, actual: Any) -> None:

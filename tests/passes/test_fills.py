@@ -152,3 +152,42 @@ def test_a_fill_that_overflows_when_it_is_scaled():
     report, out = compiled(attend, *QKV, EMPTY)
     assert out[1].isnan().all()
     assert report.sites[0].empty_rows == "nan"
+
+
+MANY = torch.arange(N)[:, None] + 1.0
+# the lowest float becomes infinite on the way, and would not if the products were taken in another order
+ORDERS: dict[str, Callable] = {
+    "data, then little": lambda s, t: s * t.exp() * 1e-4,
+    "data, then little, then a bias": lambda s, t: s * t.exp() * 1e-4 + 0.5,
+    "little, then data": lambda s, t: s * 1e-4 * t.exp(),
+    "data of unknown sign": lambda s, t: s * t * 1e-4,
+    "negative data": lambda s, t: s * -t * 1e-4,
+    "data twice": lambda s, t: s * (t + 1) * (t / 4),
+    "rows": lambda s, t: s * MANY / 1e3,
+    "twice, then half": lambda s, t: (s + s) * 0.5,
+    "twice, then little": lambda s, t: (s + s) * 0.5 * t.exp() * 1e-4,
+    "beside another, then half": lambda s, t: (s + torch.where(causal(), 0.0, torch.finfo(s.dtype).min)) * 0.5,
+    "in a maximum": lambda s, t: torch.maximum(s * t * 1e-4, -1e36 * MANY),
+}
+
+
+@pytest.mark.parametrize("padding", [SEEN, EMPTY], ids=["seen", "empty"])
+@pytest.mark.parametrize("order", ORDERS)
+def test_what_becomes_infinite_on_the_way(order, padding):
+    def attend(q, k, v, padding, temperature):
+        s = (q @ k.mT).masked_fill(~padding[:, None, None, :], torch.finfo(q.dtype).min)
+        return ORDERS[order](s, temperature).softmax(-1) @ v
+
+    compiled(attend, *QKV, padding, torch.tensor(1.5))
+    compiled(attend, *QKV, padding, torch.tensor(0.5))
+
+
+def test_what_becomes_infinite_beside_other_keys_is_found():
+    """Every row sees a key: the weights of the others are 0 in either order."""
+
+    def attend(q, k, v, temperature):
+        s = (q @ k.mT).masked_fill(~causal(), torch.finfo(q.dtype).min)
+        return (s * temperature.exp() * 1e-4 + 0.5).softmax(-1) @ v
+
+    report, _ = compiled(attend, *QKV, torch.tensor(0.5))
+    assert len(report.sites) == 1

@@ -21,6 +21,7 @@ from effattn.passes.candidate.record import Draft, Refused
 from effattn.passes.graph.contraction import contraction
 from effattn.passes.graph.view import GraphView
 from effattn.passes.masks import split as masks
+from effattn.passes.masks.magnitude import not_overflowing
 from effattn.passes.symbolic import CaptureSource
 
 MAX_TERMS = 400  # operations in score and predicate together; more is no mask that a person wrote
@@ -55,7 +56,7 @@ def meaning(view: GraphView, draft: Draft, layout: Layout) -> Meaning:
     position = masks.query_position(predicate, lengths)
     if position is None and predicate == sympy.true and layout.q_len == 1 and _appended(view, draft.key):
         position = q + Nk - 1  # a decode step without a mask: the query is the last of the keys
-    _check_digits(view, draft, score, lengths)
+    _check_numbers_beside(view, draft, score, predicate, lengths)
     dtype = _score_dtype(view, draft)
     try:
         empty = masks.empty_rows(
@@ -95,17 +96,20 @@ def _check_large_numbers(view: GraphView, draft: Draft, score) -> None:
         raise Refused(Why.SCORE_AND_MASK, "a fill value is scaled by data in float16, which may make it infinite")
 
 
-def _check_digits(view: GraphView, draft: Draft, score, lengths: Layout) -> None:
-    """Beside a large number a score has no digits left: such rows must have other keys."""
+def _check_numbers_beside(view: GraphView, draft: Draft, score, predicate, lengths: Layout) -> None:
+    """Beside a large number a score has no digits left, and it may become infinite: such rows must have other keys."""
     half = draft.scores is not None and view.held(draft.scores.node).dtype in (torch.float16, torch.bfloat16)
-    shown = sympy.And(*masks.not_lowered(score, masks.in_half if half else masks.in_float32))
-    if shown != sympy.true and not masks.every_row_sees_a_key(masks.simplify(shown), lengths):
-        raise Refused(
-            Why.ROWS_WITHOUT_KEYS,
-            "a row may attend to nothing, and a large number that is added takes its digits"
-            + (" in half precision" if half else ""),
+    rules = (
+        (
+            masks.not_lowered(score, masks.in_half if half else masks.in_float32),
+            "a large number that is added takes its digits" + (" in half precision" if half else ""),
             "fill with -inf" + (", or add in float32" if half else ""),
-        )
+        ),
+        (not_overflowing(score), "a large number that is multiplied may become infinite", "fill with -inf"),
+    )
+    for shown, reason, hint in rules:
+        if shown and not masks.every_row_sees_a_key(masks.simplify(sympy.And(predicate, *shown)), lengths):
+            raise Refused(Why.ROWS_WITHOUT_KEYS, f"a row may attend to nothing, and {reason}", hint)
 
 
 def _check_expressions(score, predicate) -> None:

@@ -19,7 +19,7 @@ from effattn.ir import expr
 from effattn.ir.attention import EmptyRows
 from effattn.ir.expr import Where, b, h, k, q
 from effattn.ir.site import Layout
-from effattn.passes.masks.magnitude import plausible
+from effattn.passes.masks.magnitude import LOWEST, not_overflowing, plausible
 from effattn.passes.masks.predicates import assuming, simplify
 
 # A finite fill this low masks: exp underflows to exactly 0, unless every key of the query is masked.
@@ -28,7 +28,6 @@ UNDERFLOW = 104.0  # exp(-104) is 0 in float32
 
 # A score plus a fill this low equals the fill in float32, so a query without keys gets uniform weights.
 ABSORBS = -1e30
-LOWEST = 3.4028234663852886e38  # -finfo(float32).min
 LARGE = 1000.0  # added to a larger number in half precision, a score of a few units loses all digits
 LARGE_FLOAT32 = 2.0**16
 HALF_FILL = -65504.0  # finfo(float16).min
@@ -263,6 +262,7 @@ def may_stay_in_score(found: Split, term, dtype: str) -> bool:
     fills = [fill.value for fill in found.fills]
     numbers = [float(number) for number in term.atoms(sympy.Number) if number.is_finite]
     held = all(abs(number) <= LOWEST for number in numbers) and not term.has(sympy.oo, -sympy.oo, sympy.nan)
+    held = held and not not_overflowing(term)
     return held and bool(fills) and all(_absorbs(fill, dtype) and fill <= enough for fill in fills)
 
 

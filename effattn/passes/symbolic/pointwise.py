@@ -72,7 +72,7 @@ def stored_as(value, dtype: torch.dtype):
         return sympy.Add(*[stored_as(part, dtype) for part in value.args])
     if isinstance(value, sympy.Mul) and len(value.args) == 2 and isinstance(value.args[1], expr.Where):
         factor, choice = value.args
-        if factor.is_number and _is_small_choice(choice):
+        if factor.is_number:
             scaled = distribute(lambda branch: factor * branch, choice)
             if not isinstance(scaled, expr.Where):  # zero times infinity in a branch
                 return value
