@@ -24,6 +24,7 @@ from effattn.runtime.algebra import evaluate
 
 ROWS = 128
 TOLERANCES = {torch.float32: 2e-4, torch.float64: 1e-9, torch.bfloat16: 4e-2, torch.float16: 8e-3}
+ROUNDINGS = 4  # of two scores, by half a unit each
 
 
 def verified(compiled: Callable, gm: fx.GraphModule, outcome: Outcome, options: Options) -> Callable:
@@ -41,15 +42,16 @@ def verified(compiled: Callable, gm: fx.GraphModule, outcome: Outcome, options: 
     def run(*args: Any) -> Any:
         random = generators.states(devices)
         copies = [_copy(arg) for arg in args]
+        checker = _Checker(checked, outcome.matches)
         with torch.no_grad():
-            expected = _Checker(checked, outcome.matches).run(*copies)
+            expected = checker.run(*copies)
             if checked is not original:
                 generators.restore(random)
                 expected = original(*[_copy(arg) for arg in args])
         generators.restore(random)
         actual = compiled(*args)
         if exact:
-            _compare(expected, actual)
+            _compare(expected, actual, checker.tolerance)
         return actual
 
     return run
@@ -71,6 +73,7 @@ class _Checker(fx.Interpreter):
         self.kept = {source.node.name for match in matches for source in match.anchors.scalars}
         self.kept |= {node.name for match in matches for node in match.anchors.numbers}
         self.time = 0
+        self.tolerance = 0.0  # of outputs, for what rounding may do to the attention behind them
         for match in matches:
             scores = [match.anchors.scores] if match.anchors.scores is not None else []
             for source in (*match.anchors.captures, *scores):
@@ -131,6 +134,8 @@ class _Checker(fx.Interpreter):
         ours = torch.where(read, torch.as_tensor(added, dtype=torch.float64, device=device), -torch.inf)
         theirs, ours = torch.broadcast_tensors(theirs, ours)
         threshold = match.anchors.threshold
+        largest = _bound(query, key, kwargs) if match.anchors.is_sdpa else _largest(theirs, threshold)
+        self.tolerance = max(self.tolerance, _tolerance(match, largest))
         # what lies far below other keys has no weight, whether it is a large number or already infinite
         differ = ((theirs > threshold) != (ours > threshold)) & ~(_far_below(theirs) & _far_below(ours))
         if wrong := int(differ.sum()):
@@ -138,6 +143,33 @@ class _Checker(fx.Interpreter):
                 f"{site.name} ({site.location}): the mask was read as {text(site.spec.predicate)}, "
                 f"but {wrong} of {differ.numel()} checked entries differ from the model's own mask"
             )
+
+
+def _tolerance(match: Match, largest: float) -> float:
+    """What an output may be off by, relative to its largest value, where the scores that count are up to ``largest``.
+
+    The author rounds a score when it is multiplied, scaled, masked and cast, each time by half a unit in its last
+    place; a weight is off by as much as the difference of two scores, and the output by as much as a weight.
+    """
+    nodes = (match.anchors.replaced, match.anchors.query.node, match.anchors.key.node, match.anchors.value.node)
+    dtypes = {node.meta["example_value"].dtype for node in nodes}
+    least = max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
+    return TOLERANCES[least] + ROUNDINGS * torch.finfo(least).eps * largest
+
+
+def _largest(scores: torch.Tensor, threshold: float) -> float:
+    """The largest absolute value of what is the largest of its row: other scores count only if they are near it."""
+    highest = scores.amax(dim=-1)
+    highest = highest[highest.isfinite() & (highest > threshold)]
+    return highest.abs().max().item() if highest.numel() else 0.0
+
+
+def _bound(query: torch.Tensor, key: torch.Tensor, sdpa: dict) -> float:
+    """A bound of SDPA's scores, which nobody sees: by the lengths of query and key."""
+    scale = sdpa.get("scale")
+    scale = query.shape[-1] ** -0.5 if scale is None else abs(scale)
+    lengths = [x.detach().double().nan_to_num(0.0, 0.0, 0.0).norm(dim=-1).max().item() for x in (query, key)]
+    return scale * lengths[0] * lengths[1]
 
 
 def _far_below(scores: torch.Tensor) -> torch.Tensor:
@@ -184,7 +216,7 @@ def _scores_of_user(match: Match, query: Any, key: Any, sdpa: dict) -> torch.Ten
     return scores.expand(torch.broadcast_shapes(scores.shape, (1,) * len(shape)))
 
 
-def _compare(expected: Any, actual: Any) -> None:
+def _compare(expected: Any, actual: Any, tolerance: float) -> None:
     pairs = zip(torch.utils._pytree.tree_leaves(expected), torch.utils._pytree.tree_leaves(actual), strict=True)
     for number, (want, got) in enumerate(pairs):
         if not isinstance(want, torch.Tensor) or not want.is_floating_point():
@@ -193,7 +225,8 @@ def _compare(expected: Any, actual: Any) -> None:
         if want.numel() == 0:
             continue
         error = (want - got).nan_to_num().abs().max().item()
-        limit = TOLERANCES.get(actual_dtype(actual, number), 1e-3) * max(1.0, want.nan_to_num().abs().max().item())
+        own = TOLERANCES.get(actual_dtype(actual, number), 1e-3)
+        limit = max(own, tolerance) * max(1.0, want.nan_to_num(0.0, 0.0, 0.0).abs().max().item())
         if not torch.equal(want.isnan(), got.isnan()):
             raise VerificationError(
                 f"output {number} of the graph is NaN where the untouched graph is not, or not where it is"

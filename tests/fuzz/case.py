@@ -177,12 +177,24 @@ class Case:
         """The attention function; its one argument is what :meth:`arguments` gives."""
         return {"written": _written, "sdpa": _sdpa, "flex": _flex, "hostile": _hostile}[self.core](self)
 
+    def rounded(self) -> Callable[[dict[str, Tensor]], Any] | None:
+        """The same function of scores that are off by the rounding of their type, some upwards and some downwards.
+
+        None where nobody rounds scores to a type: flex_attention and SDPA compute them in float32.
+        """
+        return _written(self, torch.finfo(DTYPES[self.dtype]).eps) if self.core == "written" else None
+
 
 def _positions(x: Tensor) -> Tensor:
     return torch.arange(x.shape[2], device=x.device)
 
 
-def _written(case: Case) -> Callable:
+def _signs(x: Tensor) -> Tensor:
+    return torch.arange(x.numel(), dtype=x.dtype, device=x.device).mul(2.4).cos().sign().view(x.shape)
+
+
+def _written(case: Case, off_by: float = 0.0) -> Callable:
+    """``off_by``: how much products of query and key are off, relative to themselves."""
     layout, sizes, groups = LAYOUTS[case.layout], case.sizes, case.groups
     norm, scale, score = spelling.NORMS[case.norm], spelling.SCALES[case.scale], spelling.SCORES[case.score]
     mask, fill = MASKS[case.mask], FILLS.get(case.fill)
@@ -215,6 +227,8 @@ def _written(case: Case) -> Callable:
         i, j = _positions(q)[:, None], _positions(k)[None]
         q, k = scale.before(q, k, given)
         s, seen = cast(scores_of(q, k, given)), mask.make(i, j, given)
+        if off_by:
+            s = s * (1 + off_by * _signs(s))
         if first and fill is not None:
             s = fill.put(s, seen)
         s = score.put(scale.after(s, given), i, j, given)

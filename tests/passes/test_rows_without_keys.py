@@ -46,6 +46,39 @@ def billion_filled_and_divided_by_hand(q, k, v, seen):
     return e / e.sum(-1, keepdim=True) @ v
 
 
+def divided_by_hand(put):
+    def attend(q, k, v, seen):
+        e = put(q @ k.mT, seen[:, None, None]).exp()
+        return e / e.sum(-1, keepdim=True) @ v
+
+    attend.__name__ = f"divided_by_hand_{put.__name__}"
+    return attend
+
+
+def ten_thousand_filled(s, seen):
+    return s.masked_fill(~seen, -1e4)
+
+
+def ten_thousand_added(s, seen):
+    return s + (1.0 - seen.to(s.dtype)) * -1e4
+
+
+def hundred_added(s, seen):
+    return s + torch.where(seen, 0.0, -120.0)
+
+
+def billion_added_last(s, seen):
+    return s + torch.where(seen, 0.0, -1e9)
+
+
+def ten_thousand_scaled_by_data(s, seen):
+    return s.masked_fill(~seen, -1e4) * (1 + seen.sum(-1, keepdim=True))
+
+
+def ten_added(s, seen):
+    return s + torch.where(seen, 0.0, -10.0)
+
+
 def billion_filled_and_shifted_by_hand(q, k, v, seen):
     scores = (q @ k.mT).masked_fill(~seen[:, None, None], -1e9)
     e = (scores - scores.amax(-1, keepdim=True)).exp()
@@ -143,6 +176,17 @@ ROWS = [
     (lowest_added, "mean", EMPTY, torch.float32),
     (billion_filled, "mean", EMPTY, torch.float32),
     (billion_filled_and_divided_by_hand, "nan", EMPTY, torch.float32),
+    *[
+        (divided_by_hand(put), None, EMPTY, torch.float32)  # all exponentials are 0: NaN
+        for put in (
+            ten_thousand_filled,
+            ten_thousand_added,
+            hundred_added,
+            billion_added_last,
+            ten_thousand_scaled_by_data,
+        )
+    ],
+    (divided_by_hand(ten_added), "never", EMPTY, torch.float32),
     (billion_filled_and_shifted_by_hand, "mean", EMPTY, torch.float32),
     (billion_filled_and_shifted, "mean", EMPTY, torch.float32),
     (billion_added, "nan", EMPTY, torch.float32),  # a mean, as the numbers themselves give

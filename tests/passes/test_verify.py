@@ -214,3 +214,35 @@ def test_sdpa_with_arguments_by_name():
         return F.scaled_dot_product_attention(value=v, key=k, query=q, attn_mask=mask)
 
     compiled(function, *qkv())
+
+
+def test_large_scores_in_half_precision():
+    """The author rounds scores about 300 to multiples of two, and weights differ by as much as their scores."""
+
+    def function(q, k, v):
+        return (q @ k.mT).softmax(-1) @ v
+
+    q, k, v = (x.bfloat16() for x in qkv())
+    q[..., 0], k[..., 0] = 20, 15
+    compiled(function, q, k, v, tolerance=1.0)
+
+
+def test_half_precision_inside_and_single_outside():
+    """What is cast at the end is as exact as it was before."""
+
+    def function(q, k, v):
+        return ((q.bfloat16() * 3) @ k.bfloat16().mT).softmax(-1) @ v.bfloat16()
+
+    compiled(lambda *x: function(*x).float(), *qkv(), tolerance=0.1)
+
+
+def test_an_infinite_output_does_not_hide_a_wrong_one(swap):
+    """As large as anything, so that any error is small beside it."""
+
+    def function(q, k, v):
+        return torch.cat([window(q, k, v), v / 0], dim=-1)
+
+    compiled(function, *qkv())
+    swap(masks, "split", wrong_split(lambda score: score / 0.3))
+    with pytest.raises(VerificationError, match="output 0"):
+        compiled(function, *qkv())

@@ -21,7 +21,7 @@ from effattn.passes.candidate.record import Draft, Refused
 from effattn.passes.graph.contraction import contraction
 from effattn.passes.graph.view import GraphView
 from effattn.passes.masks import split as masks
-from effattn.passes.masks.magnitude import not_overflowing
+from effattn.passes.masks.magnitude import not_overflowing, not_vanishing
 from effattn.passes.symbolic import CaptureSource
 
 MAX_TERMS = 400  # operations in score and predicate together; more is no mask that a person wrote
@@ -97,7 +97,10 @@ def _check_large_numbers(view: GraphView, draft: Draft, score) -> None:
 
 
 def _check_numbers_beside(view: GraphView, draft: Draft, score, predicate, lengths: Layout) -> None:
-    """Beside a large number a score has no digits left, and it may become infinite: such rows must have other keys."""
+    """Rows of nothing but large numbers depend on how the author computes: they must have other keys.
+
+    Scores have no digits left beside such a number, and on the way it may become infinite, or 0.
+    """
     half = draft.scores is not None and view.held(draft.scores.node).dtype in (torch.float16, torch.bfloat16)
     rules = (
         (
@@ -106,6 +109,11 @@ def _check_numbers_beside(view: GraphView, draft: Draft, score, predicate, lengt
             "fill with -inf" + (", or add in float32" if half else ""),
         ),
         (not_overflowing(score), "a large number that is multiplied may become infinite", "fill with -inf"),
+        (
+            not_vanishing(score) if draft.nan_when_empty else [],
+            "the exponentials of the numbers that mask are all 0",
+            "subtract the largest score first",
+        ),
     )
     for shown, reason, hint in rules:
         if shown and not masks.every_row_sees_a_key(masks.simplify(sympy.And(predicate, *shown)), lengths):

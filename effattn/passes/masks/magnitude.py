@@ -5,7 +5,8 @@ And which large numbers may become infinite, or have exponentials of 0.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from typing import Any
 
 import sympy
@@ -16,6 +17,7 @@ from effattn.ir.expr import Where
 from effattn.ir.fold import UnknownOperation, fold
 
 LOWEST = 3.4028234663852886e38  # -finfo(float32).min
+VANISHES = -64.0  # beside scores of a few units, exp has no digits left of what is lower, or is 0
 
 
 @dataclass(frozen=True)
@@ -59,35 +61,53 @@ class _Plausible(Intervals):
         return super().call(operation, *args)
 
 
-def not_overflowing(score, factor: float = 1.0, positive: bool = True) -> list[Any]:
+@dataclass(frozen=True)
+class Chosen:
+    """A number that stands in a score where ``unless`` does not hold."""
+
+    number: float
+    unless: Any
+    factor: float = 1.0  # what numbers multiply it by
+    most: float = 1.0  # what it is multiplied by on the way at most, by numbers and by data
+    positive: bool = True  # whether all of that is known to be positive
+
+
+def chosen(score, outer: Chosen | None = None) -> list[Chosen]:
+    """Every number that a choice puts in a score, inside functions left out; ``outer``: what is around ``score``."""
+    outer = Chosen(0.0, sympy.true) if outer is None else outer
+    if isinstance(score, Where):
+        condition, *branches = score.args
+        found: list[Chosen] = []
+        for branch, unless in zip(branches, (sympy.Not(condition), condition), strict=True):
+            if not branch.is_number:
+                found += chosen(branch, outer)
+            elif branch.is_finite:
+                found.append(replace(outer, number=float(branch), unless=unless))
+        return found
+    if not isinstance(score, (sympy.Mul, sympy.Add, expr.Group, sympy.Max, sympy.Min, sympy.Abs)):
+        return []
+    held = [arg for arg in score.args if arg.has(Where)]
+    if isinstance(score, sympy.Mul):
+        rest = [arg for arg in score.args if not arg.has(Where)]
+        numbers = math.prod(float(arg) for arg in rest if arg.is_number)
+        most = math.prod(max(1.0, plausible(arg, in_half=False).size) for arg in rest)
+        positive = outer.positive and len(held) == 1 and all(arg.is_positive is True for arg in rest)
+        outer = replace(outer, factor=outer.factor * numbers, most=outer.most * most, positive=positive)
+    elif isinstance(score, sympy.Add) and (outer.most > 1 or any(arg.as_coeff_Mul()[0] != 1 for arg in held)):
+        outer = replace(outer, most=outer.most * len(held))  # (x + y) / 2 reads as x / 2 + y / 2
+    return [one for arg in held for one in chosen(arg, outer)]
+
+
+def not_overflowing(score) -> list[Any]:
     """Where a score keeps clear of numbers that become infinite on the way, in some order of its products and sums.
 
     A term does not tell in which order the author multiplies: the lowest float times two, times a half, is -inf, and
     times one it is not. Both hide a key beside others. False: it may become plus infinity, which hides the others.
-
-    Args:
-        factor: at most what ``score`` is multiplied by on the way.
-        positive: whether that is known to be positive.
     """
-    if isinstance(score, Where):
-        condition, *branches = score.args
-        found = []
-        for branch, seen in zip(branches, (sympy.Not(condition), condition), strict=True):
-            if not branch.is_number:
-                found += not_overflowing(branch, factor, positive)
-            elif branch.is_finite and factor > 1 and abs(float(branch)) * factor > LOWEST:
-                found.append(seen if positive and branch < 0 else sympy.false)
-        return found
-    if isinstance(score, sympy.Mul):
-        held = [arg for arg in score.args if arg.has(Where)]
-        rest = [arg for arg in score.args if not arg.has(Where)]
-        for arg in rest:
-            factor *= max(1.0, plausible(arg, in_half=False).size)
-        positive = positive and len(held) == 1 and all(arg.is_positive is True for arg in rest)
-        return [condition for arg in held for condition in not_overflowing(arg, factor, positive)]
-    if isinstance(score, (sympy.Add, expr.Group, sympy.Max, sympy.Min, sympy.Abs)):
-        held = [arg for arg in score.args if arg.has(Where)]
-        if isinstance(score, sympy.Add) and (factor > 1 or any(arg.as_coeff_Mul()[0] != 1 for arg in held)):
-            factor *= len(held)  # (x + y) / 2 reads as x / 2 + y / 2
-        return [condition for arg in held for condition in not_overflowing(arg, factor, positive)]
-    return []
+    large = [one for one in chosen(score) if one.most > 1 and abs(one.number) * one.most > LOWEST]
+    return [one.unless if one.positive and one.number < 0 else sympy.false for one in large]
+
+
+def not_vanishing(score) -> list[Any]:
+    """Where a score keeps clear of numbers whose exponential is next to nothing, or is 0."""
+    return [one.unless for one in chosen(score) if one.number * one.factor < VANISHES]

@@ -81,6 +81,9 @@ def from_softmax(
         raise Refused(Why.PRODUCT, "query and key cannot be told apart in the product before softmax", at=product.node)
     if found.sink is not None:
         require_plain(tuple(index), (b, h, q, k))
+    nan_when_empty = view.call(call.node) != call and not found.shifted and found.sink is None
+    if nan_when_empty and mask_is_data:
+        raise Refused(Why.ROWS_WITHOUT_KEYS, "rows of nothing but large numbers would not be NaN, as they are by hand")
     end = _to_value(view, call, tuple(index), reader, found.columns)
     replaced, placed = end.replaced, (end.weights, end.index)
     head_dim, dtype = head_dim_of(view, product), view.held(replaced).dtype
@@ -118,7 +121,7 @@ def from_softmax(
         out_index=out_index,
         reader=reader,
         zero_when_empty=call.node.target is torch._safe_softmax or (found.sink is not None and not found.nan_rows),
-        nan_when_empty=view.call(call.node) != call and not found.shifted and found.sink is None,
+        nan_when_empty=nan_when_empty,
         scores=CaptureSource(found.node, found.time),
         sink=found.sink,
         zeroed=end.zeroed,
