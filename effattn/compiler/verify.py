@@ -130,7 +130,7 @@ class _Checker(fx.Interpreter):
         theirs = theirs[tuple(places)].double()
         read = torch.as_tensor(evaluate(site.spec.predicate, index, captures, torch.float64, device), device=device)
         # a mask may also be data that is added to the score: then the predicate leaves it to the score
-        added = evaluate(site.spec.score, {**index, "s": 0.0}, loads, torch.float64, device)
+        added = evaluate(site.spec.score, {**index, "s": 0.0}, captures, torch.float64, device)
         ours = torch.where(read, torch.as_tensor(added, dtype=torch.float64, device=device), -torch.inf)
         theirs, ours = torch.broadcast_tensors(theirs, ours)
         threshold = match.anchors.threshold
@@ -148,7 +148,7 @@ class _Checker(fx.Interpreter):
 def _tolerance(match: Match, largest: float) -> float:
     """What an output may be off by, relative to its largest value, where the scores that count are up to ``largest``.
 
-    The author rounds a score when it is multiplied, scaled, masked and cast, each time by half a unit in its last
+    User code rounds a score when it is multiplied, scaled, masked and cast, each time by half a unit in its last
     place; a weight is off by as much as the difference of two scores, and the output by as much as a weight.
     """
     nodes = (match.anchors.replaced, match.anchors.query.node, match.anchors.key.node, match.anchors.value.node)
@@ -164,7 +164,7 @@ def _largest(scores: torch.Tensor, threshold: float) -> float:
     return highest.abs().max().item() if highest.numel() else 0.0
 
 
-def _bound(query: torch.Tensor, key: torch.Tensor, sdpa: dict) -> float:
+def _bound(query: Any, key: Any, sdpa: dict) -> float:
     """A bound of SDPA's scores, which nobody sees: by the lengths of query and key."""
     scale = sdpa.get("scale")
     scale = query.shape[-1] ** -0.5 if scale is None else abs(scale)

@@ -234,7 +234,7 @@ def _strides(x: Tensor) -> list[int]:
 def _close(actual: Tensor, eager: Tensor, expected: Tensor, shaken: Tensor, what: str, slack: float = 1) -> None:
     """Ours is at most twice as far from float64 as the user's own, or as the rounding of scores may bring anyone.
 
-    Where the author's is far off by nature, ours is near his own: a row whose keys are all masked by a finite number
+    Where the user's is far off by nature, ours is near his own: a row whose keys are all masked by a finite number
     holds what rounding makes of it, and there float64 is no judge.
     """
     if actual.shape != eager.shape or actual.dtype != eager.dtype:

@@ -217,7 +217,7 @@ def test_sdpa_with_arguments_by_name():
 
 
 def test_large_scores_in_half_precision():
-    """The author rounds scores about 300 to multiples of two, and weights differ by as much as their scores."""
+    """User code rounds scores about 300 to multiples of two, and weights differ by as much as their scores."""
 
     def function(q, k, v):
         return (q @ k.mT).softmax(-1) @ v

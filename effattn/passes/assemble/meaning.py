@@ -97,7 +97,7 @@ def _check_large_numbers(view: GraphView, draft: Draft, score) -> None:
 
 
 def _check_numbers_beside(view: GraphView, draft: Draft, score, predicate, lengths: Layout) -> None:
-    """Rows of nothing but large numbers depend on how the author computes: they must have other keys.
+    """Rows of nothing but large numbers depend on how user code computes: they must have other keys.
 
     Scores have no digits left beside such a number, and on the way it may become infinite, or 0.
     """

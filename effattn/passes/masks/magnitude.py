@@ -101,7 +101,7 @@ def chosen(score, outer: Chosen | None = None) -> list[Chosen]:
 def not_overflowing(score) -> list[Any]:
     """Where a score keeps clear of numbers that become infinite on the way, in some order of its products and sums.
 
-    A term does not tell in which order the author multiplies: the lowest float times two, times a half, is -inf, and
+    A term does not tell in which order user code multiplies: the lowest float times two, times a half, is -inf, and
     times one it is not. Both hide a key beside others. False: it may become plus infinity, which hides the others.
     """
     large = [one for one in chosen(score) if one.most > 1 and abs(one.number) * one.most > LOWEST]
