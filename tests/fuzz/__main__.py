@@ -4,7 +4,7 @@ python -m tests.fuzz --cases 2000 --seed 1 --target triton --workers 16 --record
 python -m tests.fuzz --seed 1 --target triton --only 417
 python -m tests.fuzz --case "Case(core='flex', mod='causal')"
 
-Kernels are interpreted on the CPU, unless TRITON_INTERPRET=0 and there is a GPU.
+Kernels are interpreted on the CPU, unless TRITON_INTERPRET=0 and there is a GPU. The portable target runs on the CPU.
 """
 
 from __future__ import annotations
@@ -30,6 +30,8 @@ EVERY = 5.0  # seconds between two lines of progress
 def main(argv: list[str] | None = None) -> int:
     options = _options(argv)
     os.environ.setdefault("TRITON_INTERPRET", "1")
+    if options.target == "portable" and not options.case:  # no kernels: on the CPU
+        os.environ["TRITON_INTERPRET"] = "1"
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
         os.environ.setdefault(name, "1")
     if options.only is not None or options.case:
@@ -79,8 +81,9 @@ def _many(options: argparse.Namespace) -> int:
     found = [rows[number] for number in cases]
     if options.record is not None:
         write(options.record, options.target, record(found))
-    wrong, slow = (sum(row.verdict == verdict for row in found) for verdict in ("wrong", "too slow"))
-    print(f"{len(found)} attention functions on {options.target}, {wrong} with something wrong, {slow} too slow")
+    wrong, slow, none = (sum(row.verdict == verdict for row in found) for verdict in ("wrong", "too slow", "no case"))
+    counts = f"{wrong} with something wrong, {slow} too slow, {none} that raise by themselves"
+    print(f"{len(found)} attention functions on {options.target}, {counts}")
     return int(wrong > 0)
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from effattn.compiler.report.model import MissedReport
+from effattn.ir.refusal import Why
 from tests.fuzz.case import Case
 from tests.fuzz.fills import FILLS
 from tests.fuzz.hostile import HOSTILE
@@ -13,16 +15,20 @@ from tests.fuzz.masks import MASKS
 
 @dataclass(frozen=True)
 class Refusal:
-    """A reason, or a part of one, and the cases in which it is right."""
+    """The rules that may be named, and the cases in which that is right; no rules: any."""
 
-    reason: str
+    rules: frozenset[str]
     right: Callable[[Case], bool]
+
+
+def _because(right: Callable[[Case], bool], *rules: Why) -> Refusal:
+    return Refusal(frozenset(rules), right)
 
 
 def rows_may_be_empty(case: Case) -> bool:
     """Whether the user's mask, seen without values, may hide a whole row."""
     mask = MASKS[case.mask]
-    not_known_here = "lengths" in mask.data or (mask.at_most and case.shapes != "static")
+    not_known_here = "lengths" in mask.data or mask.rounds or (mask.at_most and case.shapes != "static")
     return case.core in ("written", "sdpa") and (mask.rows_may_be_empty or not_known_here)
 
 
@@ -40,52 +46,60 @@ def _adds_data(case: Case) -> bool:
     return any(part in case.score for part in added) or case.product == "baddbmm, alibi"
 
 
-def _batch_and_heads_are_one_symbol(case: Case) -> bool:
-    return case.layout == "[N, BH, D]" and case.batches == "other"
+def _all_exponentials_may_be_0(case: Case) -> bool:
+    """Of a softmax by hand that does not subtract the largest score: NaN, whatever finite number masks."""
+    return case.softmax == "by hand" and _finite_fill(case)
 
 
 REFUSALS = (
-    Refusal("torch.float64", lambda case: "float64" in (case.dtype, case.softmax)),
-    Refusal("float stands between the product", lambda case: case.dtype == "float64"),
-    Refusal("and data is added that may mask too", lambda case: _finite_fill(case) and _adds_data(case)),
-    Refusal("", lambda case: case.changes_its_mask),
-    Refusal("not attention", lambda case: case.keys == 1),  # nothing depends on which key it is
-    Refusal("", lambda case: case.queries == case.heads * case.groups == 1),  # views cannot tell rows from heads
+    _because(lambda case: "float64" in (case.dtype, case.softmax), Why.DTYPE, Why.NO_PRODUCT),
+    _because(lambda case: case.changes_its_mask),
+    _because(lambda case: case.keys == 1, Why.NOT_ATTENTION),  # nothing depends on which key it is
+    # views cannot tell rows from heads
+    _because(lambda case: case.queries == case.heads * case.groups == 1),
     # not every multiple of the heads is a whole batch, for all that the graph tells
-    Refusal("the layout of", _batch_and_heads_are_one_symbol),
-    Refusal("is a symbolic size", _batch_and_heads_are_one_symbol),
-    # positions are int32 in FlexAttention's graph, and int64 where it runs eagerly
-    Refusal("too large for torch.int32", lambda case: case.mod == "large factors"),
-    Refusal(
-        "a row may attend to nothing",
-        lambda case: rows_may_be_empty(case) and (_fill_rounds(case) or case.sdpa_mask == "lowest"),
+    _because(
+        lambda case: case.layout == "[N, BH, D]" and case.batches == "other",
+        Why.OPERANDS, Why.SIZES, Why.HEADS, Why.SINK,
     ),
-)
+    # positions are int32 in FlexAttention's graph, and int64 where it runs eagerly
+    _because(lambda case: case.mod == "large factors", Why.MOD),
+    _because(lambda case: _finite_fill(case) and _adds_data(case), Why.ROWS_WITHOUT_KEYS),
+    _because(
+        lambda case: rows_may_be_empty(case)
+        and (_fill_rounds(case) or case.sdpa_mask == "lowest" or _all_exponentials_may_be_0(case)),
+        Why.ROWS_WITHOUT_KEYS,
+    ),
+)  # fmt: skip
 
 
-def problem(case: Case, sites: int, reasons: list[str], graphs: int) -> str:
+def problem(case: Case, sites: int, missed: list[MissedReport], graphs: int) -> str:
     """What is wrong with the number of sites and the reasons of refusals in ``graphs``; "" if nothing is."""
     if case.core == "hostile":
-        return _hostile(case, sites, reasons, graphs)
-    if not sites and not reasons and case.keys == 1 and "by hand" in case.softmax:
+        return _hostile(case, sites, missed, graphs)
+    if not sites and not missed and case.keys == 1 and "by hand" in case.softmax:
         return ""  # no quotient of one number tells that it is a softmax
-    if sites + len(reasons) != graphs:
-        return f"{sites} sites and {len(reasons)} refusals of one attention: {reasons}"
-    for reason in reasons:
-        if not any(row.reason in reason and row.right(case) for row in REFUSALS):
-            return f"not found: {reason}"
+    if sites + len(missed) != graphs:
+        return f"{sites} sites and {len(missed)} refusals of one attention: {_told(missed)}"
+    for one in missed:
+        if not any(row.right(case) and (not row.rules or one.rule in row.rules) for row in REFUSALS):
+            return f"not found: {_told([one])}"
     return ""
 
 
-def _hostile(case: Case, sites: int, reasons: list[str], graphs: int) -> str:
+def _told(missed: list[MissedReport]) -> str:
+    return "; ".join(f"{one.reason} ({one.rule})" for one in missed)
+
+
+def _hostile(case: Case, sites: int, missed: list[MissedReport], graphs: int) -> str:
     row = HOSTILE[case.hostile]
     if row.found_or_refused:
         return ""
     if row.refusal is None:
-        right = sites == row.sites * graphs and not reasons
-        return "" if right else f"{sites} sites instead of {row.sites}, refused: {reasons}"
+        right = sites == row.sites * graphs and not missed
+        return "" if right else f"{sites} sites instead of {row.sites}, refused: {_told(missed)}"
     if sites:
-        return f"found, and should not be: {sites} sites, refused: {reasons}"
-    if not any(row.refusal in reason for reason in reasons):
-        return f"refused for another reason than {row.refusal!r}: {reasons}"
+        return f"found, and should not be: {sites} sites, refused: {_told(missed)}"
+    if row.refusal and not any(row.refusal == one.rule for one in missed):
+        return f"refused for another rule than {row.refusal!r}: {_told(missed)}"
     return ""

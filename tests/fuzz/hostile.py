@@ -1,6 +1,6 @@
 """Code that only looks like attention, or is attention beside something that must not be lost.
 
-``refusal`` is part of the reason that the report has to give; None: it is found, ``sites`` times, and exact.
+``refusal`` is the rule that the report has to name, "" any; None: it is found, ``sites`` times, and exact.
 ``sites`` 0 without a refusal: nothing is found, and there is nothing to say.
 """
 
@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
+from effattn.ir.refusal import Why
+
 INF = float("inf")
-ELSEWHERE = "the attention weights are used elsewhere"
 
 
 @dataclass(frozen=True)
@@ -426,28 +427,28 @@ def exponential_written(q, k, v, given):
 
 
 HOSTILE: dict[str, Hostile] = {
-    "weights returned": Hostile(weights_returned, ELSEWHERE),
-    "weights averaged": Hostile(weights_averaged, ELSEWHERE),
+    "weights returned": Hostile(weights_returned, Why.WEIGHTS),
+    "weights averaged": Hostile(weights_averaged, Why.WEIGHTS),
     "scores returned": Hostile(scores_returned),
     "logarithm returned": Hostile(logarithm_returned),
-    "weights multiplied": Hostile(weights_multiplied, "stands between softmax and value", data=("pair bias",)),
-    "weights divided": Hostile(weights_divided, "stands between softmax and value", data=("pair bias",)),
-    "weights added": Hostile(weights_added, "stands between softmax and value"),
+    "weights multiplied": Hostile(weights_multiplied, Why.WEIGHTS, data=("pair bias",)),
+    "weights divided": Hostile(weights_divided, Why.WEIGHTS, data=("pair bias",)),
+    "weights added": Hostile(weights_added, Why.WEIGHTS),
     "weights subtracted": Hostile(weights_subtracted, sites=2),
     "weights subtracted, and used": Hostile(weights_subtracted_twice, found_or_refused=True),
     "padded by one": Hostile(padded_by_one),
     "checkpointed": Hostile(checkpointed),
-    "weights renormalised": Hostile(weights_renormalised, ELSEWHERE),
-    "weights masked": Hostile(weights_masked, "by another mask"),
+    "weights renormalised": Hostile(weights_renormalised, Why.WEIGHTS),
+    "weights masked": Hostile(weights_masked, Why.WEIGHTS),
     "weights masked as scores": Hostile(weights_masked_as_scores),
-    "weights masked otherwise": Hostile(weights_masked_otherwise, "by another mask"),
+    "weights masked otherwise": Hostile(weights_masked_otherwise, Why.WEIGHTS),
     "weights without NaN": Hostile(weights_without_nan, data=("pairs",)),
-    "softmax over queries": Hostile(softmax_over_queries, "does not run over the keys"),
-    "softmax over heads": Hostile(softmax_over_heads, "does not run over the keys"),
-    "softmax twice": Hostile(softmax_twice, "softmax stands between", sites=0),
+    "softmax over queries": Hostile(softmax_over_queries, Why.VALUE),
+    "softmax over heads": Hostile(softmax_over_heads, Why.AXIS),
+    "softmax twice": Hostile(softmax_twice, Why.NO_PRODUCT, sites=0),
     "log softmax": Hostile(log_softmax, sites=0, found_or_refused=True),
-    "sigmoid": Hostile(sigmoid, "sigmoid instead of a softmax"),
-    "rectified": Hostile(rectified, "instead of a softmax"),
+    "sigmoid": Hostile(sigmoid, Why.NO_SOFTMAX),
+    "rectified": Hostile(rectified, Why.NO_SOFTMAX),
     "second product": Hostile(second_product, equal_widths=True),
     "relative positions of the query": Hostile(shaw, data=("relative",)),
     "talking heads": Hostile(talking_heads, ""),
@@ -457,7 +458,7 @@ HOSTILE: dict[str, Hostile] = {
     "triangle of scores": Hostile(triangle_of_scores),
     "scores set": Hostile(scores_set),
     "scores of pieces": Hostile(scores_of_pieces, ""),
-    "values of pieces": Hostile(values_of_pieces, ELSEWHERE),
+    "values of pieces": Hostile(values_of_pieces, Why.WEIGHTS),
     "products by hand": Hostile(products_by_hand, ""),
     "value written between": Hostile(value_written_between, found_or_refused=True),
     "key written between": Hostile(key_written_between, no_gradient=True),
@@ -473,7 +474,7 @@ HOSTILE: dict[str, Hostile] = {
     "every other key": Hostile(every_other_key),
     "appended keys": Hostile(appended_keys),
     "cache written": Hostile(cache_written),
-    "live dropout": Hostile(live_dropout, "is live"),
+    "live dropout": Hostile(live_dropout, Why.DROPOUT),
     "multiplied mask": Hostile(multiplied_mask),
     "infinite bias": Hostile(infinite_bias, data=("infinite bias",), no_gradient=True),
     "negative index": Hostile(negative_index, data=("relative",)),
@@ -490,11 +491,11 @@ HOSTILE: dict[str, Hostile] = {
     "standardised": Hostile(standardised, found_or_refused=True),
     "weights doubled": Hostile(weights_doubled, found_or_refused=True),
     "divided at the end": Hostile(divided_at_the_end, sites=0, found_or_refused=True),
-    "other sum": Hostile(other_sum, "does not run over the keys"),
+    "other sum": Hostile(other_sum, Why.VALUE),
     "sum and more": Hostile(sum_and_more, sites=0, found_or_refused=True),
     "sum of others": Hostile(sum_of_others, sites=0, found_or_refused=True),
     "shifted by another": Hostile(shifted_by_another, found_or_refused=True),
     "exponential used elsewhere": Hostile(exponential_used_elsewhere),
     "exponential written": Hostile(exponential_written, sites=0, found_or_refused=True, no_gradient=True),
-    "one key of all": Hostile(one_key_of_all, "shared by the batch", found_or_refused=True),
+    "one key of all": Hostile(one_key_of_all, found_or_refused=True),
 }

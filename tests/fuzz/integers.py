@@ -94,6 +94,7 @@ INTEGERS: dict[str, Mask] = {
     "floats beyond 2**24": Mask(
         lambda i, j, given: (i + FAR).float() >= (j + FAR).float(),
         lambda b, h, i, j, given, n: (i + FAR).astype(np.float32) >= (j + FAR).astype(np.float32),
+        rounds=True,
     ),
     "negative, divided": Mask(
         lambda i, j, given: (i - j - 9) // 4 % 3 != 0,

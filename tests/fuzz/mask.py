@@ -21,3 +21,4 @@ class Mask:
     rows_may_be_empty: bool = False
     square: bool = False
     at_most: bool = False  # no more queries than keys
+    rounds: bool = False  # positions, as floats that do not have them all: only values tell what it hides

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import importlib.util
 import json
 import platform
 from collections import Counter, defaultdict
@@ -17,7 +19,7 @@ from tests.fuzz.trial import Trial
 from tests.fuzz.where import device_name
 from tests.fuzz.workers import TOO_SLOW
 
-VERDICTS = ("found", "refused", "nothing", "wrong", "too slow")
+VERDICTS = ("found", "refused", "nothing", "wrong", "too slow", "no case")
 AXES = (
     "core", "mask", "fill", "score", "scale", "norm", "product", "scores_are", "softmax", "sink", "dropout", "output",
     "group", "order", "rank", "sdpa_mask", "mod", "blocks", "hostile", "layout", "dtype", "shapes", "batches",
@@ -75,7 +77,7 @@ def finished(path: Path, cases: dict[int, Case], seed: int) -> dict[int, Row]:
 
 
 def record(rows: list[Row]) -> dict[str, Any]:
-    """Counts are [found, refused, nothing to find, wrong, too slow] for every row of every table."""
+    """Counts are [found, refused, nothing to find, wrong, too slow, no case] for every row of every table."""
     axes: dict[str, dict[str, list[int]]] = {axis: defaultdict(lambda: [0] * len(VERDICTS)) for axis in AXES}
     reasons: Counter[str] = Counter()
     for row in rows:
@@ -85,7 +87,7 @@ def record(rows: list[Row]) -> dict[str, Any]:
         reasons.update({reason.split(" (fills")[0][:90] for reason in row.reasons})
     return {
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "machine": device_name()},
+        "versions": {**versions(), "machine": device_name(rows[0].target)},
         "seed": rows[0].seed,
         "cases": len(rows),
         "distinct": len({json.dumps(row.case) for row in rows}),
@@ -100,6 +102,14 @@ def record(rows: list[Row]) -> dict[str, Any]:
             {"number": row.number, "problem": row.problem, "smallest": row.smallest} for row in rows if row.problem
         ],
     }
+
+
+def versions() -> dict[str, str]:
+    """What it was made with; no Triton where there is none."""
+    found = {"python": platform.python_version(), "torch": torch.__version__}
+    if importlib.util.find_spec("triton") is not None:
+        found["triton"] = importlib.metadata.version("triton")
+    return found
 
 
 def read(path: Path) -> dict[str, Any]:

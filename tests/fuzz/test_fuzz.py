@@ -54,6 +54,20 @@ def test_random(number):
 def check(case: Case) -> None:
     trial = run(case)
     assert not trial.problem, f"{trial.problem}\n{case}\n{trial.detail}"
+    assert not trial.eager, f"the function itself raises {trial.eager}\n{case}"
+
+
+def test_a_function_that_raises_by_itself_is_no_case(monkeypatch):
+    def function(case):
+        def raises(given):
+            raise RuntimeError("no kernel takes this")
+
+        return raises
+
+    monkeypatch.setattr(Case, "function", function)
+    trial = run(Case())
+    assert (trial.verdict, trial.problem) == ("no case", "")
+    assert trial.reasons == ["eager: RuntimeError: no kernel takes this"]
 
 
 @pytest.mark.parametrize("number", range(3))

@@ -32,7 +32,14 @@ def test_each_target_has_its_record(tmp_path):
         record.write(path, target, record.record(rows))
     found = record.read(path)
     assert list(found) == ["portable", "triton"]
-    assert found["triton"]["verdicts"] == {"found": 1, "refused": 0, "nothing": 0, "wrong": 1, "too slow": 1}
+    assert found["triton"]["verdicts"] == {
+        "found": 1,
+        "refused": 0,
+        "nothing": 0,
+        "wrong": 1,
+        "too slow": 1,
+        "no case": 0,
+    }
     assert [failure["number"] for failure in found["triton"]["failures"]] == [1]
 
 

@@ -1,4 +1,4 @@
-"""One case tried: compiled, run twice, and held against itself in float64."""
+"""One case tried: run by itself, compiled, run twice, and held against itself in float64."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from effattn.compiler.report import collect
 from effattn.ir import expr
 from tests.fuzz.case import Case
 from tests.fuzz.expected import problem
-from tests.fuzz.watching import Call, Calls, one_interpreter_at_a_time, seen, small_tiles
+from tests.fuzz.watching import Call, Calls, judged_by_math, one_interpreter_at_a_time, seen, small_tiles
 
 # rounding that is forgiven beside twice the user's own, of values about 1
 EPSILON = {torch.float32: 4e-6, torch.float64: 1e-12, torch.bfloat16: 8e-3, torch.float16: 1e-3}
@@ -40,24 +40,34 @@ class Trial:
     compared: int = 0  # masks that were compared with the case's own
     kernels: int = 0  # calls that generated kernels ran
     graphs: int = 0
+    eager: str = ""  # what the function itself raises: then there is nothing to hold it against
     detail: str = ""
     seconds: float = 0.0
 
     @property
     def verdict(self) -> str:
-        return "wrong" if self.problem else "found" if self.sites else "refused" if self.reasons else "nothing"
+        if self.problem or self.eager:
+            return "wrong" if self.problem else "no case"
+        return "found" if self.sites else "refused" if self.reasons else "nothing"
 
 
 class Wrong(Exception):
     """Something is not as it has to be."""
 
 
+class NoCase(Exception):
+    """The function itself raises."""
+
+
 def run(case: Case) -> Trial:
     """Try a case; whatever fails is in the trial."""
     trial, start = Trial(case), time.perf_counter()
     try:
-        with small_tiles(case.seed % 2 == 0):
+        with small_tiles(case.seed % 2 == 0), judged_by_math(case):
             _run(case, trial)
+    except NoCase as raised:
+        trial.eager = str(raised)
+        trial.reasons = [f"eager: {trial.eager}"]
     except Wrong as wrong:
         trial.problem = str(wrong)
     except Exception as error:
@@ -94,33 +104,38 @@ def _run(case: Case, trial: Trial) -> None:
     compiled = torch.compile(function, backend=watched, dynamic=False if case.shapes == "static" else None)
     for call, sizes in enumerate(case.calls):
         graphs, which = len(watched.heard), f"call {call + 1}"
-        done = _at_once(case, compiled, watched, call)
+        given = [case.tensors(call, thread) for thread in range(case.threads)]
+        try:
+            eager = [Outcome.of(case, function, own) for own in given]
+        except Exception as error:
+            raise NoCase(f"{type(error).__name__}: {str(error).strip()[:200]}") from error
+        done = _at_once(case, compiled, watched, given, mark=case.shapes == "marked")
         trial.graphs = len(watched.heard)
         if not call or trial.graphs > graphs:
             _look_at(case, trial, watched.heard[graphs:])
-        for given, actual, calls in done:
+        for own, theirs, (actual, calls) in zip(given, eager, done, strict=True):
             trial.kernels += sum(call.kernels for call in calls)
-            allowed = case.allowed(given, sizes)
+            allowed = case.allowed(own, sizes)
             if allowed is not None:
                 _compare_masks(trial, calls, watched.heard if not call else [], allowed, which)
-            expected = Outcome.of(case, function, given, torch.float64)
+            expected = Outcome.of(case, function, own, torch.float64)
             rounded = case.rounded()
-            shaken = expected if rounded is None else Outcome.of(case, rounded, given, torch.float64)
-            _compare(actual, Outcome.of(case, function, given), expected, shaken, which)
+            shaken = expected if rounded is None else Outcome.of(case, rounded, own, torch.float64)
+            _compare(actual, theirs, expected, shaken, which)
 
 
-def _at_once(case: Case, compiled: Any, watched: Watched, call: int) -> list[tuple[dict, Outcome, list[Call]]]:
-    """A call in every thread, all at once: what each was given, what came of it, and what the op was told."""
-    given = [case.tensors(call, thread) for thread in range(case.threads)]
-    mark = case.shapes == "marked"
+def _at_once(
+    case: Case, compiled: Any, watched: Watched, given: list[dict[str, Tensor]], mark: bool
+) -> list[tuple[Outcome, list[Call]]]:
+    """A call in every thread, all at once: what came of it, and what the op was told."""
     start = threading.Barrier(case.threads)
 
-    def run(own: dict[str, Tensor]) -> tuple[dict, Outcome, list[Call]]:
+    def run(own: dict[str, Tensor]) -> tuple[Outcome, list[Call]]:
         calls = watched.calls[threading.get_ident()]
         calls.clear()
         start.wait()
         outcome = Outcome.of(case, compiled, own, mark=mark)
-        return own, outcome, list(calls)
+        return outcome, list(calls)
 
     if case.threads == 1:
         return [run(given[0])]
@@ -136,7 +151,7 @@ def _look_at(case: Case, trial: Trial, heard: list[collect.Collected]) -> None:
     trial.forms = sorted({site.form + (" kept" if "left as it was" in site.reason else "") for site in sites})
     trial.predicates = [site.predicate for site in sites]
     trial.reasons = [one.reason for one in missed]
-    if wrong := problem(case, len(sites), trial.reasons, len(heard)):
+    if wrong := problem(case, len(sites), missed, len(heard)):
         raise Wrong(wrong)
 
 

@@ -12,5 +12,8 @@ DEVICE = "cuda" if COMPILED and torch.cuda.is_available() else "cpu"
 TARGETS = ("portable", "triton")
 
 
-def device_name() -> str:
-    return torch.cuda.get_device_name() if DEVICE == "cuda" else f"{platform.machine()}, interpreter"
+def device_name(target: str) -> str:
+    """What a record was made on: the GPU, or the processor, with Triton's interpreter or without."""
+    if DEVICE == "cuda":
+        return torch.cuda.get_device_name()
+    return platform.machine() + (", interpreter" if target == "triton" else "")

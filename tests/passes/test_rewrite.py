@@ -22,6 +22,7 @@ from effattn.errors import RewriteError
 from effattn.ir.plan import Plan
 from effattn.passes.choose.choice import ChooseForms
 from effattn.passes.match.find import MatchSoftmax
+from effattn.passes.rewrite import sites
 from effattn.passes.rewrite.sites import RewriteSites
 
 GOLDENS = Path(__file__).parent.parent / "goldens" / "graphs"
@@ -391,3 +392,51 @@ def test_attention_over_the_result_of_another_one_reads_what_replaced_it():
     report, _ = compiled(twice, torch.randn(1, 2, 8, 16))
     assert len(report.sites) == 2
     assert "softmax" not in report.graph()
+
+
+# -- what SDPA's kernels on a GPU take ------------------------------------------------------------------------------
+
+
+def plain(q, k, v):
+    return (q @ k.mT * 0.3).softmax(-1) @ v
+
+
+def of_packed(x, start=0):
+    """With a gate beside query, key and value."""
+    x = x[..., start : start + 3 * H * D]
+    q, k, v = (x[..., part * H * D : (part + 1) * H * D].unflatten(-1, (H, D)).transpose(1, 2) for part in range(3))
+    return plain(q, k, v)
+
+
+def of_packed_after_the_gate(x):
+    return of_packed(x, 1)
+
+
+def _columns(n):
+    """A key as it lies in a cache [B, H, D, N]."""
+    return torch.randn(B, H, D, n).transpose(2, 3)
+
+
+TAKEN = {  # what an attention is given, and how many operands have to be copied
+    "[B, H, N, D]": (plain, qkv(), 0),
+    "[B, N, H, D]": (plain, [x.transpose(1, 2).contiguous().transpose(1, 2) for x in qkv()], 0),
+    "key [B, H, D, N]": (plain, [qkv()[0], _columns(N), qkv()[2]], 1),
+    "key [B, H, D, 1]": (plain, [qkv()[0], _columns(1), qkv()[2][:, :, :1]], 1),
+    "one row of many": (plain, [qkv()[0][:, :, 3:4], *qkv()[1:]], 0),
+    "odd rows": (of_packed, [torch.randn(B, N, 3 * H * D + 1)], 3),
+    "even rows": (of_packed, [torch.randn(B, N, 3 * H * D + 4)], 0),
+    "an odd start": (of_packed_after_the_gate, [torch.randn(B, N, 3 * H * D + 4)], 3),
+    "an odd width": (plain, [x[..., :5] for x in qkv()], 0),
+}
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("name", TAKEN)
+def test_sdpa_is_given_what_its_kernels_take(name, dynamic, monkeypatch):
+    """They raise where rows do not begin at multiples of 16 bytes, and the user's own product does not."""
+    function, given, copies = TAKEN[name]
+    monkeypatch.setattr(sites, "ALIGNED_ON", ("cpu",))
+    lengths = () if not dynamic or 1 in given[-1].shape else (1,) if len(given) == 1 else (2,)
+    report, _ = compiled(function, *given, lengths=lengths)
+    assert "scaled_dot_product_attention" in report.graph()
+    assert report.graph().count("clone(memory_format") == copies

@@ -19,8 +19,12 @@ from effattn.passes.candidate.record import FOUND_AS, Anchors, SizeSource
 from effattn.passes.choose.choice import Choice, ChooseForms, needs_all_heads
 from effattn.passes.compilation import Compilation, Pass
 from effattn.passes.graph.block_mask_code import erase_empty_brackets, unused_batch_dims
+from effattn.passes.graph.view import as_sympy
 from effattn.passes.rewrite.features import features_op
 from effattn.passes.rewrite.replacing import Rewriting, Writer
+from effattn.runtime.targets.sdpa import lies_well
+
+ALIGNED_ON = ("cuda",)  # devices whose kernels of SDPA ask for rows that begin at multiples of 16 bytes
 
 
 class RewriteSites(Pass):
@@ -83,7 +87,7 @@ def _attention(writer: Writer, choice: Choice) -> fx.Node:
 
 def _sdpa(writer: Writer, choice: Choice) -> fx.Node:
     site, anchors = choice.match.site, choice.match.anchors
-    query, key, value = _operands(writer, anchors)
+    query, key, value = (_as_kernels_read(writer, node) for node in _operands(writer, anchors))
     scale = _scale(choice)
     if not isinstance(scale, float) or scale <= 0:
         # SDPA fixes a number of the graph, and its kernels mask, and find the largest score, before they scale
@@ -94,6 +98,17 @@ def _sdpa(writer: Writer, choice: Choice) -> fx.Node:
     elif site.layout.groups > 1:
         kwargs["enable_gqa"] = True
     return writer.call(F.scaled_dot_product_attention, query, key, value, **kwargs)
+
+
+def _as_kernels_read(writer: Writer, node: fx.Node) -> fx.Node:
+    """``node``, or a copy of it where SDPA's kernels do not take it as it lies."""
+    held = node.meta["example_value"]
+    if held.device.type not in ALIGNED_ON:
+        return node
+    sizes, strides = ([as_sympy(number) for number in numbers] for numbers in (held.shape, held.stride()))
+    if lies_well(sizes, strides, as_sympy(held.storage_offset()), held.element_size()):
+        return node
+    return writer.method("clone", node, memory_format=torch.contiguous_format)  # contiguous() would not look at one row
 
 
 def _scale(choice: Choice) -> Any:

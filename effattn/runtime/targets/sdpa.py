@@ -16,6 +16,7 @@ from effattn.runtime.algebra import bindings, evaluate, evaluate_integer
 from effattn.runtime.targets.chunks import depends_on_head, names_of_loads, tile_ranges_of
 
 FLASH, CUDNN = 1, 3  # what torch._fused_sdp_choice answers: values of torch.nn.attention.SDPBackend
+ALIGNMENT = 16  # bytes that its kernels on a GPU load at once
 MANY_ROWS = 256  # on a CPU, with fewer rows, expanding grouped heads costs more than it saves
 
 
@@ -54,7 +55,31 @@ def sdpa_path(
     return in_layout(out.to(dtype), plan.dispatch.layout), lse.reshape(query.shape[:3]).float().contiguous()
 
 
+def lies_well(sizes: Sequence[Any], strides: Sequence[Any], start: Any, itemsize: int) -> bool:
+    """Whether SDPA's kernels on a GPU take a tensor [B, H, N, D] as it lies in memory, or no copy is any better.
+
+    Numbers of a row are next to each other and each row begins at a multiple of 16 bytes. A tensor of one row has a
+    step to the next one, too, and they look at it: that of a transposed key of one row is 1. Others they refuse, with
+    an error, or SDPA falls back to N x N scores. User code may hand them to a product all the same.
+
+    Args:
+        sizes, strides, start: of numbers; sympy terms where they are symbolic.
+    """
+    *steps, along = strides
+    if sizes[-1] * itemsize % ALIGNMENT != 0:
+        return True  # a width that SDPA pads or leaves to its other kernels
+    taken = [step for step, size in zip(steps[:2], sizes, strict=False) if size != 1]
+    return along == 1 and all(step * itemsize % ALIGNMENT == 0 for step in (*taken, steps[2], start))
+
+
+def _aligned(x: Tensor) -> Tensor:
+    start = x.data_ptr() // x.element_size()
+    good = lies_well(x.shape, x.stride(), start, x.element_size())
+    return x if good else x.clone(memory_format=torch.contiguous_format)
+
+
 def _on_cuda(query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor] | None:
+    query, key, value = _aligned(query), _aligned(key), _aligned(value)
     grouped = query.shape[1] != key.shape[1]
     choice = torch._fused_sdp_choice(query, key, value, None, 0.0, causal, scale=scale, enable_gqa=grouped)
     if choice == CUDNN:
