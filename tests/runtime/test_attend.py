@@ -283,3 +283,14 @@ def test_importing_registers_once_and_is_light():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.stdout.strip() == "ok", done.stderr
+
+
+def test_what_lies_askew_is_copied_for_kernels_on_a_gpu():
+    """A step to a next row of 1 is looked at, also where there is one row; contiguous() does not."""
+    key = torch.randn(2, 3, 8, 1).transpose(2, 3)
+    for askew in (key, torch.randn(2, 3, 8, 5).transpose(2, 3), torch.randn(2, 3, 5, 9)[..., :8]):
+        copy = sdpa._aligned(askew)
+        assert torch.equal(copy, askew)
+        assert copy.stride() == (copy.shape[2] * 24, copy.shape[2] * 8, 8, 1)
+    for straight in (torch.randn(2, 5, 3, 8).transpose(1, 2), torch.randn(1, 1, 5, 8).expand(2, 3, 5, 8)):
+        assert sdpa._aligned(straight) is straight
