@@ -21,13 +21,12 @@ import modules
 import positions
 import proteins
 import softmaxes
+import variants
+import windows
 from row import Row, check
 
-ROWS = [
-    row
-    for module in (images, language, positions, proteins, softmaxes, diffusion, masking, modules, layouts)
-    for row in module.ROWS
-]
+MODULES = (images, windows, language, variants, positions, proteins, softmaxes, diffusion, masking, modules, layouts)
+ROWS = [row for module in MODULES for row in module.ROWS]
 # one row of each kind: ways to make scores, to mask, to place heads, to leave attention alone
 WITH_GRADIENTS = {
     *("vit-normed", "swin-shifted", "SwinV2", "Sam", "Axial", "neighbours-2d", "perceiver-padded", "windows-split"),
