@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import subprocess
@@ -10,24 +9,51 @@ import sys
 from pathlib import Path
 
 import pytest
-from specs import compiled
+import triton
+from specs import ARCHS
 
-# bytes a thread may keep in memory where no tile size avoids it without costing more elsewhere
-SPILLS_ALLOWED = {"causal D 256 sm90": 32, "causal D 96 sm80": 64}
+# Bytes that a thread keeps in memory where no tile size avoids it without costing more elsewhere, in each release of
+# Triton, which brings its own assembler. A release that is not listed is held to the last one that is.
+SPILLS = {
+    "3.6": {
+        "bias prefill sm80": 32,
+        "tokens listed sm80": 48,
+        "decode fp32 sm90": 8,
+        "causal grad_query sm100": 8,
+        "lightning outputs sm90": 40,
+        "F 60 outputs sm90": 24,
+        "Hedgehog outputs sm100": 8,
+    },
+    "3.7": {
+        "causal D 256 sm90": 32,
+        "lightning outputs sm90": 32,
+        "F 60 outputs sm90": 16,
+        "fp16 outputs sm90": 8,
+    },
+    "3.8": {
+        "causal D 256 sm90": 32,
+        "documents prefill sm100": 104,
+        "lightning outputs sm90": 32,
+        "fp16 outputs sm90": 32,
+    },
+}
 
 
-@functools.cache
-def used() -> dict[str, list[int]]:
+def used(arch: str) -> dict[str, list[int]]:
+    """Kernel -> registers of a thread, bytes that it spilled, bytes of shared memory and how many there are."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     script = Path(__file__).with_name("compile_all.py")
-    done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, script, arch], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize("name", compiled())
-def test_compiles_without_spills(name):
-    registers, spilled, shared, limit = used()[name]
-    assert registers > 16
-    assert spilled <= SPILLS_ALLOWED.get(name, 0)
-    assert 0 < shared <= limit
+@pytest.mark.parametrize("arch", ARCHS)
+def test_kernels_fit(arch):
+    release = ".".join(triton.__version__.split(".")[:2])
+    allowed = SPILLS.get(release) or list(SPILLS.values())[-1]
+    found = used(arch)
+    assert len(found) > 30
+    assert all(registers > 10 for registers, *_ in found.values())
+    assert {name: spilled for name, (_, spilled, *_) in found.items() if spilled > allowed.get(name, 0)} == {}
+    assert {name: shared for name, (*_, shared, limit) in found.items() if shared > limit} == {}
