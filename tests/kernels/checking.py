@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import torch
 from comparing import assert_close
 
+from effattn.lowering.kernels.spec import Tiles
 from effattn.runtime.reference.attention import reference
 from effattn.runtime.targets import triton as triton_target
 
@@ -18,3 +20,22 @@ def check(call, query, key, value, tolerance=None, **options):
     assert_close(out, wanted, tolerance, exact_dtype=False)
     assert_close(lse, wanted_lse, tolerance, exact_dtype=False)
     return out, lse
+
+
+def check_gradients(call, inputs, tolerance=5e-5, config=Tiles(16, 16, 4, 1), through_lse=True):
+    """Compare the gradients of query, key and value with autograd through the definition in float64; returns them."""
+    data = (call.captures, call.scalars, call.numbers)
+    leaves = [tensor.double().requires_grad_() for tensor in inputs]
+    wanted_out, wanted_lse = reference(call.plan, *leaves, *data)
+    grad_out = torch.randn(wanted_out.shape, generator=torch.Generator().manual_seed(9)).to(inputs[0].dtype)
+    grad_lse = torch.randn(wanted_lse.shape, generator=torch.Generator().manual_seed(10)) if through_lse else None
+    wanted_out.backward(grad_out.double(), retain_graph=True)
+    if through_lse:
+        torch.where(wanted_lse == -torch.inf, 0.0, wanted_lse).backward(grad_lse.double())
+    out, lse = triton_target.run(call.plan, *inputs, *data, config=config, kind="prefill")
+    grads = triton_target.run_backward(call.plan, grad_out, grad_lse, *inputs, out, lse, *data, config=config)
+    for grad, leaf, tensor in zip(grads, leaves, inputs, strict=True):
+        assert grad.shape == tensor.shape
+        assert grad.dtype == tensor.dtype
+        assert_close(grad, leaf.grad, tolerance, exact_dtype=False)
+    return grads

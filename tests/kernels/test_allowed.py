@@ -7,10 +7,9 @@ from dataclasses import replace
 import pytest
 import sympy
 import torch
-from checking import check
+from checking import check, check_gradients
 from plans import CASES, CAUSAL, Call, Sizes, power_keep, tensors
 from sites import causal_site
-from test_backward import check as check_backward
 
 from effattn.ir.attention import AttentionSpec, CaptureSpec
 from effattn.ir.expr import b, first_key, h, k, load, q, s
@@ -116,7 +115,7 @@ def test_decode(pattern):
     [*((name, "causal") for name in ("left", "right", "nothing", "holes")), ("within a tile", "window and sinks")],
 )
 def test_backward(pattern, rule):
-    check_backward(call_of(pattern, rule), tensors(SIZES))
+    check_gradients(call_of(pattern, rule), tensors(SIZES))
 
 
 def test_more_keys_than_one_program_reads_at_once():

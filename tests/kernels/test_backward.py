@@ -4,41 +4,23 @@ from __future__ import annotations
 
 import pytest
 import torch
+from checking import check_gradients
 from comparing import assert_close
 from plans import CASES, Sizes, tensors
 
 from effattn.lowering.kernels.backward import no_backward
 from effattn.lowering.kernels.spec import Tiles
 from effattn.runtime.reference.attention import reference
-from effattn.runtime.targets import triton as triton_target
 
 CPU = torch.device("cpu")
 SMALL = Tiles(16, 16, 4, 1)
 SERVED = [name for name, build in CASES.items() if no_backward(build(Sizes(), CPU).plan.spec, 16, 16) is None]
 
 
-def check(call, inputs, tolerance=5e-5, config=SMALL, through_lse=True):
-    data = (call.captures, call.scalars, call.numbers)
-    leaves = [tensor.double().requires_grad_() for tensor in inputs]
-    wanted_out, wanted_lse = reference(call.plan, *leaves, *data)
-    grad_out = torch.randn(wanted_out.shape, generator=torch.Generator().manual_seed(9)).to(inputs[0].dtype)
-    grad_lse = torch.randn(wanted_lse.shape, generator=torch.Generator().manual_seed(10)) if through_lse else None
-    wanted_out.backward(grad_out.double(), retain_graph=True)
-    if through_lse:
-        torch.where(wanted_lse == -torch.inf, 0.0, wanted_lse).backward(grad_lse.double())
-    out, lse = triton_target.run(call.plan, *inputs, *data, config=config, kind="prefill")
-    grads = triton_target.run_backward(call.plan, grad_out, grad_lse, *inputs, out, lse, *data, config=config)
-    for grad, leaf, tensor in zip(grads, leaves, inputs, strict=True):
-        assert grad.shape == tensor.shape
-        assert grad.dtype == tensor.dtype
-        assert_close(grad, leaf.grad, tolerance, exact_dtype=False)
-    return grads
-
-
 @pytest.mark.parametrize("name", SERVED)
 def test_every_plan(name):
     sizes = Sizes(heads=2, kv_heads=1, q_len=43, k_len=43, value_dim=24)
-    check(CASES[name](sizes, CPU), tensors(sizes))
+    check_gradients(CASES[name](sizes, CPU), tensors(sizes))
 
 
 def test_which_plans_are_served():
@@ -50,7 +32,7 @@ def test_which_plans_are_served():
 @pytest.mark.parametrize("name", ["none", "causal_from_the_end", "wide_window_and_sinks", "two_sided_window"])
 def test_lengths(name, q_len, k_len):
     sizes = Sizes(heads=3, kv_heads=1, q_len=q_len, k_len=k_len)
-    check(CASES[name](sizes, CPU), tensors(sizes), through_lse=False)
+    check_gradients(CASES[name](sizes, CPU), tensors(sizes), through_lse=False)
 
 
 @pytest.mark.parametrize(("dim", "order", "layout"), [(60, "bnhd", "bnhd"), (24, "dnbh", "bhnd"), (96, "bhdn", "bnhd")])
@@ -58,19 +40,21 @@ def test_shapes_and_strides(dim, order, layout):
     sizes = Sizes(batch=1, heads=4, kv_heads=2, q_len=35, k_len=35, head_dim=dim, value_dim=dim + 4)
     call = CASES["left_padding"](sizes, CPU)
     call.plan = call.plan.dispatched(layout=layout)
-    for grad in check(call, tensors(sizes, order=order), config=Tiles(32, 16, 4, 1)):
+    for grad in check_gradients(call, tensors(sizes, order=order), config=Tiles(32, 16, 4, 1)):
         assert (grad if layout == "bhnd" else grad.transpose(1, 2)).is_contiguous()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision(dtype):
     sizes = Sizes()
-    check(CASES["causal"](sizes, CPU), tensors(sizes, dtype=dtype), tolerance=1e-2 if dtype == torch.float16 else 6e-2)
+    check_gradients(
+        CASES["causal"](sizes, CPU), tensors(sizes, dtype=dtype), tolerance=1e-2 if dtype == torch.float16 else 6e-2
+    )
 
 
 def test_what_kernels_do_not_serve_goes_through_aten():
     sizes = Sizes(q_len=20, k_len=20)
-    check(CASES["soft_cap"](sizes, CPU), tensors(sizes))
+    check_gradients(CASES["soft_cap"](sizes, CPU), tensors(sizes))
 
 
 def test_through_the_op():

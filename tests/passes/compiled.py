@@ -13,8 +13,6 @@ from effattn.compiler.options import Options
 from effattn.compiler.report import collect
 from effattn.compiler.report.model import Report
 
-assert_same = assert_close
-
 
 def compiled(
     function: Callable,

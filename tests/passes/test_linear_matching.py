@@ -14,7 +14,6 @@ from compiled import compiled
 from effattn.compiler.backend import effattn
 
 B, H, N, D = 2, 4, 70, 16
-PLACES = torch.arange(N)
 SLOPES = 2.0 ** -torch.arange(1.0, H + 1)
 
 
