@@ -1,4 +1,4 @@
-"""What a form costs, as sympy terms in Nq and Nk, and at which length which form is the cheapest."""
+"""Costs of forms as sympy terms in Nq and Nk, and the cheapest form by length."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ import sympy
 from effattn.ir.expr import Nk, Nq
 from effattn.lowering.device import Device
 
-LONGEST = 1 << 24  # keys up to which lengths are looked at
-CHOICE = 48  # to choose units takes as long as to read so many bytes for each of them (2.0 ms for 134 million, H100)
+LONGEST = 1 << 24  # largest number of keys that is considered
+CHOICE = 48  # choosing units costs as much as reading this many bytes per unit (2.0 ms for 134 million, H100)
 
 
 @dataclass(frozen=True)
 class Work:
-    """FLOPs and bytes moved as sympy terms in Nq and Nk (other sizes already numbers), and kernels started."""
+    """FLOPs and bytes moved, as sympy terms in Nq and Nk, and the number of kernel launches."""
 
     flops: Any = 0
     bytes: Any = 0
@@ -34,30 +34,30 @@ class Work:
         return float(flops), float(moved)
 
     def seconds(self, device: Device, share: float, dtype: str, q_len: int, k_len: int) -> float:
-        """Time if products run at ``share`` of the device's rate: whichever of products and memory takes longer."""
+        """Seconds, if matrix products run at ``share`` of the device's rate: compute or memory, whichever is slower."""
         flops, moved = self.at(q_len, k_len)
         return max(flops / (share * device.flops(dtype)), moved / device.bandwidth) + self.launches * device.launch
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Attention over what is kept, and apart from it what finding that out costs."""
+    """Cost of attention over the kept keys, and of the selector that finds them."""
 
     attention: Work
     selector: Work = Work()
-    dense: bool = False  # runs SDPA's own kernels
+    dense: bool = False  # runs SDPA's kernels
 
     def seconds(self, device: Device, dtype: str, q_len: int, k_len: int) -> float:
-        """Predicted time of one call."""
+        """Predicted seconds of one call."""
         share = device.dense if self.dense else device.generated
         selector = self.selector.seconds(device, device.scored, dtype, q_len, k_len)
         return self.attention.seconds(device, share, dtype, q_len, k_len) + selector
 
 
 def pairs(kept_keys: Any) -> Any:
-    """Pairs (q, k) of causal attention if a row that sees n keys keeps min(n, kept) of them; the last row sees Nk.
+    """(q, k) pairs of causal attention where a query that sees n keys keeps min(n, ``kept_keys``); the last sees Nk.
 
-    The sum over rows of min(n, c), with ``kept_keys`` = c a term in Nk.
+    ``kept_keys`` is a term in Nk.
     """
 
     def up_to(n: Any) -> Any:
@@ -68,10 +68,10 @@ def pairs(kept_keys: Any) -> Any:
 
 
 def ladder(seconds: Mapping[str, Callable[[int], float]], shortest: int = 1) -> tuple[tuple[int, str], ...]:
-    """Which of several is the cheapest at which length: (first length, name), ascending from ``shortest``.
+    """The cheapest name at each length, as (first length, name), ascending from ``shortest``.
 
-    Lengths are looked at by powers of two up to ``LONGEST``, and a change between two of them is found by bisection; of
-    equal ones the first named is taken.
+    Powers of two up to ``LONGEST`` are compared; a change between two of them is found by bisection. Ties go to the
+    name that comes first.
     """
 
     def best(length: int) -> str:

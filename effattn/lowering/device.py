@@ -1,7 +1,7 @@
-"""What devices can do: the figures that costs are divided by. Data; a new device is a row.
+"""Rates of devices, which costs are divided by. A new device is a row.
 
-``measured`` rows come from this project's own runs; ``datasheet`` rows take peak figures from the maker and the shares
-of them that were measured on an H100, so that they order forms rather than predict times.
+``measured`` rows come from this project's own runs. ``datasheet`` rows combine the vendor's peak figures with shares of
+peak measured on an H100: good enough to order forms, not to predict times.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ Source = Literal["measured", "datasheet", "assumed"]
 class Device:
     """Rates of one kind of device."""
 
-    name: str  # how torch's name of the device begins
+    name: str  # prefix of torch's name of the device
     half: float  # FLOP/s of matrix products in bfloat16 or float16
     single: float  # the same in float32
     bandwidth: float  # bytes/s of device memory
-    launch: float  # seconds that one more kernel costs
+    launch: float  # seconds per kernel launch
     source: Source
-    dense: float = 0.75  # share of the matrix rate that SDPA's own kernels reach on causal prefill
+    dense: float = 0.75  # share of the matrix rate that SDPA's kernels reach on causal prefill
     generated: float = 0.53  # the same for generated kernels, on the tiles that they visit
-    scored: float = 0.35  # the same for score passes
+    scored: float = 0.35  # the same for the selector's score kernels
 
     def flops(self, dtype: str) -> float:
         return self.single if dtype in ("float32", "float64") else self.half

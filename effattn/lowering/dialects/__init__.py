@@ -1,1 +1,1 @@
-"""How a term is printed and a kernel is loaded; one folder for each language of kernels."""
+"""How terms are printed and kernels loaded: one folder per kernel language."""

@@ -1,4 +1,4 @@
-"""The forms. A new one is a file here and a line in ``FORMS``."""
+"""The forms. A new form is a file here and an entry in ``FORMS``."""
 
 from __future__ import annotations
 

@@ -1,18 +1,19 @@
-"""Weights of the predictor that cuts keys in chunks (DHSA v1), from a safetensors file.
+"""Weights of the predictor that cuts keys into chunks (DHSA v1), from a safetensors file.
 
-The layout is our own. Names are those of the class ``BoundarySimilarityAttn`` in the authors' code (github
-xiongsiheng/DHSA, ``boundary_predictor/models.py``), behind ``all.`` for one predictor that serves every layer, or
-behind ``layers.<number>.`` for one of each layer; with C = key heads x head_dim and M of the file's choice:
+The layout is effattn's own. Names are those of the class ``BoundarySimilarityAttn`` in the authors' code (github
+xiongsiheng/DHSA, ``boundary_predictor/models.py``), prefixed by ``all.`` for one predictor for all layers, or by
+``layers.<number>.`` for one per layer. With C = key heads x head_dim and any hidden size M:
 
     enc.mha.in_proj_weight  [3C, C]     enc.mha.in_proj_bias  [3C]
     enc.mha.out_proj.weight [C, C]      enc.mha.out_proj.bias [C]
     enc.norm.weight         [C]         enc.norm.bias         [C]
-    pool.gate.weight        [1, C]      only where windows are pooled by learned weights instead of their mean
+    pool.gate.weight        [1, C]      optional: pools windows by learned weights instead of the mean
     mlp.0.weight            [M, 4C + 1] mlp.0.bias            [M]
     mlp.2.weight            [1, M]      mlp.2.bias            [1]
 
-in float32, float16 or bfloat16. The file's metadata says ``heads``, how many the predictor's attention has (which no
-tensor tells: 4 is the default of the authors' code, 8 where it runs), and may say ``window``, the tokens on a side (4).
+in float32, float16 or bfloat16. Metadata: ``heads``, the number of heads of the predictor's attention (no tensor shows
+it; the default of the authors' training script is 4, their scripts that run it use 8), and optionally ``window``, the
+tokens on each side (default 4).
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ MOST_HEADS, MOST_WINDOW = 1024, 64
 
 @dataclass(frozen=True)
 class Predictor:
-    """The parameters of one predictor by name, and what their shapes do not say."""
+    """The parameters of one predictor by name, and the sizes that their shapes do not show."""
 
     tensors: Mapping[str, Tensor]
     heads: int
@@ -44,7 +45,7 @@ class Predictor:
 
 
 def shapes(channels: int, hidden: int) -> dict[str, tuple[int, ...]]:
-    """Every tensor that must be there, for C ``channels`` and M ``hidden``."""
+    """Shapes of the required tensors, for C ``channels`` and M ``hidden``."""
     return {
         "enc.mha.in_proj_weight": (3 * channels, channels),
         "enc.mha.in_proj_bias": (3 * channels,),
@@ -60,11 +61,11 @@ def shapes(channels: int, hidden: int) -> dict[str, tuple[int, ...]]:
 
 
 def load(path: str, digest: str, layer: int | None, kv_heads: int, head_dim: int) -> Predictor:
-    """The predictor of a layer, on the CPU in the dtypes of the file.
+    """The predictor of a layer, on the CPU in the file's dtypes.
 
     Raises:
-        WeightsError: the file cannot be read, is not the one with this ``digest``, holds nothing for the layer, or a
-            tensor is absent, has another shape or dtype, or is not finite. Names the file and the tensor.
+        WeightsError: the file cannot be read, differs from ``digest`` or has nothing for the layer, or a tensor is
+            missing, has the wrong shape or dtype, or is not finite. The message names the file and the tensor.
     """
     if digest_of(path) != digest:
         raise WeightsError(
@@ -91,7 +92,7 @@ def load(path: str, digest: str, layer: int | None, kv_heads: int, head_dim: int
 
 
 def _prefix(file: TensorFile, layer: int | None) -> str:
-    """What stands before the names of the tensors of a layer."""
+    """The prefix of the names of a layer's tensors."""
     numbers = {int(found[1]) for name in file.names if (found := re.match(r"layers\.(\d{1,6})\.", name))}
     if layer in numbers:
         return f"layers.{layer}."
@@ -124,10 +125,10 @@ def problem(path: str, digest: str, layer: int | None, kv_heads: int, head_dim: 
 def on_device(
     path: str, digest: str, layer: int | None, kv_heads: int, head_dim: int, device: torch.device
 ) -> Predictor:
-    """As :func:`load`, in float32 on a device; read once. Layers that share a predictor share its memory.
+    """The result of :func:`load` in float32 on ``device``, cached. Layers that share a predictor share its memory.
 
     Raises:
-        WeightsError: as :func:`load`.
+        WeightsError: see :func:`load`.
     """
     if layer is not None and _prefix(TensorFile(path), layer) == "all.":
         return on_device(path, digest, None, kv_heads, head_dim, device)

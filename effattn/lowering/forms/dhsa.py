@@ -1,12 +1,12 @@
-"""DHSA: chunks of keys are scored by their means, and each query block takes the best of them within a budget.
+"""DHSA: chunks of keys are scored by their means, and each query block takes the best within a budget.
 
-Two systems share the name (arXiv 2510.24606). ``unit = 1`` is the first: keys are cut in chunks, all heads share one
-list, a budget of single tokens. A larger ``unit`` is the second: fixed blocks of that many keys, a list for each head,
-a share of all blocks.
+Two systems have this name (arXiv 2510.24606). ``unit = 1`` is the first: keys are cut into chunks, all heads share one
+list, and the budget counts single tokens. A larger ``unit`` is the second: fixed blocks of ``unit`` keys, a list per
+head, and a share of all blocks.
 
-The published code is repaired in three places: only what causality allows is ranked (a row could end up without any
-key), no key comes twice (the splice of the first tokens could repeat one, which counts it twice in the softmax), and
-of equal scores the later key is taken (every token of a chunk has the same score, so the choice was left to chance).
+Three flaws of the published code are fixed: only keys allowed by causality are ranked (a query could be left without
+keys), no key is listed twice (the inserted first tokens could be, and then counted twice in the softmax), and ties go
+to the later key (all tokens of a chunk have the same score, so the choice was arbitrary).
 """
 
 from __future__ import annotations
@@ -38,27 +38,27 @@ from effattn.lowering.forms.form import (
 )
 from effattn.lowering.forms.tensor_file import digest_of
 
-HIDDEN = 256  # of the predictor, in costs
+HIDDEN = 256  # hidden size of the predictor, for costs
 
 
 class DhsaParams(Params):
-    """Lengths in tokens. The form equals exact attention at ``share`` 1 (blocks) or ``budget`` >= Nk (tokens)."""
+    """Lengths in tokens. Equals exact attention at ``share`` 1 (blocks) or ``budget`` >= Nk (tokens)."""
 
-    block: int = Field(default=128, ge=16, description="query rows that share a list; a power of two")
-    unit: int = Field(default=32, ge=1, description="keys that are taken together; 1: single tokens of chunks")
-    share: float = Field(default=0.125, gt=0, le=1, description="share of all blocks that a row keeps (unit > 1)")
-    budget: int = Field(default=2048, ge=1, description="tokens that a row keeps (unit = 1)")
+    block: int = Field(default=128, ge=16, description="queries that share a list; a power of two")
+    unit: int = Field(default=32, ge=1, description="keys per block; 1: chunks, from which single tokens are taken")
+    share: float = Field(default=0.125, gt=0, le=1, description="share of all blocks that a query keeps (unit > 1)")
+    budget: int = Field(default=2048, ge=1, description="tokens that a query keeps (unit = 1)")
     chunks: Literal["fixed", "dip", "trained", "given"] = Field(
         default="fixed",
-        description="how keys are cut (unit = 1): every ``chunk``, where they change, where a trained predictor says, "
-        "or by the caller",
+        description="how keys are cut (unit = 1): every ``chunk`` keys, where keys change, by a trained predictor, or "
+        "by the caller",
     )
     chunk: int = Field(default=64, ge=1, description='size of a chunk with chunks = "fixed"')
-    threshold: float = Field(default=0.9, ge=-1, le=1, description='likeness below which "dip" cuts')
+    threshold: float = Field(default=0.9, ge=-1, le=1, description='cosine similarity below which "dip" cuts')
     weights: str = Field(default="", description='safetensors file of the predictor for chunks = "trained"')
-    logit: float = Field(default=1.1, description='the predictor\'s logit above which "trained" cuts')
-    local: int = Field(default=128, ge=0, description="most recent tokens that a block always keeps")
-    sinks: int = Field(default=128, ge=0, description="tokens at the start that a block always keeps")
+    logit: float = Field(default=1.1, description='predictor logit above which "trained" cuts')
+    local: int = Field(default=128, ge=0, description="most recent tokens, always kept")
+    sinks: int = Field(default=128, ge=0, description="first tokens, always kept")
 
     @model_validator(mode="after")
     def _sizes(self):
@@ -97,7 +97,7 @@ def select(params: DhsaParams, site: Site) -> Selector:
 
 
 def _chunks(params: DhsaParams, layer: int | None) -> Mean | Chunks | Trained:
-    """How keys are cut where single tokens are taken."""
+    """How keys are cut if single tokens are taken."""
     if params.chunks == "fixed":
         return Mean(size=params.chunk, root_length=True)
     if params.chunks == "trained":
@@ -107,7 +107,7 @@ def _chunks(params: DhsaParams, layer: int | None) -> Mean | Chunks | Trained:
 
 
 def reference(params: DhsaParams, query, key, allowed, scale, bounds=None):
-    """The recipe in float64. ``bounds``: where chunks begin and end, from 0 to Nk; every ``chunk`` if None."""
+    """bool [B, H, Nq, Nk], in float64. ``bounds``: chunk boundaries from 0 to Nk; None: every ``chunk`` keys."""
     batch, heads, q_len, _ = query.shape
     k_len, block = key.shape[2], params.block
     query, key = query.double(), key.double().repeat_interleave(heads // key.shape[1], 1)
@@ -155,7 +155,7 @@ def kept_keys(params: DhsaParams):
 
 
 def selector_work(params: DhsaParams, sizes: Layout, element: int) -> Work:
-    """Means of blocks, one product of them, a choice in each row."""
+    """Block means, one product of them, and a selection per query block."""
     heads, kv_heads = sizes.batch * sizes.heads, sizes.batch * sizes.kv_heads
     lists = heads if params.unit > 1 else sizes.batch
     cells = lists * (Nq / params.block) * (Nk / (params.unit if params.unit > 1 else params.chunk))
@@ -170,8 +170,8 @@ def selector_work(params: DhsaParams, sizes: Layout, element: int) -> Work:
 BOUNDARIES = Rule(
     "boundaries",
     lambda site, params: params.unit > 1 or params.chunks != "given",
-    "a model's graph holds no boundaries of chunks",
-    "give them to effattn.attention(..., boundaries=...), or let chunks be found",
+    "a model's graph has no chunk boundaries",
+    "pass them to effattn.attention(..., boundaries=...), or choose another value of chunks",
 )
 
 
@@ -190,7 +190,7 @@ def _weights_problem(site: Site, params: DhsaParams) -> str | None:
 WEIGHTS = Rule(
     "weights",
     lambda site, params: _weights_problem(site, params) is None,
-    "the file of the predictor's weights cannot be read, or does not fit this attention",
+    "the predictor's weights cannot be read, or do not fit this attention",
     'see docs/forms.md for what the file holds, or let chunks be found without training (chunks = "dip")',
     reason=_weights_problem,
 )
@@ -198,7 +198,7 @@ WEIGHTS = Rule(
 DHSA = Form(
     name="dhsa",
     kind="approximate",
-    summary="chunks of keys ranked by their means; the best within a budget, recent ones and sinks",
+    summary="chunks of keys ranked by their means: the best within a budget, recent keys and sinks",
     source="Xiong et al., Dynamic Hierarchical Sparse Attention, arXiv 2510.24606",
     params=DhsaParams,
     rules=(CAUSAL, ONLY_CAUSAL, PREFILL, PLAIN_SCORE, FROM_THE_START, BOUNDARIES, WEIGHTS, NO_BACKWARD),

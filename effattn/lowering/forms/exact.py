@@ -1,4 +1,4 @@
-"""Exact: the user's own function, whatever its mask and score; only the way of computing it changes."""
+"""Exact: the function that user code computes, whatever its mask and score; only the kernel changes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from effattn.lowering.forms.form import Form, Params
 
 
 class ExactParams(Params):
-    """Exact attention has nothing to set."""
+    """No parameters."""
 
 
 def reference(_params, q_index, k_index):

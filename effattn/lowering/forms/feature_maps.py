@@ -1,7 +1,7 @@
-"""Feature maps of linear attention, one row each: what replaces exp(q . k) by phi(q) . phi(k).
+"""Feature maps of linear attention, one row each: phi(q) . phi(k) replaces exp(q . k).
 
-All yield features that are not negative, so that a normaliser exists. The two Hedgehogs are different functions, and
-weights of one are none of the other.
+All features are nonnegative, so a normaliser exists. The two Hedgehogs are different functions; the weights of one do
+not fit the other.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ class FeatureMap:
     """One map phi: [B, H, N, D] -> [B, H, N, features(D)]."""
 
     name: str
-    function: Callable[[Tensor, Parameters], Tensor]  # of float32, whatever the model computes in
+    function: Callable[[Tensor, Parameters], Tensor]  # computes in float32, whatever the model's dtype
     features: Callable[[int], int]  # D -> F
-    trained: bool  # it has parameters, and is meaningless without trained ones
-    shapes: Callable[[int, int], dict[str, tuple[int, ...]]]  # (heads, D) -> shape of each parameter, for one side
+    trained: bool  # has parameters, and is meaningless without trained ones
+    shapes: Callable[[int, int], dict[str, tuple[int, ...]]]  # (heads, D) -> shape of each parameter of one side
     source: str
 
     def __call__(self, x: Tensor, parameters: Parameters = NO_PARAMETERS) -> Tensor:

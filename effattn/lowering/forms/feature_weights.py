@@ -1,9 +1,9 @@
-"""Trained parameters of feature maps and windows from a safetensors file, checked before they are computed with.
+"""Trained parameters of feature maps and windows, from a safetensors file.
 
-Tensors are named ``layers.<layer>.<query or key>.<parameter>``, as in ``layers.3.key.weight``, with the shapes of
-:data:`~effattn.lowering.forms.feature_maps.FEATURE_MAPS`. Heads are those of the side: a key head has one map, which
-all query heads of its group share. Where a softmax in a window stands beside the map, ``layers.<layer>.window.factor``
-[query heads] says what its weights are worth: LoLCATs' ``window_factors``, before their sigmoid.
+Tensors are named ``layers.<layer>.<query or key>.<parameter>``, such as ``layers.3.key.weight``, with the shapes in
+:data:`~effattn.lowering.forms.feature_maps.FEATURE_MAPS`. Each side has its own number of heads: a key head has one
+map, shared by all query heads of its group. With a softmax window, ``layers.<layer>.window.factor`` [query heads]
+weighs the window: LoLCATs' ``window_factors``, before their sigmoid.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class LayerWeights:
 
     query: dict[str, Tensor]
     key: dict[str, Tensor]
-    gamma: Tensor | None = None  # of the window, after the sigmoid: float32 [query heads]
+    gamma: Tensor | None = None  # weight of the window, after the sigmoid: float32 [query heads]
 
 
 def load_layer(
@@ -38,11 +38,11 @@ def load_layer(
     head_dim: int,
     window: bool = False,
 ) -> LayerWeights:
-    """What the file holds for one layer, on the CPU, in the dtype of the file; with ``window`` its factor as well.
+    """The parameters of one layer, on the CPU in the file's dtype; with ``window`` also gamma.
 
     Raises:
-        WeightsError: the file cannot be read, or a tensor is absent, or has another shape or dtype, or is not finite.
-            Names the file and the tensor.
+        WeightsError: the file cannot be read, or a tensor is missing, has the wrong shape or dtype, or is not finite.
+            The message names the file and the tensor.
     """
     chosen = FEATURE_MAPS[feature_map]
     tensors, owner = TensorFile(path), f"the map {feature_map!r}"

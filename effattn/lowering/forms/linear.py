@@ -1,8 +1,8 @@
-"""Linear: phi(q) . phi(k) stands for exp(q . k), so that a state of fixed size holds the past. No softmax at all, or
-one in a window of the last keys alone (LoLCATs, arXiv 2410.10254).
+"""Linear: phi(q) . phi(k) replaces exp(q . k), so that a state of fixed size holds the past. There is no softmax, or
+only one over a window of the last keys (LoLCATs, arXiv 2410.10254).
 
-It is never equal to softmax, whatever its parameters: another function than the model was trained with. So a site is
-only given to it with trained weights, or where the policy says what error it accepts.
+Unless the window holds every key, it is not the function that the model was trained with. So it needs trained
+weights, or a policy that declares the error it accepts.
 """
 
 from __future__ import annotations
@@ -18,29 +18,29 @@ from effattn.lowering.cost import Cost, Work
 from effattn.lowering.forms.feature_maps import FEATURE_MAPS
 from effattn.lowering.forms.form import FROM_THE_START, PLAIN_SCORE, PREFILL, Form, Params, Rule
 
-SCORE_BYTES = 24  # moved for a score in a window: float32, written and read by product, mask, exponent and product
-CHUNK = 64  # tokens whose pairs are computed one by one, in costs
+SCORE_BYTES = 24  # bytes moved per score in a window: float32, written and read by product, mask, exp and product
+CHUNK = 64  # tokens per chunk, for costs
 
 
 class LinearParams(Params):
-    """The map, where its weights are, and what is accepted without any."""
+    """The feature map, its weights, and the error accepted without weights."""
 
     feature_map: str = Field(default="elu_plus_one", description=f"one of {', '.join(FEATURE_MAPS)}")
-    weights: str = Field(default="", description="safetensors file with the map's trained parameters, by layer")
+    weights: str = Field(default="", description="safetensors file with trained parameters of the map, by layer")
     tolerance: float = Field(
         default=0.0,
         ge=0,
-        description="without weights: the relative error of the output that you accept. It is a declaration and is not "
+        description="without weights: the relative error of the output that you accept. It is a declaration, not "
         "checked when compiling; expect about 1",
     )
-    eps: float = Field(default=1e-6, ge=0, description="added to the sum of a row's weights, without a window")
-    window: int = Field(default=0, ge=0, le=1024, description="last keys of each row that a softmax weighs; 0: none")
+    eps: float = Field(default=1e-6, ge=0, description="added to the sum of a query's weights, without a window")
+    window: int = Field(default=0, ge=0, le=1024, description="last keys of each query that get a softmax; 0: none")
     terraced: bool = Field(
         default=False,
-        description="the window begins with the block of ``window`` keys before the row's own (LoLCATs' fast path)",
+        description="the window begins with the block of ``window`` keys before the query's own (LoLCATs' fast path)",
     )
     gamma: float = Field(
-        default=0.1, gt=0, lt=1, description="without weights: what the greatest score in the window weighs"
+        default=0.1, gt=0, lt=1, description="without weights: the weight of the greatest score in the window"
     )
 
     @field_validator("feature_map")
@@ -52,10 +52,10 @@ class LinearParams(Params):
 
 
 class LinearForm(Form):
-    """The form with costs of its own: linear in the length."""
+    """The form with its own cost, linear in the length."""
 
     def cost(self, site: Site, params: Params) -> Cost:
-        """Pairs inside chunks, states between them; see :class:`Form`."""
+        """Pairs inside chunks, and states between chunks. See :class:`Form`."""
         assert isinstance(params, LinearParams)
         sizes = site.hints
         features = FEATURE_MAPS[params.feature_map].features(sizes.head_dim)
@@ -73,7 +73,7 @@ class LinearForm(Form):
 
 
 def reference(_params, q_index, k_index):
-    """Every key has a weight: bool [Nq, Nk]. What the weight is, ``runtime.linear_reference`` says."""
+    """Every key has a weight: bool [Nq, Nk]. ``runtime.reference.linear`` computes the weights."""
     return torch.ones(torch.broadcast_shapes(q_index.shape, k_index.shape), dtype=torch.bool, device=q_index.device)
 
 
@@ -105,52 +105,52 @@ def _from_the_first_key(site: Site, _params: LinearParams) -> bool:
 ACCEPTED = Rule(
     "weights or tolerance",
     _accepted,
-    "without a softmax this is another function than the model was trained with. Swapped in without training it is "
-    "unusable: Llama-3-8B's perplexity is then 1,539 (T2R) or 2,448 (Hedgehog); 79 or 61 with trained maps, 4.11 or "
+    "without a softmax this is not the function that the model was trained with. Without training it is unusable: "
+    "Llama-3-8B's perplexity is then 1,539 (T2R) or 2,448 (Hedgehog); 79 or 61 with trained maps, 4.11 or "
     "3.90 with LoRA as well, and MMLU still falls from 66.6 to 24.2 (LoLCATs, arXiv 2410.10254)",
-    "name a file of trained maps in params.linear.weights, or the error you accept in params.linear.tolerance",
+    "set params.linear.weights to a file of trained maps, or params.linear.tolerance to the error you accept",
 )
 TRAINED = Rule(
     "trained map",
     _has_weights,
     "this feature map means nothing without trained weights",
-    "set params.linear.weights, or take elu_plus_one or relu",
+    "set params.linear.weights, or use elu_plus_one or relu",
 )
 LAYER = Rule(
     "layer",
     _known_layer,
-    "the number of the layer is not known, so that its weights cannot be found in the file",
+    "the number of the layer is not known, so its weights cannot be found in the file",
     "keep this site exact",
 )
 CAUSAL_WINDOW = Rule(
     "causal window",
     _causal_window,
-    "there is no causal mask, so no keys are the last ones before a query",
+    "there is no causal mask, so a query has no last keys",
     "set params.linear.window to 0",
 )
 PLAIN_WINDOW = Rule(
     "plain score in the window",
     _plain_window,
-    "the softmax in the window is of a multiple of query . key, and this score is more than that (a soft cap)",
+    "the softmax in the window needs a multiple of query . key, and this score is another function (a soft cap)",
     "keep this site exact, or set params.linear.window to 0",
 )
 WHOLE = Rule(
     "every key up to the query",
     _from_the_first_key,
-    "the mask is neither empty nor plainly causal from the first key on: a state cannot forget single keys",
+    "the mask is neither empty nor plainly causal from the first key: a state cannot exclude single keys",
     "keep this site exact",
 )
 SINK = Rule(
     "sink",
     lambda site, params: not site.sink,
-    "a sink takes part in the softmax: without the softmax it has no place",
+    "a sink takes part in the softmax, and there is no softmax",
     "keep this site exact",
 )
 
 LINEAR = LinearForm(
     name="linear",
     kind="trained",
-    summary="feature maps of query and key instead of a softmax, or but for a window: a state of fixed size, O(N)",
+    summary="feature maps of query and key instead of a softmax, except in a window: a state of fixed size, O(N)",
     source="Katharopoulos et al., Transformers are RNNs, arXiv 2006.16236",
     params=LinearParams,
     rules=(ACCEPTED, TRAINED, PREFILL, WHOLE, FROM_THE_START, PLAIN_SCORE, SINK, CAUSAL_WINDOW, PLAIN_WINDOW, LAYER),

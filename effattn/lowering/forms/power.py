@@ -1,4 +1,4 @@
-"""Power: a window of blocks, the blocks at power-of-two distances, and the sink blocks (PowerAttention)."""
+"""Power: a window of blocks, blocks at power-of-two distances, and sink blocks (PowerAttention)."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from effattn.lowering.forms.form import (
 
 
 class PowerParams(Params):
-    """Lengths in tokens. The form equals exact attention while Nk <= window + block."""
+    """Lengths in tokens. Equals exact attention while Nk <= window + block."""
 
     block: int = Field(default=128, ge=16, description="size of a block; a power of two")
-    window: int = Field(default=2048, ge=1, description="recent tokens, in whole blocks, the query's own included")
-    sinks: int = Field(default=128, ge=0, description="tokens at the start that every query sees")
+    window: int = Field(default=2048, ge=1, description="recent tokens, in whole blocks, including the query's own")
+    sinks: int = Field(default=128, ge=0, description="first tokens, which every query sees")
 
     @model_validator(mode="after")
     def _whole_blocks(self):
@@ -41,7 +41,7 @@ def keep(params: PowerParams, site: Site):
 
 
 def reference(params: PowerParams, q_index, k_index):
-    """bool [Nq, Nk], to be combined with causality; arXiv 2503.03588 section 3, distances in blocks."""
+    """bool [Nq, Nk], without causality; arXiv 2503.03588 section 3, distances in blocks."""
     distance = q_index // params.block - k_index // params.block
     window = distance < params.window // params.block
     power = (distance & (distance - 1)) == 0

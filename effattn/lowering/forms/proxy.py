@@ -1,4 +1,4 @@
-"""Proxy: blocks are ranked once for a group of heads by its pooled heads; each head takes its own share (ProxyAttn)."""
+"""Proxy: pooled heads rank blocks once for a group of heads; each head takes its own share (ProxyAttn)."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ from effattn.lowering.forms.form import (
 
 
 class ProxyParams(Params):
-    """Lengths in tokens. The form equals exact attention at ``gamma`` 1, and while Nk <= ``least``."""
+    """Lengths in tokens. Equals exact attention at ``gamma`` 1, and while Nk <= ``least``."""
 
-    gamma: float = Field(default=0.95, gt=0, le=1, description="share of its last block's mass that each head keeps")
+    gamma: float = Field(default=0.95, gt=0, le=1, description="share of the last query block's mass each head keeps")
     groups: int = Field(
         default=0,
         ge=0,
-        description="groups of heads that share a ranking, a divisor of the key heads; 0: one for each",
+        description="groups of heads that share a ranking, a divisor of the key heads; 0: one per key head",
     )
-    stride: int = Field(default=32, ge=1, description="one query of so many is scored, at least one of a block")
-    key_stride: int = Field(default=1, ge=1, description="one key of so many is scored")
+    stride: int = Field(default=32, ge=1, description="every stride-th query is scored, at least one per block")
+    key_stride: int = Field(default=1, ge=1, description="every key_stride-th key is scored")
     block: int = Field(default=128, ge=16, description="size of a block; a power of two")
-    least: int = Field(default=2048, ge=0, description="tokens that every row keeps at least")
+    least: int = Field(default=2048, ge=0, description="least number of tokens that a query keeps")
 
     @model_validator(mode="after")
     def _powers_of_two(self):
@@ -49,7 +49,7 @@ class ProxyParams(Params):
 
     @property
     def rows_apart(self) -> int:
-        """Queries from one that is scored to the next."""
+        """Distance between scored queries."""
         return min(self.stride, self.block)
 
 
@@ -75,11 +75,11 @@ def select(params: ProxyParams, site: Site) -> Selector:
 
 
 def reference(params: ProxyParams, query, key, allowed, scale):
-    """The recipe in float64, block by block; the diagonal and the first block are always kept.
+    """bool [B, H, Nq, Nk], in float64, block by block. The diagonal and the first block are always kept.
 
-    What the published description leaves open: a block is 128 tokens, the diagonal and the first block are forced, a
-    head's budget is the same in all rows, of equal blocks the later comes first, and the last block of rows, of which
-    all probabilities are known, is ranked by them.
+    Choices that the paper leaves open: a block has 128 tokens, the diagonal and the first block are forced, a head has
+    one budget for all queries, ties go to the later block, and the last query block, whose probabilities are all known,
+    is ranked by them.
     """
     batch, heads, q_len, dim = query.shape
     kv_heads, k_len = key.shape[1], key.shape[2]
@@ -87,21 +87,21 @@ def reference(params: ProxyParams, query, key, allowed, scale):
     allowed = allowed.expand(batch, heads, q_len, k_len)
     block, offset = params.block, k_len - q_len
     units = -(-k_len // block)
-    # 1. rank the blocks once for each group of heads
+    # 1. rank the blocks once per group of heads
     groups = params.groups or kv_heads
     pooled_q = query.view(batch, groups, -1, q_len, dim).mean(2)[:, :, :: params.rows_apart]
     pooled_k = key.view(batch, groups, -1, k_len, dim).mean(2)[:, :, :: params.key_stride]
     seen = allowed[:, :1, :: params.rows_apart, :: params.key_stride]
     logits = (pooled_q @ pooled_k.mT * scale).masked_fill(~seen, -torch.inf)
     shares = logits.softmax(-1).nan_to_num()
-    # 2. how many of them each head needs to cover gamma of what its last block of rows sees
+    # 2. the number of blocks each head needs to cover gamma of the mass of its last query block
     last = query[:, :, -block:] @ key.repeat_interleave(heads // kv_heads, 1).mT * scale
     mass = last.masked_fill(~allowed[:, :, -block:], -torch.inf).softmax(-1).nan_to_num().mean(2)
     by_unit = torch.stack([part.sum(-1) for part in mass.split(block, -1)], -1)
     covered = by_unit.sort(-1, descending=True).values.cumsum(-1)
     needed = (covered < params.gamma * covered[..., -1:]).sum(-1) + 1
     needed = needed.clamp(-(-params.least // block), units) if params.gamma < 1 else torch.full_like(needed, units)
-    # 3. each block of rows keeps its own blocks, the first one, and the best of the others
+    # 3. each query block keeps its own blocks, the first one, and the best of the others
     kept = torch.zeros(batch, heads, q_len, k_len, dtype=torch.bool)
     cells = block // params.key_stride
     for start in range(0, q_len, block):
@@ -128,15 +128,15 @@ def reference(params: ProxyParams, query, key, allowed, scale):
 GROUPS = Rule(
     "groups",
     lambda site, params: params.groups == 0 or int(site.layout.kv_heads) % params.groups == 0,
-    "the key heads do not fall into that many groups of equal size",
+    "the number of key heads is not divisible by groups",
     "choose a divisor of the number of key heads, or 1",
 )
 
-ASSUMED_SHARE = 0.25  # of the keys: what gamma 0.95 keeps depends on the data
+ASSUMED_SHARE = 0.25  # of the keys; the share that gamma 0.95 keeps depends on the data
 
 
 def selector_work(params: ProxyParams, sizes: Layout, element: int) -> Work:
-    """Both passes over pooled heads and over the last rows compute their products twice."""
+    """Both passes, over pooled heads and over the last queries, compute their products twice."""
     heads, kv_heads = sizes.batch * sizes.heads, sizes.batch * sizes.kv_heads
     groups = params.groups or sizes.kv_heads
     ranking = 2 * sizes.batch * groups * sizes.head_dim * Nq * Nk / (params.rows_apart * params.key_stride)
@@ -149,7 +149,7 @@ def selector_work(params: ProxyParams, sizes: Layout, element: int) -> Work:
 PROXY = Form(
     name="proxy",
     kind="approximate",
-    summary="blocks ranked by pooled heads on few queries, as many for each head as cover its last rows' mass",
+    summary="blocks ranked by pooled heads on few queries; each head takes as many as cover its last queries' mass",
     source="Wang et al., ProxyAttn, arXiv 2509.24745",
     params=ProxyParams,
     rules=(CAUSAL, ONLY_CAUSAL, PREFILL, PLAIN_SCORE, SAME_MASK, GROUPS, NO_BACKWARD),

@@ -1,4 +1,4 @@
-"""Tensors of a safetensors file, each checked before anything is computed with it. Nothing in the file is ever run."""
+"""Tensors of a safetensors file, each checked before it is used. No code from the file is run."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from torch import Tensor
 from effattn.errors import WeightsError
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-_PIECE = 1 << 20  # bytes that are hashed at once
+_PIECE = 1 << 20  # bytes hashed at a time
 
 
 class TensorFile:
-    """The tensors and the metadata of one file."""
+    """The tensors and metadata of one file."""
 
     def __init__(self, path: str | Path):
-        """Open ``path``; tensors are only read when they are asked for.
+        """Open ``path``. Tensors are read on demand.
 
         Raises:
-            WeightsError: no such file, not a safetensors file, or the package safetensors is absent.
+            WeightsError: there is no such file, it is not a safetensors file, or safetensors is not installed.
         """
         self.path = Path(path)
         try:
@@ -44,7 +44,7 @@ class TensorFile:
             raise WeightsError(f"{path}: not a safetensors file ({error})") from error
 
     def shape(self, name: str, owner: str) -> tuple[int, ...]:
-        """The shape of a tensor, which is not read. Raises: WeightsError: there is none; ``owner`` needs it."""
+        """The shape of a tensor, without reading it. Raises WeightsError if it is missing; ``owner`` needs it."""
         if name not in self.names:
             near = get_close_matches(name, sorted(self.names), 1)
             hint = f"; the nearest is {near[0]!r}" if near else ""
@@ -52,10 +52,10 @@ class TensorFile:
         return tuple(self._file.get_slice(name).get_shape())
 
     def get(self, name: str, shape: tuple[int, ...], owner: str) -> Tensor:
-        """A tensor on the CPU in the dtype of the file.
+        """A tensor on the CPU in the file's dtype.
 
         Raises:
-            WeightsError: it is absent, has another shape or dtype, or holds values that are not finite.
+            WeightsError: it is missing, has the wrong shape or dtype, or is not finite.
         """
         found = self.shape(name, owner)
         if found != shape:
@@ -68,7 +68,7 @@ class TensorFile:
         return tensor
 
     def whole_number(self, name: str, default: int | None, most: int, meaning: str) -> int:
-        """A number from 1 to ``most`` in the metadata. Raises: WeightsError: it is none, or absent."""
+        """An integer from 1 to ``most`` in the metadata. Raises WeightsError if it is missing or invalid."""
         text = self.metadata.get(name)
         if text is None and default is not None:
             return default
@@ -79,10 +79,10 @@ class TensorFile:
 
 
 def digest_of(path: str | Path) -> str:
-    """SHA-256 of a file, in hexadecimal; read again only if its size or its time of change differ.
+    """SHA-256 of a file in hexadecimal, cached until the file's size, inode or modification time changes.
 
     Raises:
-        WeightsError: it cannot be read.
+        WeightsError: the file cannot be read.
     """
     try:
         facts = os.stat(path)

@@ -1,4 +1,4 @@
-"""Window: each query attends to the last ``window`` keys and to the first ``sinks`` keys."""
+"""Window: each query attends to the last ``window`` keys and the first ``sinks`` keys."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from effattn.lowering.forms.form import (
 
 
 class WindowParams(Params):
-    """Lengths in tokens. With ``window`` >= Nk the form equals exact attention."""
+    """Lengths in tokens. Equals exact attention at ``window`` >= Nk."""
 
     window: int = Field(default=2048, ge=1, description="keys up to and including the query's own position")
-    sinks: int = Field(default=128, ge=0, description="keys at the start that every query sees")
+    sinks: int = Field(default=128, ge=0, description="first keys, which every query sees")
 
 
 def keep(params: WindowParams, site: Site):

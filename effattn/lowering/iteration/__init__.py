@@ -1,1 +1,1 @@
-"""Which key tiles a tile of queries visits, and which of them need no test."""
+"""Which key tiles a query tile visits, and which of them need no mask."""

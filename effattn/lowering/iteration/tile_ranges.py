@@ -1,14 +1,14 @@
-"""Which tiles of a predicate are full, partial or empty, by reasoning on its inequalities.
+"""Which tiles of a predicate are full, partial or empty, derived from its inequalities.
 
 A predicate over (q, k) is split into
 
 * a *band* ``lower(q) <= k < upper(q)`` from its linear conditions;
-* at most one choice ("or") of a narrower band, a *prefix* ``k < c`` (sinks) and a *list* of blocks at power-of-two
-  distances, as sliding window with sinks and PowerAttention need;
-* a *residual* of conditions on data, which no tile can be free of.
+* at most one *choice* (an Or) of a narrower band, a *prefix* ``k < c`` (sinks) and a *list* of blocks at power-of-two
+  distances, for sliding windows with sinks and PowerAttention;
+* a *residual* of conditions on data, which are tested on every tile.
 
-Every bound is monotone in q, so for a tile of rows [q0, q1] its first and last row give the keys that some row
-needs and the keys that every row needs. Nothing is ever evaluated over N x N.
+Every bound is monotone in q. So the first and last query of a tile [q0, q1] give the keys that some query needs and the
+keys that every query needs. Nothing is evaluated over N x N.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ import sympy
 from effattn.ir import expr
 from effattn.ir.expr import FloorDiv, IsPowerOfTwo, k, q
 
-CLEAR_FRACTION = 2**-8  # how far from an integer a constant must be for its rounding to be certain
+CLEAR_FRACTION = 2**-8  # a constant closer than this to an integer might be rounded to it
 
-MOST_KEYS = 2**30  # as a bound, a larger number says the same
+MOST_KEYS = 2**30  # bounds are clamped to this; no larger number of keys occurs
 
 
 @dataclass(frozen=True)
 class PowerList:
-    """Key blocks at distance 1, 2, 4, ... from the query's block, both counted in blocks of ``block`` tokens.
+    """Key blocks at distance 1, 2, 4, ... from the query's block, in blocks of ``block`` tokens.
 
-    ``position`` is the query's absolute index: its block is ``position // block``.
+    ``position`` is the query's absolute position: its block is ``position // block``.
     """
 
     block: int
@@ -39,12 +39,11 @@ class PowerList:
 
 @dataclass(frozen=True)
 class TileRanges:
-    """The keys that a row of queries visits. All expressions are in q, Nq, Nk, scalars and captures without q or k.
+    """The keys that query q visits. All expressions are in q, Nq, Nk, scalars and captured tensors without q or k.
 
-    A key k is *structurally* kept by row q if every ``lower <= k``, every ``k < upper``, and, where ``choice`` is
-    set, at least one of: every ``near_lower <= k`` and every ``k < near_upper``; ``k < prefix``; k in the ``powers``
-    list.
-    Bounds never decrease in q, except those in ``prefix`` which do not depend on q.
+    Query q *structurally* keeps key k if every ``lower <= k``, every ``k < upper`` and, if ``choice`` is set, at least
+    one of: every ``near_lower <= k`` and every ``k < near_upper``; ``k < prefix``; k in the ``powers`` list.
+    Bounds never decrease in q; ``prefix`` does not depend on q.
     """
 
     lower: tuple[Any, ...] = ()
@@ -54,12 +53,12 @@ class TileRanges:
     near_upper: tuple[Any, ...] = ()
     prefix: Any | None = None
     powers: PowerList | None = None
-    structural: Any = sympy.true  # the conditions above as one predicate: tested on boundary tiles
+    structural: Any = sympy.true  # the conditions above as one predicate: tested on partial tiles
     residual: Any = sympy.true  # conditions on data: tested on every tile
 
 
 def tile_ranges(predicate) -> TileRanges:
-    """The tile ranges of a predicate. Conditions that cannot be bounded go to the residual: slower, never wrong."""
+    """The tile ranges of a predicate. Conditions without usable bounds go to the residual: slower, never wrong."""
     lower: list = []
     upper: list = []
     structural: list = []
@@ -89,7 +88,7 @@ def tile_ranges(predicate) -> TileRanges:
 
 
 def key_conditions(residual) -> tuple:
-    """(conditions on data that depend on the batch and the key alone, as padding does; the others)."""
+    """(conditions on data that depend on batch and key only, such as padding; all others)."""
     alone: list = []
     others: list = []
     for part in expr.conjuncts(residual):
@@ -99,7 +98,7 @@ def key_conditions(residual) -> tuple:
 
 
 def _choice(disjunction: sympy.Or) -> TileRanges | None:
-    """An Or of one band, prefixes and one power-of-two list; None if it holds anything else."""
+    """An Or of one band, prefixes and one power-of-two list; None for any other."""
     near_lower = near_upper = prefix = powers = None
     for part in disjunction.args:
         if isinstance(part, IsPowerOfTwo):
@@ -122,7 +121,7 @@ def _choice(disjunction: sympy.Or) -> TileRanges | None:
 
 
 def _bound(atom) -> tuple[str, Any] | None:
-    """``("lower", e)`` for k >= e(q), ``("upper", e)`` for k < e(q), e never decreasing in q; None if neither."""
+    """``("lower", e)`` for k >= e(q) or ``("upper", e)`` for k < e(q), e never decreasing in q; else None."""
     if not isinstance(atom, (sympy.Le, sympy.Lt, sympy.Ge, sympy.Gt)):
         return None
     slack = atom.lhs - atom.rhs if isinstance(atom, (sympy.Le, sympy.Lt)) else atom.rhs - atom.lhs
@@ -147,7 +146,7 @@ def _bound(atom) -> tuple[str, Any] | None:
     if limit is None or not _never_decreases(limit):
         return None
     one_more = strict != (sign == 1)
-    if expr.loads_of(limit):  # data may be as large as its type, which leaves no room for what follows
+    if expr.loads_of(limit):  # data may be as large as their dtype allows, so clamp before adding or multiplying
         limit = sympy.Min(limit, MOST_KEYS // block) if one_more or block != 1 else limit
         limit = sympy.Max(limit, -MOST_KEYS // block) if block != 1 else limit
     limit = limit + 1 if one_more else limit
@@ -155,9 +154,9 @@ def _bound(atom) -> tuple[str, Any] | None:
 
 
 def _whole(term, up: bool):
-    """``term`` rounded to an integer; None if more than its constant may be a fraction.
+    """``term`` rounded to an integer; None if other parts than its constant may be fractions.
 
-    Comparisons are evaluated in float32, so a fraction that rounding could take to an integer is left to them.
+    Kernels compare in float32. A fraction that float32 might round to an integer gives None, so it is compared there.
     """
     constant, rest = sympy.expand(term).as_coeff_Add()
     if not rest.is_integer or not constant.is_finite:
@@ -168,7 +167,7 @@ def _whole(term, up: bool):
 
 
 def _only_row_terms(term) -> bool:
-    """Whether a term can be computed once per tile: no b, h dependence through data with q or k, integer loads only."""
+    """Whether a term can be computed once per tile: without s, and with integer loads that do not depend on q or k."""
     if term.has(expr.s):
         return False
     return all(isinstance(part, expr.IntLoad) and not part.has(q, k) for part in expr.loads_of(term))
@@ -190,7 +189,7 @@ def _never_decreases(term) -> bool:
 
 
 def _power_list(atom: IsPowerOfTwo) -> PowerList | None:
-    """``IsPowerOfTwo(FloorDiv(position, block) - FloorDiv(k, block))``."""
+    """The list of ``IsPowerOfTwo(FloorDiv(position, block) - FloorDiv(k, block))``; None for other atoms."""
     distance = sympy.expand(atom.args[0])
     key_terms = [term for term in sympy.Add.make_args(distance) if term.has(k)]
     if len(key_terms) != 1:

@@ -1,6 +1,5 @@
 """Triton source for a plan: one self-contained file per specialisation.
 
-``spec`` says what a kernel is specialised on, ``configs`` which tile sizes it gets, ``algebra`` turns expressions into
-source text, ``ranges`` tile ranges as scalar code, ``source`` fills the templates beside it, ``offline``
-compiles the result for a GPU that need not be there.
+``spec`` says what a kernel is specialised on, ``range_source`` prints tile ranges as scalar code, ``source`` fills the
+templates beside it, ``offline`` compiles the result without a GPU.
 """

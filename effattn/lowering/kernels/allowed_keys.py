@@ -1,8 +1,8 @@
-"""Conditions on data that depend on the key alone, as a padding mask does: found once a call, by a small kernel.
+"""Conditions on data that depend on batch and key only (padding masks): a small kernel evaluates them once per call.
 
-It writes, for each of ``PARTS`` parts of the keys of a batch row, the first allowed key, one past the last, and how
-many are allowed. Every program of the main kernels adds these up: it visits no tile outside of them, and if the allowed
-keys are consecutive it tests the data on none of the tiles inside.
+For each of ``PARTS`` parts of the keys of a batch it writes the first allowed key, one past the last, and the number of
+allowed keys. Every program of the main kernels reduces these. It visits no tile outside the allowed range, and if the
+allowed keys are consecutive it does not test the data inside.
 """
 
 from __future__ import annotations
@@ -10,14 +10,14 @@ from __future__ import annotations
 from effattn.ir.fold import fold
 from effattn.lowering.dialects.triton.terms import KEYS, Lines, Source
 
-PARTS = 32  # programs of a batch row; the lanes of one warp add up what they found
+PARTS = 32  # programs per batch; one warp reduces their results
 KEYS_AT_ONCE = 1024
 
 
 def sums(whole: bool) -> list[str]:
-    """The first lines of every kernel that reads what was found; ``batch`` is known.
+    """The first lines of every kernel that reads the result; ``batch`` is defined.
 
-    ``whole``: also whether the keys between the first and the last are all allowed, which decode does not ask.
+    ``whole``: also whether all keys from the first to the last are allowed, which decode does not use.
     """
     found = [
         f"found = allowed + batch * {3 * PARTS} + tl.arange(0, {PARTS})",
@@ -32,7 +32,7 @@ def sums(whole: bool) -> list[str]:
 
 
 def lines_and_keep(condition, symbols, captures) -> tuple[list[str], str]:
-    """Source of ``condition`` for a vector called ``keys``: lines that it needs, and the condition itself."""
+    """Source of ``condition`` for a vector ``keys``: the lines it needs, and the condition."""
     lines = Lines()
     algebra = Source(symbols, captures, lines, lines, key_mask="key_ok")
     return lines.lines, fold(condition, algebra).spread(KEYS)

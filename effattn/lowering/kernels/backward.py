@@ -1,4 +1,4 @@
-"""The source of gradients: one kernel walks keys as the forward does, another walks rows for each tile of keys."""
+"""Source of the backward: one kernel loops over key tiles, another over query tiles for each key tile."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from effattn.lowering.kernels.range_source import Part, flatten, rows_of
 from effattn.lowering.kernels.source import Generator, Sweep, affine_slope, parameters
 from effattn.lowering.kernels.spec import KernelSpec
 
-WIDEST = 256  # head dimension: two accumulators of a tile of keys must fit in registers
+WIDEST = 256  # head_dim; two accumulators of a key tile must fit in registers
 
 
 def no_backward(attention: AttentionSpec, head_dim: int, value_dim: int) -> str | None:
-    """Why there is no generated backward for a plan; None if there is."""
+    """Why there is no generated backward for a plan; None if there is one."""
     keys = tile_ranges(attention.rule)
     if affine_slope(attention.score) is None:
         return "the score is not a multiple of s plus a bias"
@@ -37,7 +37,7 @@ def no_backward(attention: AttentionSpec, head_dim: int, value_dim: int) -> str 
 
 
 class BackwardGenerator(Generator):
-    """Fills the template of gradients."""
+    """Fills the backward template."""
 
     def __init__(self, spec: KernelSpec):
         super().__init__(spec)
@@ -51,7 +51,7 @@ class BackwardGenerator(Generator):
             sweep.slope = slope
 
         def bound_text(bound: Any, row: str) -> str:
-            # the row changes as the bisection goes on: no part of a bound is computed before it
+            # the query changes during the bisection: no part of a bound may be computed before it
             return self.scalar_text(bound, self.rows_before, row, UNLIMITED)
 
         ranges = rows_of(self.tile_ranges, bound_text, self.allowed)
@@ -69,12 +69,12 @@ class BackwardGenerator(Generator):
         }
 
     def rows_sweep(self, title: str, parts: tuple[Part, ...], partial: bool) -> Sweep:
-        """As :meth:`sweep`, with keys along the first side of a tile and rows along the second."""
+        """Like :meth:`sweep`, with keys as the first axis of a tile and queries as the second."""
         before, steps, count = flatten(parts, "i", "row_tile")
         inside = self.rows_before.inner()
         tile = ("first_key", self.spec.tiles.block_m)
         symbols = self.symbols(q=Value("rows", KEYS, plain=True), k=Value("keys", ROWS, plain=True, tile=tile))
-        # the head changes from turn to turn: what may depend on it is not computed before the loop
+        # the head changes between iterations: terms that depend on it are not computed before the loop
         by_head = any(sympy.sympify(term).has(expr.h) for term in (self.attention.score, self.attention.rule))
         before_loop = inside if by_head else self.rows_before
         algebra = Source(symbols, self.captures, before_loop, inside, key_mask="row_ok", row_mask="key_ok")

@@ -1,4 +1,4 @@
-"""From a specialisation of linear attention to its source file: the templates ``linear_*.jinja``, filled in."""
+"""Source of linear attention: fills the templates ``linear_*.jinja`` for a specialisation."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from effattn.lowering.kernels.linear_spec import LinearSpec
 from effattn.lowering.kernels.source import Param, template_named, tidy
 from effattn.lowering.kernels.spec import DTYPES
 
-STATE_BLOCK = 1024  # elements of a state that one program carries from part to part
+STATE_BLOCK = 1024  # elements of a state that one program carries across parts
 KERNELS = {
     "chunks": ("partial_states", "carry", "outputs"),
     "whole": ("partial_states", "add_up", "outputs"),
@@ -18,14 +18,14 @@ KERNELS = {
 
 
 def generate(spec: LinearSpec) -> str:
-    """The source of the kernels that ``spec`` asks for: a Python module with ``launch`` in it."""
+    """The source of a Python module with the kernels of ``spec`` and their ``launch``."""
     context = _context(spec)
     context["host_helpers"] = template_named("start.jinja").render()
     return tidy(template_named(f"linear_{spec.kind}.py.jinja").render(context))
 
 
 def file_name(spec: LinearSpec, source: str) -> str:
-    """A readable name that differs wherever the source differs: ``linear_chunks_decay_bf16_f128_ab12cd34.py``."""
+    """A readable name, unique to the source: ``linear_chunks_decay_bf16_f128_ab12cd34.py``."""
     traits = [name for name in ("decay", "ones", "reverse") if getattr(spec, name)]
     width = f"f{spec.features}" + (f"x{spec.value_dim}" if spec.value_dim != spec.features else "")
     digest = hashlib.sha256(source.encode()).hexdigest()[:8]
@@ -91,7 +91,7 @@ def kernel_constants(spec: LinearSpec) -> dict[str, int]:
 
 
 def _context(spec: LinearSpec) -> dict[str, Any]:
-    """What the templates ask for."""
+    """Variables of the templates."""
     constants = kernel_constants(spec)
     params = {kernel: parameters(spec, kernel) for kernel in KERNELS[spec.kind]}
     precision = f', input_precision="{"tf32" if spec.tf32 else "ieee"}"' if spec.dtype == "float32" else ""

@@ -1,7 +1,7 @@
-"""The source of attention over a block list: the prefill kernel, with the keys to visit read from ``kv_indices``.
+"""Source of attention over a block list: the prefill kernel, with the keys to visit read from ``kv_indices``.
 
-A tile of rows lies within one query block, so it has one list. Units at least as wide as a tile of keys are visited
-tile by tile; several smaller ones, or single tokens, share a tile whose keys are gathered.
+A query tile lies within one query block, so it has one list. Units at least as wide as a key tile are visited tile by
+tile. Smaller units, or single tokens, are gathered into a tile.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from effattn.lowering.dialects.triton.terms import KEYS, TILE, Source, Value
 from effattn.lowering.kernels.range_source import Ranges
 from effattn.lowering.kernels.source import Generator, Sweep
 
-# where the list of a tile of rows stands, and how much of it is visited
+# the start of a query tile's list, and how much of it is visited
 LIST = (
     "row_block = tile_row // LIST_BLOCK",
     "kv_indices += ((batch * lists + head // (heads // lists)).to(tl.int64) * row_blocks + row_block) * width",
@@ -33,7 +33,7 @@ TILES = "(LIST_UNIT // BLOCK_N)"
 
 
 class ListedGenerator(Generator):
-    """Fills the template of prefill."""
+    """Fills the prefill template."""
 
     @property
     def template(self) -> str:

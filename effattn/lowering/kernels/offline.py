@@ -1,6 +1,6 @@
-"""Compile a kernel for a GPU that need not be there, and read off what it uses.
+"""Compiles kernels without a GPU, and reports the resources they use.
 
-Not available under Triton's interpreter (``TRITON_INTERPRET=1``), which replaces what compiles.
+Not available under Triton's interpreter (``TRITON_INTERPRET=1``), which replaces the compiler.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from effattn.lowering.kernels.score import ScoreSpec
 from effattn.lowering.kernels.source import Param, file_name, generate, kernel_constants, parameters
 from effattn.lowering.kernels.spec import KernelSpec
 
-# architecture -> (backend, name in that backend, lanes of a warp, bytes of shared memory that a program may use)
+# architecture -> (backend, name in that backend, threads per warp, bytes of shared memory available to a program)
 TARGETS: dict[str, tuple[str, Any, int, int]] = {
     "sm80": ("cuda", 80, 32, 163 * 1024),
     "sm90": ("cuda", 90, 32, 227 * 1024),
@@ -31,11 +31,11 @@ TARGETS: dict[str, tuple[str, Any, int, int]] = {
 
 @dataclass(frozen=True)
 class Resources:
-    """What one compiled kernel uses on a multiprocessor."""
+    """Resources of one compiled kernel."""
 
-    registers: int  # of one thread
-    spilled: int  # bytes of one thread that did not fit in registers
-    shared: int  # bytes of one program
+    registers: int  # per thread
+    spilled: int  # bytes per thread
+    shared: int  # bytes per program
 
     def __str__(self) -> str:
         return f"{self.registers} registers, {self.spilled} bytes spilled, {self.shared} bytes of shared memory"
@@ -44,8 +44,7 @@ class Resources:
 def compile_for(spec: KernelSpec | ScoreSpec | LinearSpec | int, arch: str, kernel: str = "forward") -> Resources:
     """Compile a kernel of ``spec`` for ``arch`` (a key of ``TARGETS``), with contiguous last dimensions.
 
-    ``spec`` is that of an attention kernel, of a selector's scores, of linear attention, or the width of a selector's
-    pick.
+    ``spec``: of attention, of a selector's scores, of linear attention, or the width of a selector's pick.
     """
     compiled = compiled_for(spec, arch, kernel)
     if TARGETS[arch][0] == "hip":
@@ -56,7 +55,7 @@ def compile_for(spec: KernelSpec | ScoreSpec | LinearSpec | int, arch: str, kern
 
 
 def compiled_for(spec: KernelSpec | ScoreSpec | LinearSpec | int, arch: str, kernel: str = "forward") -> Any:
-    """What ``triton.compile`` returns: ``.asm`` holds every stage from ``ttir`` down to machine code."""
+    """The result of ``triton.compile``: ``.asm`` has every stage from ``ttir`` to machine code."""
     if isinstance(spec, LinearSpec):
         params, every = (
             linear_source.parameters(spec, kernel),
@@ -91,7 +90,7 @@ def _compiled(
     schedule: tuple[int, int],
     ones: Sequence[str],
 ) -> Any:
-    """``schedule`` is (warps, stages); ``ones`` are strides that are 1, as are all that end in ``_stride_d``."""
+    """``schedule`` is (warps, stages). Strides in ``ones``, and all that end in ``_stride_d``, are 1."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -127,5 +126,5 @@ def _read_amd(assembly: str) -> tuple[int, int]:
     def count(name: str) -> int:
         return int(re.search(rf"\.{name}:\s*(\d+)", assembly)[1])  # type: ignore[index]
 
-    # scalar registers spill into lanes of vector registers; only the private segment is memory
+    # scalar registers spill to lanes of vector registers; only the private segment is memory
     return count("vgpr_count"), count("private_segment_fixed_size")

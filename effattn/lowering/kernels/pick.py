@@ -1,11 +1,11 @@
-"""The source of a selector's pick: the best units of a query block, and how many units cover a head's mass."""
+"""Source of a selector's pick: the best units of a query block, and the number of units that cover a head's mass."""
 
 from __future__ import annotations
 
 from effattn.lowering.kernels.source import Param, template_named, tidy
 from effattn.lowering.kernels.spec import padded
 
-WIDEST = 8192  # units of one program
+WIDEST = 8192  # most units of one program
 
 
 def generate(width: int, warps: int) -> str:
@@ -32,5 +32,5 @@ def width_for(units: int) -> int:
 
 
 def warps_for(width: int) -> int:
-    """Few warps: each step of ``choose`` is a sum over all of them."""
+    """Few warps, since each step of ``choose`` is a reduction over all of them."""
     return max(width // 512, 1)

@@ -1,9 +1,9 @@
-"""Tile ranges as scalar code: which key tiles one tile of query rows visits, and which of them are full.
+"""Tile ranges as scalar code: which key tiles a query tile visits, and which of them are full.
 
 Everything is counted in tiles of ``BLOCK_N`` keys. A *segment* is a run of consecutive tile numbers, or of places in
-the list of power-of-two blocks, cut in up to three: tiles on the left edge, full tiles, tiles on the right edge.
-Segments never share a tile. One loop runs over the full parts of all segments, another over the partial tiles; both
-compute the tile number from the loop counter, so that the pipeline of loads does not drain from segment to segment.
+the list of power-of-two blocks. It is cut into up to three parts: partial tiles on the left, full tiles, partial tiles
+on the right. Segments do not overlap. One loop runs over the full parts of all segments, another over the partial
+parts. Both compute the tile number from the loop counter, so that the load pipeline does not drain between segments.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ import sympy
 from effattn.ir.expr import q
 from effattn.lowering.iteration.tile_ranges import PowerList, TileRanges
 
-Text = Callable[[Any, str], str]  # (bound, name of a row) -> source of the bound at that row
+Text = Callable[[Any, str], str]  # (bound, name of a query) -> source of the bound at that query
 
 
 @dataclass(frozen=True)
 class Part:
-    """Tiles ``first`` to ``end``, end excluded; ``listed``: these are places in the block list, not tile numbers."""
+    """Tiles ``first`` to ``end``, exclusive; ``listed``: places in the block list instead of tile numbers."""
 
     name: str
     first: str
@@ -32,7 +32,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Ranges:
-    """Scalar code that computes the parts, and the parts: tiles that need no test of position, and tiles that do."""
+    """Scalar code that defines the parts, and the parts: full tiles and partial tiles."""
 
     lines: tuple[str, ...]
     full: tuple[Part, ...]
@@ -40,7 +40,7 @@ class Ranges:
 
 
 def position_offset(powers: PowerList, block_m: int, block_n: int) -> Any | None:
-    """c where the position of row q is q + c and tiles divide the blocks; None if the list cannot be aligned."""
+    """c if the position of query q is q + c and tiles divide the blocks; None if the list cannot be aligned."""
     offset = sympy.expand(powers.position - q)
     if offset.has(q) or powers.block % block_m or powers.block % block_n or powers.block & (powers.block - 1):
         return None
@@ -48,14 +48,14 @@ def position_offset(powers: PowerList, block_m: int, block_n: int) -> Any | None
 
 
 def visits(ranges: TileRanges, text: Text, aligned: bool, split: bool, allowed: bool = False) -> Ranges:
-    """The parts that a tile with rows ``first_row`` to ``last_row`` visits.
+    """The parts that a tile with queries ``first_row`` to ``last_row`` visits.
 
     Args:
-        text: turns a bound of the tile ranges into source at a row.
-        aligned: the rows have one block in the block list, called ``position_block``.
-        split: tell full tiles from partial ones; else every tile is partial.
-        allowed: no key before ``allowed_first`` or from ``allowed_end`` on is kept, and all between them that the
-            ranges keep if ``allowed_whole``; if not, every tile is partial.
+        text: source of a bound at a query.
+        aligned: the queries of a tile are in one block of the block list, ``position_block``.
+        split: separate full from partial tiles; else every tile is partial.
+        allowed: only keys from ``allowed_first`` to ``allowed_end`` are kept. If ``allowed_whole``, all of these that
+            the ranges keep are; otherwise every tile is partial.
     """
     builder = _Builder(text, split, allowed)
     builder.outer(ranges)
@@ -80,7 +80,7 @@ class _Builder:
         self.lines.append(f"{name} = {value}")
 
     def bound(self, bounds, row: str, function: str, start: list[str]) -> str:
-        """The largest or smallest of some bounds at a row."""
+        """The maximum or minimum of some bounds at a query."""
         texts = start + [self.text(bound, row) for bound in bounds]
         result = texts[0]
         for other in texts[1:]:
@@ -88,7 +88,7 @@ class _Builder:
         return result
 
     def outer(self, ranges: TileRanges) -> None:
-        """Keys that some row may visit, and keys that every row keeps, by the conditions outside the choice."""
+        """Keys that some query may visit and keys that every query keeps, by the conditions outside the choice."""
         within = "tl.minimum({}, k_len).to(tl.int32)".format
         zero, k_len = ("allowed_first", "allowed_end") if self.allowed else ("0", "k_len")
         if ranges.lower or self.allowed:
@@ -111,7 +111,7 @@ class _Builder:
         self.let("full_end", f"tl.where(allowed_whole, {full_end}, 0)" if self.allowed else full_end)
 
     def choose(self, ranges: TileRanges) -> None:
-        """Segments of the choice: prefix, then the list between prefix and near band, then the near band."""
+        """Segments of the choice: prefix, the list between prefix and near band, the near band."""
         middle, right = "outer_tile", "outer_end"
         outer_left = bool(ranges.lower) or self.allowed
         if ranges.prefix is not None:
@@ -155,7 +155,7 @@ class _Builder:
         self.segment("near", "near_tile", "near_end", full_tile, full_end, bool(lower or ranges.lower) or self.allowed)
 
     def listed(self, name: str, first: str, end: str, has_left: bool) -> None:
-        """Tiles of listed blocks in ``[first, end)``. Places in the list run from far right to far left."""
+        """Tiles of listed blocks in ``[first, end)``. Places in the list run from right to left."""
 
         def place(tile: str) -> str:
             return f"_listed_from({tile}, position_block, LIST_TILES)"
@@ -189,10 +189,10 @@ class _Builder:
 
 
 def rows_of(ranges: TileRanges, text: Text, allowed: bool = False) -> Ranges:
-    """The other way round: tiles of query rows that a tile of keys ``first_key`` to ``last_key`` is visited by.
+    """The transpose: tiles of queries that visit a tile of keys ``first_key`` to ``last_key``.
 
-    Bounds never decrease in q, so the rows are consecutive and their ends are found by bisection. A walk with a
-    block list has no such ends. ``allowed``: as for :func:`visits`.
+    Bounds never decrease in q, so the queries are consecutive, and bisection finds both ends. Tile ranges with a block
+    list have no such ends. ``allowed``: see :func:`visits`.
     """
     conditions = {
         "rows_first": ("first_key", ranges.upper, ranges.near_upper, "all"),
@@ -233,7 +233,8 @@ def rows_of(ranges: TileRanges, text: Text, allowed: bool = False) -> Ranges:
 
 
 def _bisection(name: str, condition: str, without: str) -> list[str]:
-    """``name`` becomes the first row for which ``condition`` on ``middle`` holds, q_len if there is none."""
+    """Code that sets ``name`` to the first query for which ``condition`` on ``middle`` holds, q_len if there is
+    none."""
     if not condition:
         return [f"{name} = {without}"]
     return [
@@ -254,7 +255,7 @@ def flatten(parts: tuple[Part, ...], counter: str, tile_name: str = "key_tile") 
     """One loop over several parts.
 
     Returns:
-        Lines before the loop, lines in the loop that compute the tile number from ``counter``, and the number of turns.
+        Lines before the loop, lines in the loop that set the tile number from ``counter``, and the trip count.
     """
     before: list[str] = []
     steps: list[str] = []

@@ -1,8 +1,8 @@
-"""The source of a selector's scores: products of strided vectors, a masked softmax, reduced to blocks and units.
+"""Source of a selector's scores: products of strided vectors, a masked softmax, reduced to blocks and units.
 
-Two kernels a file. ``row_totals`` finds each row's normaliser, ``cells`` computes the products again and reduces them:
-cheaper than to keep them, and nothing is as large as N x N. Both split the keys, so that a few rows still fill a GPU,
-and test the mask only where a row of the tile may not see a key.
+There are two kernels. ``row_totals`` computes each query's normaliser; ``cells`` computes the products again and
+reduces them, which is cheaper than storing them and needs no N x N memory. Both split the keys, so that few queries
+still fill a GPU, and test the mask only on partial tiles.
 """
 
 from __future__ import annotations
@@ -40,15 +40,15 @@ TILE_SIDE = {16: 128, 32: 64}  # by bits of the dtype
 class ScoreSpec:
     """One specialisation of the score kernels."""
 
-    form: str  # for people
+    form: str  # shown in the file
     attention: AttentionSpec
     dtype: str
     head_dim: int
     groups: int  # lists that share one key head
-    q_stride: int  # rows from one vector to the next
+    q_stride: int  # distance between query vectors
     k_stride: int
-    height: int  # query vectors of a block
-    width: int  # key vectors of a unit
+    height: int  # query vectors per block
+    width: int  # key vectors per unit
     rows: Literal["max", "mean"]
     columns: Literal["max", "sum"]
     splits: int  # parts of the keys in ``row_totals``; a power of two
@@ -110,21 +110,21 @@ def parameters(spec: ScoreSpec, kernel: str) -> list[Param]:
 
 
 def constant_scale(score: Any) -> float | None:
-    """c where the score is ``c * s`` with a number c > 0, which folds into the exponent; else None."""
+    """c if the score is ``c * s`` with a number c > 0, which folds into the exponent; else None."""
     factor = score / expr.s
     return float(factor) if factor.is_number and factor > 0 else None
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """One loop over tiles of keys, as the template needs it."""
+    """One loop over key tiles, as the template needs it."""
 
     title: str
     range: str
     partial: bool
     lines: list[str]
-    score: str  # "": the products as they are
-    keep: str  # "": all are kept
+    score: str  # "": the unscaled products
+    keep: str  # "": all keys are kept
     reads_keys: bool
 
 
@@ -151,10 +151,10 @@ def _sweep(
 
 
 def generate(spec: ScoreSpec) -> str:
-    """The source of both kernels, with ``launch``.
+    """The source of both kernels and ``launch``.
 
     Raises:
-        UnknownOperation: the score or predicate holds an operation that kernels do not have.
+        UnknownOperation: kernels cannot compute an operation of the score or predicate.
     """
     captures = {load.name: load for load in spec.attention.captures}
     before, bound_lines = Lines(), Lines()

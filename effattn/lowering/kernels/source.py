@@ -1,7 +1,6 @@
-"""From a kernel's specialisation to its source file: a pure function, milliseconds, no device.
+"""From a kernel's specialisation to its source: a pure function that takes milliseconds and no device.
 
-The templates beside this file hold the kernels; what is filled in are expressions
-(``algebra``) and tile ranges (``ranges``).
+The templates beside this file hold the kernels. They are filled with expressions and tile ranges.
 """
 
 from __future__ import annotations
@@ -38,18 +37,18 @@ from effattn.lowering.kernels.range_source import Part, Ranges, flatten, positio
 from effattn.lowering.kernels.spec import DTYPES, KernelSpec
 
 LOG2_E = 1.4426950408889634
-CACHED_KEYS = 20 << 20  # bytes of keys and values that heads running side by side may share the L2 cache with
+CACHED_KEYS = 20 << 20  # bytes of L2 cache for the keys and values of heads that run side by side
 _POINTER = {**DTYPES, "bool": "i1", "float64": "fp64"}
 _POINTER |= {f"{sign}int{n}": f"{sign or 'i'}{n}" for sign in ("", "u") for n in (8, 16, 32, 64)}
 
 
 @dataclass(frozen=True)
 class Param:
-    """A parameter of the kernel: its name, and its type as Triton's signatures write it."""
+    """A kernel parameter: its name, and its type in Triton's signatures."""
 
     name: str
     type: str  # "*bf16", "i32", "fp32", "constexpr"
-    specialise: bool = True  # integers: whether divisibility by 16 and the value 1 may be compiled in
+    specialise: bool = True  # integers: Triton may specialise on divisibility by 16 and on the value 1
 
 
 @dataclass
@@ -57,25 +56,25 @@ class Sweep:
     """One loop over key tiles, as the template needs it."""
 
     title: str
-    partial: bool  # positions are tested
+    partial: bool  # positions are masked
     count: str
     before: list[str]
     steps: list[str]
     lines: list[str] = field(default_factory=list)
     keep: str = ""
     score: str = ""
-    slope: str = ""  # what the raw score is multiplied by
-    guard: bool = False  # a row may have met no key yet
+    slope: str = ""  # factor of the raw score
+    guard: bool = False  # a query may not have met a key yet
     reads_keys: bool = False
     stages: int = 0
-    gathered: bool = False  # the keys of a tile lie apart: ``steps`` say which they are
+    gathered: bool = False  # the keys of a tile are not consecutive; ``steps`` compute them
 
 
 def generate(spec: KernelSpec) -> str:
-    """The source of the kernel that ``spec`` asks for: a Python module with ``launch`` in it.
+    """The source of a Python module with the kernel of ``spec`` and its ``launch``.
 
     Raises:
-        UnknownOperation: the score or predicate holds an operation that kernels do not have.
+        UnknownOperation: kernels cannot compute an operation of the score or predicate.
     """
     if spec.kind == "backward":
         from effattn.lowering.kernels.backward import BackwardGenerator
@@ -89,7 +88,7 @@ def generate(spec: KernelSpec) -> str:
 
 
 def file_name(spec: KernelSpec, source: str) -> str:
-    """A readable name that differs wherever the source differs: ``power_causal_bf16_d128_g4_ab12cd34.py``."""
+    """A readable name, unique to the source: ``power_causal_bf16_d128_g4_ab12cd34.py``."""
     keys = tile_ranges(spec.attention.rule)
     mask = "causal" if any(bound.has(expr.q) for bound in keys.upper) else "full"
     mask = "masked" if keys.residual != sympy.true else mask
@@ -100,9 +99,9 @@ def file_name(spec: KernelSpec, source: str) -> str:
 
 
 def parameters(spec: KernelSpec, kernel: str = "forward") -> list[Param]:
-    """The parameters of a kernel in the file, in order.
+    """The parameters of a kernel of the file, in order.
 
-    ``forward``, or ``grad_query`` and ``grad_key_value``; ``find_allowed`` if there is a :func:`key_condition`.
+    ``kernel``: ``forward``; ``grad_query`` or ``grad_key_value``; ``find_allowed`` if there is a :func:`key_condition`.
     """
     element = f"*{DTYPES[spec.dtype]}"
     allowed_keys = [Param("allowed", "*i32")] if key_condition(spec) != sympy.true else []
@@ -135,12 +134,12 @@ def parameters(spec: KernelSpec, kernel: str = "forward") -> list[Param]:
 
 
 def data_parameters(attention: AttentionSpec) -> list[Param]:
-    """The tensors that the predicate and score read."""
+    """Pointers to the captured tensors."""
     return [Param(f"data_{load.name}", f"*{_POINTER.get(load.dtype, load.dtype)}") for load in attention.captures]
 
 
 def data_sizes(attention: AttentionSpec) -> list[Param]:
-    """Strides of those tensors, and the sizes that kernels test; scalars and numbers."""
+    """Strides of captured tensors and the sizes that kernels check; scalars and numbers."""
     found = []
     tested = sizes_tested(attention)
     for load in attention.captures:
@@ -151,18 +150,18 @@ def data_sizes(attention: AttentionSpec) -> list[Param]:
 
 
 def _common_parameters(spec: KernelSpec) -> list[Param]:
-    """Lengths, strides of data, scalars, numbers and constants."""
+    """Lengths, strides of captured tensors, scalars, numbers and constants."""
     found = [Param(name, "i32", False) for name in ("heads", "q_len", "k_len")]
     return found + data_sizes(spec.attention) + [Param(name, "constexpr") for name in kernel_constants(spec)]
 
 
 def key_condition(spec: KernelSpec) -> Any:
-    """What is found out about keys before the main kernel starts; true: nothing."""
+    """The condition on keys that ``find_allowed`` evaluates before the main kernel; true: there is none."""
     return key_conditions(tile_ranges(spec.attention.rule).residual)[0] if spec.key_ranges else sympy.true
 
 
 def sizes_tested(attention: AttentionSpec) -> dict[str, list[int]]:
-    """Load -> dimensions whose size a kernel needs to test a computed index."""
+    """Captured tensor -> dimensions whose computed index a kernel has to check."""
     tested: dict[str, set[int]] = {load.name: set() for load in attention.captures}
     for load in expr.loads_of(attention.score, attention.rule):
         tested[load.name].update(tested_dims(load))
@@ -170,9 +169,9 @@ def sizes_tested(attention: AttentionSpec) -> dict[str, list[int]]:
 
 
 def linear_scale(score: Any, spec: KernelSpec) -> Any | None:
-    """c where the score is ``c * s`` with one c for all of a tile, so that it folds into the exponent; else None."""
+    """c if the score is ``c * s`` with one c per tile, so that it folds into the exponent; else None."""
     factor = sympy.expand(score).coeff(expr.s, 1)
-    one_head = spec.kind in ("prefill", "listed")  # of a tile
+    one_head = spec.kind in ("prefill", "listed")  # per tile
     varying = (expr.s, expr.q, expr.k) if one_head else (expr.s, expr.q, expr.k, expr.h)
     if factor.has(*varying) or (factor.is_zero is not False and factor.is_number):
         return None
@@ -180,7 +179,7 @@ def linear_scale(score: Any, spec: KernelSpec) -> Any | None:
 
 
 def affine_slope(score: Any) -> Any | None:
-    """c where the score is ``c * s`` plus something without s, c the same for all of a tile and not zero; else None."""
+    """c if the score is ``c * s + bias`` with one c per tile, not zero, and a bias without s; else None."""
     whole = sympy.expand(score)
     slope = whole.coeff(expr.s, 1)
     if slope.has(expr.s, expr.q, expr.k) or slope == 0 or sympy.expand(whole - slope * expr.s).has(expr.s):
@@ -239,18 +238,18 @@ class Generator:
         self.allowed = self.key_condition != sympy.true
         self.residual = key_conditions(self.tile_ranges.residual)[1] if self.allowed else self.tile_ranges.residual
         self.captures = {load.name: load for load in self.attention.captures}
-        self.early = Lines()  # before the rows of the tile are known: only scalars
+        self.early = Lines()  # before the queries of the tile are known: scalars only
         self.before = self.early.inner()  # before the loops
         self.scale = linear_scale(self.attention.score, spec)
         self.shift = ""
         self.offset = None
         if self.tile_ranges.powers is not None:
-            rows = spec.tiles.block_m if spec.kind != "decode" else 1  # decode: kernels with a list take one row
+            rows = spec.tiles.block_m if spec.kind != "decode" else 1  # decode kernels with a list take one query
             self.offset = position_offset(self.tile_ranges.powers, rows, spec.tiles.block_n)
 
     @property
     def may_mask(self) -> bool:
-        """Whether a score may be -inf by itself: by data that is added, or as a logarithm."""
+        """Whether a score may itself be -inf: by an added captured tensor, or as a logarithm."""
         return self.scale is None and (bool(expr.loads_of(self.attention.score)) or self.attention.score.has(sympy.log))
 
     def symbols(self, **more: Value) -> dict[str, Value]:
@@ -267,7 +266,7 @@ class Generator:
         return all_symbols(indices | more, self.attention, self.spec.wide)
 
     def scalar_text(self, term: Any, lines: Lines, row: str | None = None, longest: int = LONGEST) -> str:
-        """Source of a term that is one number for the whole tile, with q standing for the row called ``row``."""
+        """Source of a term that is a scalar for the tile, with q replaced by the query named ``row``."""
         symbols = self.symbols(**({"q": Value(row)} if row else {}))
         return fold(term, Source(symbols, self.captures, lines, longest=longest)).text
 
@@ -279,7 +278,7 @@ class Generator:
         return tidy(template.render(context, helpers=helpers_for(body)))
 
     def context(self) -> dict[str, Any]:
-        """What the templates ask for."""
+        """Variables of the templates."""
         spec, tiles = self.spec, self.spec.tiles
         self.align()
         ranges = self.ranges()
@@ -330,7 +329,7 @@ class Generator:
         }
 
     def allowed_context(self) -> dict[str, Any]:
-        """What the kernel ``find_allowed`` is written from."""
+        """Variables of the kernel ``find_allowed``."""
         if not self.allowed:
             return {"allowed": False}
         head = {"h": Value("0"), "q": Value("0")}  # neither occurs
@@ -353,7 +352,7 @@ class Generator:
         return "".join(f" tiles_of({name}, {self.spec.tiles.block_n}, {width})," for name, width in sides)
 
     def together(self) -> str:
-        """How many heads run side by side, as source of the launcher."""
+        """How many heads run side by side, as source in the launcher."""
         spec = self.spec
         if spec.tiles.heads_together:
             return str(spec.tiles.heads_together)
@@ -366,7 +365,7 @@ class Generator:
         return f', input_precision="{"tf32" if self.spec.tf32 else "ieee"}"'
 
     def align(self) -> None:
-        """Move tiles so that the rows of each lie within one block of absolute position."""
+        """Shift tiles so that the queries of each lie within one block of absolute positions."""
         if self.offset is None or self.spec.kind == "decode":
             return
         if self.offset.is_Integer and int(self.offset) % self.spec.tiles.block_m == 0:
@@ -424,7 +423,7 @@ class Generator:
 
 
 def helpers_for(body: str) -> str:
-    """Device functions that ``body`` calls, with those that they call themselves."""
+    """Device functions that ``body`` calls, directly or not."""
     wanted: list[str] = []
     for name in DEVICE_FUNCTIONS:
         if f"{name}(" in body or any(f"{name}(" in DEVICE_FUNCTIONS[other] for other in wanted):

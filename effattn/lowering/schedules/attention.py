@@ -1,4 +1,4 @@
-"""Tile sizes by architecture, dtype and head dimension: a table of what was measured or compiles without spills."""
+"""Tile sizes by architecture, dtype and head_dim: the fastest measured, or ones that compile without spills."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from effattn.ir.plan import Plan
 from effattn.lowering.iteration.tile_ranges import tile_ranges
 from effattn.lowering.kernels.spec import MIN_TILE, Kind, Tiles, padded
 
-# On an H200 at D 128 causal attention was fastest with tiles of 128 x 64, 8 warps and 3 stages; 4 warps spill. On an
-# H100 at D 64 and 131,072 tokens it took 1.07 times cuDNN's time with 4 warps, 1.34 with 8.
-# (architecture, bits of the dtype) -> rows (largest padded head dimension, tiles); the first row that fits is taken
+# H200, D 128, causal: tiles of 128 x 64, 8 warps and 3 stages were fastest; 4 warps spill. H100, D 64, 131,072 tokens:
+# 1.07 times cuDNN's time with 4 warps, 1.34 with 8.
+# (architecture, bits of the dtype) -> rows (largest padded head_dim, tiles); the first row that fits is used
 PREFILL: dict[tuple[str, int], tuple[tuple[int, Tiles], ...]] = {
     ("sm90", 16): (
         (64, Tiles(128, 64, 4, 3)),
@@ -43,8 +43,8 @@ PREFILL: dict[tuple[str, int], tuple[tuple[int, Tiles], ...]] = {
     ("interpreter", 16): ((512, Tiles(32, 32, 4, 1)),),
     ("interpreter", 32): ((512, Tiles(32, 32, 4, 1)),),
 }
-# masks of which a row keeps few keys: (architecture, bits, kind of mask, padded head dimension), instead of the rows
-# above; measured at 8K to 128K
+# masks that keep few keys per query: (architecture, bits, kind of mask, padded head_dim), instead of the rows above;
+# measured at 8K to 128K
 SPARSE: dict[tuple[str, int, str, int], Tiles] = {
     ("sm90", 16, "list", 128): Tiles(128, 128, 8, 2),
     ("sm90", 16, "band", 128): Tiles(64, 64, 4, 3),
@@ -58,7 +58,7 @@ DECODE: dict[tuple[str, int], tuple[tuple[int, Tiles], ...]] = {
     ("interpreter", 16): ((512, Tiles(16, 32, 4, 1)),),
     ("interpreter", 32): ((512, Tiles(16, 32, 4, 1)),),
 }
-# gradients of queries hold block_m queries, those of keys hold block_m keys; the others stream by, block_n at a time
+# the gradient of query holds block_m queries, that of key and value block_m keys; the other side has block_n per step
 BACKWARD: dict[tuple[str, int], tuple[tuple[int, Tiles], ...]] = {
     ("sm90", 16): ((64, Tiles(128, 64, 8, 2)), (128, Tiles(64, 64, 8, 2)), (256, Tiles(32, 32, 8, 1))),
     ("sm100", 16): ((128, Tiles(128, 64, 8, 2)), (256, Tiles(64, 32, 8, 1))),
@@ -69,9 +69,9 @@ BACKWARD: dict[tuple[str, int], tuple[tuple[int, Tiles], ...]] = {
     ("interpreter", 16): ((512, Tiles(32, 32, 4, 1)),),
     ("interpreter", 32): ((512, Tiles(32, 32, 4, 1)),),
 }
-NARROW = 32  # keys of a tile below which gathering is better
+NARROW = 32  # key tiles narrower than this are slower than gathering
 TABLES = {"prefill": PREFILL, "listed": PREFILL, "decode": DECODE, "backward": BACKWARD}
-# an architecture that has no rows of its own takes those of a relative with no more shared memory
+# architectures without rows of their own use those of a relative with no more shared memory
 RELATIVES = {"sm86": "sm80", "sm89": "sm80", "sm120": "sm80", "sm103": "sm100"}
 
 
@@ -81,7 +81,7 @@ def choose(kind: Kind, plan: Plan, arch: str, bits: int, head_dim: int, value_di
     Args:
         arch: "sm90", "gfx942", ..., or "interpreter".
         bits: of the dtype of query, key and value.
-        rows: for decode, query rows times group members.
+        rows: for decode, queries times heads of a group.
     """
     table = TABLES[kind]
     arch = RELATIVES.get(arch, arch)
@@ -97,7 +97,7 @@ def choose(kind: Kind, plan: Plan, arch: str, bits: int, head_dim: int, value_di
 
 
 def mask_kind(plan: Plan) -> str:
-    """ "list": blocks at power-of-two distances, that tiles of 128 divide; "band": rows keep no keys far behind."""
+    """ "list": power-of-two blocks that tiles of 128 divide; "band": queries keep no keys far behind."""
     if plan.sparsity.select is not None:
         return "list" if plan.sparsity.select.expand.unit % 128 == 0 else "small list"
     keys = tile_ranges(plan.spec.rule)
@@ -107,10 +107,10 @@ def mask_kind(plan: Plan) -> str:
 
 
 def within_block(tiles: Tiles, block: int, unit: int) -> Tiles:
-    """Tiles whose rows lie within one block of rows that share a list.
+    """Tiles whose queries lie within one block of queries that share a list.
 
-    A tile of keys lies within one unit, unless that is very narrow: to gather several units into one tile cost 1.6
-    times as much as tiles of 32 keys (H100, D 64, units of 32).
+    A key tile lies within one unit, unless units are very narrow: gathering several units into one tile took 1.6 times
+    as long as tiles of 32 keys (H100, D 64, units of 32).
     """
     block_m = min(tiles.block_m, block)
     block_n, stages = (unit, tiles.stages + 1) if NARROW <= unit < tiles.block_n else (tiles.block_n, tiles.stages)
@@ -119,7 +119,7 @@ def within_block(tiles: Tiles, block: int, unit: int) -> Tiles:
 
 
 def aligned(tiles: Tiles, plan: Plan) -> Tiles:
-    """Tiles that divide the blocks of the plan's block list, if it has one."""
+    """Tiles that divide the blocks of the plan's power-of-two list, if it has one."""
     powers = tile_ranges(plan.spec.rule).powers
     if powers is None:
         return tiles

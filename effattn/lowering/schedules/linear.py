@@ -1,6 +1,6 @@
-"""Tile sizes of linear attention by architecture, dtype and features: what compiles without spills.
+"""Tile sizes of linear attention by architecture, dtype and features: sizes that compile without spills.
 
-The rows of sm90 for 128 features are the fastest of 24 at 32,768 tokens on an H100; the others are not measured:
+The sm90 rows for 128 features are the fastest of 24 at 32,768 tokens on an H100; the others are not measured.
 ``benchmarks/linear_lightning.py --sweep`` times the candidates.
 """
 
@@ -10,7 +10,7 @@ from effattn.lowering.kernels.linear_spec import LinearKind, LinearTiles
 from effattn.lowering.kernels.spec import padded
 from effattn.lowering.schedules.attention import RELATIVES
 
-# (architecture, bits of the dtype) -> rows (most padded features, tiles); the first row that fits is taken
+# (architecture, bits of the dtype) -> rows (most padded features, tiles); the first row that fits is used
 CHUNKS: dict[tuple[str, int], tuple[tuple[int, LinearTiles], ...]] = {
     ("sm90", 16): ((64, LinearTiles(64, 64, 4, 3)), (128, LinearTiles(64, 64, 4, 2)), (256, LinearTiles(32, 32, 8, 2))),
     ("sm100", 16): (
@@ -24,11 +24,11 @@ CHUNKS: dict[tuple[str, int], tuple[tuple[int, LinearTiles], ...]] = {
     ("interpreter", 16): ((256, LinearTiles(16, 32, 4, 1)),),
     ("interpreter", 32): ((256, LinearTiles(16, 32, 4, 1)),),
 }
-# with a normaliser the running sum of keys takes registers too
+# with a normaliser, the running sum of keys takes registers too
 NORMALISED: dict[tuple[str, int], tuple[tuple[int, LinearTiles], ...]] = {
     ("sm90", 16): ((128, LinearTiles(64, 64, 8, 2)), (256, LinearTiles(32, 32, 8, 2))),
 }
-STEP = LinearTiles(1, 16, 4, 1)  # many small programs: reading and writing the state is all of the work
+STEP = LinearTiles(1, 16, 4, 1)  # many small programs: a step is bound by reading and writing the state
 
 
 def choose(kind: LinearKind, arch: str, bits: int, features: int, value_dim: int, ones: bool = False) -> LinearTiles:

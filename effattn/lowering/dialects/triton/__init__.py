@@ -1,1 +1,1 @@
-"""Triton: terms as source, functions on the device, modules, compilation without a GPU."""
+"""Triton: terms as source, device functions, and loading of generated modules."""

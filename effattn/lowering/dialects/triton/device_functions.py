@@ -1,4 +1,4 @@
-"""Small device functions that a generated file carries if it calls them; a caller stands before what it calls."""
+"""Small device functions, copied into generated files that call them. Callers come before their callees."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Generated source as a running module, without a file having a say in it."""
+"""Loads generated source as a module without reading it from a file."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from types import ModuleType
 
 
 def module_from(source: str, path: Path) -> ModuleType:
-    """Execute ``source`` as a module that says it is the file ``path``, whatever stands there.
+    """Execute ``source`` as a module with ``path`` as its file; the file itself is never read.
 
-    Triton takes the text of a kernel from ``inspect``, which asks ``linecache``; an entry there that has no time of
-    change is never compared with the file.
+    Triton gets a kernel's source from ``inspect``, which asks ``linecache``. A ``linecache`` entry without a
+    modification time is never checked against the file.
     """
     module = ModuleType(f"effattn.generated.{path.stem}")
     module.__file__ = str(path)

@@ -1,11 +1,11 @@
-"""Expressions as Triton source text: the algebra that :func:`effattn.ir.fold.fold` is given for kernels.
+"""Expressions as Triton source: the algebra for :func:`effattn.ir.fold.fold` in kernels.
 
-A value knows along which axes of the tile it varies: not at all (a scalar), along its query rows (``{"q"}``, a
-vector), along its keys (``{"k"}``, a vector), or both (a tile). Vectors are broadcast only where they meet. Whatever
-does not vary along keys is computed once, before the loop over key tiles.
+A value records the axes of the tile along which it varies: none (a scalar), queries (``{"q"}``, a vector), keys
+(``{"k"}``, a vector) or both (a tile). Vectors are broadcast only where they meet. Values that do not vary along keys
+are computed once, before the loop over key tiles.
 
-Whole numbers are exact, as an expression means them: a value also knows between which numbers it lies, and what may not
-fit into 32 bits is computed in 64.
+Integers must be exact. A value also records its interval, and operations that may not fit into 32 bits are computed in
+64.
 """
 
 from __future__ import annotations
@@ -23,46 +23,46 @@ ROWS = frozenset("q")
 KEYS = frozenset("k")
 TILE = ROWS | KEYS
 
-# how tightly Python binds, loosest first
+# Python's operator precedence, loosest first
 COMPARE, OR, AND, SHIFT, SUM, PRODUCT, UNARY, ATOM = range(8)
 LONGEST = 60
 UNLIMITED = 1 << 30
 
 SMALL_INTEGERS = {"bool", "int8", "uint8", "int16", "uint16"}
-UNSIGNED = {"uint32", "uint64"}  # which 32 bits with a sign do not hold
-LENGTH = 2**28  # sizes, indices and scalars are taken to be no larger, unless a kernel is made for larger ones
-NARROW = around(LENGTH)  # of which a sum of a few still fits into 32 bits
-FAR = around(2**62)  # what a kernel for larger ones takes them to be
+UNSIGNED = {"uint32", "uint64"}  # do not fit into int32
+LENGTH = 2**28  # upper bound of sizes, indices and scalars, except in kernels that are specialised for larger ones
+NARROW = around(LENGTH)  # a sum of a few of these still fits into 32 bits
+FAR = around(2**62)  # the bound in kernels for larger ones
 
 
 @dataclass(frozen=True)
 class Value:
-    """Source text of a value, the axes along which it varies, its kind and how tightly its text binds."""
+    """Source text of a value, the axes along which it varies, its kind and the precedence of its text."""
 
     text: str
     axes: frozenset[str] = SCALAR
     kind: str = "int"  # "int", "float", "bool"
     level: int = ATOM
-    plain: bool = False  # an index symbol that is known to lie within the tensor
-    tile: tuple[str, int] | None = None  # of consecutive indices: the first one, a multiple of how many there are
-    bounds: Interval = NARROW  # of a whole number; of others they say nothing
-    wide: bool = False  # the text has 64 bits for certain
+    plain: bool = False  # an index symbol known to be within bounds
+    tile: tuple[str, int] | None = None  # (first, count) of consecutive indices, first a multiple of count
+    bounds: Interval = NARROW  # of an integer; meaningless for other kinds
+    wide: bool = False  # the text is known to be int64
 
     @property
     def literal(self) -> bool:
-        """Whether the text is a number, which takes the width of what it meets."""
+        """Whether the text is a number, which takes the dtype of the other operand."""
         return self.text.lstrip("-").isdigit()
 
     def widened(self) -> Value:
-        """The same in 64 bits."""
+        """The value as int64."""
         return self if self.wide else replace(self, text=f"{self.at(ATOM)}.to(tl.int64)", level=ATOM, wide=True)
 
     def at(self, level: int) -> str:
-        """The text, in parentheses if it binds less tightly than ``level``."""
+        """The text, parenthesised if its precedence is lower than ``level``."""
         return self.text if self.level >= level else f"({self.text})"
 
     def spread(self, axes: frozenset[str], level: int = COMPARE) -> str:
-        """The text as an operand of something that varies along ``axes``."""
+        """The text, broadcast as an operand of an expression that varies along ``axes``."""
         if len(axes) < 2 or self.axes in (SCALAR, TILE):
             return self.at(level)
         return self.at(ATOM) + ("[:, None]" if self.axes == ROWS else "[None, :]")
@@ -70,14 +70,14 @@ class Value:
 
 @dataclass
 class Lines:
-    """Assignments that expressions need, and the names they got: each distinct text is computed once."""
+    """Assignments and the names they define. Each distinct text is computed once."""
 
     lines: list[str] = field(default_factory=list)
     names: dict[str, str] = field(default_factory=dict)
     taken: set[str] = field(default_factory=set)
 
     def inner(self) -> Lines:
-        """Lines of a loop body: the names given so far are not given again."""
+        """Lines of a loop body; they do not reuse names from outside."""
         return Lines(taken=self.taken)
 
     def assign(self, stem: str, text: str) -> str:
@@ -102,7 +102,7 @@ HELPERS = {"floordiv": "_floor_div", "mod": "_modulo", "sign": "_sign"}
 
 
 class Source:
-    """The algebra whose values are pieces of Triton source."""
+    """The algebra whose values are Triton source."""
 
     def __init__(
         self,
@@ -116,12 +116,12 @@ class Source:
     ):
         """
         Args:
-            symbols: what q, k, b, h, s, the lengths, scalars and numbers are called in the source.
-            before: takes assignments that do not vary along keys.
-            inside: takes the others (the body of a loop); None where nothing varies along keys.
-            key_mask: name of a vector that says which keys exist; empty if all of the tile do.
-            row_mask: the same for rows.
-            longest: text of an inner expression that is longer gets a name.
+            symbols: values of q, k, b, h, s, the lengths, scalars and numbers.
+            before: receives assignments that do not vary along keys.
+            inside: receives the others (the loop body); None where nothing varies along keys.
+            key_mask: name of the mask of keys in bounds; empty if all keys of the tile are.
+            row_mask: the same for queries.
+            longest: an inner expression with a longer text gets a name.
         """
         self.symbols = symbols
         self.captures = captures
@@ -154,7 +154,7 @@ class Source:
         found = bounds.TABLE[operation](*(TRUTH if arg.kind == "bool" else arg.bounds for arg in args))
         narrow = operation in WHOLE and all(arg.kind == "int" and not arg.wide for arg in args)
         if narrow and not found.joined(*(arg.bounds for arg in args)).within(INT32):
-            # one operand of 64 bits is enough: the others follow
+            # one int64 operand is enough: the others are promoted
             first = next(place for place, arg in enumerate(args) if not arg.literal)
             args = (*args[:first], args[first].widened(), *args[first + 1 :])
         value = self._operation(operation, *args)
@@ -251,7 +251,7 @@ def _whole_number(value: int) -> Value:
 
 
 def all_symbols(indices: dict[str, Value], attention: AttentionSpec, wide: bool) -> dict[str, Value]:
-    """Values of the indices and the score, as they are given, and of lengths, scalars and numbers."""
+    """Values of the given indices and score, and of lengths, scalars and numbers; ``wide``: of any size."""
     found = {"Nq": Value("q_len"), "Nk": Value("k_len"), **indices}
     found |= {name: Value(f"scalar_{name}") for name in attention.scalars}
     found |= {name: Value(f"number_{name}", kind="float") for name in attention.numbers}
@@ -259,7 +259,7 @@ def all_symbols(indices: dict[str, Value], attention: AttentionSpec, wide: bool)
 
 
 def tested_dims(load) -> list[int]:
-    """Dimensions of a load whose index is neither an index symbol nor a constant: the kernel tests their bounds."""
+    """Dimensions of a load whose index is computed, so that the kernel has to check its bounds."""
     return [dim for dim, index in enumerate(load.indices) if not (index in INDICES or index.is_Integer)]
 
 
@@ -283,7 +283,7 @@ def _function(name: str, args, axes, kind) -> Value:
 
 
 def _one_block(index: Value, divisor: Value) -> Value | None:
-    """The first index of a tile that lies within one block of so many: the quotient is one number for all of it."""
+    """The first index of a tile that lies within one block of ``divisor``: the quotient is a scalar for the tile."""
     if index.tile is None or not divisor.text.isdigit() or int(divisor.text) % index.tile[1] or divisor.text == "0":
         return None
     return Value(index.tile[0])
@@ -296,7 +296,7 @@ def _exact_log2(divisor: Value) -> int | None:
 
 
 def _by_power_of_two(operation: str, value: Value, shift: int, axes) -> Value:
-    """Shifts and masks round down for negative numbers too; Triton's own ``//`` and ``%`` round towards zero."""
+    """By shift or mask, which round down for negative numbers; Triton's ``//`` and ``%`` round towards zero."""
     if operation == "floordiv":
         return Value(f"({value.at(SHIFT)} >> {shift})", axes)
     return Value(f"({value.at(AND)} & {(1 << shift) - 1})", axes)
