@@ -1,6 +1,6 @@
-"""What the vocabulary of expressions means in torch: for the portable target, the references and the checks.
+"""The operations of expressions in torch, for the portable target, the references and the checks.
 
-A value is a Python number (known without looking at data) or a tensor that broadcasts against the scores.
+A value is a Python number or a tensor that broadcasts against the scores.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ def _is_power_of_two(x):
 
 
 def _either(in_torch: Callable, in_python: Callable) -> Callable:
-    """A function of one argument, for tensors and for numbers."""
+    """A function of one argument, either a tensor or a number."""
     return lambda x: in_torch(x) if isinstance(x, Tensor) else in_python(x)
 
 
 def _extreme(in_torch: Callable, clamp: str, in_python: Callable) -> Callable:
-    """``min`` or ``max`` of two values of which either may be a number."""
+    """``min`` or ``max`` of two values, each a tensor or a number."""
 
     def call(x, y):
         if isinstance(x, Tensor) and isinstance(y, Tensor):
@@ -70,12 +70,12 @@ def _or(x, y):
 
 def _ne(x, y):
     if isinstance(x, Tensor) and x.dtype == torch.bool and not isinstance(y, Tensor) and y == 0:
-        return x  # how a boolean mask is spelt: no copy of it
+        return x  # a boolean mask, which is written as mask != 0
     return x != y
 
 
 def _integer(x):
-    """Booleans count as 0 and 1 in arithmetic."""
+    """Booleans as 0 and 1 for arithmetic."""
     return x.to(torch.int64) if isinstance(x, Tensor) and x.dtype == torch.bool else x
 
 
@@ -112,9 +112,9 @@ ARITHMETIC: dict[str, Callable] = {
 
 @dataclass(frozen=True)
 class Span:
-    """Consecutive indices, or a few runs of them, as the value of a symbol: a load reads them as slices.
+    """The value of an index symbol that is one or more runs of consecutive integers, which loads read by slicing.
 
-    ``tensor`` is what they are elsewhere: int64, in the shape in which they broadcast to the scores.
+    ``tensor`` holds the same indices for other uses: int64, in a shape that broadcasts against the scores.
     """
 
     tensor: Tensor
@@ -132,7 +132,7 @@ def plain(value: Any) -> Any:
 
 
 def read_slices(tensor: Tensor, indices: Sequence[Any]) -> Tensor | None:
-    """``tensor[indices]`` without a gather, where every index is a number or a span within bounds; else None."""
+    """``tensor[indices]`` by slicing, if every index is a number or a span within bounds; else None."""
     spans: list[Span] = []
     for index, size in zip(indices, tensor.shape, strict=True):
         if isinstance(index, Tensor):
@@ -162,11 +162,11 @@ class TorchAlgebra:
     """Torch tensors as the values of an expression; see :func:`effattn.ir.fold.fold`.
 
     Args:
-        symbols: value of each symbol: indices that broadcast to the scores (tensors or spans), lengths, scalars,
-            numbers, ``s``.
-        captures: tensor of each load, by name. Indices are clamped into it.
-        dtype: floating point captures are read in this dtype.
-        device: where tensors that no other tensor decides are made.
+        symbols: value of each symbol: indices (tensors or spans), lengths, scalars, numbers, ``s``. Tensors broadcast
+            against the scores.
+        captures: captured tensors by name. Indices are clamped to their sizes.
+        dtype: dtype in which floating-point captures are read.
+        device: device of new tensors that depend on no other tensor.
     """
 
     def __init__(self, symbols: Mapping[str, Any], captures: Mapping[str, Tensor], dtype: torch.dtype, device: Any):
@@ -183,7 +183,7 @@ class TorchAlgebra:
 
     def load(self, name, indices):
         tensor = self.captures[name]
-        # of a single element every index is clamped to it: what broadcasts stays small
+        # every index of a dimension of size 1 is clamped to 0, so that what broadcasts stays small
         indices = [0 if size == 1 else index for index, size in zip(indices, tensor.shape, strict=True)]
         read = read_slices(tensor, indices)
         if read is None:
@@ -206,7 +206,7 @@ class TorchAlgebra:
             return logical(*args)
         args = tuple(_integer(arg) for arg in args)
         if operation == "div" or any(isinstance(arg, float) for arg in args):
-            # torch would make numbers of the default dtype out of integers
+            # torch would convert integers to the default dtype
             args = tuple(self._float(arg) for arg in args)
         return ARITHMETIC[operation](*args)
 
@@ -229,7 +229,7 @@ class TorchAlgebra:
 def bindings(
     spec: AttentionSpec, captures: Sequence[Tensor], scalars: Sequence[int], numbers: Sequence[float]
 ) -> tuple[dict, dict]:
-    """``(symbols, tensors)`` that the names of a spec stand for in one call. Raises ValueError if the counts differ."""
+    """``(symbols, tensors)`` of one call: the values of a spec's names. Raises ValueError if the counts differ."""
     for what, names, given in (
         ("tensors", spec.captures, captures),
         ("scalars", spec.scalars, scalars),
@@ -242,7 +242,7 @@ def bindings(
 
 
 class _Recorder:
-    """An algebra whose values are places in a list of steps; what :func:`evaluate` replays."""
+    """An algebra whose values are positions in a list of steps, which :func:`evaluate` replays."""
 
     def __init__(self) -> None:
         self.steps: list[tuple[str, Any, tuple[int, ...]]] = []
@@ -266,14 +266,14 @@ class _Recorder:
 
 @lru_cache(maxsize=4096)
 def _steps(term) -> tuple[tuple[str, Any, tuple[int, ...]], ...]:
-    """An expression as steps, the last one its value: walking a sympy tree for every chunk would be slow."""
+    """An expression as steps; the last is its value. Cached, since walking a sympy tree per chunk would be slow."""
     recorder = _Recorder()
     fold(sympy.sympify(term), recorder)
     return tuple(recorder.steps)
 
 
 def evaluate_integer(term, symbols: Mapping[str, int]) -> int:
-    """The value of an integer expression without captures; faster than :func:`evaluate`, which also serves tensors."""
+    """The value of an integer expression without captured tensors. Faster than :func:`evaluate`."""
     values: list[Any] = []
     for method, subject, operands in _steps(term):
         if method == "call":
@@ -284,11 +284,11 @@ def evaluate_integer(term, symbols: Mapping[str, int]) -> int:
 
 
 def evaluate(term, symbols: Mapping[str, Any], captures: Mapping[str, Tensor], dtype: torch.dtype, device: Any) -> Any:
-    """The value of one expression: a tensor that broadcasts to the scores, or a Python number or bool.
+    """The value of an expression: a tensor that broadcasts against the scores, or a Python number or bool.
 
     Raises:
-        UnknownOperation: the expression holds what no target can compute.
-        KeyError: it names a symbol or load that is not given.
+        UnknownOperation: no target computes one of its operations.
+        KeyError: it reads a symbol or captured tensor that is not given.
     """
     algebra = TorchAlgebra(symbols, captures, dtype, device)
     values: list[Any] = []

@@ -1,8 +1,7 @@
-"""The files that effattn keeps on disk: the source of each generated kernel, for people and profilers to read.
+"""The cache directory: the source of each generated kernel, for people and profilers to read.
 
-The directory is the user's own (0700). One that belongs to somebody else, or that others may write to, is not used:
-everything then stays in memory. Nothing that is read from here is ever executed: whoever runs a kernel compiles the
-text that it holds, and the file is only made to agree with it.
+It is private to the user (0700). A directory that another user owns or may write to is not used, and everything stays
+in memory. Nothing read from it is executed: kernels are compiled from the text in memory, and the file is a copy.
 """
 
 from __future__ import annotations
@@ -21,27 +20,27 @@ import platformdirs
 
 from effattn import settings
 
-HEADER = "# effattn kernel"  # the first line of every generated source starts with this
+HEADER = "# effattn kernel"  # start of the first line of every generated source
 KERNELS = "kernels"
 _TEMPORARY = ".effattn-"  # prefix of files that are being written
 _HEADER_BYTES = 4096
 _FACT = re.compile(r"# (\w+) {2,}(.*)")  # "# predicate  k <= q"
-_STALE = 3600.0  # seconds after which such a file belongs to a writer that died
+_STALE = 3600.0  # seconds after which the writer of such a file is considered dead
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One file in the cache."""
+    """One file of the cache."""
 
     name: str
     path: pathlib.Path
     size: int  # bytes
     age: float  # seconds since it was written
-    ours: bool  # a regular file that carries our header
+    ours: bool  # a regular file that starts with HEADER
 
 
 def directory() -> pathlib.Path:
-    """Where the cache is, whether or not it exists: EFFATTN_CACHE_DIR, else the platform's cache directory.
+    """The cache directory, whether or not it exists: EFFATTN_CACHE_DIR, or the platform's cache directory.
 
     Raises:
         OptionError: EFFATTN_CACHE_DIR is not a path.
@@ -51,18 +50,18 @@ def directory() -> pathlib.Path:
 
 
 def problem() -> str | None:
-    """Why the cache directory must not be used; None if it may, or does not exist yet."""
+    """Why the cache directory must not be used; None if it may be, or does not exist yet."""
     root = directory()
     return _unsafe(root) or _unsafe(root / KERNELS)
 
 
 def keep_source(file_name: str, source: str) -> pathlib.Path:
-    """Make sure that ``<cache>/kernels/<file_name>`` holds exactly ``source``, and return that path.
+    """Make ``<cache>/kernels/<file_name>`` hold exactly ``source``, and return its path.
 
-    Safe with many processes: a reader sees the old file or the new one, never a part. A file of that name with any
-    other content is replaced, a symbolic link is replaced and never followed. When the directory cannot be written or
-    is not safe, a warning says so once and the path is returned all the same: the caller holds the text. Python's
-    ``linecache`` is given that text for the path, so ``inspect.getsource`` and tracebacks do not read the disk either.
+    Safe with many processes: a reader sees the old file or the new one, never a part. Any other file or symbolic link
+    of that name is replaced; links are not followed. If the directory cannot be written or is not safe, warn once; the
+    path is returned all the same. ``linecache`` gets the source for the path, so ``inspect.getsource`` and tracebacks
+    do not read the disk.
 
     Raises:
         ValueError: ``file_name`` is not a plain file name.
@@ -86,7 +85,7 @@ def keep_source(file_name: str, source: str) -> pathlib.Path:
 
 
 def entries() -> tuple[Entry, ...]:
-    """Every file in the kernel directory, by name; none if the directory is missing or not safe to use."""
+    """Every file in the kernel directory, sorted by name; () if the directory is missing or not safe."""
     folder = directory() / KERNELS
     if problem() is not None:
         return ()
@@ -94,7 +93,7 @@ def entries() -> tuple[Entry, ...]:
     found = []
     with contextlib.suppress(OSError), os.scandir(folder) as items:
         for item in items:
-            with contextlib.suppress(OSError):  # deleted while we look
+            with contextlib.suppress(OSError):  # deleted meanwhile
                 status = item.stat(follow_symlinks=False)
                 if not stat.S_ISDIR(status.st_mode):
                     path = folder / item.name
@@ -104,12 +103,12 @@ def entries() -> tuple[Entry, ...]:
 
 
 def source(entry: Entry) -> str:
-    """The text of a file of ours, to show to people; empty if it is gone."""
+    """The text of a kernel file; empty if it was deleted."""
     return (_read(entry.path) or b"").decode("utf-8", errors="replace")
 
 
 def about(entry: Entry) -> dict[str, str]:
-    """What the header of a kernel says about it: ``{"form": "power", "predicate": "k <= q", ...}``."""
+    """The facts in a kernel's header: ``{"form": "power", "predicate": "k <= q", ...}``."""
     start = (_read(entry.path, limit=_HEADER_BYTES) or b"").decode("utf-8", errors="replace")
     facts: dict[str, str] = {}
     for line in start.splitlines():
@@ -121,13 +120,13 @@ def about(entry: Entry) -> dict[str, str]:
 
 
 def clear() -> int:
-    """Delete our files and what dead writers left; leave everything else. Returns how many files went."""
+    """Delete generated kernels and files that dead writers left, and nothing else. Returns the number of files."""
     removed = 0
     for entry in entries():
         abandoned = entry.name.startswith(_TEMPORARY) and entry.age > _STALE
         if entry.ours or abandoned:
             with contextlib.suppress(OSError):
-                os.unlink(entry.path)  # removes a link itself, never what it points to
+                os.unlink(entry.path)  # of a link, removes the link
                 removed += 1
     return removed
 
@@ -139,7 +138,7 @@ def _check_name(file_name: str) -> None:
 
 
 def _ready(folder: pathlib.Path) -> bool:
-    """Create the directories where they are missing; False, with one warning, when they are not safe."""
+    """Create missing directories. Returns False, and warns once, if they are not safe."""
     root = folder.parent
     root.parent.mkdir(parents=True, exist_ok=True)
     for place in (root, folder):
@@ -152,7 +151,7 @@ def _ready(folder: pathlib.Path) -> bool:
 
 
 def _unsafe(place: pathlib.Path) -> str | None:
-    """What is wrong with a directory of the cache; None if it is the user's own or does not exist yet."""
+    """What is wrong with a directory of the cache; None if it belongs to the user or does not exist yet."""
     try:
         link, status = os.lstat(place), os.stat(place)
     except FileNotFoundError:
@@ -171,13 +170,13 @@ def _unsafe(place: pathlib.Path) -> str | None:
 
 
 def _open(path: pathlib.Path) -> int:
-    # O_NONBLOCK: a named pipe in our place must not make us wait
+    # O_NONBLOCK: opening a named pipe must not block
     flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0)
     return os.open(path, flags)
 
 
 def _read(path: pathlib.Path, limit: int | None = None) -> bytes | None:
-    """The content of a regular file; None if there is none, or a link or anything else stands there."""
+    """The content of a regular file; None if it is missing, a link or anything else."""
     try:
         descriptor = _open(path)
     except OSError:

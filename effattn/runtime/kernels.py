@@ -1,7 +1,4 @@
-"""Kernels by specialisation: generated, kept on disk for people to read, made callable.
-
-What runs is the text that was generated a moment ago, never what a file holds.
-"""
+"""Kernels by specialisation: generated, copied to disk, and loaded from the text in memory."""
 
 from __future__ import annotations
 
@@ -19,7 +16,7 @@ from effattn.runtime.cache import keep_source
 
 @dataclass(frozen=True)
 class Kernel:
-    """A generated kernel: its source, where a copy of it stands, and the module with ``launch`` in it."""
+    """A generated kernel: its source, the path of its copy on disk, and the module with ``launch``."""
 
     spec: KernelSpec
     source: str
@@ -28,14 +25,14 @@ class Kernel:
 
 
 def capture_source(stem: str, source: str) -> ModuleType:
-    """A generated module by its source; ``stem`` names its copy on disk, with a digest behind it."""
+    """Load generated source as a module. Its copy on disk is named ``stem`` plus a digest."""
     path = keep_source(f"{stem}_{hashlib.sha256(source.encode()).hexdigest()[:8]}.py", source)
     return module_from(source, path)
 
 
 @lru_cache(maxsize=1024)
 def load(spec: KernelSpec) -> Kernel:
-    """Generate the kernel of ``spec`` and make it callable; once per process and spec."""
+    """The kernel of ``spec``, generated once per process."""
     source = generate(spec)
     path = keep_source(file_name(spec, source), source)
     return Kernel(spec, source, path, module_from(source, path))

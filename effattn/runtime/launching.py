@@ -1,4 +1,4 @@
-"""What all launches of generated kernels share: what tensors and devices they depend on, and the cache of calls."""
+"""Shared by all launches of generated kernels: launch keys, the launch cache, and facts about devices."""
 
 from __future__ import annotations
 
@@ -14,33 +14,33 @@ import torch
 
 from effattn.lowering.dialects.triton.terms import LENGTH
 
-Known = Mapping[str, Any]  # what a launcher found out at a first call; never written to afterwards
+Known = Mapping[str, Any]  # what a launcher found out in its first call; read-only afterwards
 
-ALONE = threading.RLock()  # Triton's compiler and its interpreter serve one thread at a time
+ALONE = threading.RLock()  # Triton's compiler and interpreter are not thread-safe
 MOST_CALLS = 4096
-WIDEST_STRIDE = 1 << 21  # offsets within a tile are 32-bit, and sums over its rows and dimensions
+WIDEST_STRIDE = 1 << 21  # offsets within a tile, sums over its rows and dimensions, are 32-bit
 
 
 def tensor_key(tensor: torch.Tensor) -> tuple:
-    """All that a launch depends on beside the place of the data: kernels are specialised on its alignment alone."""
+    """What a launch depends on apart from the data: of the address, kernels are specialised on alignment only."""
     return tensor.shape, tensor.stride(), tensor.dtype, tensor.data_ptr() % 16 == 0, tensor.get_device()
 
 
 def width(size: int) -> int:
-    """0 for a size or scalar that kernels take to be small, 1 where a sum needs 64 bits, 2 where the number does."""
+    """0 for sizes and scalars that kernels assume to be small, 1 if sums need 64 bits, 2 if the number itself does."""
     return 0 if -LENGTH <= size <= LENGTH else 1 if -(1 << 31) <= size < 1 << 31 else 2
 
 
 def far(*sizes: int) -> bool:
-    """Whether kernels for small lengths and scalars could count too far."""
+    """Whether kernels for small lengths and scalars could overflow."""
     return any(map(width, sizes))
 
 
 class LaunchCache:
-    """Launches by all that they depend on, for many threads.
+    """Calls by launch key, thread-safe.
 
-    The first of its kind runs alone, and is put only when it is over, with all that its launcher found out. A
-    call is a frozen dataclass with a field ``known``, None before that.
+    The first call with a key runs alone. It is stored when it has finished, with what its launcher found out. A call is
+    a frozen dataclass with a field ``known``, None until then.
     """
 
     def __init__(self) -> None:
@@ -53,14 +53,14 @@ class LaunchCache:
         self._calls.clear()
 
     def run(self, key: tuple, prepare: Callable[[], Any], start: Callable[[Any], tuple[Any, Known | None]]) -> Any:
-        """The first of what ``start(call)`` returns; the second is what its launcher knows.
+        """Run ``start(call)``, which returns (result, known), and return the result.
 
-        ``prepare()`` makes a call that is not known yet.
+        ``prepare()`` makes the call for a new key.
         """
         call = self._calls.get(key)
         if call is None:
             with ALONE:
-                call = self._calls.get(key)  # another thread may have been the first
+                call = self._calls.get(key)  # another thread may have stored it
                 if call is None:
                     call = prepare()
                     result, known = start(call)
@@ -72,7 +72,7 @@ class LaunchCache:
 
 
 def narrow(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor, copied if steps within a tile are so wide that 32-bit offsets could overflow."""
+    """The tensor, copied if its strides could overflow 32-bit offsets within a tile."""
     rows, dims = tensor.shape[2:]
     if (rows > 1 and tensor.stride(2) > WIDEST_STRIDE) or (dims > 1 and tensor.stride(3) > WIDEST_STRIDE):
         return tensor.contiguous()
@@ -80,17 +80,17 @@ def narrow(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def tf32() -> bool:
-    """Whether float32 products may round their inputs, as cuBLAS's may.
+    """Whether float32 products may use TF32, as in cuBLAS.
 
-    ``allow_tf32`` and ``torch.get_float32_matmul_precision()`` raise where newer settings were used. This one follows
-    whatever was set last, old or new, and where it is "none" what ``torch.backends.fp32_precision`` says.
+    ``allow_tf32`` and ``torch.get_float32_matmul_precision()`` raise if the newer settings were used. This property
+    follows whichever was set last, and ``torch.backends.fp32_precision`` if it is "none".
     """
     return torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
 @lru_cache(maxsize=64)
 def architecture(device: torch.device) -> str:
-    """ "sm90", "gfx942", ..., or "interpreter" for a CPU."""
+    """ "sm90", "gfx942", ..., or "interpreter" on a CPU."""
     if device.type != "cuda":
         return "interpreter"
     if torch.version.hip:
@@ -105,7 +105,7 @@ def multiprocessors(device: torch.device) -> int:
 
 
 def on_device(device: torch.device):
-    """Kernels start on the current device: make that the tensors' own. The interpreter's state is the process's."""
+    """A context in which kernels launch on ``device``; on a CPU, the lock of the interpreter's global state."""
     if device.type != "cuda":
         return ALONE
     if device.index != torch.cuda.current_device():

@@ -1,1 +1,1 @@
-"""Every op in a few lines of float64, to compare with."""
+"""References: every op in a few lines of float64."""

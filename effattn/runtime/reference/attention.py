@@ -1,4 +1,4 @@
-"""What a plan means, written down plainly over the whole N x N square: the ground truth of every target.
+"""The definition of a plan over the full N x N matrix: the ground truth for every target.
 
 For tests and small inputs only.
 """
@@ -23,10 +23,10 @@ def dense_mask(
     numbers: Sequence[float] = (),
     device: torch.device | str = "cpu",
 ) -> Tensor:
-    """Which keys each row keeps: bool of ``shape`` (B, Hq, Nq, Nk).
+    """Which keys each query keeps: bool of ``shape`` (B, Hq, Nq, Nk).
 
     Raises:
-        PlanError: that depends on query and key.
+        PlanError: the plan has a selector, which depends on query and key.
     """
     if plan.sparsity.select is not None:
         raise PlanError("what a selector keeps depends on query and key: the form's own reference defines it")
@@ -46,18 +46,18 @@ def reference(
     numbers: Sequence[float] = (),
     dtype: torch.dtype = torch.float64,
 ) -> tuple[Tensor, Tensor]:
-    """Output and LSE of a plan, both in ``dtype``; differentiable, also in the captures.
+    """Output and LSE of a plan, both in ``dtype``; differentiable, also in captured tensors.
 
     Args:
         query: [B, Hq, Nq, D].
         key: [B, Hkv, Nk, D], Hq a multiple of Hkv.
         value: [B, Hkv, Nk, Dv].
-        captures, scalars, numbers: what the plan names, in its order.
-        dtype: in which everything is computed.
+        captures, scalars, numbers: in the plan's order.
+        dtype: dtype of the computation.
 
     Returns:
-        out [B, Hq, Nq, Dv] and lse [B, Hq, Nq]. A row that keeps nothing has lse -inf and the output that
-        ``plan.spec.empty_rows`` names.
+        out [B, Hq, Nq, Dv] and lse [B, Hq, Nq]. A query without keys has lse -inf and the output given by
+        ``plan.spec.empty_rows``.
     """
     batch, heads, q_len, _ = query.shape
     groups = heads // key.shape[1]
@@ -72,7 +72,7 @@ def reference(
     score = torch.as_tensor(score, dtype=dtype, device=query.device).expand(shape)
     score = torch.where(mask, score, -torch.inf)
 
-    # safe for empty rows: the softmax of a row of zeros is never used, and has no NaN to hand back in a gradient
+    # the softmax of a row without keys is replaced by that of zeros, which keeps NaN out of the gradient
     empty = (score == -torch.inf).all(dim=-1, keepdim=True)
     weights = torch.where(empty, 0.0, score).softmax(dim=-1)
     lse = torch.where(empty, 0.0, score).logsumexp(dim=-1)

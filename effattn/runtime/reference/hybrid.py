@@ -1,12 +1,13 @@
-"""Softmax in a window and linear attention before it, in float64 by its N x N definition (LoLCATs, arXiv 2410.10254).
+"""Softmax in a window and linear attention before it, in float64 over N x N (LoLCATs, arXiv 2410.10254).
 
-For row n at position p, the window W(n) is the last ``window`` keys up to p, or *terraced*, with the keys cut in blocks
-of ``window``, the keys up to p of its own block and of the one before. With c the greatest score in the window,
+For query n at position p, the window W(n) is the last ``window`` keys up to p. If *terraced*, keys are cut into blocks
+of ``window``, and W(n) is the keys up to p of its own block and the one before. With c the greatest score in the
+window,
 
     o_n = (gamma sum_{i in W(n)} e^{scale q k_i - c} v_i + sum_{i before W(n)} phi(q) phi(k_i) v_i) / (same without v)
 
-c is a part of the model: it makes the greatest weight in the window ``gamma``, whatever the scores, while the weights
-before the window are not divided by anything.
+c is part of the model, not only a stabiliser: it makes the greatest weight in the window ``gamma``, whatever the
+scores, while the weights before the window are not scaled.
 """
 
 from __future__ import annotations
@@ -27,10 +28,10 @@ def hybrid(
     terraced: bool = False,
     scale: float = 1.0,
 ) -> Tensor:
-    """Arguments as of :func:`effattn.runtime.ops.window_hybrid.window_hybrid`, with any numbers of queries and of keys.
+    """Arguments as in :func:`effattn.runtime.ops.window_hybrid.window_hybrid`, with any numbers of queries and keys.
 
     Returns:
-        [B, Hq, Nq, Dv] float64; the last query stands at the last key, and rows that see no key are 0.
+        [B, Hq, Nq, Dv] float64. The last query is at the last key; queries without keys give 0.
     """
     groups = query.shape[1] // key.shape[1]
     query, of_query = query.double(), of_query.double()

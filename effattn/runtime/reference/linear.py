@@ -1,12 +1,12 @@
-"""Linear attention in float64, by its definitions: what the op, its targets and its gradients are compared with.
+"""Linear attention in float64 by its definitions: the ground truth for the op, its targets and gradients.
 
-With ``decay = exp(log_decay)``, one per query head (core recurrence of Lightning attention, arXiv 2405.17381 section 3;
+With ``decay = exp(log_decay)``, one per query head (the recurrence of Lightning attention, arXiv 2405.17381 section 3;
 without decay that of Katharopoulos et al., arXiv 2006.16236):
 
     S_t = decay * S_(t-1) + k_t v_t^T       the state, [F, Dv]
     o_t = scale * q_t^T S_t                 which is ((scale * Q K^T) * M) V with M_ij = decay^(i-j) where i >= j
 
-Normalised, a column of ones stands beside value: the state is [F, Dv + 1], its last column the running sum of keys, and
+Normalised, value gets a column of ones: the state is [F, Dv + 1], its last column z the running sum of keys, and
 ``o_t = scale * q_t^T S_t / (scale * q_t^T z_t + eps)``.
 """
 
@@ -32,7 +32,7 @@ def quadratic(
 
     Args:
         query: [B, Hq, N, F]; key: [B, Hk, Nk, F]; value: [B, Hk, Nk, Dv]; Hq a multiple of Hk; Nk = N if causal.
-        log_decay: [Hq], at most 0; only causal.
+        log_decay: [Hq], at most 0; causal only.
         initial_state: [B, Hq, F, Dv], or [B, Hq, F, Dv + 1] if normalised.
 
     Returns:
@@ -83,7 +83,7 @@ def recurrent(
 
 
 def _wide(query: Tensor, key: Tensor, value: Tensor, normalised: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """In float64, every query head with its own key and value, a column of ones beside value if it is asked for."""
+    """float64 tensors with heads of key and value repeated; if normalised, value gets a column of ones."""
     query, key, value = query.double(), key.double(), value.double()
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)

@@ -1,1 +1,1 @@
-"""Choosing keys when the op runs."""
+"""Selectors: choosing keys when the op runs."""

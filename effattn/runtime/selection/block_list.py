@@ -1,4 +1,4 @@
-"""The index that a selector yields: for every query block, the units of keys to visit."""
+"""The result of a selector: for every query block, the units of keys to visit."""
 
 from __future__ import annotations
 
@@ -10,23 +10,24 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class BlockList:
-    """Units of ``unit`` consecutive keys, for rows in blocks of ``block``. The tensors are contiguous.
+    """Units of ``unit`` consecutive keys for blocks of ``block`` queries. The tensors are contiguous.
 
-    Query head h reads list ``h // (Hq // L)`` and takes from it as many units as ``kv_num_blocks`` says of that head.
-    Units that hold positions of the rows themselves come first, and only there causality has to be tested; then those
-    that every head of the list visits, in any order, then what the next count adds, and so on. No unit comes twice.
+    Query head h reads list ``h // (Hq // L)`` and visits the first units of it, as many as its ``kv_num_blocks`` says.
+    Units that hold positions of the block's own queries come first; only these need a causal mask. Then come the units
+    that every head of the list visits, in any order, then those added by the next larger count, and so on. No unit is
+    listed twice.
     """
 
-    kv_indices: Tensor  # int32 [B, L, M, K]: numbers of units; past ``kv_num_blocks`` anything
+    kv_indices: Tensor  # int32 [B, L, M, K]: indices of units; undefined past ``kv_num_blocks``
     kv_num_blocks: Tensor  # int32 [B, C, M], C a multiple of L and a divisor of Hq: how many of them are visited
-    partial: Tensor  # int32 [M]: how many of the first ones hold positions of the rows
+    partial: Tensor  # int32 [M]: how many of the first units hold positions of the block's queries
     block: int
     unit: int
 
     def rows(self, start: int, stop: int, heads: int, k_len: int) -> Tensor:
-        """Which keys the query rows ``start <= q < stop`` may visit, causality aside: bool [B, Hq, rows, Nk].
+        """Keys that queries ``start <= q < stop`` visit, without causality: bool [B, Hq, stop - start, Nk].
 
-        Makes masks of the blocks of these rows alone: ask for few at once.
+        The mask has Nk columns, so ask for few queries at a time.
         """
         blocks = slice(start // self.block, (stop - 1) // self.block + 1)
         indices, count = self.kv_indices[:, :, blocks], self.kv_num_blocks[:, :, blocks]
@@ -34,7 +35,7 @@ class BlockList:
         taken = torch.arange(indices.shape[3], device=indices.device) < count[..., None]
         units = -(-k_len // self.unit)
         kept = torch.zeros(*count.shape, units, dtype=torch.uint8, device=indices.device)
-        # past the count stands any number: it must not undo what another place says
+        # entries past the count are undefined and must not overwrite others
         kept.scatter_reduce_(3, indices.clamp(0, units - 1), taken.to(torch.uint8), "amax")
         kept = kept.bool().repeat_interleave(self.unit, dim=3)[..., :k_len]
         kept = kept.repeat_interleave(heads // count.shape[1], dim=1)

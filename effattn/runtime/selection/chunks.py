@@ -1,4 +1,4 @@
-"""Chunks of keys: where they begin, their means, and the tokens that a budget takes of them (DHSA v1)."""
+"""Chunks of keys: their boundaries, their means, and the tokens taken from them within a budget (DHSA v1)."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from effattn.ir.selector import BOUNDARIES, Chunks, Mean, Pick, Tokens, Trained
 from effattn.runtime.selection.places import Places
 from effattn.runtime.selection.predictor import cuts, most_cuts
 
-FAR = 1.0e38  # beyond every score
+FAR = 1.0e38  # greater than any score
 
 
 @dataclass(frozen=True)
 class Cut:
-    """The chunks of a call: where each begins and ends, int64 [B, C]. Past the last one both are N."""
+    """The start and end of each chunk, int64 [B, C]. Both are N past the last chunk."""
 
     start: Tensor
     stop: Tensor
@@ -28,7 +28,7 @@ class Cut:
 
 
 def cut(piece: Chunks | Trained | Mean, key: Tensor, pooled: Tensor, captures: dict[str, Tensor]) -> Cut:
-    """The chunks of keys [B, Hkv, N, D], which are [B, 1, N, D] ``pooled``."""
+    """The chunks of ``key`` [B, Hkv, N, D]; ``pooled`` is its mean over heads, [B, 1, N, D]."""
     batch, _, length, _ = key.shape
     if isinstance(piece, Mean):
         start = torch.arange(0, length, piece.size, device=key.device)
@@ -48,11 +48,11 @@ def cut(piece: Chunks | Trained | Mean, key: Tensor, pooled: Tensor, captures: d
 
 
 def dips(piece: Chunks, key: Tensor) -> Tensor:
-    """Where keys on both sides of a token are least alike: bool [B, N] from [B, N, D].
+    """Tokens where the keys on either side are least alike: bool [B, N] from [B, N, D].
 
-    The published predictor feeds this cosine, among others, to a trained network and suppresses what is near an
-    accepted boundary one by one (core of DHSA v1, section 2.1); here a dip is accepted if it is the least within
-    ``apart`` tokens, which needs no loop. Of equal ones the first is taken.
+    The published predictor feeds this cosine, among other features, to a trained network, and suppresses boundaries
+    near an accepted one in a loop (DHSA v1, section 2.1). Here a dip is accepted if it is the minimum within ``apart``
+    tokens, which needs no loop. Ties go to the first.
     """
     batch, length, _ = key.shape
     width, apart = piece.width, piece.apart
@@ -65,14 +65,14 @@ def dips(piece: Chunks, key: Tensor) -> Tensor:
     )  # entry t compares t - width .. t - 1 with t .. t + width - 1
     least = -F.max_pool1d(-alike[:, None], 2 * apart + 1, stride=1, padding=apart)[:, 0]
     found = (alike == least) & (alike < piece.threshold)
-    # of equals within reach of each other only the first
+    # of equal minima within ``apart``, only the first
     earlier = F.pad(found.float(), (apart, 0))[:, None]
     taken_before = F.max_pool1d(earlier, apart, stride=1)[:, 0, :length] > 0
     return found & ~taken_before
 
 
 def chunk_means(piece: Chunks | Trained | Mean, key: Tensor, chunks: Cut) -> Tensor:
-    """Means of the keys [B, 1, N, D] of each chunk, zero for chunks without keys: float32 [B, 1, C, D]."""
+    """Means of the keys [B, 1, N, D] of each chunk, zero for empty chunks: float32 [B, 1, C, D]."""
     sizes = chunks.sizes
     sums = torch.stack(
         [
@@ -88,11 +88,11 @@ def tokens_of(scores: Tensor, chunks: Cut, pick: Pick, places: Places) -> tuple[
     """The tokens that each query block visits, from chunk scores [B, 1, M, C].
 
     Returns:
-        order int32 [B, 1, M, T] and how many of it, int32 [B, 1, M]: the most recent ``local`` tokens, the sinks, then
-        the best chunks as far as the budget reaches, each from its end. No token comes twice.
+        order, int32 [B, 1, M, T], and its count, int32 [B, 1, M]: the most recent ``local`` tokens, the sinks, then the
+        best chunks within the budget, each from its end. No token is listed twice.
     """
     assert isinstance(pick.budget, Tokens)
-    limit = places.eligible[:, None]  # tokens before it may be seen by some row: [M, 1]
+    limit = places.eligible[:, None]  # tokens before it are visible to some query of the block: [M, 1]
     budget = min(pick.budget.tokens, places.units)
     local, sinks = min(pick.local, budget), min(pick.sinks, max(budget - pick.local, 0))
     recent = (limit - local).clamp(min=0)

@@ -1,4 +1,4 @@
-"""Where the rows of a call stand among its keys, block by block; on the device, without waiting for it."""
+"""Positions of a call's query blocks among its keys, computed on the device without synchronising."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from effattn.runtime.algebra import bindings, evaluate
 
 @lru_cache(maxsize=4096)
 def position_of(spec: AttentionSpec) -> sympy.Expr:
-    """Absolute index of row q among the keys, from the causal condition ``k <= position``."""
+    """The absolute position of query q among the keys, from the causal condition ``k <= position``."""
     (upper,) = tile_ranges(spec.predicate).upper
     return sympy.expand(upper - 1)
 
@@ -26,8 +26,8 @@ def position_of(spec: AttentionSpec) -> sympy.Expr:
 class Places:
     """Query blocks and key units of a call.
 
-    ``first`` and ``last`` int64 [M]: the units that hold the positions of a block's first and last row; ``last`` is -1
-    where no key lies before any row of the block, and then ``first`` is 0.
+    ``first`` and ``last``, int64 [M], are the units that hold the positions of a block's first and last query. If no
+    query of the block sees a key, ``last`` is -1 and ``first`` is 0.
     """
 
     first: Tensor
@@ -37,16 +37,16 @@ class Places:
 
     @property
     def own(self) -> Tensor:
-        """Units that hold a position of the block: int64 [M]."""
+        """Number of units that hold a position of the block: int64 [M]."""
         return self.last - self.first + 1
 
     @property
     def eligible(self) -> Tensor:
-        """Units that some row of the block may see: int64 [M]."""
+        """Number of units that some query of the block may see: int64 [M]."""
         return self.last + 1
 
     def of(self, rows: slice) -> Places:
-        """The places of some of the query blocks."""
+        """The places of some query blocks."""
         first, last = self.first[rows], self.last[rows]
         return Places(first, last, first.shape[0], self.units)
 
@@ -55,7 +55,7 @@ class Places:
 
 
 def places_of(plan: Plan, q_len: int, k_len: int, captures, scalars, numbers, device: torch.device) -> Places:
-    """The places of a call of a plan that has a selector."""
+    """The places of a call of a plan with a selector."""
     assert plan.sparsity.select is not None
     block, unit = plan.sparsity.select.expand.block, plan.sparsity.select.expand.unit
     names, tensors = bindings(plan.spec, captures, scalars, numbers)

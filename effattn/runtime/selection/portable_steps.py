@@ -1,4 +1,4 @@
-"""Score and pick through ATen, under the names that both targets have."""
+"""Score and pick in ATen, with the same names as ``triton_steps``."""
 
 from effattn.runtime.selection.pick import choose_into, top_p_counts
 from effattn.runtime.selection.scores import Scorer

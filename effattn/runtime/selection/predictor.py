@@ -1,8 +1,8 @@
-"""Where a trained predictor cuts keys in chunks (DHSA v1, arXiv 2510.24606; the authors' ``predict_boundaries``).
+"""A trained predictor of chunk boundaries (DHSA v1, arXiv 2510.24606; the authors' ``predict_boundaries``).
 
-For every gap between two tokens, the keys of the ``window`` tokens on both sides go through one self-attention and a
-layer norm; means of the left and the right half, their difference, product and cosine go through two linear layers.
-In float32 throughout, a piece of the sequence at a time, and without waiting for the device.
+For every gap between two tokens, the keys of the ``window`` tokens on either side go through one self-attention and a
+layer norm. The means of both halves, their difference, product and cosine go through two linear layers. Everything is
+computed in float32, in pieces of the sequence, without synchronising.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ from torch import Tensor
 from effattn.ir.selector import Trained
 from effattn.lowering.forms.boundary_weights import POOL, Predictor, on_device
 
-ELEMENTS = 2**24  # of the windows of one piece
-MOST = 2**15  # windows of one piece: more attentions at once than some of SDPA's kernels take
-ROUNDS = 32  # of the suppression
+ELEMENTS = 2**24  # most elements of the windows of one piece
+MOST = 2**15  # most windows of one piece; some SDPA kernels do not accept larger batches
+ROUNDS = 32  # of suppression
 COSINE_EPS = 1e-6
 
 
 def cuts(piece: Trained, key: Tensor) -> Tensor:
-    """Which of the keys [B, Hkv, N, D], with positions encoded, begin a chunk: bool [B, N].
+    """Which of the keys [B, Hkv, N, D] (positions encoded) begin a chunk: bool [B, N].
 
     Raises:
-        WeightsError: the file is another one than when the plan was made, or does not fit these keys.
+        WeightsError: the file has changed since the plan was made, or does not fit these keys.
     """
     _, kv_heads, length, dim = key.shape
     predictor = on_device(piece.weights, piece.digest, piece.layer, kv_heads, dim, key.device)
@@ -33,23 +33,23 @@ def cuts(piece: Trained, key: Tensor) -> Tensor:
     with torch.autocast(key.device.type, enabled=False):
         found = logits(predictor, key)
     place = torch.arange(length, device=key.device)
-    inside = (place >= predictor.window - 1) & (place < length - predictor.window)  # both windows lie in the sequence
+    inside = (place >= predictor.window - 1) & (place < length - predictor.window)  # both windows are in the sequence
     score = found.masked_fill(~(inside & (found > piece.threshold)), -torch.inf)
     last = suppress(score, piece.apart, most_cuts(piece, length))
-    return F.pad(last, (1, 0))[:, :length]  # a gap is named by the token before it
+    return F.pad(last, (1, 0))[:, :length]  # index t is the gap after token t; a chunk begins at t + 1
 
 
 def most_cuts(piece: Trained, length: int) -> int:
-    """How many chunks at most begin after the first."""
+    """The largest number of chunks that begin after the first."""
     return max(length // piece.block, 1) * piece.per_block
 
 
 def logits(predictor: Predictor, key: Tensor) -> Tensor:
-    """The logit of a cut after each of the keys [B, Hkv, N, D]: float32 [B, N]."""
+    """The logit of a boundary after each of the keys [B, Hkv, N, D]: float32 [B, N]."""
     weights, window = predictor.tensors, predictor.window
     batch, _, length, _ = key.shape
     tokens = key.transpose(1, 2).flatten(2).float()
-    # a token is projected once and not in every window it lies in; beyond the ends tokens are zero
+    # project each token once, not once per window; tokens beyond the ends are zero
     bias = weights["enc.mha.in_proj_bias"]
     projected = F.linear(tokens, weights["enc.mha.in_proj_weight"], bias)
     ends = [bias.expand(batch, many, -1) for many in (window - 1, window)]
@@ -78,19 +78,19 @@ def _logits(predictor: Predictor, projected: Tensor) -> Tensor:
 
 
 def _pooled(predictor: Predictor, half: Tensor) -> Tensor:
-    """One vector of the tokens on one side: [n, window, C] to [n, C]."""
+    """One vector for the tokens on one side: [n, window, C] to [n, C]."""
     if POOL not in predictor.tensors:
         return half.mean(dim=1)
     return (F.linear(half, predictor.tensors[POOL]).softmax(dim=1) * half).sum(dim=1)
 
 
 def suppress(score: Tensor, apart: int, most: int) -> Tensor:
-    """Which of the scores [B, N] remain: bool [B, N]. ``-inf`` is none; of equal ones the earlier is the greater.
+    """Non-maximum suppression of scores [B, N], bool [B, N]. ``-inf`` is no candidate; ties go to the earlier one.
 
-    By the greedy rule the greatest is taken, what lies within ``apart`` of it falls, and so on, ``most`` times. That is
-    a loop over candidates, which a GPU must wait for. Here every candidate that is the greatest within its reach is
-    taken at once, which gives the same ones, round by round; what is undecided after ``ROUNDS`` is left out. A round
-    decides the heads of all falling runs: only more than ``ROUNDS`` x ``apart`` falling or equal scores get that far.
+    The greedy rule takes the greatest candidate, drops all within ``apart`` of it, and repeats, ``most`` times: a loop
+    that synchronises with the GPU. Here each round takes every candidate that is the greatest within ``apart``, which
+    gives the same result. Candidates undecided after ``ROUNDS`` rounds are dropped. That takes a run of more than
+    ``ROUNDS`` x ``apart`` falling or equal scores, since each round decides the head of every such run.
     """
     length = score.shape[1]
     most = min(most, length)
@@ -109,5 +109,5 @@ def suppress(score: Tensor, apart: int, most: int) -> Tensor:
 
 
 def _greatest(values: Tensor, apart: int) -> Tensor:
-    """The greatest within ``apart`` of each: [B, N]."""
+    """The maximum within ``apart`` of each element: [B, N]."""
     return F.max_pool1d(values[:, None], 2 * apart + 1, stride=1, padding=apart)[:, 0]

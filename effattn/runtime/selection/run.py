@@ -1,4 +1,4 @@
-"""A selector and the tensors of a call in, a block list out. Nothing waits for the device, nothing is N x N."""
+"""Runs a selector on the tensors of a call. Nothing synchronises with the device, and nothing is N x N."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ def select(
     """The units of keys that each query block of a call visits.
 
     Args:
-        query: [B, Hq, Nq, D]; key: [B, Hkv, Nk, D]; captures, scalars, numbers: what the plan names, in its order.
-        target: "triton" scores and picks by generated kernels, "portable" through ATen.
+        query: [B, Hq, Nq, D]; key: [B, Hkv, Nk, D]; captures, scalars, numbers: in the plan's order.
+        target: "triton" scores and picks with generated kernels, "portable" in ATen.
     """
     assert plan.sparsity.select is not None
     given = (captures, scalars, numbers)
@@ -47,7 +47,7 @@ def select(
 
 
 def _steps(target: str) -> Any:
-    """The module that scores and picks."""
+    """The module that implements score and pick."""
     if target == "triton":
         from effattn.runtime.selection import triton_steps
 
@@ -66,7 +66,7 @@ def _units(plan: Plan, query: Tensor, key: Tensor, given: tuple, places: Places,
     if isinstance(pick.budget, TopP):
         mass = steps.Scorer(plan, pick.budget.score, pick.budget.reduce, query, key, *given).of(0, 1)
         count = steps.top_p_counts(pick.budget, mass, pick, unit, places)
-        width = places.units  # heads differ in how much they take of one list
+        width = places.units  # heads take different numbers of units from one list
         if pick.budget.ranks_last:
             of_last = mass.squeeze(2).unflatten(1, (scorer.lists, -1)).amax(2)
     else:
@@ -85,7 +85,7 @@ def _units(plan: Plan, query: Tensor, key: Tensor, given: tuple, places: Places,
 
 
 def _tokens(plan: Plan, query: Tensor, key: Tensor, given: tuple, places: Places) -> tuple[Tensor, Tensor]:
-    """Chunks of keys are scored, tokens are taken."""
+    """Score chunks of keys, and take tokens."""
     selector = plan.sparsity.select
     assert selector is not None
     score = selector.score

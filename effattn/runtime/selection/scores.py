@@ -1,4 +1,4 @@
-"""Score and Reduce through ATen: one number for every list, query block and unit of keys, some blocks at a time."""
+"""Score and Reduce in ATen: one number per list, query block and unit of keys, for some blocks at a time."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from effattn.ir.selector import KEY_HEADS, Last, Mean, Reduce, Score
 from effattn.runtime.algebra import bindings, evaluate
 from effattn.runtime.selection.vectors import indices, vectors
 
-PRODUCTS = 2**23  # most products that are alive at once: 32 MiB in float32
+PRODUCTS = 2**23  # most products in memory at a time: 32 MiB in float32
 
 
 class Scorer:
-    """The scores of one call for one :class:`Score`; larger is more important, -inf where the mask allows nothing."""
+    """The scores of one call for one :class:`Score`. Larger is more important; -inf where no key is allowed."""
 
     def __init__(
         self, plan: Plan, score: Score, reduce: Reduce, query: Tensor, key: Tensor, captures, scalars, numbers
     ):
-        """``query`` [B, Hq, Nq, D], ``key`` [B, Hkv, Nk, D]; the rest as ``effattn::attend`` gets it."""
+        """``query`` [B, Hq, Nq, D], ``key`` [B, Hkv, Nk, D]; the others as in ``effattn::attend``."""
         assert plan.sparsity.select is not None
         self.plan, self.score, self.reduce, self.expand = plan, score, reduce, plan.sparsity.select.expand
         self.q_len, self.k_len = query.shape[2], key.shape[2]
@@ -32,7 +32,7 @@ class Scorer:
         self.lists = self.pooled or query.shape[1]
 
     def chunks(self, blocks: int) -> list[tuple[int, int]]:
-        """Query blocks in groups whose products fit in ``PRODUCTS``."""
+        """Groups of query blocks (first, last) whose products fit in ``PRODUCTS``."""
         height = (
             1 if isinstance(self.score.query, Mean) else self.expand.block // getattr(self.score.query, "stride", 1)
         )
@@ -42,7 +42,7 @@ class Scorer:
 
     @property
     def blocks(self) -> int:
-        """Query blocks that there are scores of."""
+        """Number of query blocks that are scored."""
         return 1 if isinstance(self.score.query, Last) else -(-self.q_len // self.expand.block)
 
     def of(self, first: int, last: int) -> Tensor:
@@ -59,13 +59,13 @@ class Scorer:
         return self._reduced(logits, last - first)
 
     def _products(self, query: Tensor) -> Tensor:
-        """[B, L, R, D] times the key vectors [B, Lk, C, D]: float32 [B, L, R, C]."""
+        """[B, L, R, D] times key vectors [B, Lk, C, D]: float32 [B, L, R, C]."""
         groups = self.lists // self.key.shape[1]
         rows = query.unflatten(1, (-1, groups)).flatten(2, 3).float()
         return (rows @ self.key.float().transpose(-1, -2)).unflatten(2, (groups, -1)).flatten(1, 2)
 
     def _masked(self, products: Tensor, rows: Tensor) -> Tensor:
-        """Log-probabilities of the keys that each row may see, -inf elsewhere: [B, L, R, C]."""
+        """Log-probabilities of the allowed keys of each query, -inf elsewhere: [B, L, R, C]."""
         columns = indices(self.k_len, self.score.key, products.device)
         symbols: dict[str, Any] = {
             **self.names,
@@ -85,7 +85,7 @@ class Scorer:
         return logits - torch.where(total == -torch.inf, 0.0, total)
 
     def _reduced(self, logits: Tensor, blocks: int) -> Tensor:
-        """[B, L, R, C] as [B, L, blocks, U]."""
+        """[B, L, R, C] reduced to [B, L, blocks, U]."""
         stride = getattr(self.score.key, "stride", 1)
         width = self.expand.unit // stride
         cells = F.pad(logits, (0, -logits.shape[3] % width), value=-torch.inf).unflatten(3, (-1, width))

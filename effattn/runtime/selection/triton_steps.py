@@ -1,4 +1,4 @@
-"""Score and pick by generated kernels: what :mod:`scores` and :mod:`pick` do through ATen, with the same answers."""
+"""Score and pick by generated kernels, with the same results as :mod:`scores` and :mod:`pick`."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ PROGRAMS = 512  # enough to fill any GPU a few times
 
 
 class Scorer(portable.Scorer):
-    """A scorer whose softmax scores come from kernels; products of means stay one matrix product."""
+    """A scorer whose softmax scores come from kernels. Products of means are one matrix product, as in ATen."""
 
     def __init__(self, plan: Plan, score: Score, reduce: Reduce, query, key, captures, scalars, numbers):
         super().__init__(plan, score, reduce, query, key, captures, scalars, numbers)
@@ -78,7 +78,7 @@ class Scorer(portable.Scorer):
 
 
 def splits_for(row_tiles: int, key_vectors: int) -> int:
-    """Parts of the keys, so that enough programs run at once; from sizes alone."""
+    """Number of parts of the keys, from sizes alone, so that enough programs run at once."""
     splits = 1
     while splits < MAX_SPLITS and row_tiles * splits < PROGRAMS and splits * 512 < key_vectors:
         splits *= 2
@@ -108,7 +108,7 @@ def _pick_module(width: int) -> Any:
 def choose_into(
     order: Tensor, rows: slice, scores: Tensor, count: Tensor, pick: Pick, unit: int, places: Places
 ) -> None:
-    """Fill ``order[:, :, rows]`` as :func:`effattn.runtime.selection.pick.choose_into` does, each part in key order."""
+    """Fill ``order[:, :, rows]`` like :func:`effattn.runtime.selection.pick.choose_into`, each part in key order."""
     batch, lists, blocks, units = scores.shape
     if units > pick_source.WIDEST:
         portable.choose_into(order, rows, scores, count, pick, unit, places)
@@ -124,7 +124,7 @@ def choose_into(
 
 
 def top_p_counts(top_p: TopP, mass: Tensor, pick: Pick, unit: int, places: Places) -> Tensor:
-    """Units that each head visits in every query block: int32 [B, Hq, M], from its mass [B, Hq, 1, U]."""
+    """Number of units each head visits per query block: int32 [B, Hq, M], from its mass [B, Hq, 1, U]."""
     batch, heads, _, units = mass.shape
     if units > pick_source.WIDEST:
         return portable.top_p_counts(top_p, mass, pick, unit, places)

@@ -1,4 +1,4 @@
-"""The vectors that are scored: tokens or means of tokens, of each head or of heads averaged in groups."""
+"""The vectors that are scored: tokens or means of tokens, per head or averaged over groups of heads."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from effattn.ir.selector import Last, Mean, Piece, Strided
 
 
 def pool_heads(tensor: Tensor, lists: int) -> Tensor:
-    """[B, H, N, D] as [B, L, N, D]: heads averaged in ``lists`` groups in float32; each by itself if 0.
+    """[B, H, N, D] to [B, L, N, D]: the float32 mean of heads in ``lists`` groups; 0: every head by itself.
 
-    Query heads of one key head are neighbours, and every key head has as many: the mean over a group's key heads weighs
-    every query head the same.
+    Query heads of one key head are adjacent and equally many, so the mean over a group's key heads gives every query
+    head the same weight.
     """
     if lists in (0, tensor.shape[1]):
         return tensor
@@ -20,14 +20,14 @@ def pool_heads(tensor: Tensor, lists: int) -> Tensor:
 
 
 def vectors(tensor: Tensor, piece: Piece, lists: int) -> Tensor:
-    """[B, H, N, D] as [B, L, R, D]: what :func:`take` names of pooled heads; only tokens that are scored are pooled."""
+    """[B, H, N, D] to [B, L, R, D]: :func:`take` on pooled heads. Only tokens that are scored are pooled."""
     if isinstance(piece, Strided | Last):
         return pool_heads(take(tensor, piece), lists)
     return take(pool_heads(tensor, lists), piece)
 
 
 def take(tensor: Tensor, piece: Piece) -> Tensor:
-    """[B, L, N, D] as [B, L, R, D]: the vectors that a piece of a score names."""
+    """[B, L, N, D] to [B, L, R, D]: the vectors of a piece."""
     if isinstance(piece, Strided):
         return tensor[:, :, :: piece.stride]
     if isinstance(piece, Last):
@@ -37,13 +37,13 @@ def take(tensor: Tensor, piece: Piece) -> Tensor:
 
 
 def indices(length: int, piece: Piece, device: torch.device) -> Tensor:
-    """Which rows or keys the vectors of :func:`take` are: int64 [R]."""
+    """Indices of the tokens in the result of :func:`take`: int64 [R]."""
     start = max(length - piece.size, 0) if isinstance(piece, Last) else 0
     return torch.arange(start, length, piece.stride if isinstance(piece, Strided) else 1, device=device)
 
 
 def block_means(tensor: Tensor, piece: Mean) -> Tensor:
-    """Means of ``piece.size`` tokens each, the last of those that are left: [B, L, ceil(N / size), D] float32."""
+    """Means of ``piece.size`` tokens; the last may have fewer: [B, L, ceil(N / size), D] float32."""
     length = tensor.shape[2]
     whole = length // piece.size * piece.size
     means = tensor[:, :, :whole].unflatten(2, (-1, piece.size)).mean(dim=3, dtype=torch.float32)
