@@ -1,8 +1,8 @@
-"""What an approximation costs and what it saves, measured on a model.
+"""Measures what an approximation costs and saves on a model.
 
-``evaluate`` does all of it: errors by layer, perplexity, passkey retrieval, time. Its parts can be used alone:
-``density`` counts the (query, key) pairs that a form keeps, without an N x N mask; ``perplexity`` measures a language
-model on long text without an N x vocabulary tensor in float32; ``timed`` times calls on any device.
+``evaluate`` measures errors by layer, perplexity, passkey retrieval and time. Its parts can be used alone: ``density``
+counts the (query, key) pairs that a form keeps, without an N x N mask; ``perplexity`` measures a language model on long
+text without an N x vocabulary tensor in float32; ``timed`` times calls on any device.
 """
 
 from effattn.evaluate.evaluation import Evaluation

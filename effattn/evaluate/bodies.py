@@ -1,4 +1,4 @@
-"""The layers of a language model, as its user wrote them or compiled under a policy; one at a time."""
+"""The layers of a language model, uncompiled or compiled under a policy."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from effattn.policy import Policy
 
 @contextmanager
 def body_of(model: Any, policy: Policy | None, rest: str) -> Iterator[Callable[..., Any]]:
-    """``model.base_model`` compiled under ``policy`` for every length, or as it is for None.
+    """``model.base_model`` compiled under ``policy`` with dynamic shapes; uncompiled for None.
 
-    Called with ids int64 [1, N]; what it was compiled to is forgotten afterwards.
+    Call it with ids int64 [1, N]. The compiled code is freed on exit.
     """
     if policy is None:
         yield model.base_model
@@ -33,7 +33,7 @@ def body_of(model: Any, policy: Policy | None, rest: str) -> Iterator[Callable[.
 
 
 def forget() -> None:
-    """Free compiled code and what it held."""
+    """Reset torch.compile and free the memory of compiled code."""
     torch._dynamo.reset()
     gc.collect()
     if torch.cuda.is_available() and torch.cuda.is_initialized():
@@ -42,7 +42,7 @@ def forget() -> None:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without the advice of compilers and libraries, which is not about the evaluation."""
+    """Silence warnings of compilers and libraries that do not concern the evaluation."""
     named = [logging.getLogger("torch._inductor"), logging.getLogger("transformers")]
     levels = [logger.level for logger in named]
     with warnings.catch_warnings():

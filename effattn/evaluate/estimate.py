@@ -1,4 +1,4 @@
-"""How long the work will take, roughly, from two short runs: a forward costs a * N + b * N^2, a site c * N^2."""
+"""A rough estimate of the running time from two short runs: a forward takes a * N + b * N^2, a site c * N^2."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from effattn.evaluate.records import Looked
 from effattn.evaluate.setting import Setting
 from effattn.evaluate.tasks.passkey import ANSWER_TOKENS
 
-GRAPHS = 3  # that a policy compiles: without a cache, into one, from one
-INDUCTOR = 6.0  # how much longer Inductor takes than the passes alone
-DECODED = 4  # short forwards that an answer costs, about
+GRAPHS = 3  # compiled per policy: prefill without a cache, prefill into one, decode
+INDUCTOR = 6.0  # compile time with Inductor, relative to the passes alone
+DECODED = 4  # cost of decoding an answer, in short forwards
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Seconds of each kind of work."""
+    """Seconds per kind of work."""
 
     looked: Looked
     setting: Setting
@@ -49,7 +49,7 @@ class Estimate:
         return GRAPHS * self.looked.compilation * (INDUCTOR if self.setting.rest == "inductor" else 1.0)
 
     def total(self) -> float:
-        """Everything, as if nothing were finished."""
+        """The estimate for the whole evaluation, including finished pieces."""
         setting, total = self.setting, 0.0
         bodies = 1 + len(setting.policies)
         times = {"perplexity": setting.segments, "time": 1, "passkey": setting.trials * len(setting.depths)}

@@ -1,4 +1,4 @@
-"""All figures of one evaluation, as data; tables and the picture are views of it."""
+"""All results of one evaluation as data. Tables and the picture are views of it."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ from effattn.evaluate.store import FORMAT, read_json
 
 
 class Evaluation(Record):
-    """What was measured, and on what.
+    """The results of one evaluation.
 
-    ``about`` holds model, text, device, versions, date and the whole setting, policies included.
+    ``about`` has model, text, device, versions, date and the whole setting, policies included.
     """
 
     format: str = FORMAT
@@ -41,7 +41,7 @@ class Evaluation(Record):
 
     @staticmethod
     def of(about: Mapping[str, Any], looked: Looked, records: Iterable[Record]) -> Evaluation:
-        """Sort results by kind."""
+        """Collect records by kind."""
         kinds: dict[type[Record], list[Any]] = {SiteErrors: [], TextLoss: [], PasskeyAnswer: [], PrefillTime: []}
         for record in records:
             if not isinstance(record, ErrorsDone):
@@ -58,10 +58,10 @@ class Evaluation(Record):
 
     @staticmethod
     def load(path: str | os.PathLike) -> Evaluation:
-        """What :meth:`save` or an evaluation's folder holds.
+        """The inverse of :meth:`save`; also reads the results file of an evaluation's folder.
 
         Raises:
-            EvaluationError: no such file, or not one of this version.
+            EvaluationError: the file is missing or has another format version.
         """
         try:
             return Evaluation.model_validate(read_json(pathlib.Path(path)))
@@ -79,15 +79,15 @@ class Evaluation(Record):
         return [str(policy["name"]) for policy in self.about["policies"]]
 
     def to_dict(self) -> dict[str, Any]:
-        """Values that JSON can hold."""
+        """The results as JSON values."""
         return self.model_dump()
 
     def save(self, path: str | os.PathLike) -> None:
-        """Write everything as JSON."""
+        """Write the results as JSON."""
         pathlib.Path(path).write_text(json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
     def picture(self, path: str | os.PathLike) -> str | None:
-        """Draw the heat maps as a PNG; what is missing to do so, in words, if it could not be done."""
+        """Draw the heat maps as a PNG. Returns None, or the reason why there is no picture."""
         from effattn.evaluate.show.picture import draw
 
         return draw(self, pathlib.Path(path))

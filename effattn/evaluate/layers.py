@@ -1,4 +1,4 @@
-"""Errors layer by layer: the dense model runs once a length, and every attention is measured when it is reached."""
+"""Errors by layer: the dense model runs once per length, and every attention is measured when it is reached."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ from effattn.evaluate.tasks.site_errors import Lowered, lower, site_errors
 from effattn.evaluate.text import LongText
 from effattn.ir.plan import Plan
 
-SHORT, LONG = 128, 1024  # tokens of the runs from which the time is estimated
+SHORT, LONG = 128, 1024  # tokens of the runs for the time estimate
 
 
 class Layers:
-    """The attentions of one model, looked at and measured through one compiled, tapped copy of its layers."""
+    """Inspects and measures the attentions of one model through one compiled, tapped copy of its layers."""
 
     def __init__(self, subject: Subject, setting: Setting, store: Store, tell: Silent):
         self.subject, self.setting, self.store, self.tell = subject, setting, store, tell
         self.tapped = Tapped(subject.model.base_model)
 
     def look(self, text: LongText) -> Looked:
-        """Run a short text: are there attentions, which forms will they get, how long does all of it take?
+        """Run a short text to find the attentions, their forms under each policy, and a time estimate.
 
         Raises:
             EvaluationError: no attention was found.
@@ -93,7 +93,7 @@ class Layers:
         )
 
     def errors(self, text: LongText, length: int, estimate: Estimate) -> list[Record]:
-        """One record for every attention of a run over ``length`` tokens; those that are finished are not repeated."""
+        """One record per attention of a run over ``length`` tokens. Finished records come from the store."""
         done = self.store.get(f"errors-{length}", ErrorsDone)
         if done is not None:
             found = [self.store.get(self._name(length, number), SiteErrors) for number in range(done.sites)]
@@ -154,7 +154,7 @@ class Layers:
         )
 
     def _densities(self, policy: str, found: Sequence[Lowered]) -> list[Density]:
-        """By length, where structure alone decides at every attention."""
+        """Densities by length, if no selector is involved at any attention."""
         densities = []
         for length in self.setting.lengths:
             known = [density for lowered in found if (density := _density(lowered.plan, length)) is not None]
@@ -163,7 +163,7 @@ class Layers:
         return densities
 
     def _notes(self, policy: str, found: Sequence[Lowered]) -> list[str]:
-        """Where a policy's form is refused, or begins only at greater lengths."""
+        """Where a policy's form is refused, or starts only at greater lengths."""
         reasons = Counter(low.reason for low in found if low.form == "exact" and "refused" in low.reason)
         notes = [
             f"policy {policy!r} stays exact at {count} of {len(found)} attentions: {reason}"
@@ -196,12 +196,12 @@ class Layers:
 
 
 def _density(plan: Plan, length: int) -> float | None:
-    """Kept of allowed pairs of self-attention over ``length`` tokens, or None where data decides."""
+    """Kept pairs / allowed pairs of self-attention over ``length`` tokens; None if it depends on data."""
     plan = plan.at(length)
     if not is_static(plan):
         return None
     try:
         allowed = kept_pairs(plan.spec.predicate, length, length)
         return kept_pairs(plan.spec.rule, length, length) / allowed if allowed else 1.0
-    except (FormRefused, KeyError):  # data, or a length that is only known at run time
+    except (FormRefused, KeyError):  # captured tensors, or a length known only at run time
         return None

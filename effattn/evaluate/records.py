@@ -1,4 +1,4 @@
-"""Results as they are written: one record for each finished piece of work. Reading a file back checks every field."""
+"""Results on disk: one record per finished piece of work. Every field is checked when a file is read."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from pydantic import BaseModel, ConfigDict
 
 
 class Record(BaseModel):
-    """A result. Unknown fields, other types and numbers that are not finite are refused."""
+    """A result. Unknown fields, wrong types, infinities and NaN are refused."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class Density(Record):
-    """Kept of allowed pairs, mean over the attentions of the model, where structure alone decides it."""
+    """Kept pairs / allowed pairs, mean over the attentions of a model, if it does not depend on data."""
 
     length: int
     policy: str
@@ -20,14 +20,14 @@ class Density(Record):
 
 
 class Looked(Record):
-    """What short runs told beforehand."""
+    """Results of the short runs at the beginning."""
 
     sites: int
     short: int  # tokens of the shorter run
     short_seconds: float
     long: int
     long_seconds: float
-    site_seconds: float  # of measuring one attention of the longer run
+    site_seconds: float  # to measure one attention of the longer run
     compilation: float  # seconds
     densities: list[Density]
     notes: list[str]
@@ -39,13 +39,13 @@ class FormAtSite(Record):
     policy: str
     form: str
     reason: str  # why this form
-    error: float | None  # None: dense is zero and the form is not
+    error: float | None  # None: the dense output is zero and the form's is not
     mass: float
     density: float
     oracle_mass: float
     oracle_density: float
     block: int
-    unit: int | None = None  # keys that are chosen together, where that is not ``block``
+    unit: int | None = None  # keys chosen together, if not ``block``
     mass_by_head: list[float]
 
 
@@ -53,7 +53,7 @@ class SiteErrors(Record):
     """All policies at one attention of a run over ``length`` tokens."""
 
     length: int
-    number: int  # in the order of the run
+    number: int  # order of execution
     layer: int | None
     name: str
     heads: int
@@ -64,26 +64,26 @@ class SiteErrors(Record):
 
 
 class ErrorsDone(Record):
-    """A run over ``length`` tokens reached all its attentions."""
+    """A run over ``length`` tokens has finished."""
 
     length: int
     sites: int
-    left_alone: list[str]  # softmaxes without a site, and why
+    left_alone: list[str]  # softmaxes that are not sites, and why
 
 
 class TextLoss(Record):
-    """Perplexity of one text is exp(loss)."""
+    """The loss on one text; its perplexity is exp(loss)."""
 
     length: int
     policy: str
     segment: int
-    loss: float  # mean negative log likelihood of a token, in nats
-    tokens: int  # that were predicted
-    seconds: float  # of the layers; the first of a policy compiles
+    loss: float  # mean negative log likelihood per token, in nats
+    tokens: int  # number of predicted tokens
+    seconds: float  # of the layers; includes compilation for the first text of a policy
 
 
 class PasskeyAnswer(Record):
-    """One hidden key and what the model answered."""
+    """One hidden key and the model's answer."""
 
     length: int
     policy: str
@@ -101,6 +101,6 @@ class PrefillTime(Record):
 
     length: int
     policy: str
-    first: float  # with compilation, where nothing else ran before
+    first: float  # includes compilation if no task ran before
     later: list[float]
-    peak_gib: float | None  # largest memory of the later ones, weights included; None on the CPU
+    peak_gib: float | None  # peak memory of the later forwards, weights included; None on a CPU

@@ -1,4 +1,4 @@
-"""More positions than a model was trained for, through transformers' own scaling of rotary embeddings."""
+"""Longer contexts than a model was trained for, by transformers' scaling of rotary embeddings."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ KINDS = ("yarn", "dynamic", "linear")
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """``yarn:16``: sixteen times the positions, by the rule that transformers calls yarn."""
+    """``yarn:16``: sixteen times the positions, by transformers' rule "yarn"."""
 
     kind: str
     factor: float
 
     @staticmethod
     def read(text: str) -> RopeScaling:
-        """``kind:factor``, or a factor alone for yarn.
+        """Parse ``kind:factor``, or a factor alone for yarn.
 
         Raises:
-            EvaluationError: neither of these, an unknown kind, or a factor that is not above 1.
+            EvaluationError: another format, an unknown kind, or a factor not above 1.
         """
         kind, _, number = text.rpartition(":")
         kind = kind or KINDS[0]
@@ -46,7 +46,7 @@ class RopeScaling:
 
 
 def context_of(model: Any, scaling: RopeScaling | None = None) -> int | None:
-    """Positions that a model was made for, scaled; None where its configuration does not say."""
+    """The model's maximum number of positions, scaled; None if its configuration does not say."""
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if not isinstance(limit, int):
         return None
@@ -55,7 +55,7 @@ def context_of(model: Any, scaling: RopeScaling | None = None) -> int | None:
 
 @contextlib.contextmanager
 def scaled(model: Any, scaling: RopeScaling | None) -> Iterator[None]:
-    """``model`` with its rotary embeddings scaled; as it was afterwards.
+    """Scale the rotary embeddings of ``model`` inside the context, and restore them on exit.
 
     Raises:
         EvaluationError: the model has no rotary embeddings that transformers can scale.
@@ -85,11 +85,11 @@ def scaled(model: Any, scaling: RopeScaling | None) -> Iterator[None]:
 
 
 def _scaled(module: Any, scaling: RopeScaling) -> Any:
-    """The same rotary embedding, made from a scaled copy of its configuration."""
+    """The same rotary embedding with scaling."""
     config = copy.deepcopy(module.config)
     original = config.max_position_embeddings
     config.rope_parameters = {**config.rope_parameters, "rope_type": scaling.kind, "factor": scaling.factor}
-    if scaling.kind == "yarn":  # the others count from the positions of the configuration
+    if scaling.kind == "yarn":  # the other kinds use the configuration's own maximum
         config.rope_parameters["original_max_position_embeddings"] = original
         config.max_position_embeddings = int(original * scaling.factor)
     return type(module)(config=config).to(module.inv_freq.device)

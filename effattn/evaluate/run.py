@@ -1,4 +1,4 @@
-"""``evaluate``: the work in order. Each finished piece is kept at once, and never done twice."""
+"""``evaluate``: runs all tasks in order. Each finished piece is stored at once and not repeated."""
 
 from __future__ import annotations
 
@@ -55,30 +55,30 @@ def evaluate(
     """Compare policies with the dense model: errors by layer, perplexity, passkey retrieval, time.
 
     Args:
-        model: a causal language model of transformers, where and in the dtype in which it shall run. It is not
-            changed; what torch.compile has made in this process is forgotten (``torch._dynamo.reset``).
-        tokenizer: its tokenizer; not needed where ``text`` is token ids and there is no passkey task.
-        policies: shipped names, files, dicts or policies, each with a name of its own.
-        lengths: tokens, prompt and answer together for the passkey.
+        model: a transformers causal language model, on the device and in the dtype to run in. It is not changed, but
+            ``torch._dynamo.reset`` discards what torch.compile has compiled in this process.
+        tokenizer: its tokenizer; not needed if ``text`` is token ids and there is no passkey task.
+        policies: names of shipped policies, files, dicts or policies, with distinct names.
+        lengths: tokens; for passkeys, of prompt and answer together.
         tasks: of "errors", "perplexity", "passkey", "time".
-        depths: places of the passkey, 0 the start of the text, 1 its end.
-        trials: passkeys of each length and depth.
-        segments: texts of each length for perplexity.
+        depths: positions of the passkey: 0 is the start of the text, 1 its end.
+        trials: passkeys per length and depth.
+        segments: texts per length for perplexity.
         repeats: timed forwards after the first.
         text: a file, token ids int64 [1, N], or None for the source of Python's standard library.
-        rope_scaling: as "yarn:16", for lengths beyond the model's context.
-        rest: what compiles all that is not attention, "inductor" or "eager"; None: Inductor on a GPU, else eager.
+        rope_scaling: such as "yarn:16", for lengths beyond the model's context.
+        rest: what compiles the rest of the graph, "inductor" or "eager"; None: Inductor on a GPU, else eager.
         seed: of the passkeys.
-        out: a folder for results, one JSON and a picture. A second call with the same arguments continues there.
-        name: of the model, for people.
-        progress: True to show a bar and messages on standard error.
+        out: a folder for the results, a JSON file and a picture. A second call with the same arguments resumes there.
+        name: the model's name in tables.
+        progress: True shows a progress bar and messages on standard error.
 
     Returns:
-        All figures; ``print`` it, or see :class:`effattn.evaluate.evaluation.Evaluation`.
+        All results; ``print`` them, or see :class:`effattn.evaluate.evaluation.Evaluation`.
 
     Raises:
-        EvaluationError: something asked for makes no sense, does not fit the model, or the folder is not ours.
-        PolicyError: a policy is not valid, or names layers that the model does not have.
+        EvaluationError: an argument is invalid or does not fit the model, or the folder holds other files.
+        PolicyError: a policy is invalid or names layers that the model does not have.
     """
     subject = Subject.of(model, tokenizer, name)
     setting = Setting.read(
@@ -99,7 +99,7 @@ def evaluate(
     tokens = max(setting.lengths) * setting.segments
     given = long_text(text, tokenizer, tokens, subject.vocabulary)
     if "passkey" in setting.tasks:
-        keys.passkey(tokenizer, min(setting.lengths), 0.5, 0)  # too short a length is told before anything runs
+        keys.passkey(tokenizer, min(setting.lengths), 0.5, 0)  # raises at once if the length is too short
     try:
         with quiet(), scaled(model, setting.rope), torch.no_grad(), tell:
             return _Work(replace(subject, model=model.eval()), setting, given, out, tell).all()
@@ -140,7 +140,7 @@ class _Work:
         return self._finish(time.perf_counter() - start)
 
     def _under(self, policy: Policy | None, number: int) -> None:
-        """All tasks that run the whole model, under one policy or dense."""
+        """Run all tasks on the whole model, under one policy or dense."""
         who = DENSE if policy is None else policy.name
         slug = DENSE if policy is None else f"policy{number - 1}"
         with body_of(self.subject.model, policy, self.setting.rest) as body:
@@ -180,7 +180,7 @@ class _Work:
                     )
 
     def _piece(self, name: str, text: str, kind: type[Record], measure: Callable[[], Record], seconds: float) -> None:
-        """A result from the store, or measured and put there."""
+        """Get a result from the store, or measure and store it."""
         record = self.store.get(name, kind)
         if record is None:
             self.tell.work(text)

@@ -1,4 +1,4 @@
-"""What an evaluation is asked to do: checked before a model runs."""
+"""The arguments of an evaluation, checked before a model runs."""
 
 from __future__ import annotations
 
@@ -14,34 +14,34 @@ from effattn.policy.problems import unknown
 
 TASKS = ("errors", "perplexity", "passkey", "time")
 RESTS = ("inductor", "eager")
-SHORTEST = 16  # tokens: fewer are no text, and one alone would be a decode step
-DENSE = "dense"  # the model as the user wrote it, not compiled
+SHORTEST = 16  # tokens; a single token would be a decode step
+DENSE = "dense"  # the uncompiled model
 
 PolicySource = str | os.PathLike | Mapping[str, Any] | Policy
 
 
 @dataclass(frozen=True)
 class Setting:
-    """Every choice that a result depends on, apart from model, text and machine."""
+    """Everything that results depend on, apart from model, text and machine."""
 
     policies: tuple[Policy, ...]
     tasks: tuple[str, ...] = TASKS
     lengths: tuple[int, ...] = (2048,)
     depths: tuple[float, ...] = (0.1, 0.5, 0.9)  # of the passkey: 0 is the start of the text, 1 its end
-    trials: int = 5  # passkeys of each length and depth
-    segments: int = 1  # texts of each length for perplexity, one after the other
-    repeats: int = 2  # timed prefills after the first
+    trials: int = 5  # passkeys per length and depth
+    segments: int = 1  # consecutive texts per length for perplexity
+    repeats: int = 2  # timed forwards after the first
     seed: int = 0
-    rest: str = "eager"  # what compiles all that is not attention
+    rest: str = "eager"  # what compiles the rest of the graph
     rope: RopeScaling | None = None
 
     @staticmethod
     def read(policies: Iterable[PolicySource], **given: Any) -> Setting:
-        """A setting from what a user may give.
+        """A checked setting from a user's arguments.
 
         Raises:
-            EvaluationError: a value that makes no sense; says what is allowed and the nearest match.
-            PolicyError: a policy is not valid.
+            EvaluationError: a value is invalid; the message says what is allowed and the nearest match.
+            PolicyError: a policy is invalid.
         """
         rope = given.pop("rope_scaling", None)
         given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
@@ -83,7 +83,7 @@ class Setting:
         return tuple(policy.name for policy in self.policies)
 
     def to_dict(self) -> dict[str, Any]:
-        """Values that JSON can hold, policies in full."""
+        """The setting as JSON values, policies in full."""
         body = {name: value for name, value in vars(self).items() if name not in ("policies", "rope")}
         body = {name: list(value) if isinstance(value, tuple) else value for name, value in body.items()}
         body["rope_scaling"] = None if self.rope is None else str(self.rope)

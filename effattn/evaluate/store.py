@@ -1,6 +1,6 @@
-"""The folder of an evaluation: every finished piece is written at once, and read back when the same is asked again.
+"""The folder of an evaluation: every finished piece is written at once, and reused by the same evaluation.
 
-Files are JSON and are only ever parsed. What is not complete, or not of this evaluation, is measured anew.
+Files are JSON and only parsed. Pieces that are incomplete or belong to another evaluation are measured again.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from effattn.evaluate.records import Record
 FORMAT = "effattn evaluation 1"
 SETTING, PIECES = "setting.json", "pieces"
 RESULTS, PICTURE = "results.json", "picture.png"
-LARGEST = 1 << 26  # bytes; no file of ours comes near
+LARGEST = 1 << 26  # bytes; larger files are refused
 
 Kind = TypeVar("Kind", bound=Record)
 
@@ -30,14 +30,14 @@ class Store:
     """Finished pieces by name, in memory and, with a folder, on disk."""
 
     def __init__(self, folder: str | os.PathLike | None, setting: dict[str, Any], say: Callable[[str], None]):
-        """Open or begin a folder.
+        """Open or create a folder.
 
         Args:
-            setting: everything that results depend on, as JSON can hold it. Pieces of another setting are deleted,
-                and ``say`` tells what has changed.
+            setting: everything that results depend on, as JSON values. Pieces of another setting are deleted, and
+                ``say`` reports what has changed.
 
         Raises:
-            EvaluationError: the folder cannot be used, or holds files that are not of an evaluation.
+            EvaluationError: the folder cannot be used, or holds files of something else.
         """
         self.folder = None if folder is None else pathlib.Path(folder)
         self.setting, self.say = setting, say
@@ -48,7 +48,7 @@ class Store:
             self._open(self.folder)
 
     def get(self, name: str, kind: type[Kind]) -> Kind | None:
-        """The piece of this name, or None if it is not finished."""
+        """The finished piece of this name, or None."""
         if name not in self.found and self.folder is not None:
             read = self._read(self._path(name), name, kind)
             if read is not None:
@@ -58,7 +58,7 @@ class Store:
         return record if isinstance(record, kind) else None
 
     def put(self, name: str, record: Record) -> None:
-        """Keep a finished piece."""
+        """Store a finished piece."""
         self.found[name] = record
         if self.folder is not None:
             head = {"format": FORMAT, "fingerprint": self.fingerprint, "piece": name}
@@ -130,7 +130,7 @@ class Store:
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:
-    """An object from a regular file of reasonable size. Raises OSError or ValueError."""
+    """The JSON object in a regular file of at most ``LARGEST`` bytes. Raises OSError or ValueError."""
     mode = path.lstat()
     if not stat.S_ISREG(mode.st_mode):
         raise ValueError("not a regular file")
@@ -146,14 +146,14 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
 
 
 def write_json(path: pathlib.Path, body: dict[str, Any]) -> None:
-    """All of it or nothing: a run that is cut off leaves no half of a file under this name."""
+    """Write atomically: an interrupted run leaves no partial file of this name."""
     part = path.with_name(path.name + ".part")
     part.write_text(json.dumps(body, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
     part.replace(path)
 
 
 def differences(before: Any, now: Any, path: str = "") -> list[str]:
-    """What changed between two settings, in words; the first few."""
+    """The first few differences between two settings, as text."""
     if isinstance(before, dict) and isinstance(now, dict):
         found: list[str] = []
         for key in sorted({*before, *now}):

@@ -1,4 +1,4 @@
-"""What is evaluated: a causal language model, its tokenizer, and facts by which its results are known again."""
+"""The model under evaluation: a causal language model, its tokenizer, and facts that identify its results."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from effattn.evaluate.setting import Setting
 from effattn.evaluate.tasks.perplexity import logits_of
 from effattn.versions import cache_argument
 
-SAMPLE = 256  # values of every weight that go into the model's fingerprint
+SAMPLE = 256  # values of each weight in the model's fingerprint
 
 
 @dataclass(frozen=True)
 class Subject:
-    """A model in evaluation mode, with its tokenizer if it has one."""
+    """A model in evaluation mode, and its tokenizer if it has one."""
 
     model: Any
     tokenizer: Any
@@ -31,7 +31,7 @@ class Subject:
 
     @staticmethod
     def of(model: Any, tokenizer: Any, name: str | None) -> Subject:
-        """Raises EvaluationError: not a causal language model of transformers."""
+        """Raises EvaluationError if it is not a transformers causal language model."""
         if not hasattr(model, "base_model") or not hasattr(model, "config"):
             raise EvaluationError(f"{type(model).__name__} is no causal language model of transformers")
         if model.get_output_embeddings() is None or getattr(model.config, "is_encoder_decoder", False):
@@ -54,14 +54,14 @@ class Subject:
 
     @property
     def cache(self) -> str:
-        """What the layers call the key/value cache."""
+        """The name of the layers' argument for the key/value cache."""
         return cache_argument(self.model.base_model.forward)
 
     def check(self, setting: Setting) -> None:
-        """What cannot work with this model is told before anything runs.
+        """Check that a setting works with this model, before anything runs.
 
         Raises:
-            EvaluationError: a length beyond the context, a task without its tokenizer, a rule for a class that is
+            EvaluationError: a length is beyond the context, a task needs a tokenizer, or a rule names a class that is
                 not compiled.
             PolicyError: a rule names a layer that the model does not have.
         """
@@ -89,10 +89,10 @@ class Subject:
                     )
 
     def check_head(self, ids: Tensor) -> None:
-        """Perplexity is computed from hidden states and the head alone: compare with the model's own logits.
+        """Check that hidden states and head give the model's own logits, which perplexity relies on.
 
         Raises:
-            EvaluationError: the model does something else to its logits.
+            EvaluationError: the model changes its logits in another way.
         """
         own = self.model(ids, use_cache=False).logits.float()
         states = self.model.base_model(ids, use_cache=False).last_hidden_state

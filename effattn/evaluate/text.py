@@ -1,4 +1,4 @@
-"""The text that errors and perplexity are measured on, as token ids."""
+"""The text for errors and perplexity, as token ids."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ class LongText:
 
     ids: Tensor  # int64 [1, tokens]
     source: str
-    first: tuple[int, ...] = ()  # ids that every sequence of this model begins with
+    first: tuple[int, ...] = ()  # ids at the start of every sequence of this model, such as BOS
 
     def segment(self, length: int, number: int = 0) -> Tensor:
-        """The ``number``-th text of ``length`` tokens: int64 [1, length], begun as the model expects."""
+        """The ``number``-th text of ``length`` tokens, int64 [1, length], including ``first``."""
         own = length - len(self.first)
         begun = torch.tensor([self.first], dtype=torch.int64, device=self.ids.device)
         return torch.cat([begun, self.ids[:, number * own : (number + 1) * own]], dim=1)
@@ -36,15 +36,15 @@ class LongText:
 
 
 def long_text(text: str | os.PathLike | Tensor | None, tokenizer: Any, tokens: int, vocabulary: int) -> LongText:
-    """At least ``tokens`` tokens.
+    """A text of at least ``tokens`` tokens.
 
     Args:
-        text: a file of UTF-8 text, token ids int64 [1, N], or None for the source of Python's standard library.
-        tokenizer: of the model; may be None where ``text`` is token ids.
-        vocabulary: ids are below it.
+        text: a UTF-8 file, token ids int64 [1, N], or None for the source of Python's standard library.
+        tokenizer: of the model; may be None if ``text`` is token ids.
+        vocabulary: upper bound of ids, exclusive.
 
     Raises:
-        EvaluationError: no such file, not UTF-8, too short, or text without a tokenizer.
+        EvaluationError: the file is missing, not UTF-8 or too short, or there is no tokenizer.
     """
     if isinstance(text, Tensor):
         if text.ndim != 2 or text.shape[0] != 1 or text.is_floating_point():
@@ -83,7 +83,7 @@ def _long_enough(text: LongText, tokens: int) -> LongText:
 
 
 def _beginning(tokenizer: Any) -> tuple[int, ...]:
-    """What the tokenizer puts before every text, as a BOS token."""
+    """Ids that the tokenizer puts at the start of every text, such as BOS."""
     ids = tokenizer("")["input_ids"]
     bos = getattr(tokenizer, "bos_token_id", None)
     return (bos,) if bos is not None and list(ids[:1]) == [bos] else ()

@@ -1,1 +1,1 @@
-"""Results for people: tables, a picture, progress."""
+"""Presentation of results: tables, a picture, progress."""

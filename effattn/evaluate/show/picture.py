@@ -1,4 +1,4 @@
-"""One picture: error and lost mass by layer and policy, and passkeys by length and depth. Needs matplotlib."""
+"""A picture: error and lost mass by layer and policy, passkeys by length and depth. Needs matplotlib."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from effattn.evaluate.setting import DENSE
 from effattn.evaluate.show.tables import heading, passkeys_of
 
 INSTALL = 'pip install "effattn[evaluate]"'
-NEGLIGIBLE = 1e-4  # an error of rounding: drawn as nothing
-LABELS = 32  # layers whose values are written into their cells, at most
+NEGLIGIBLE = 1e-4  # smaller errors are rounding and are drawn as 0
+LABELS = 32  # most layers whose cells show values
 
 
 def draw(done: Evaluation, path: pathlib.Path) -> str | None:
-    """Write the picture; why not, in words, where there is nothing to draw or to draw with."""
+    """Write the picture. Returns None, or the reason why there is none."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -46,7 +46,7 @@ def _rows(done: Evaluation) -> list[Any]:
 
 
 class LayerMap:
-    """Policies x layers of one length: relative error of the output, or the mass that is not on kept keys."""
+    """Policies x layers at one length: relative error of the output, or softmax mass outside the kept keys."""
 
     def __init__(self, done: Evaluation, length: int, what: str):
         self.what, self.length = what, length
@@ -55,7 +55,7 @@ class LayerMap:
             policy: [self._value(next(form for form in site.forms if form.policy == policy)) for site in self.sites]
             for policy in done.policies
         }
-        shown = {policy: line for policy, line in values.items() if any(line)} or values  # dense ones have nothing
+        shown = {policy: line for policy, line in values.items() if any(line)} or values  # omit policies without errors
         self.policies, self.values = list(shown), list(shown.values())
         self.height = 0.9 + 0.36 * len(self.policies)
 
@@ -82,7 +82,7 @@ class LayerMap:
 
 
 class PasskeyMaps:
-    """Depths x lengths, one map a policy: keys found of those that were hidden."""
+    """Depths x lengths, one map per policy: keys found out of keys hidden."""
 
     def __init__(self, done: Evaluation):
         self.done = done

@@ -1,4 +1,4 @@
-"""What is told while an evaluation runs: to nobody, or to a person at a terminal or reading a log."""
+"""Progress of an evaluation: silent, or on a terminal or in a log."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 
 class Silent:
-    """Tells nothing; the interface of all others."""
+    """Shows nothing; the interface of the others."""
 
     def __enter__(self) -> Silent:
         return self
@@ -16,20 +16,20 @@ class Silent:
         pass
 
     def say(self, text: str) -> None:
-        """One line."""
+        """Print a line."""
 
     def begin(self, seconds: float) -> None:
-        """All work together will take about this long."""
+        """Start the bar; ``seconds`` is the estimate of the total."""
 
     def work(self, text: str) -> None:
-        """What is being done now."""
+        """Set the current piece of work."""
 
     def done(self, seconds: float) -> None:
-        """Work that was estimated to take this long is done."""
+        """Advance by the estimate of a finished piece."""
 
 
 class Shown(Silent):
-    """A progress bar and lines on a console (of rich); only the lines where it is no terminal."""
+    """A progress bar and lines on a rich console; only lines if it is not a terminal."""
 
     def __init__(self, console: Any = None):
         from rich.console import Console
@@ -67,7 +67,7 @@ class Shown(Silent):
 
 
 def duration(seconds: float) -> str:
-    """``90 s``, ``12 min``, ``3.5 h``: for estimates."""
+    """A rounded duration: ``90 s``, ``12 min``, ``3.5 h``."""
     if seconds < 100:
         return f"{max(round(seconds), 1)} s"
     return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

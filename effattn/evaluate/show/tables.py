@@ -1,4 +1,4 @@
-"""An evaluation as tables: for a terminal, as text, as Markdown. Nothing here is measured."""
+"""Tables of an evaluation: for a terminal, as text, as Markdown."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from effattn.evaluate.evaluation import Evaluation
 from effattn.evaluate.records import FormAtSite
 from effattn.evaluate.setting import DENSE
 
-WORST = 3  # layers that are named
+WORST = 3  # number of layers that are named
 
 
 @dataclass(frozen=True)
 class Table:
-    """Headings and lines of text; columns but the first ones are numbers."""
+    """Headings and lines of text; all but the first columns are numbers."""
 
     title: str
     headings: tuple[str, ...]
     lines: tuple[tuple[str, ...], ...]
-    words: int = 2  # leading columns that are words
+    words: int = 2  # number of leading text columns
 
     def without_empty_columns(self) -> Table:
         kept = [i for i in range(len(self.headings)) if i < self.words or any(line[i] for line in self.lines)]
@@ -37,13 +37,13 @@ class Table:
 
 
 def tables(done: Evaluation) -> list[Table]:
-    """Everything that has figures."""
+    """All tables that have results."""
     made = [whole_model(done), attention(done), by_layer(done), passkeys(done)]
     return [table.without_empty_columns() for table in made if table.lines]
 
 
 def whole_model(done: Evaluation) -> Table:
-    """What a policy costs and saves, the dense model first."""
+    """Costs and savings of each policy, the dense model first."""
     headings = ("tokens", "policy", "density", "perplexity", "to dense", "passkeys", "prefill, s", "over dense")
     lines = []
     for length in done.lengths:
@@ -86,7 +86,7 @@ def attention(done: Evaluation) -> Table:
 
 
 def by_layer(done: Evaluation) -> Table:
-    """Where a policy costs most."""
+    """The layers with the largest errors and the least mass."""
     headings = ("tokens", "policy", "layer: largest errors", "layer: least mass")
     lines = []
     for length in done.lengths:
@@ -124,7 +124,7 @@ def forms_of(done: Evaluation, length: int, policy: str) -> list[FormAtSite]:
 
 
 def density_of(done: Evaluation, length: int, policy: str) -> float | None:
-    """Measured, mean over the attentions, or what structure says."""
+    """The measured density, mean over the attentions; if not measured, the computed one."""
     if policy == DENSE:
         return 1.0
     measured = _mean([form.density for form in forms_of(done, length, policy)])
@@ -150,7 +150,7 @@ def passkeys_of(done: Evaluation, length: int, policy: str, depth: float) -> tup
 
 
 def heading(done: Evaluation) -> str:
-    """What was evaluated, on what, when: one line."""
+    """One line: model, text, device, versions and date."""
     about = done.about
     model, packages = about["model"], ", ".join(f"{name} {version}" for name, version in about["versions"].items())
     rope = f", positions scaled by {about['rope_scaling']}" if about["rope_scaling"] else ""
@@ -161,7 +161,7 @@ def heading(done: Evaluation) -> str:
 
 
 def rich_tables(done: Evaluation) -> list[Any]:
-    """For a console of rich."""
+    """The tables for a rich console."""
     from rich.table import Table as RichTable
 
     made = []

@@ -1,1 +1,1 @@
-"""What a policy costs, measured: errors by layer, kept mass, perplexity, passkeys, time."""
+"""What a policy costs: errors by layer, kept mass, perplexity, passkeys, time."""

@@ -1,4 +1,4 @@
-"""Wall time of a call, the device's work included."""
+"""Wall time of calls, including the device's work."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ import torch
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of a function's first call (compilation included) and of the later ones."""
+    """Seconds of a function's first call (with compilation) and of later calls."""
 
     first: float
     later: tuple[float, ...]
-    value: Any  # what the last call returned
+    value: Any  # result of the last call
 
     @property
     def median(self) -> float:
@@ -25,11 +25,11 @@ class Timing:
 
 
 def timed(function: Callable[[], Any], repeats: int = 1) -> Timing:
-    """Call ``function`` once and then ``repeats`` times more, and time every call."""
+    """Call ``function`` 1 + ``repeats`` times, and time every call."""
     seconds = []
     value = None
     for _ in range(1 + repeats):
-        value = None  # so that two results are never held at once
+        value = None  # free it first, so that two results never coexist
         wait()
         start = time.perf_counter()
         value = function()
@@ -39,6 +39,6 @@ def timed(function: Callable[[], Any], repeats: int = 1) -> Timing:
 
 
 def wait() -> None:
-    """Until a GPU, if one is in use, has done what it was given."""
+    """Synchronise with the GPU if one is in use."""
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         torch.cuda.synchronize()

@@ -1,4 +1,4 @@
-"""How many (query, key) pairs a predicate keeps, counted row by row as a union of intervals: O(N log N), no mask."""
+"""Counts the (query, key) pairs that a predicate keeps, per query as a union of intervals: O(N log N), no mask."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ ROWS_AT_ONCE = 1 << 16
 
 
 def density_of(form: str, length: int, params: dict[str, Any] | None = None, min_length: int = 0) -> float:
-    """Pairs that a form keeps of those that causal self-attention over ``length`` tokens has; 1.0 is exact.
+    """Kept pairs / all pairs of causal self-attention over ``length`` tokens; 1.0 is exact.
 
     Args:
-        params: parameters of the form where they are not its defaults.
-        min_length: below this length the form keeps everything, as a policy may say.
+        params: parameters of the form that differ from the defaults.
+        min_length: below this length the form keeps everything, as with a policy's ``min_length``.
 
     Raises:
-        FormRefused: the form decides by data what it keeps.
+        FormRefused: the form has a selector, which depends on data.
     """
     chosen = FORMS[form]
     if chosen.select is not None:
@@ -42,7 +42,7 @@ def density_of(form: str, length: int, params: dict[str, Any] | None = None, min
 
 
 def density(kept: Any, allowed: Any, q_len: int, k_len: int) -> float:
-    """Pairs where ``kept`` holds, divided by pairs where ``allowed`` holds."""
+    """Pairs where ``kept`` holds / pairs where ``allowed`` holds."""
     pairs = kept_pairs(allowed, q_len, k_len)
     return kept_pairs(kept, q_len, k_len) / pairs if pairs else 1.0
 
@@ -51,7 +51,7 @@ def kept_pairs(predicate: Any, q_len: int, k_len: int) -> int:
     """Number of pairs (q, k), q < q_len and k < k_len, where ``predicate`` holds.
 
     Raises:
-        FormRefused: the predicate depends on data, or on q and k in a way that is no union of intervals.
+        FormRefused: the predicate depends on data, or its keys are not a union of intervals.
     """
     keys = tile_ranges(predicate)
     if keys.residual != sympy.true:
@@ -64,7 +64,7 @@ def kept_pairs(predicate: Any, q_len: int, k_len: int) -> int:
 
 
 class _Rows:
-    """Some query rows, and the value of an expression for each of them."""
+    """Some queries, and the values of expressions for each of them."""
 
     def __init__(self, rows: Tensor, q_len: int, k_len: int):
         self.rows, self.k_len = rows, k_len
@@ -75,7 +75,7 @@ class _Rows:
         return torch.as_tensor(value, dtype=torch.int64).expand_as(self.rows)
 
     def band(self, lower: tuple[Any, ...], upper: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
-        """The keys from the largest lower bound to before the smallest upper bound."""
+        """Keys from the largest lower bound up to, not including, the smallest upper bound."""
         start, stop = torch.zeros_like(self.rows), torch.full_like(self.rows, self.k_len)
         for bound in lower:
             start = torch.maximum(start, self.of(bound))
@@ -85,7 +85,7 @@ class _Rows:
 
 
 def _kept_keys(keys: TileRanges, rows: _Rows) -> Tensor:
-    """Number of keys of each row: int64 [rows]."""
+    """Number of keys of each query: int64 [rows]."""
     start, stop = rows.band(keys.lower, keys.upper)
     if not keys.choice:
         return (stop - start).clamp(min=0)
@@ -106,8 +106,8 @@ def _kept_keys(keys: TileRanges, rows: _Rows) -> Tensor:
 
 
 def _union(starts: Tensor, stops: Tensor) -> Tensor:
-    """Length of the union of each row's intervals: starts, stops int64 [rows, intervals] -> int64 [rows]."""
+    """Length of the union of each row's intervals: starts, stops int64 [rows, intervals] to int64 [rows]."""
     starts, order = starts.sort(dim=1)
     stops = stops.gather(1, order)
-    covered = torch.cat([starts[:, :1], stops.cummax(dim=1).values[:, :-1]], dim=1)  # up to where others reach
+    covered = torch.cat([starts[:, :1], stops.cummax(dim=1).values[:, :-1]], dim=1)  # end of the preceding intervals
     return (stops - torch.maximum(starts, covered)).clamp(min=0).sum(dim=1)

@@ -1,8 +1,8 @@
-"""Which keys every row of a captured attention keeps under a plan: THE place that knows static from dynamic forms.
+"""The keys that each query of a captured attention keeps under a plan. Only here static and dynamic forms differ.
 
-Everything here that asks for kept keys (recovered mass, density, the oracle's budget) goes through :func:`kept_rows`.
-A form whose kept keys are an expression is served by :func:`rule_rows`. One that chooses at run time runs its selection
-once, before the first mask, and then writes each chunk of its block list out as a mask.
+Everything that needs kept keys (recovered mass, density, the oracle's budget) calls :func:`kept_rows`. Forms whose kept
+keys are an expression use :func:`rule_rows`. Forms with a selector run it once, before the first mask, and convert each
+chunk of the block list to a mask.
 """
 
 from __future__ import annotations
@@ -25,44 +25,43 @@ Rows = tuple[int, int]  # start, stop
 
 
 class KeptRows(Protocol):
-    """The protocol: for a captured attention and a plan, one mask a chunk of rows."""
+    """For a captured attention and a plan, one mask per chunk of queries."""
 
     def __call__(self, captured: Captured, plan: Plan, chunks: Sequence[Rows]) -> Iterator[Tensor]:
-        """Yield, for each ``(start, stop)`` of ``chunks`` in order, bool [B or 1, Hq or 1, stop - start, Nk].
+        """Yield bool [B or 1, Hq or 1, stop - start, Nk] for each ``(start, stop)`` of ``chunks``, in order.
 
-        True where the row keeps the key. Keys that the user's mask forbids may be True too: whoever asks combines
-        with :func:`allowed_rows`. Nothing of Nq x Nk values may be held. Rules by length (``Dispatch.min_length``) are
-        applied by :func:`kept_rows` and need not be looked at.
+        True where the query keeps the key, even if the mask forbids it: combine with :func:`allowed_rows`. Must not
+        hold Nq x Nk values. ``Dispatch.min_length`` is applied by :func:`kept_rows`.
         """
         ...
 
 
 @dataclass(frozen=True)
 class Source:
-    """Who answers for which plans."""
+    """A source of masks, and the plans it accepts."""
 
     takes: Callable[[Plan], bool]
     rows: KeptRows
 
 
 def kept_rows(captured: Captured, plan: Plan, chunks: Sequence[Rows]) -> Iterator[Tensor]:
-    """The masks of the first source that takes the plan; see :class:`KeptRows`."""
+    """The masks of the first source that accepts the plan; see :class:`KeptRows`."""
     plan = plan.at(captured.key.shape[2])
     return _source(plan).rows(captured, plan, chunks)
 
 
 def is_static(plan: Plan) -> bool:
-    """Whether an expression says which keys the plan keeps, so that they can be counted without data."""
+    """Whether the plan's kept keys are an expression, so that they can be counted without data."""
     return _source(plan).rows is rule_rows
 
 
 def allowed_rows(captured: Captured, plan: Plan, chunks: Sequence[Rows]) -> Iterator[Tensor]:
-    """What the user's mask allows, whatever the form keeps of it."""
+    """The keys that the mask allows, whatever the form keeps."""
     return rule_rows(captured, Plan(plan.form, plan.spec.dense()), chunks)
 
 
 def rule_rows(captured: Captured, plan: Plan, chunks: Sequence[Rows]) -> Iterator[Tensor]:
-    """Masks of a plan whose kept keys are an expression: ``plan.spec.rule``, evaluated chunk by chunk."""
+    """Masks of a plan whose kept keys are an expression: ``plan.spec.rule``, evaluated per chunk."""
     keys = captured.shape[3]
     given = with_first_keys(plan, captured.key, captured.captures, captured.scalars, captured.numbers)
     symbols, captures = bindings(plan.spec, given, captured.scalars, captured.numbers)
@@ -76,7 +75,7 @@ def rule_rows(captured: Captured, plan: Plan, chunks: Sequence[Rows]) -> Iterato
 
 
 def indices(captured: Captured, rows: Rows, keys: int) -> dict[str, Any]:
-    """Values of the index symbols and lengths, to broadcast against [B, Hq, rows, keys]."""
+    """Values of the index symbols and lengths; they broadcast against [B, Hq, rows, keys]."""
     batch, heads, q_len, k_len = captured.shape
     device = captured.query.device
     spans = {
@@ -89,7 +88,7 @@ def indices(captured: Captured, rows: Rows, keys: int) -> dict[str, Any]:
 
 
 def reach(captured: Captured, plan: Plan, chunks: Sequence[Rows]) -> list[int]:
-    """For each chunk, the number of leading keys beyond which the user's mask allows none: saves half if causal."""
+    """For each chunk, the number of leading keys that contain all allowed ones; halves the work if causal."""
     symbols, captures = bindings(plan.spec, captured.captures, captured.scalars, captured.numbers)
     walker = Walker(plan.spec.predicate, captured.shape, symbols, captures)
     runs = [walker.runs(start, stop) for start, stop in chunks]
@@ -101,7 +100,7 @@ def _source(plan: Plan) -> Source:
 
 
 def listed_rows(captured: Captured, plan: Plan, chunks: Sequence[Rows]) -> Iterator[Tensor]:
-    """Masks of a plan that chooses at run time: its selection runs once, its block lists are written out by chunks."""
+    """Masks of a plan with a selector: it runs once, and its block list is converted to a mask per chunk."""
     given = (captured.captures, captured.scalars, captured.numbers)
     target = "triton" if captured.query.device.type == "cuda" and plan.dispatch.target != "portable" else "portable"
     listed = select(plan, captured.query, captured.key, *given, target=target)

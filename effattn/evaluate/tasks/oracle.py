@@ -1,4 +1,4 @@
-"""The oracle: as many key blocks as a form keeps, chosen by their true softmax mass. No selection can recover more."""
+"""The oracle: as many key blocks as a form keeps, chosen by true softmax mass. No selector can recover more."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-Tile = tuple[int, int]  # rows that share a choice, keys that are chosen together
+Tile = tuple[int, int]  # queries that share a choice, keys that are chosen together
 
 
 @dataclass(frozen=True)
 class Chosen:
-    """What the oracle has in each block of rows: [..., row blocks], float32 (mass) and int64 (pairs)."""
+    """The oracle's choice per query block: [..., query blocks], float32 (mass) and int64 (pairs)."""
 
-    mass: Tensor  # sum over the rows of a block of the mass on the chosen keys
+    mass: Tensor  # on the chosen keys, summed over the queries of a block
     pairs: Tensor  # allowed pairs in the chosen blocks
 
 
 def by_tiles(values: Tensor, tile: Tile) -> Tensor:
-    """Sums over tiles: [..., rows, keys] -> [..., ceil(rows / tile rows), ceil(keys / tile keys)]."""
+    """Sums over tiles: [..., rows, keys] to [..., ceil(rows / tile rows), ceil(keys / tile keys)]."""
     rows, keys = values.shape[-2:]
     high, wide = tile
     if keys % wide or rows % high:
@@ -29,12 +29,12 @@ def by_tiles(values: Tensor, tile: Tile) -> Tensor:
 
 
 def oracle(mass: Tensor, kept: Tensor, allowed: Tensor) -> Chosen:
-    """Choose, in every block of rows, as many blocks of keys by mass as the form touches.
+    """Choose, in every query block, as many key blocks as the form touches, by mass.
 
     Args:
-        mass: softmax mass of the tiles, float32 [..., row blocks, key blocks]; see :func:`by_tiles`.
-        kept: pairs that the form keeps in each tile, broadcasts to ``mass``.
-        allowed: pairs that the user's mask allows in each tile, broadcasts to ``mass``.
+        mass: softmax mass of the tiles, float32 [..., query blocks, key blocks]; see :func:`by_tiles`.
+        kept: pairs that the form keeps per tile, broadcasts to ``mass``.
+        allowed: pairs that the mask allows per tile, broadcasts to ``mass``.
     """
     budget = (kept > 0).sum(dim=-1, keepdim=True).expand(*mass.shape[:-1], 1)
     ordered, order = mass.sort(dim=-1, descending=True)

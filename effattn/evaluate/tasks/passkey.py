@@ -1,4 +1,4 @@
-"""Passkey retrieval: a five-digit key hidden in repeated filler, asked for at the end (arXiv 2305.16300)."""
+"""Passkey retrieval: a five-digit key is hidden in repeated filler and asked for at the end (arXiv 2305.16300)."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ TASK = (
 )
 FILLER = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. "
 NEEDLE = "The pass key is {key}. Remember it. {key} is the pass key. "
-# Continued as it stands, by chat models too: what is measured is whether the key is found, not how a model likes to
-# answer. Small ones that find it in this way fail half of the time when they are asked in their chat format.
+# A plain continuation, also for chat models: retrieval is measured, not the style of answers. Small models that find
+# the key this way fail half of the time in their chat format.
 QUESTION = "\n\nWhat is the pass key? The pass key is"
-ANSWER_TOKENS = 12  # most that are generated
+ANSWER_TOKENS = 12  # most tokens of an answer
 
 
 @dataclass(frozen=True)
@@ -34,13 +34,13 @@ class Passkey:
 
 
 def passkey(tokenizer: Any, length: int, depth: float, trial: int, seed: int = 0) -> Passkey:
-    """A prompt that, with its answer, takes at most ``length`` tokens and nearly that; the same every time.
+    """A prompt that fills, with its answer, almost ``length`` tokens; deterministic.
 
     Args:
-        depth: where the key stands in the filler: 0 is the start, 1 the end.
+        depth: position of the key in the filler: 0 is the start, 1 the end.
 
     Raises:
-        EvaluationError: ``length`` is too short for the task without any filler.
+        EvaluationError: ``length`` is too short even without filler.
     """
     key = str(random.Random(f"{seed} {length} {depth} {trial}").randint(10_000, 99_999))
     room = length - ANSWER_TOKENS
@@ -73,13 +73,13 @@ def answer(
     prompt: Tensor,
     cache: str = "past_key_values",
 ) -> str:
-    """The most likely continuation of ``prompt``, token by token over a cache.
+    """The greedy continuation of ``prompt``, token by token with a cache.
 
     Args:
-        body: layers that return ``last_hidden_state`` and a cache; the same for prompt and decode steps.
-        head: logits [1, 1, vocabulary] of a hidden state; only which is largest matters.
+        body: layers that return ``last_hidden_state`` and a cache, for prompt and decode steps.
+        head: logits [1, 1, vocabulary] of a hidden state.
         prompt: int64 [1, N].
-        cache: what ``body`` and its output call the cache.
+        cache: the name of the cache in ``body``'s arguments and output.
     """
     end = tokenizer.eos_token_id
     out = body(prompt, use_cache=True)

@@ -17,11 +17,11 @@ from effattn.evaluate.tasks.clock import wait
 
 @dataclass(frozen=True)
 class Perplexity:
-    """What was measured on one text."""
+    """The loss on one text."""
 
-    loss: float  # mean negative log likelihood of a token, in nats
-    tokens: int  # that were predicted
-    seconds: float  # of the model's layers, without the loss
+    loss: float  # mean negative log likelihood per token, in nats
+    tokens: int  # number of predicted tokens
+    seconds: float  # of the layers, without the loss
 
     @property
     def value(self) -> float:
@@ -32,15 +32,15 @@ class Perplexity:
 def perplexity(model: Any, ids: Tensor, body: Callable[..., Any] | None = None, chunk: int = 512) -> Perplexity:
     """Perplexity of a transformers causal language model on ``ids``.
 
-    The layers run once over the whole text; logits are made for ``chunk`` tokens at a time, so that no tensor of
-    tokens x vocabulary exists.
+    The layers run once over the whole text. Logits are computed for ``chunk`` tokens at a time, so there is no tokens x
+    vocabulary tensor.
 
     Args:
-        model: a model with a linear head over the last hidden state (``get_output_embeddings``); a soft-cap on its
-            logits is applied as the configuration says.
+        model: a model with a linear head on the last hidden state (``get_output_embeddings``). The configuration's
+            soft-cap is applied to its logits.
         ids: int64 [1, N], N >= 2, on the model's device.
-        body: the layers without the head, if not ``model.base_model``: the same compiled, for example.
-        chunk: tokens whose logits are held at once.
+        body: the layers without the head, such as a compiled ``model.base_model``, which is the default.
+        chunk: tokens per chunk of logits.
 
     Raises:
         ValueError: ``ids`` has another shape, or the model has no linear head.
@@ -62,7 +62,7 @@ def perplexity(model: Any, ids: Tensor, body: Callable[..., Any] | None = None, 
 
 
 def logits_of(model: Any, states: Tensor) -> Tensor:
-    """Logits of last hidden states [..., D], in float32: the head, and the soft-cap that the configuration names."""
+    """float32 logits of last hidden states [..., D]: the head, and the configuration's soft-cap."""
     logits = model.get_output_embeddings()(states).float()
     cap = getattr(model.config, "final_logit_softcapping", None)
     return logits if cap is None else cap * torch.tanh(logits / cap)

@@ -1,7 +1,7 @@
-"""What forms do to one attention of a real run: error of the output, recovered mass, density, and the oracle's mass.
+"""Errors of forms at one attention of a real run: error of the output, recovered mass, density, the oracle's mass.
 
-Scores and softmax are computed once for all forms, in float32, in chunks of rows: nothing is larger than the site's
-query, key and value but one chunk's scores. The output of a form is what the op itself returns.
+Scores and softmax are computed once for all forms, in float32 and in chunks of queries, so memory is bounded by query,
+key, value and one chunk of scores. The output of a form is the op's own.
 """
 
 from __future__ import annotations
@@ -24,28 +24,28 @@ from effattn.passes.choose.choice import choose, plan_of
 from effattn.policy import Policy
 from effattn.runtime.algebra import bindings, evaluate
 
-BLOCK = 128  # of the oracle where the form has no blocks
-SCORES = 2**20  # scores of one head group at once, where a block of rows is not more: they stay in a CPU's cache
+BLOCK = 128  # of the oracle, for forms without blocks
+SCORES = 2**20  # most scores of a head group at a time, at least one query block: they fit in a CPU's cache
 
 
 @dataclass(frozen=True)
 class Lowered:
-    """What one policy makes of a site."""
+    """What a policy makes of a site."""
 
     form: str
     plan: Plan
-    tile: Tile  # of the oracle: what the form chooses at once
+    tile: Tile  # of the oracle: queries and keys that the form chooses together
     reason: str
 
 
 @dataclass(frozen=True)
 class FormErrors:
-    """One form at one site, all heads and rows together."""
+    """One form at one site, over all heads and queries."""
 
     form: str
-    error: float  # Frobenius norm of the difference from dense, over that of dense
-    mass: float  # share of the dense softmax on kept keys, mean over heads and rows
-    density: float  # kept pairs of allowed pairs
+    error: float  # Frobenius norm of the difference from dense / norm of dense
+    mass: float  # share of the dense softmax on kept keys, mean over heads and queries
+    density: float  # kept pairs / allowed pairs
     oracle_mass: float
     oracle_density: float
     block: int
@@ -54,10 +54,10 @@ class FormErrors:
 
 
 def lower(captured: Captured, policy: Policy) -> Lowered:
-    """The plan that a policy gives this site, exact where it names no form that applies.
+    """The plan of a site under a policy; exact where no form of the policy applies.
 
     Raises:
-        EvaluationError: the form has no softmax, so that there is nothing that it keeps.
+        EvaluationError: the form has no softmax, so kept keys are undefined.
     """
     choice = choose(captured.match, policy, strict=False, target=None)
     if not FORMS[choice.form].softmax:
@@ -72,14 +72,14 @@ def lower(captured: Captured, policy: Policy) -> Lowered:
 
 @torch.no_grad()
 def site_errors(captured: Captured, forms: Sequence[Lowered]) -> list[FormErrors]:
-    """Measure every form on one captured attention."""
+    """Measure all forms on one captured attention."""
     dense = _Dense(captured, forms)
     dense.run()
     return [dense.errors(number, _difference(captured, lowered, dense.out)) for number, lowered in enumerate(forms)]
 
 
 def _difference(captured: Captured, lowered: Lowered, dense: Tensor) -> float:
-    """Relative error of what the op returns. Rows without keys are as they are in both."""
+    """Relative error of the op's output. Queries without keys are the same in both."""
     given = (captured.query, captured.key, captured.value, captured.captures, captured.scalars, captured.numbers)
     out, _ = torch.ops.effattn.attend(*given, lowered.plan.encode())
     norm = float(torch.linalg.vector_norm(dense))
@@ -88,7 +88,7 @@ def _difference(captured: Captured, lowered: Lowered, dense: Tensor) -> float:
 
 
 class _Dense:
-    """One pass over the rows: dense output, and sums for every form by head."""
+    """One pass over the queries: the dense output, and sums per form and head."""
 
     def __init__(self, captured: Captured, forms: Sequence[Lowered]):
         self.captured, self.forms = captured, forms
@@ -103,7 +103,7 @@ class _Dense:
         def zeros(*size: int) -> Tensor:
             return torch.zeros(size, dtype=torch.float64, device=device)
 
-        self.counted = zeros(self.heads)  # rows that may attend to something
+        self.counted = zeros(self.heads)  # queries with at least one allowed key
         self.allowed = zeros()  # pairs of all batches and heads
         self.mass, self.oracle_mass = zeros(len(forms), self.heads), zeros(len(forms), self.heads)
         self.kept, self.oracle_kept = zeros(len(forms)), zeros(len(forms))
@@ -136,7 +136,7 @@ class _Dense:
         )
 
     def _chunks(self) -> list[Rows]:
-        """Chunks of whole blocks of rows, of every form's blocks."""
+        """Chunks that are whole query blocks of every form."""
         step = math.lcm(*(lowered.tile[0] for lowered in self.forms))
         step *= max(1, SCORES // (step * self.groups * max(self.keys, 1)))
         return [(start, min(start + step, self.rows)) for start in range(0, self.rows, step)]
@@ -166,7 +166,7 @@ class _Dense:
                     self.oracle_kept[number] += chosen.pairs.double().sum()
 
     def _weights(self, rows: Rows, b: int, g: int, heads: slice, allowed: Tensor) -> Tensor:
-        """Dense softmax of one head group: float32 [G, rows, keys]; zero in rows that may attend to nothing."""
+        """Dense softmax of a head group: float32 [G, rows, keys]; zero for queries without keys."""
         keys = allowed.shape[-1]
         query = self.captured.query[b, heads, rows[0] : rows[1]].float()
         raw = query @ self.captured.key[b, g, :keys].float().transpose(0, 1)
@@ -179,14 +179,14 @@ class _Dense:
 
 
 class _Kept:
-    """The mask of one form and chunk as numbers, by head group: made once where all heads share it."""
+    """The mask of one form and chunk as float32, by head group; computed once if all heads share it."""
 
     def __init__(self, mask: Tensor, tile: Tile):
         self.mask, self.tile = mask, tile
         self.shared = self._numbers(mask[0]) if mask.shape[:2] == (1, 1) else None
 
     def of(self, b: int, heads: slice) -> tuple[Tensor, Tensor]:
-        """(0 or 1 of every pair, kept pairs of every tile): float32 [G or 1, rows, keys] and [G or 1, tiles, tiles]."""
+        """(0 or 1 per pair, kept pairs per tile): float32 [G or 1, rows, keys] and [G or 1, tiles, tiles]."""
         return self.shared or self._numbers(_part(self.mask, b, heads))
 
     def _numbers(self, mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -195,7 +195,7 @@ class _Kept:
 
 
 def _pairs(mask: Tensor, times: int) -> Tensor:
-    """Pairs where a mask that may stand for several batches and heads holds."""
+    """Number of pairs where a mask holds, which may be broadcast over batches and heads."""
     return mask.sum(dtype=torch.float64) * (times // (mask.shape[0] * mask.shape[1]))
 
 
