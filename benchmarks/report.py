@@ -76,6 +76,7 @@ ABOUT = {
 CPU = "smollm2_cpu.json"
 README_CASES = (  # what no other compiler takes away: padding, gradients, caches; (benchmark, case, what it is)
     ("prefill_llama", "left padding, N 65,536", "two prompts of up to 65,536 tokens, one padded, 4 layers"),
+    ("prefill_llama", "packed documents, N 32,768", "documents of 5,000 tokens packed into 32,768, 4 layers"),
     ("train_step", "left padding, N 8,192", "training step, 2 x 8,192 tokens, padded, 2 layers"),
     ("train_step", "left padding, checkpointed, N 8,192", "the same with gradient checkpointing"),
     ("decode_static", "131,072 slots, 800 live", "one token, static cache of 131,072, 800 of them used, 4 layers"),
@@ -181,7 +182,7 @@ def readme_table(results: list[dict[str, Any]]) -> str:
     table = "\n".join([f"| | {' | '.join(README_VARIANTS.values())} |", "|---|---|---|---|", *lines])
     return (
         f"Llama, 8B shape, bf16, transformers' SDPA attention, one {' or '.join(sorted(devices))}, each line one run "
-        f"({' and '.join(sorted(dates))}).\nTime, and memory beside the weights "
+        f"({', '.join(sorted(dates))}).\nTime, and memory beside the weights "
         f"([docs/performance.md](docs/performance.md) has every number, device and date):\n\n{table}"
     )
 
