@@ -75,6 +75,10 @@ def ten_thousand_scaled_by_data(s, seen):
     return s.masked_fill(~seen, -1e4) * (1 + seen.sum(-1, keepdim=True))
 
 
+def billion_filled_and_negated(s, seen):
+    return 2 - s.masked_fill(~seen, -1e9) / 3
+
+
 def ten_added(s, seen):
     return s + torch.where(seen, 0.0, -10.0)
 
@@ -177,13 +181,14 @@ ROWS = [
     (billion_filled, "mean", EMPTY, torch.float32),
     (billion_filled_and_divided_by_hand, "nan", EMPTY, torch.float32),
     *[
-        (divided_by_hand(put), None, EMPTY, torch.float32)  # all exponentials are 0: NaN
+        (divided_by_hand(put), None, EMPTY, torch.float32)  # all exponentials are 0, or some are infinite: NaN
         for put in (
             ten_thousand_filled,
             ten_thousand_added,
             hundred_added,
             billion_added_last,
             ten_thousand_scaled_by_data,
+            billion_filled_and_negated,
         )
     ],
     (divided_by_hand(ten_added), "never", EMPTY, torch.float32),

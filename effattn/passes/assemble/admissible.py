@@ -51,7 +51,7 @@ def check_operands(view: GraphView, draft: Draft, layout: Layout) -> None:
         if writers := view.writes_between(operand.node, operand.time - 1, end):
             reason = f"{name} is written between the scores and the output (by {spelled(writers[0])})"
             raise Refused(Why.MEMORY, reason, at=writers[0])
-        size = layout.batch if operand.dims[0] is None else view.shape(operand.node)[operand.dims[0]]
+        size = layout.batch if operand.dims[0] is None else operand.shape(view)[operand.dims[0]]
         if is_broadcast(view, size, layout.batch) is not False:  # one batch for all has no dimension
             raise Refused(Why.BATCH, f"{name} has a batch of {size} where the scores have {layout.batch}")
     if draft.query.groups != 1 or (draft.query.dims[1] and draft.query.heads_in(view) != layout.heads):
@@ -88,6 +88,6 @@ def _check_lengths(view: GraphView, draft: Draft) -> None:
         return
     sizes = dict(zip(draft.scores_index, view.shape(draft.scores.node), strict=True))
     for name, operand, symbol in (("query", draft.query, q), ("key", draft.key, k), ("value", draft.value, k)):
-        rows = view.shape(operand.node)[operand.dims[2]]
+        rows = operand.shape(view)[operand.dims[2]]
         if not equal(view, rows, sizes[symbol]):
             raise Refused(Why.LENGTHS, f"{name} has {rows} rows where the scores have {sizes[symbol]}")

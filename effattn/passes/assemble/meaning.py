@@ -111,7 +111,7 @@ def _check_numbers_beside(view: GraphView, draft: Draft, score, predicate, lengt
         (not_overflowing(score), "a large number that is multiplied may become infinite", "fill with -inf"),
         (
             not_vanishing(score) if draft.nan_when_empty else [],
-            "the exponentials of the numbers that mask are all 0",
+            "the exponentials of large numbers are 0, or infinite",
             "subtract the largest score first",
         ),
     )
@@ -187,7 +187,7 @@ def _is_huge(value: Any) -> bool:
 def _appended(view: GraphView, key: Operand) -> bool:
     """Whether the last row of the keys was just put behind older ones, as a growing cache does."""
     call = view.call(key.node)
-    if call is None or call.name != "cat" or not isinstance(call.get("dim", 0), int):
+    if call is None or call.name != "cat" or not isinstance(call.get("dim", 0), int) or key.apart:
         return False
     parts, dim = call.get("tensors", ()), call.get("dim", 0) % len(view.shape(key.node))
     return len(parts) == 2 and dim == key.dims[2] and view.shape(parts[1])[dim] == 1

@@ -123,12 +123,14 @@ def _expand_shared(view: GraphView, draft: Draft) -> None:
     operands = {name: getattr(draft, name) for name in ("query", "key", "value")}
     batch: Any = int(draft.batch) if draft.batch.is_Integer else None
     for operand in operands.values():
-        if batch is None and operand.dims[0] is not None:
+        if batch is None and operand.dims[0] is not None and not operand.apart:
             batch = (operand.node, operand.dims[0])
     if draft.batch != 1:
         if all(operand.dims[0] is None for operand in operands.values()):
             raise Refused(Why.BATCH, f"query, key and value are shared by the batch of {draft.batch}")
         shared = {name: operand for name, operand in operands.items() if operand.dims[0] is None}
+        if shared and batch is None:
+            raise Refused(Why.BATCH, "no dimension of query, key and value holds the batch alone")
         for name, operand in shared.items():
             setattr(draft, name, replace(operand, batch=batch))
     if draft.heads != 1 and not draft.query.dims[1]:

@@ -34,7 +34,8 @@ class Operand:
     ``dims`` gives for batch, head, row and depth the dimension of the node: None where it has no batch, none to
     several of heads, and one or several of depth, the slowest varying first. ``picks`` fixes other dimensions at an
     index, ``some`` takes the heads of a dimension from one on in steps: (dimension, first, step, how many). ``groups``
-    is the number of query heads per head of this operand.
+    is the number of query heads per head of this operand. All of them count the dimensions that there are when those of
+    ``apart`` are two: (dimension, size of the second one), one after the other.
     """
 
     node: fx.Node
@@ -47,10 +48,18 @@ class Operand:
     batch: Any = None  # what it is expanded to where all batches share it: an int, or (node, dimension)
     heads: int | None = None  # the same for heads
     some: tuple[tuple[int, int, int, int], ...] = ()
+    apart: tuple[tuple[int, int], ...] = ()
+
+    def shape(self, view: GraphView) -> list[Any]:
+        """Sizes of the dimensions that ``dims`` counts."""
+        sizes = list(view.shape(self.node))
+        for dim, size in self.apart:
+            sizes[dim : dim + 1] = [sizes[dim] / size, sympy.Integer(size)]
+        return sizes
 
     def heads_in(self, view: GraphView) -> Any:
         """How many heads of the node are the operand's."""
-        sizes, taken = view.shape(self.node), {dim: count for dim, _, _, count in self.some}
+        sizes, taken = self.shape(view), {dim: count for dim, _, _, count in self.some}
         return sympy.Mul(*[taken.get(dim, sizes[dim]) for dim in self.dims[1]])
 
 
@@ -67,12 +76,20 @@ def trace(
 
     Casts from ``dtype`` to a wider type are looked through: the scores are computed in float32 in any case.
     ``whole``: an expansion of heads is not folded, as a query has to have all of them.
+    Where no node has a dimension for each of batch, heads and depth, one is taken whose dimensions are cut in two.
     """
+    found = _traced(view, reader, node, index, time, dtype, whole, apart=False)
+    return found or _traced(view, reader, node, index, time, dtype, whole, apart=True)
+
+
+def _traced(
+    view: GraphView, reader: Reader, node: fx.Node, index: Index, time: int, dtype: Any, whole: bool, apart: bool
+) -> Operand | None:
     best: Operand | None = None
     factor: Any = sympy.Integer(1)
     folded: list[str] = []
     while not view.changes_itself(node):
-        found = _clean(view, reader, node, index, factor, time, tuple(folded))
+        found = _clean(view, reader, node, index, factor, time, tuple(folded), apart)
         if found is not None and not (whole and best is not None and _lacks_heads(reader, found)):
             best = found
         if view.writes_between(node, view.time[node], time):
@@ -183,11 +200,35 @@ def only_new_dims(item: Any) -> bool:
     ) and not any(isinstance(part, fx.Node) for part in items)
 
 
-def _clean(view: GraphView, reader: Reader, node: fx.Node, index: Index, factor, time: int, folded) -> Operand | None:
+def _cut(reader: Reader, index: Index, shape: Index) -> tuple[Index, Index, tuple[tuple[int, int], ...]]:
+    """(index, sizes, ``apart`` of an operand): a dimension for each part of ``h + 3 * b`` and ``d + 8 * h``."""
+    entries, sizes, apart = list(map(sympy.sympify, index)), list(shape), []
+    dim = 0
+    while dim < len(entries):
+        factors = [part.as_coeff_Mul()[0] for part in sympy.Add.make_args(entries[dim])]
+        larger = [int(factor) for factor in factors if factor.is_Integer and factor > 1]
+        if len(factors) > 1 and larger and (sizes[dim] / min(larger)).is_integer:
+            outer, inner = reader.divide(entries[dim], min(larger))
+            if inner + min(larger) * outer == entries[dim]:
+                entries[dim : dim + 1] = [outer, inner]
+                sizes[dim : dim + 1] = [sizes[dim] / min(larger), sympy.Integer(min(larger))]
+                apart.append((dim, min(larger)))
+                continue
+        dim += 1
+    return tuple(entries), tuple(sizes), tuple(apart)
+
+
+def _clean(
+    view: GraphView, reader: Reader, node: fx.Node, index: Index, factor, time: int, folded, cut: bool
+) -> Operand | None:
     """The operand if every dimension of ``node`` is plainly one of batch, head (or its group), row, depth."""
     tensor = view.tensor(node)
     if tensor is None or not tensor.dtype.is_floating_point:
         return None
+    shape = view.shape(node)
+    apart: tuple[tuple[int, int], ...] = ()
+    if cut:
+        index, shape, apart = _cut(reader, index, shape)
     roles: dict[Any, int] = {}
     heads: list[tuple[Digit, int]] = []
     widths: list[tuple[Digit, int]] = []
@@ -200,7 +241,7 @@ def _clean(view: GraphView, reader: Reader, node: fx.Node, index: Index, factor,
             widths.append((wide, dim))
         elif (found := in_steps(entry)) is not None:
             part, first, step = found
-            count, size = how_many(part, reader.sizes[expr.h]), view.shape(node)[dim]
+            count, size = how_many(part, reader.sizes[expr.h]), shape[dim]
             heads.append((part, dim))
             if (first, step) != (0, 1) or (count is not None and size.is_Integer and size > count):
                 if count is None:
@@ -217,7 +258,7 @@ def _clean(view: GraphView, reader: Reader, node: fx.Node, index: Index, factor,
     in_heads, in_depth = tuple(heads[place][1] for place in order), tuple(widths[place][1] for place in deep)
     dims = (roles.get(expr.b), in_heads, roles[row], in_depth)
     groups = heads[order[-1]][0].divisor if heads else 1
-    return Operand(node, dims, tuple(picks), groups, factor, time, folded, some=tuple(some))
+    return Operand(node, dims, tuple(picks), groups, factor, time, folded, some=tuple(some), apart=apart)
 
 
 def emit(graph: fx.Graph, operand: Operand, annotate) -> fx.Node:
@@ -225,6 +266,8 @@ def emit(graph: fx.Graph, operand: Operand, annotate) -> fx.Node:
     node = operand.node
     batch, heads, length, depths = operand.dims
     keep = [*([] if batch is None else [batch]), *heads, length, *depths]
+    for dim, size in operand.apart:
+        node = annotate(graph.call_method("unflatten", (node, dim, (-1, size))))
     for dim, first, step, count in operand.some:
         index = (*[slice(None)] * dim, slice(first, first + step * count, step))
         node = annotate(graph.call_function(operator.getitem, (node, index)))

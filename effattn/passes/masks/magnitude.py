@@ -93,6 +93,8 @@ def chosen(score, outer: Chosen | None = None) -> list[Chosen]:
         most = math.prod(max(1.0, plausible(arg, in_half=False).size) for arg in rest)
         positive = outer.positive and len(held) == 1 and all(arg.is_positive is True for arg in rest)
         outer = replace(outer, factor=outer.factor * numbers, most=outer.most * most, positive=positive)
+    elif isinstance(score, sympy.Abs):
+        outer = replace(outer, positive=False)
     elif isinstance(score, sympy.Add) and (outer.most > 1 or any(arg.as_coeff_Mul()[0] != 1 for arg in held)):
         outer = replace(outer, most=outer.most * len(held))  # (x + y) / 2 reads as x / 2 + y / 2
     return [one for arg in held for one in chosen(arg, outer)]
@@ -109,5 +111,6 @@ def not_overflowing(score) -> list[Any]:
 
 
 def not_vanishing(score) -> list[Any]:
-    """Where a score keeps clear of numbers whose exponential is next to nothing, or is 0."""
-    return [one.unless for one in chosen(score) if one.number * one.factor < VANISHES]
+    """Where a score keeps clear of numbers whose exponential is next to nothing, or is 0. False: it may be infinite."""
+    far = [one for one in chosen(score) if abs(one.number * one.factor) > -VANISHES]
+    return [one.unless if one.positive and one.number < 0 else sympy.false for one in far]
