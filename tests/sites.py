@@ -14,4 +14,4 @@ def causal_site(position: Any = q, predicate: Any = None, heads: int = 4, **chan
     """Causal attention whose queries stand at ``position`` among the keys."""
     spec = AttentionSpec(s, k <= position if predicate is None else predicate)
     sizes = Layout(batch=1, heads=heads, kv_heads=2, q_len=64, k_len=64, head_dim=16, value_dim=16)
-    return replace(called_site(spec, position, sizes), **changes)
+    return replace(called_site(spec, position, sizes), **{"device": "cpu", **changes})

@@ -67,6 +67,7 @@ def evaluate(
     """
     from effattn.errors import EvaluationError
     from effattn.evaluate.setting import Setting
+    from effattn.lowering.device import device_type
 
     given: dict[str, Any] = {
         "lengths": tuple(_length(item) for item in _items(lengths)),
@@ -82,7 +83,7 @@ def evaluate(
     if text is not None and not text.is_file():
         raise EvaluationError(f"there is no text file {text}")
     place = _device(device)
-    kind = dtype.value if dtype is not None else ("bfloat16" if place.startswith("cuda") else "float32")
+    kind = dtype.value if dtype is not None else device_type(place.partition(":")[0]).dtype
 
     from rich.console import Console
 
@@ -150,13 +151,14 @@ def _device(name: str | None) -> str:
     import torch
 
     from effattn.errors import EvaluationError
+    from effattn.runtime.machine import best_type, there_are
 
     if name is None:
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        return best_type()
     try:
         kind = torch.device(name).type
     except RuntimeError as error:
         raise EvaluationError(f"there is no device {name!r}; give cpu, cuda or cuda:1") from error
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise EvaluationError(f"the device {name!r} was asked for, but torch sees no GPU here")
+    if not there_are(kind):
+        raise EvaluationError(f"the device {name!r} was asked for, but torch sees none here")
     return name

@@ -24,7 +24,9 @@ from effattn.compiler.report import collect, effect
 from effattn.compiler.verify import verified
 from effattn.errors import OptionError
 from effattn.ir.refusal import Why
+from effattn.lowering.device import device_type
 from effattn.passes.compilation import Outcome
+from effattn.runtime.targets.choice import ANYWHERE
 from effattn.settings import warn_once
 
 torch.compiler.allow_in_graph(torch._safe_softmax)  # where Dynamo would end a graph otherwise
@@ -97,5 +99,5 @@ def _tell_errors(outcome: Outcome) -> None:
 def _tell_portable(outcome: Outcome) -> None:
     """Say once that generated kernels need a GPU: timings on a CPU are not those of the kernels."""
     ops = [(choice.match.site.device, choice.plan) for choice in outcome.choices if choice.plan is not None]
-    if any(device != "cuda" and plan.dispatch.target is None for device, plan in ops):
+    if any(plan.dispatch.target is None and device_type(device).target == ANYWHERE for device, plan in ops):
         warn_once("no GPU here: attention that needs a generated kernel runs on the portable target (ATen, blockwise)")

@@ -8,7 +8,9 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
-CPU = torch.device("cpu")
+from effattn.lowering.device import HOST, device_type
+
+CPU = torch.device(HOST)
 
 
 def devices_of(graph: fx.Graph) -> tuple[torch.device, ...]:
@@ -30,8 +32,8 @@ def restore(saved: Mapping[torch.device, torch.Tensor]) -> None:
 
 
 def _module(device: torch.device):
-    return torch.random if device.type == "cpu" else torch.get_device_module(device)
+    return torch.random if device == CPU else torch.get_device_module(device)
 
 
 def _which(device: torch.device) -> tuple[torch.device, ...]:
-    return () if device.type in ("cpu", "mps") else (device,)  # of these there is one
+    return () if device_type(device.type).one_generator else (device,)

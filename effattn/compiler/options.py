@@ -9,10 +9,10 @@ from typing import Any
 
 from effattn.errors import OptionError
 from effattn.policy import Policy
+from effattn.runtime.targets.choice import TARGETS
 
 _CHOICES: dict[str, tuple] = {
     "inner_backend": ("inductor", "eager"),
-    "target": ("triton", "portable", None),
     "mode": ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs", None),
     "strict": (True, False),
     "verify": (True, False),
@@ -33,7 +33,7 @@ class Options:
     verify: bool = False  # run the untouched graph too, on every call, and compare
     trace: bool = False  # keep for the report how each pass changed the graph
     mode: str | None = None  # Inductor's mode
-    target: str | None = None  # "triton", "portable", or None: by device
+    target: str | None = None  # a name in TARGETS, or None: by device
 
     @staticmethod
     def read(options: Mapping[str, Any] | None, mode: str | None = None) -> Options:
@@ -57,7 +57,7 @@ class Options:
                 raise OptionError(f"unknown option {name!r}; allowed: {', '.join(names)}{hint}")
         if mode is not None and given.get("mode") is None:
             given["mode"] = mode
-        for name, allowed in _CHOICES.items():
+        for name, allowed in {**_CHOICES, "target": (*TARGETS, None)}.items():
             if name in given and not any(given[name] is value or given[name] == value for value in allowed):
                 near = difflib.get_close_matches(str(given[name]), [str(value) for value in allowed], n=1)
                 hint = f"; did you mean {near[0]!r}?" if near else ""

@@ -13,6 +13,7 @@ import torch
 
 from effattn.compiler.backend import effattn as backend
 from effattn.policy import Policy
+from effattn.runtime.machine import in_use
 
 
 @contextmanager
@@ -36,8 +37,8 @@ def forget() -> None:
     """Reset torch.compile and free the memory of compiled code."""
     torch._dynamo.reset()
     gc.collect()
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        torch.cuda.empty_cache()
+    for device in in_use():
+        device.empty_cache()
 
 
 @contextmanager

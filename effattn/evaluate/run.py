@@ -28,6 +28,7 @@ from effattn.evaluate.tasks import passkey as keys
 from effattn.evaluate.tasks.clock import timed, wait
 from effattn.evaluate.tasks.perplexity import perplexity
 from effattn.evaluate.text import LongText, long_text
+from effattn.lowering.device import device_type, on_host
 from effattn.policy import Policy
 
 GIB = 1 << 30
@@ -89,7 +90,7 @@ def evaluate(
         trials=trials,
         segments=segments,
         repeats=repeats,
-        rest=rest or ("inductor" if subject.device.type == "cuda" else "eager"),
+        rest=rest or device_type(subject.device.type).inner_backend,
         seed=seed,
         rope_scaling=rope_scaling,
     )
@@ -197,12 +198,12 @@ class _Work:
 
     def _time(self, body: Callable[..., Any], who: str, length: int) -> PrefillTime:
         ids = self.text.segment(length)
-        cuda = ids.is_cuda
+        memory = None if on_host(ids) else torch.get_device_module(ids.device)
         first = timed(lambda: body(ids, use_cache=False), 0).first
-        if cuda:
-            torch.cuda.reset_peak_memory_stats(ids.device)
+        if memory is not None:
+            memory.reset_peak_memory_stats(ids.device)
         later = [timed(lambda: body(ids, use_cache=False), 0).first for _ in range(self.setting.repeats)]
-        peak = torch.cuda.max_memory_allocated(ids.device) / GIB if cuda else None
+        peak = None if memory is None else memory.max_memory_allocated(ids.device) / GIB
         return PrefillTime(length=length, policy=who, first=first, later=later, peak_gib=peak)
 
     def _passkey(self, body: Callable[..., Any], who: str, length: int, depth: float, trial: int) -> PasskeyAnswer:

@@ -16,6 +16,8 @@ from effattn.errors import EvaluationError
 from effattn.evaluate.rope import context_of
 from effattn.evaluate.setting import Setting
 from effattn.evaluate.tasks.perplexity import logits_of
+from effattn.lowering.device import device_type
+from effattn.runtime.machine import name_of
 from effattn.versions import cache_argument
 
 SAMPLE = 256  # values of each weight in the model's fingerprint
@@ -121,8 +123,8 @@ class Subject:
 
     def machine(self) -> dict[str, Any]:
         """Device and versions."""
-        if self.device.type == "cuda":
-            device = torch.cuda.get_device_name(self.device)
+        if not device_type(self.device.type).on_host:
+            device = name_of(self.device)
         else:
             device = f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
         return {"device": device, "versions": versions()}

@@ -17,7 +17,6 @@ from effattn.ir.selector import Selector
 
 VERSION = 4
 LAYOUTS = ("bhnd", "bnhd")
-TARGETS = ("triton", "portable", None)
 
 
 @dataclass(frozen=True)
@@ -33,7 +32,7 @@ class Dispatch:
 
     min_length: int = 0  # with fewer keys, ``below`` runs instead (decided when the op runs)
     below: Plan | None = None  # the plan below ``min_length``; None: dense, every key the mask allows
-    target: str | None = None  # "triton", "portable", or None: by device
+    target: str | None = None  # a name in TARGETS of runtime/targets/choice.py, or None: by device
     layout: str = "bhnd"  # memory order of the output; its shape is always [B, H, Nq, Dv]
     lse_is_read: bool = True  # False: only the backward reads the LSE, as with SDPA
 
@@ -50,9 +49,10 @@ class Dispatch:
     @staticmethod
     def decode(body: dict[str, Any]) -> Dispatch:
         """The inverse of :meth:`encode`. Raises PlanError, KeyError, TypeError or ValueError for other data."""
-        for name, allowed in (("layout", LAYOUTS), ("target", TARGETS)):
-            if body[name] not in allowed:
-                raise PlanError(f"bad {name} in plan: {body[name]!r}; allowed: {allowed}")
+        if body["layout"] not in LAYOUTS:
+            raise PlanError(f"bad layout in plan: {body['layout']!r}; allowed: {LAYOUTS}")
+        if not isinstance(body["target"], str | None):
+            raise PlanError(f"bad target in plan: {body['target']!r}; it is a name, or null")
         return Dispatch(
             min_length=int(body["min_length"]),
             below=None if body["below"] is None else Plan.decode(body["below"]),

@@ -71,6 +71,9 @@ class Why(StrEnum):
     DECAY = "decay"
     GRADIENT_OF_DECAY = "gradient of decay"
     SCALE = "scale"
+    # what a target does not serve
+    NO_TRITON = "no triton"
+    EXPRESSION = "expression"
 
 
 @dataclass(frozen=True)

@@ -53,7 +53,7 @@ class Site:
     spec: AttentionSpec  # what user code computes: every key the mask allows
     position: Any | None  # absolute position of query q among the keys, from the causal condition; None: not causal
     dtype: str  # of query, key and value: "float32", "bfloat16", "float16"
-    device: str  # "cpu", "cuda"
+    device: str  # device type, as in torch.device(...).type
     needs_grad: bool  # the output needs a gradient
     output_layout: str  # memory order of the output: "bhnd" or "bnhd"
     captures_need_grad: bool = False  # a captured tensor (a learned bias) needs a gradient
@@ -78,7 +78,7 @@ def called_site(spec: AttentionSpec, position: Any, layout: Layout) -> Site:
         spec=spec,
         position=position,
         dtype="float32",
-        device="cpu",
+        device="",  # any
         needs_grad=False,
         output_layout="bhnd",
     )

@@ -1,15 +1,50 @@
-"""Rates of devices, which costs are divided by. A new device is a row.
+"""What differs between devices, as data: device types, and the rates that costs are divided by.
 
-``measured`` rows come from this project's own runs. ``datasheet`` rows combine the vendor's peak figures with shares of
-peak measured on an H100: good enough to order forms, not to predict times.
+A new device type is a row of ``DEVICE_TYPES``, a new device a row of ``DEVICES``. ``measured`` rows come from this
+project's own runs. ``datasheet`` rows combine the vendor's peak figures with shares of peak measured on an H100: good
+enough to order forms, not to predict times.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 Source = Literal["measured", "datasheet", "assumed"]
+
+
+@dataclass(frozen=True)
+class DeviceType:
+    """What effattn does differently on one of torch's types of devices. The defaults hold for those without a row."""
+
+    name: str  # as in ``torch.device(...).type``
+    target: str = "portable"  # what runs a plan that names none: a name in ``TARGETS`` of runtime/targets/choice.py
+    kernels: Literal["compiled", "interpreted"] | None = None  # how Triton's kernels run there, if they do
+    sdpa: Literal["fused", "host"] | None = None  # which kernels of SDPA give the LSE: see runtime/targets/sdpa.py
+    on_host: bool = False  # a value can be looked at without waiting
+    one_generator: bool = False  # of random numbers, for all devices of the type
+    inner_backend: str = "eager"  # what compiles the rest where ``evaluate`` is told nothing
+    dtype: str = "float32"  # of weights that ``effattn evaluate`` loads where it is told nothing
+
+
+# in the order in which ``effattn evaluate`` would like to have them
+_TYPES = (
+    DeviceType("cuda", "triton", "compiled", sdpa="fused", inner_backend="inductor", dtype="bfloat16"),
+    DeviceType("cpu", kernels="interpreted", sdpa="host", on_host=True, one_generator=True),
+    DeviceType("mps", one_generator=True),
+)
+DEVICE_TYPES: dict[str, DeviceType] = {row.name: row for row in _TYPES}
+HOST = next(row.name for row in _TYPES if row.on_host)
+
+
+def device_type(name: str) -> DeviceType:
+    """The row of one of torch's types of devices; one of defaults where there is none."""
+    return DEVICE_TYPES.get(name) or DeviceType(name)
+
+
+def on_host(tensor: Any) -> bool:
+    """Whether the values of a tensor can be looked at without waiting for a device."""
+    return device_type(tensor.device.type).on_host
 
 
 @dataclass(frozen=True)
@@ -45,7 +80,7 @@ CPU = Device("CPU", 0.15e12, 0.15e12, 0.02e12, 1e-5, "assumed", 0.6, 0.5, 0.5)
 
 
 def device_named(name: str) -> Device:
-    """The row for torch's name of a device (``torch.cuda.get_device_name()``), or ``"cpu"``."""
-    if name == "cpu":
+    """The row for torch's name of a device (``torch.cuda.get_device_name()``), or of the type that the host is of."""
+    if name == HOST:
         return CPU
     return next((device for device in DEVICES if name.startswith(device.name)), OTHER_GPU)

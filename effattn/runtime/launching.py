@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from effattn.lowering.device import device_type
 from effattn.lowering.dialects.triton.terms import LENGTH
 
 Known = Mapping[str, Any]  # what a launcher found out in its first call; read-only afterwards
@@ -91,23 +92,35 @@ def tf32() -> bool:
 @lru_cache(maxsize=64)
 def architecture(device: torch.device) -> str:
     """ "sm90", "gfx942", ..., or "interpreter" on a CPU."""
-    if device.type != "cuda":
+    if interpreted(device):
         return "interpreter"
+    properties = torch.get_device_module(device).get_device_properties(device)
     if torch.version.hip:
-        return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
-    major, minor = torch.cuda.get_device_capability(device)
-    return f"sm{major}{minor}"
+        return properties.gcnArchName.split(":")[0]
+    return f"sm{properties.major}{properties.minor}" if hasattr(properties, "major") else device.type
 
 
 @lru_cache(maxsize=64)
 def multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+    if interpreted(device):
+        return 4
+    return torch.get_device_module(device).get_device_properties(device).multi_processor_count
+
+
+def interpreted(device: torch.device) -> bool:
+    """Whether kernels run by Triton's interpreter there."""
+    return device_type(device.type).kernels == "interpreted"
+
+
+def too_narrow(tensor: torch.Tensor) -> bool:
+    """Whether a tensor must be widened first: the interpreter multiplies no tiles of bfloat16."""
+    return tensor.dtype == torch.bfloat16 and interpreted(tensor.device)
 
 
 def on_device(device: torch.device):
     """A context in which kernels launch on ``device``; on a CPU, the lock of the interpreter's global state."""
-    if device.type != "cuda":
+    if interpreted(device):
         return ALONE
-    if device.index != torch.cuda.current_device():
-        return torch.cuda.device(device)
+    if device.index != torch.accelerator.current_device_index():
+        return torch.accelerator.device_index(device.index)
     return contextlib.nullcontext()

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from effattn.ir.fold import fold
 from effattn.ir.plan import Plan
-from effattn.runtime.ops.attend import _target as target_of
+from effattn.runtime.ops.attend import target_of
 from effattn.runtime.targets import portable
 from tests.fuzz.case import Case
 from tests.fuzz.where import COMPILED, DEVICE

@@ -12,6 +12,7 @@ import effattn
 from effattn.ir.attention import AttentionSpec
 from effattn.ir.expr import Nk, Nq, k, q, s
 from effattn.ir.plan import Plan, Sparsity
+from effattn.runtime.selection import portable_steps, triton_steps
 from effattn.runtime.selection.run import select
 from effattn.runtime.targets import triton as triton_target
 
@@ -49,7 +50,7 @@ def plan_of(name: str, dim: int = 64) -> Plan:
 @pytest.mark.parametrize("name", CASES)
 def test_lists_are_those_of_the_portable_target(name):
     query, key, _ = qkv(dtype=torch.float32)
-    ours, wanted = (select(plan_of(name), query, key, target=target) for target in ("triton", "portable"))
+    ours, wanted = (select(plan_of(name), query, key, steps=steps) for steps in (triton_steps, portable_steps))
     assert torch.equal(ours.kv_num_blocks, wanted.kv_num_blocks)
     one, other = (listed.rows(0, 1500, 8, 1500) for listed in (ours, wanted))
     assert (one != other).double().mean() < 1e-3  # scores that rounding makes equal may change places
@@ -60,7 +61,7 @@ def test_lists_are_those_of_the_portable_target(name):
 def test_output_over_the_list(name, dtype):
     query, key, value = qkv(dtype=dtype)
     plan = plan_of(name)
-    kept = select(plan, query, key, target="triton").rows(0, 1500, 8, 1500)
+    kept = select(plan, query, key, steps=triton_steps).rows(0, 1500, 8, 1500)
     kept &= torch.ones(1500, 1500, dtype=torch.bool, device="cuda").tril()
     out, lse = triton_target.run(plan, query, key, value)
     wide_key, wide_value = (x.double().repeat_interleave(4, 1) for x in (key, value))

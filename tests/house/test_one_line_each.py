@@ -7,14 +7,15 @@ import importlib.util
 import pathlib
 import re
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 
 import effattn
 from effattn.lowering import forms
+from effattn.lowering.device import DEVICE_TYPES
 from effattn.passes.graph import vocabulary
-from effattn.passes.match import find as match
 from effattn.passes.symbolic import reader
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -42,8 +43,9 @@ def added(monkeypatch, tmp_path):
                     for spelling in spellings:
                         monkeypatch.setitem(vocabulary._BY_TARGET, spelling.target, (name, spelling.params))
             elif table:
-                for name, value in eval(f"{{{code}}}", {**vars(match), **new}).items():
-                    monkeypatch.setitem(getattr(match, table), name, value)
+                module = importlib.import_module(file.removesuffix(".py").replace("/", "."))
+                for name, value in eval(f"{{{code}}}", {**vars(module), **new}).items():
+                    monkeypatch.setitem(getattr(module, table), name, value)
             elif (ROOT / file).exists():
                 module = importlib.import_module(file.removesuffix(".py").replace("/", "."))
                 new |= {**vars(module)}
@@ -55,8 +57,9 @@ def added(monkeypatch, tmp_path):
                 module = importlib.util.module_from_spec(spec)
                 monkeypatch.setitem(sys.modules, path.stem, module)
                 spec.loader.exec_module(module)
-                form = vars(module)[path.stem.upper()]
-                monkeypatch.setitem(forms.FORMS, form.name, form)
+                new[path.stem] = module
+                if (form := vars(module).get(path.stem.upper())) is not None:
+                    monkeypatch.setitem(forms.FORMS, form.name, form)
 
     return add
 
@@ -83,15 +86,21 @@ def signs():
     return torch.sgn(i[:, None] - i) >= 0
 
 
+def band():
+    i = torch.arange(N)
+    return (i <= i[:, None]) & (i[:, None] - i < 4)
+
+
 def predicates(function, **options):
     torch._dynamo.reset()
     with torch.no_grad():
         return [site.predicate for site in effattn.explain(function, *qkv(), options=options or None).sites]
 
 
-def same(function):
+def same(function, **options):
     torch._dynamo.reset()
-    fast = torch.compile(function, backend="effattn", options={"rest": "eager", "verify": True, "strict": True})
+    options = {"rest": "eager", "verify": True, "strict": True, **options}
+    fast = torch.compile(function, backend="effattn", options=options)
     with torch.no_grad():
         torch.testing.assert_close(fast(*qkv()), function(*qkv()), rtol=1e-4, atol=1e-4)
 
@@ -149,3 +158,32 @@ def test_an_anchor(added, library):
     added("Your first anchor")
     assert predicates(function) == ["k <= q"]
     same(function)
+
+
+def test_a_target(added, monkeypatch):
+    def function(q, k, v):
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=band())
+
+    with pytest.raises(effattn.OptionError, match="target='counting'"):
+        predicates(function, target="counting")
+    added("Your first target")
+    from effattn.runtime.targets.choice import TARGETS
+
+    computed = TARGETS["counting"].computed
+    same(function, target="counting")
+    assert computed == ["exact"]
+    q, k, v = (tensor.requires_grad_() for tensor in qkv())
+    torch._dynamo.reset()
+    fast = torch.compile(function, backend="effattn", options={"rest": "eager", "target": "counting"})
+    found = torch.autograd.grad(fast(q, k, v).sum(), (q, k, v))
+    torch.testing.assert_close(found, torch.autograd.grad(function(q, k, v).sum(), (q, k, v)), rtol=1e-4, atol=1e-4)
+    assert computed == ["exact"] * 2
+    torch.ops.effattn.linear(q, k, v, target="counting")
+    # it may also be what a type of device gets that names none
+    monkeypatch.setitem(DEVICE_TYPES, "cpu", replace(DEVICE_TYPES["cpu"], target="counting"))
+    torch._dynamo.reset()
+    with torch.no_grad():
+        (site,) = effattn.explain(function, *qkv()).sites
+    assert site.kernel == "counting: what the portable target computes"
+    same(function)
+    assert len(computed) > 2

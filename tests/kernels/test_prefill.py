@@ -12,6 +12,7 @@ from comparing import assert_close
 from plans import CASES, Sizes, tensors
 
 from effattn.ir import expr
+from effattn.ir.refusal import Why
 from effattn.lowering.kernels.spec import Tiles
 from effattn.runtime.targets import triton as triton_target
 from effattn.runtime.targets.triton.limits import UnsupportedCall
@@ -139,9 +140,11 @@ def test_what_kernels_do_not_serve():
     padded = CASES["left_padding"](sizes, CPU)
     with pytest.raises(UnsupportedCall, match="padding"):
         triton_target.run(padded.plan, query, key, value, [padded.captures[0][:, :50]])
-    assert triton_target.unsupported(causal.spec, torch.bfloat16, 1024, 64) is not None
+    assert triton_target.why_not(causal.spec, torch.bfloat16, 1024, 64).rule == Why.HEAD_DIM
     strange = replace(causal.spec, score=sympy.besselj(0, expr.s))
-    assert "besselj" in (triton_target.unsupported(strange, torch.bfloat16, 64, 64) or "")
+    refusal = triton_target.why_not(strange, torch.bfloat16, 64, 64)
+    assert refusal.rule == Why.EXPRESSION
+    assert "besselj" in refusal.reason
 
 
 @pytest.mark.parametrize("name", ["causal", "left_padding", "power_16", "alibi"])

@@ -108,7 +108,7 @@ def first_ones(listed, head):
 @pytest.mark.parametrize("least", [0, 48])
 def test_lists_are_the_same(q_len, k_len, lists, least):
     plan, inputs = plan_of(lists=lists, block=16, least=least, gamma=0.5), made(q_len, k_len)
-    ours, wanted = (select(plan, *inputs, target=target) for target in ("triton", "portable"))
+    ours, wanted = (select(plan, *inputs, steps=steps) for steps in (triton_steps, portable_steps))
     assert torch.equal(ours.kv_num_blocks, wanted.kv_num_blocks)
     assert torch.equal(ours.partial, wanted.partial)
     for head in range(4):
@@ -119,7 +119,7 @@ def test_lists_are_the_same(q_len, k_len, lists, least):
 
 
 def test_what_more_heads_visit_comes_first_and_in_the_order_of_keys():
-    listed = select(plan_of(lists=1, least=0, gamma=0.6), *made(64, 500), target="triton")
+    listed = select(plan_of(lists=1, least=0, gamma=0.6), *made(64, 500), steps=triton_steps)
     smallest = listed.kv_num_blocks.min(dim=1).values
     assert (listed.kv_num_blocks != smallest[:, None]).any()
     for block, partial in enumerate(listed.partial):

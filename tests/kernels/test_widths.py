@@ -24,6 +24,7 @@ from effattn.ir.attention import AttentionSpec, CaptureSpec
 from effattn.ir.expr import FloorDiv, Nk, Nq, h, k, load, q, s, scalar
 from effattn.ir.fold import Integers, fold
 from effattn.ir.plan import Plan
+from effattn.ir.refusal import Why
 from effattn.lowering.dialects.triton import terms as algebra
 from effattn.lowering.kernels.spec import Tiles
 from effattn.runtime import launching
@@ -156,9 +157,10 @@ def test_bounds_of_the_walk_stand_the_largest_numbers(dtype, kind):
 
 def test_a_number_beyond_64_bits_is_no_kernel():
     plan = Plan("exact", AttentionSpec(0.25 * s, k * 2**70 < q))
-    assert (
-        triton_target.unsupported(plan.spec, torch.float32, 16, 16)
-        == f"no kernel can be written: no kernel computes with {2**70}"
+    refusal = triton_target.why_not(plan.spec, torch.float32, 16, 16)
+    assert (refusal.rule, refusal.reason) == (
+        Why.EXPRESSION,
+        f"no kernel can be written: no kernel computes with {2**70}",
     )
 
 

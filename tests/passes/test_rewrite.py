@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -22,8 +23,8 @@ from effattn.errors import RewriteError
 from effattn.ir.plan import Plan
 from effattn.passes.choose.choice import ChooseForms
 from effattn.passes.match.find import MatchSoftmax
-from effattn.passes.rewrite import sites
 from effattn.passes.rewrite.sites import RewriteSites
+from effattn.runtime.targets import sdpa
 
 GOLDENS = Path(__file__).parent.parent / "goldens" / "graphs"
 B, H, N, D = 2, 4, 11, 8
@@ -122,9 +123,7 @@ def given_grouped_in_half(q, k, v):
 )
 def test_grouped_heads_are_expanded_where_sdpa_would_hold_all_scores(function, expands, monkeypatch):
     """A GPU's kernels of SDPA take grouped heads in half precision alone."""
-    from effattn.passes.choose import choice as choose
-
-    monkeypatch.setattr(choose, "GROUPED_ONLY_IN_HALF", ("cpu",))
+    monkeypatch.setitem(sdpa.KERNELS, "host", replace(sdpa.KERNELS["host"], grouped_only_in_half=True))
     report, _ = compiled(function, *qkv(H, H // 2, H // 2), tolerance=2e-5 if expands else 2e-3)
     code = report.graph()
     assert ("repeat_interleave(2, 1)" in code, "enable_gqa = True" in code) == (expands, not expands)
@@ -435,7 +434,7 @@ TAKEN = {  # what an attention is given, and how many operands have to be copied
 def test_sdpa_is_given_what_its_kernels_take(name, dynamic, monkeypatch):
     """They raise where rows do not begin at multiples of 16 bytes, and the user's own product does not."""
     function, given, copies = TAKEN[name]
-    monkeypatch.setattr(sites, "ALIGNED_ON", ("cpu",))
+    monkeypatch.setitem(sdpa.KERNELS, "host", replace(sdpa.KERNELS["host"], aligned_only=True))
     lengths = () if not dynamic or 1 in given[-1].shape else (1,) if len(given) == 1 else (2,)
     report, _ = compiled(function, *given, lengths=lengths)
     assert "scaled_dot_product_attention" in report.graph()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import subprocess
 import sys
 import warnings
@@ -18,10 +19,12 @@ from effattn.errors import PlanError, TargetError
 from effattn.ir.attention import AttentionSpec, CaptureSpec
 from effattn.ir.expr import IntLoad, b, k, load, number, q, s, scalar
 from effattn.ir.plan import Dispatch, Plan
+from effattn.ir.refusal import Why
 from effattn.lowering.forms import FORMS
 from effattn.runtime.reference.attention import reference
 from effattn.runtime.targets import choice as targets
-from effattn.runtime.targets import portable, sdpa
+from effattn.runtime.targets import portable, sdpa, triton
+from effattn.runtime.targets.triton import limits
 
 CPU = torch.device("cpu")
 PADDING = load("padding", [b, k], integer=True)
@@ -202,21 +205,25 @@ def test_every_target_that_a_plan_may_name():
 
 
 def test_without_triton_a_gpu_gets_the_portable_target_and_it_is_said_once(monkeypatch):
-    monkeypatch.setattr(targets, "triton_is_importable", lambda: False)
+    monkeypatch.setattr(limits, "triton_is_importable", lambda: False)
     monkeypatch.setattr("effattn.settings._told", set())
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         for _ in range(3):
-            assert not targets.kernels_serve(None, torch.device("cuda"), lambda: None)
+            assert targets.serving(None, "cuda", lambda target: None) is portable
     assert ["Triton is not installed" in str(warning.message) for warning in told] == [True]
 
 
-@pytest.mark.parametrize("reason", ["Triton is not installed", "on 'cpu', and kernels need"])
-def test_kernels_asked_for_where_none_can_run(monkeypatch, reason):
-    if "installed" in reason:
-        monkeypatch.setattr(targets, "triton_is_importable", lambda: False)
+@pytest.mark.parametrize("rule", [Why.NO_TRITON, Why.DEVICE])
+def test_kernels_asked_for_where_none_can_run(monkeypatch, rule):
+    if rule == Why.NO_TRITON:
+        monkeypatch.setattr(limits, "triton_is_importable", lambda: False)
     else:
         monkeypatch.setenv("TRITON_INTERPRET", "0")
+    refusal = triton.why_not_on("cpu")
+    assert refusal.rule == rule
+    assert targets.chosen("triton", "cpu", lambda target: None) == (portable, refusal)
+    reason = re.escape(str(refusal))
     made = tensors(Sizes(1, 2, 1, 20, 20))
     plan = Plan("exact", AttentionSpec(0.25 * s, k <= q), dispatch=Dispatch(target="triton"))
     with pytest.raises(TargetError, match=reason):
@@ -226,7 +233,7 @@ def test_kernels_asked_for_where_none_can_run(monkeypatch, reason):
     q_, k_, v_ = made
     for function in (softmax_attention, linear_attention):
         compiled = torch.compile(function, backend="effattn", options={"target": "triton", "rest": "eager"})
-        with pytest.raises(TargetError, match=f"{reason}.*(leave target|move the model)"):
+        with pytest.raises(TargetError, match=reason):
             compiled(q_, k_, v_)
 
 

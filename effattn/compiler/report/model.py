@@ -13,8 +13,8 @@ import torch
 
 from effattn.compiler.options import Options
 from effattn.compiler.report.effect import Reached, shortcomings
-from effattn.compiler.report.kernel_path import kernel_path, linear_kernel_path
 from effattn.compiler.report.outside import Outside
+from effattn.compiler.report.target import described, linear_described
 from effattn.ir.refusal import Why
 from effattn.ir.site import Site
 from effattn.ir.text import text
@@ -275,7 +275,7 @@ def _linear_site(one: LinearMatch) -> SiteReport:
         score=f"{text(site.spec.score)}, no softmax{sums}",
         reason="the graph spells linear attention: the same function, in chunks with a state between them",
         candidates=(),
-        kernel=linear_kernel_path(one),
+        kernel=linear_described(one),
         location=site.location,
         layout=str(site.layout),
         empty_rows=site.spec.empty_rows,
@@ -292,8 +292,7 @@ def _kernel(choice: Choice) -> str | None:
     if choice.plan is None:
         is_sdpa = choice.route == "sdpa" or choice.match.anchors.is_sdpa
         return "torch.nn.functional.scaled_dot_product_attention" if is_sdpa else None
-    target = choice.plan.dispatch.target or ("triton" if choice.match.site.device == "cuda" else "portable")
-    return "portable (ATen, blockwise)" if target == "portable" else kernel_path(choice)
+    return described(choice)
 
 
 def stanza(choices: list[Choice], policy: str) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
+from effattn.runtime.machine import in_use
 
 
 @dataclass(frozen=True)
@@ -40,5 +40,5 @@ def timed(function: Callable[[], Any], repeats: int = 1) -> Timing:
 
 def wait() -> None:
     """Synchronise with the GPU if one is in use."""
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        torch.cuda.synchronize()
+    for device in in_use():
+        device.synchronize()

@@ -12,6 +12,7 @@ from effattn.errors import FormRefused
 from effattn.ir import expr
 from effattn.ir.attention import AttentionSpec
 from effattn.ir.site import Layout, called_site
+from effattn.lowering.device import HOST
 from effattn.lowering.forms import FORMS
 from effattn.lowering.iteration.tile_ranges import TileRanges, tile_ranges
 from effattn.runtime.algebra import evaluate
@@ -71,7 +72,7 @@ class _Rows:
         self.symbols = {"q": rows, "Nq": q_len, "Nk": k_len}
 
     def of(self, term: Any) -> Tensor:
-        value = evaluate(term, self.symbols, {}, torch.float64, "cpu")
+        value = evaluate(term, self.symbols, {}, torch.float64, HOST)
         return torch.as_tensor(value, dtype=torch.int64).expand_as(self.rows)
 
     def band(self, lower: tuple[Any, ...], upper: tuple[Any, ...]) -> tuple[Tensor, Tensor]:

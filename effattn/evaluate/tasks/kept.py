@@ -17,6 +17,7 @@ from torch import Tensor
 from effattn.compiler.capture import Captured
 from effattn.ir.plan import Plan
 from effattn.runtime.algebra import Span, bindings, evaluate
+from effattn.runtime.ops.attend import target_of
 from effattn.runtime.selection.run import select
 from effattn.runtime.targets.chunks import Walker
 from effattn.runtime.targets.first_keys import with_first_keys
@@ -102,8 +103,8 @@ def _source(plan: Plan) -> Source:
 def listed_rows(captured: Captured, plan: Plan, chunks: Sequence[Rows]) -> Iterator[Tensor]:
     """Masks of a plan with a selector: it runs once, and its block list is converted to a mask per chunk."""
     given = (captured.captures, captured.scalars, captured.numbers)
-    target = "triton" if captured.query.device.type == "cuda" and plan.dispatch.target != "portable" else "portable"
-    listed = select(plan, captured.query, captured.key, *given, target=target)
+    target = target_of(plan, captured.query, captured.value)
+    listed = select(plan, captured.query, captured.key, *given, target.steps)
     for start, stop in chunks:
         yield listed.rows(start, stop, captured.shape[1], captured.shape[3])
 

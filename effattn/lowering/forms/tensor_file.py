@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from effattn.errors import WeightsError
+from effattn.lowering.device import HOST
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _PIECE = 1 << 20  # bytes hashed at a time
@@ -37,7 +38,7 @@ class TensorFile:
         if not self.path.is_file():
             raise WeightsError(f"{path}: no such file")
         try:
-            self._file = safe_open(self.path, framework="pt", device="cpu")
+            self._file = safe_open(self.path, framework="pt", device=HOST)
             self.names = frozenset(self._file.keys())
             self.metadata: dict[str, str] = dict(self._file.metadata() or {})
         except (SafetensorError, OSError) as error:

@@ -9,6 +9,7 @@ import sympy
 from effattn.ir import expr
 from effattn.ir.attention import AttentionSpec
 from effattn.ir.fold import fold
+from effattn.ir.refusal import Refusal, Why
 from effattn.lowering.dialects.triton.terms import KEYS, ROWS, TILE, UNLIMITED, Lines, Source, Value
 from effattn.lowering.iteration.tile_ranges import tile_ranges
 from effattn.lowering.kernels import allowed_keys as allowed
@@ -19,20 +20,21 @@ from effattn.lowering.kernels.spec import KernelSpec
 WIDEST = 256  # head_dim; two accumulators of a key tile must fit in registers
 
 
-def no_backward(attention: AttentionSpec, head_dim: int, value_dim: int) -> str | None:
+def no_backward(attention: AttentionSpec, head_dim: int, value_dim: int) -> Refusal | None:
     """Why there is no generated backward for a plan; None if there is one."""
     keys = tile_ranges(attention.rule)
     if affine_slope(attention.score) is None:
-        return "the score is not a multiple of s plus a bias"
+        return Refusal(Why.GRADIENT, "the score is not a multiple of s plus a bias")
     if any(load.has(expr.q, expr.k) for load in expr.loads_of(attention.score)):
-        return "the bias is data for each query or key: a row of nothing but its least value has no exact LSE"
+        reason = "the bias is data for each query or key: a row of nothing but its least value has no exact LSE"
+        return Refusal(Why.GRADIENT, reason)
     if keys.powers is not None:
-        return "the rows that see a key are not consecutive"
+        return Refusal(Why.GRADIENT, "the rows that see a key are not consecutive")
     near = (*(keys.near_lower or ()), *keys.near_upper)
     if any(sympy.sympify(bound).has(expr.h) for bound in (*keys.lower, *keys.upper, *near, keys.prefix or 0)):
-        return "heads that share a key see different rows"
+        return Refusal(Why.GRADIENT, "heads that share a key see different rows")
     if max(head_dim, value_dim) > WIDEST:
-        return f"head dimensions over {WIDEST}"
+        return Refusal(Why.HEAD_DIM, f"head dimensions over {WIDEST}")
     return None
 
 

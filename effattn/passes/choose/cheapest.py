@@ -6,12 +6,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-import torch
-
 from effattn.ir.site import Site
 from effattn.lowering.cost import Cost, ladder
 from effattn.lowering.device import Device, device_named
 from effattn.lowering.forms import FORMS, Params
+from effattn.runtime.machine import name_of
 
 Steps = tuple[tuple[int, str], ...]  # (first number of keys, form), ascending
 
@@ -54,7 +53,7 @@ class Cheapest:
 
 def cheapest(site: Site, forms: Mapping[str, Params], dense: bool) -> Cheapest:
     """The cheapest of ``forms`` at every length; ``dense``: exact attention at this site runs SDPA's own kernels."""
-    rates = device_named(torch.cuda.get_device_name() if site.device == "cuda" else "cpu")
+    rates = device_named(name_of(site.device))
     # layers are mostly alike: what tells them apart has no part in costs
     alike = replace(
         site, name="", layer=None, layer_count=None, path="", module_classes=(), location="", reads=(), notes=()

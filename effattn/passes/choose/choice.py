@@ -10,7 +10,6 @@ import torch
 
 from effattn.errors import FormRefused, TargetError
 from effattn.ir import expr
-from effattn.ir.attention import AttentionSpec
 from effattn.ir.plan import Dispatch, Plan, Sparsity
 from effattn.ir.refusal import Refusal
 from effattn.ir.site import Site
@@ -24,12 +23,10 @@ from effattn.passes.compilation import Compilation, Pass
 from effattn.passes.match.find import MatchSoftmax
 from effattn.policy import Policy
 from effattn.policy import Rule as PolicyRule
-from effattn.runtime.targets.choice import no_kernels, triton_is_importable
+from effattn.runtime.targets import sdpa
+from effattn.runtime.targets.choice import ANYWHERE, asked_for, why_not_there
 
 Route = Literal["keep", "sdpa", "op", "linear"]
-SDPA_MAX_HEAD_DIM = 256  # beyond it SDPA has no kernel that avoids N x N scores
-GROUPED_ONLY_IN_HALF = ("cuda",)  # devices whose fast kernels of SDPA take grouped heads only in half precision
-SDPA_MAX_HEADS = 65535  # its kernels are launched with heads as the second or third dimension of a grid
 SHORT = "shorter than min_length"  # the rule that refuses a form which the policy wants at greater lengths only
 
 
@@ -88,13 +85,13 @@ class ChooseForms(Pass):
 
 
 def check_target(site: Site, target: str | None) -> None:
-    """Refuse kernels that the user asked for at a site, if none can run there.
+    """Refuse a target that the user asked for at a site, if it cannot run there.
 
     Raises:
         TargetError: says which site, why, and what to do.
     """
-    if target == "triton" and (why := no_kernels(site.device)) is not None:
-        raise TargetError(f"target={target!r} for {site.name} ({site.location}): {why}")
+    if (refusal := why_not_there(target, site.device)) is not None:
+        raise TargetError(f"target={target!r} for {site.name} ({site.location}): {refusal}")
 
 
 def choose(match: Match, policy: Policy, *, strict: bool, target: str | None) -> Choice:
@@ -240,7 +237,7 @@ def exact_route(site: Site, anchors: Anchors) -> tuple[Route, str]:
 
 def needs_all_heads(site: Site) -> bool:
     """Whether SDPA avoids N x N scores only if key and value have as many heads as query."""
-    return site.layout.groups > 1 and site.device in GROUPED_ONLY_IN_HALF and site.dtype == "float32"
+    return sdpa.needs_all_heads(site.device, site.dtype, site.layout.groups)
 
 
 def _grouped(site: Site) -> str:
@@ -252,7 +249,7 @@ def _one_small_row(site: Site) -> bool:
     sizes = site.layout
     keys = sizes.fixed_keys
     few = sizes.q_len == 1 and keys is not None and keys <= int(sizes.head_dim)
-    return few and (int(sizes.head_dim) > SDPA_MAX_HEAD_DIM or int(sizes.heads) > SDPA_MAX_HEADS)
+    return few and (int(sizes.head_dim) > sdpa.MAX_HEAD_DIM or int(sizes.heads) > sdpa.MAX_HEADS)
 
 
 def sdpa_takes(site: Site) -> bool:
@@ -260,8 +257,8 @@ def sdpa_takes(site: Site) -> bool:
     plain = site.spec.predicate == sympy.true or (
         site.spec.predicate == sympy.Le(expr.k, expr.q) and sympy.expand(site.layout.q_len - site.layout.k_len) == 0
     )
-    widths = site.layout.head_dim == site.layout.value_dim and site.layout.head_dim <= SDPA_MAX_HEAD_DIM
-    return plain and widths and site.layout.heads <= SDPA_MAX_HEADS and expr.plain_scale(site.spec.score) is not None
+    widths = site.layout.head_dim == site.layout.value_dim and site.layout.head_dim <= sdpa.MAX_HEAD_DIM
+    return plain and widths and site.layout.heads <= sdpa.MAX_HEADS and expr.plain_scale(site.spec.score) is not None
 
 
 def is_opaque(site: Site) -> bool:
@@ -299,15 +296,9 @@ def plan_of(site: Site, form: str, params: Params, min_length: int, target: str 
     """The plan that an op needs for this site and form; on the portable target where kernels cannot serve it."""
     spec = replace(site.spec, keep=FORMS[form].keep(params, site))
     sparsity = Sparsity(FORMS[form].selector(params, site))
-    if _kernels_cannot(spec, site, target):
-        target = "portable"
-    return Plan(form, spec, sparsity, Dispatch(min_length, None, target, site.output_layout, lse_is_read=False))
-
-
-def _kernels_cannot(spec: AttentionSpec, site: Site, target: str | None) -> bool:
-    if site.device != "cuda" or target == "portable" or not triton_is_importable():
-        return False
-    from effattn.runtime.targets import triton as triton_target
-
     widths = int(site.layout.head_dim), int(site.layout.value_dim)
-    return triton_target.unsupported(spec.complete, getattr(torch, site.dtype), *widths) is not None
+    dtype = getattr(torch, site.dtype)
+    asked = asked_for(target, site.device)  # where it cannot run at all, the user or the log is told
+    if asked.why_not_on(site.device) is None and asked.why_not(spec.complete, dtype, *widths) is not None:
+        target = ANYWHERE
+    return Plan(form, spec, sparsity, Dispatch(min_length, None, target, site.output_layout, lse_is_read=False))

@@ -22,9 +22,7 @@ from effattn.passes.graph.block_mask_code import erase_empty_brackets, unused_ba
 from effattn.passes.graph.view import as_sympy
 from effattn.passes.rewrite.features import features_op
 from effattn.passes.rewrite.replacing import Rewriting, Writer
-from effattn.runtime.targets.sdpa import lies_well
-
-ALIGNED_ON = ("cuda",)  # devices whose kernels of SDPA ask for rows that begin at multiples of 16 bytes
+from effattn.runtime.targets.sdpa import lies_well, needs_alignment
 
 
 class RewriteSites(Pass):
@@ -103,7 +101,7 @@ def _sdpa(writer: Writer, choice: Choice) -> fx.Node:
 def _as_kernels_read(writer: Writer, node: fx.Node) -> fx.Node:
     """``node``, or a copy of it where SDPA's kernels do not take it as it lies."""
     held = node.meta["example_value"]
-    if held.device.type not in ALIGNED_ON:
+    if not needs_alignment(held.device.type):
         return node
     sizes, strides = ([as_sympy(number) for number in numbers] for numbers in (held.shape, held.stride()))
     if lies_well(sizes, strides, as_sympy(held.storage_offset()), held.element_size()):

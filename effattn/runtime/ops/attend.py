@@ -12,19 +12,19 @@ Importing this module registers the ops; nothing else happens and Triton is not 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from effattn.errors import EffattnError
 from effattn.ir.plan import Plan
+from effattn.ir.refusal import Refusal
 from effattn.runtime.ops.registry import Op, register
-from effattn.runtime.targets import portable
-from effattn.runtime.targets.choice import kernels_serve
+from effattn.runtime.targets.choice import ANYWHERE, TARGETS, named, serving
 from effattn.runtime.targets.first_keys import with_first_keys
 from effattn.runtime.targets.memory_order import allocate, allocate_output
 from effattn.runtime.targets.sdpa import sdpa_path
+from effattn.runtime.targets.target import Target
 
 SCHEMAS = {
     "attend": (
@@ -64,16 +64,18 @@ def attend(
 
     Raises:
         PlanError: the plan is not one of this version.
+        TargetError: it names a target that there is not, or that cannot run on this device.
         ValueError: shapes or counts do not fit.
     """
     _check_shapes(query, key, value)
     decoded = Plan.decode(plan).at(key.shape[2])
     captures = with_first_keys(decoded, key, captures, scalars, numbers)
-    if decoded.dispatch.target != "triton":
+    wanted = decoded.dispatch.target
+    if wanted is None or not named(wanted).alone:
         done = sdpa_path(decoded, query, key, value, captures, scalars, numbers)
         if done is not None:
             return done
-    return _target(decoded, query, value).run(decoded, query, key, value, captures, scalars, numbers)
+    return target_of(decoded, query, value).run(decoded, query, key, value, captures, scalars, numbers)
 
 
 def attend_fake(query, key, value, captures, scalars, numbers, plan):
@@ -96,7 +98,9 @@ def attend_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value, in their shapes and dtypes, in the plan's memory order."""
     decoded = Plan.decode(plan).at(key.shape[2])
-    target = _target(decoded, query, value)
+    target = target_of(decoded, query, value)
+    if target.why_no_backward(decoded.spec, query.shape[3], value.shape[3]) is not None:
+        target = TARGETS[ANYWHERE]
     return target.run_backward(decoded, grad_out, grad_lse, query, key, value, out, lse, captures, scalars, numbers)
 
 
@@ -116,19 +120,13 @@ def _check_shapes(query: Tensor, key: Tensor, value: Tensor) -> None:
         raise ValueError(f"{query.shape[1]} query heads are not a multiple of {key.shape[1]} key/value heads")
 
 
-def _target(plan: Plan, query: Tensor, value: Tensor) -> Any:
-    """The module that runs a plan on these tensors."""
+def target_of(plan: Plan, query: Tensor, value: Tensor) -> Target:
+    """What runs a plan on these tensors. Raises TargetError: the plan names a target that cannot."""
 
-    def unsupported() -> str | None:
-        from effattn.runtime.targets import triton as triton_target
+    def why_not(target: Target) -> Refusal | None:
+        return target.why_not(plan.spec, query.dtype, query.shape[3], value.shape[3])
 
-        return triton_target.unsupported(plan.spec, query.dtype, query.shape[3], value.shape[3])
-
-    if not kernels_serve(plan.dispatch.target, query.device, unsupported):
-        return portable
-    from effattn.runtime.targets import triton as triton_target
-
-    return triton_target
+    return serving(plan.dispatch.target, query.device.type, why_not)
 
 
 def _setup_context(ctx, inputs, output) -> None:

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from effattn.errors import DecayChanged
+from effattn.lowering.device import on_host
 from effattn.runtime.ops.attend import NoGradient
 from effattn.runtime.ops.registry import Op, register
 
@@ -44,7 +45,7 @@ def checked_decay(
         DecayChanged: they are not that, on the CPU.
     """
     fits = follow(log_decay, rising, falling, triangles)
-    if fits.device.type != "cpu":
+    if not on_host(fits):
         torch._assert_async(fits, _CHANGED)
     elif not fits:
         raise DecayChanged(_CHANGED)

@@ -18,13 +18,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from effattn.ir.plan import LAYOUTS
 from effattn.runtime.ops.attend import NoGradient
 from effattn.runtime.ops.registry import Op, register
-from effattn.runtime.targets.choice import kernels_serve
+from effattn.runtime.targets.choice import TARGETS, serving
 from effattn.runtime.targets.linear_backward import run_backward
 from effattn.runtime.targets.memory_order import allocate
-from effattn.runtime.targets.portable import linear as linear_portable
 from effattn.runtime.targets.portable.linear import state_dtype
+from effattn.runtime.targets.target import LinearTarget
 
 _MEANING = (
     "float scale=1.0, bool causal=True, bool normalised=False, float eps=0.0, str layout='bhnd', str? target=None"
@@ -43,7 +44,6 @@ SCHEMAS = {
         "bool normalised=False, float eps=0.0, str? target=None) -> (Tensor, Tensor)"
     ),
 }
-LAYOUTS, TARGETS = ("bhnd", "bnhd"), ("triton", "portable", None)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
@@ -70,7 +70,7 @@ def linear(
         scale: of query . key.
         normalised: divide by the sum of the row's weights plus ``eps``.
         layout: memory order of the output, "bhnd" or "bnhd".
-        target: "triton", "portable", or None: by device.
+        target: a name in ``TARGETS`` of :mod:`effattn.runtime.targets.choice`, or None: by device.
 
     Returns:
         out [B, Hq, N, Dv] in the dtype of query, final state in the shape of an initial one. Float64 inputs have
@@ -186,9 +186,9 @@ def linear_step(
     _check(query, key, value, log_decay, state, normalised, True)
     _check_names("bhnd", target)
     chosen = _target(target, query.dtype, query.device, query.shape[3], value.shape[3])
-    step = getattr(chosen, "run_step", chosen.run)
     out = query.new_empty((*query.shape[:3], value.shape[3]))
-    return out, step(query, key, value, log_decay, state, out, scale=scale, causal=True, ones=normalised, eps=eps)
+    meaning: dict[str, Any] = {"scale": scale, "causal": True, "ones": normalised, "eps": eps}
+    return out, chosen.run_step(query, key, value, log_decay, state, out, **meaning)
 
 
 def linear_step_fake(
@@ -240,23 +240,16 @@ def _check(
 
 
 def _check_names(layout: str, target: str | None) -> None:
-    if layout not in LAYOUTS or target not in TARGETS:
-        raise ValueError(f"layout must be one of {LAYOUTS} and target one of {TARGETS}, got {layout!r}, {target!r}")
+    names = (*TARGETS, None)
+    if layout not in LAYOUTS or target not in names:
+        raise ValueError(f"layout must be one of {LAYOUTS} and target one of {names}, got {layout!r}, {target!r}")
 
 
-def _target(wanted: str | None, dtype: torch.dtype, device: torch.device, features: int, value_dim: int) -> Any:
-    """The module that runs on such tensors."""
-
-    def unsupported() -> str | None:
-        from effattn.runtime.targets.triton import linear as linear_triton
-
-        return linear_triton.unsupported(dtype, features, value_dim)
-
-    if not kernels_serve(wanted, device, unsupported):
-        return linear_portable
-    from effattn.runtime.targets.triton import linear as linear_triton
-
-    return linear_triton
+def _target(
+    wanted: str | None, dtype: torch.dtype, device: torch.device, features: int, value_dim: int
+) -> LinearTarget:
+    """What runs on such tensors."""
+    return serving(wanted, device.type, lambda target: target.linear.why_not(dtype, features, value_dim)).linear
 
 
 # -- autograd ---------------------------------------------------------------------------------------------------

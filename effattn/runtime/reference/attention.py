@@ -12,6 +12,7 @@ from torch import Tensor
 
 from effattn.errors import PlanError
 from effattn.ir.plan import Plan
+from effattn.lowering.device import HOST
 from effattn.runtime.algebra import bindings, evaluate
 
 
@@ -21,7 +22,7 @@ def dense_mask(
     captures: Sequence[Tensor] = (),
     scalars: Sequence[int] = (),
     numbers: Sequence[float] = (),
-    device: torch.device | str = "cpu",
+    device: torch.device | str = HOST,
 ) -> Tensor:
     """Which keys each query keeps: bool of ``shape`` (B, Hq, Nq, Nk).
 

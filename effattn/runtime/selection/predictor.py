@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from effattn.ir.selector import Trained
+from effattn.lowering.device import on_host
 from effattn.lowering.forms.boundary_weights import POOL, Predictor, on_device
 
 ELEMENTS = 2**24  # most elements of the windows of one piece
@@ -102,7 +103,7 @@ def suppress(score: Tensor, apart: int, most: int) -> Tensor:
         best = (undecided > 0) & (undecided == _greatest(undecided, apart))
         taken = torch.where(best, undecided, taken)
         undecided = undecided.masked_fill(_greatest(best.float(), apart) > 0, 0.0)
-        if score.device.type == "cpu" and not undecided.any():
+        if on_host(score) and not undecided.any():
             break
     least = taken.topk(most, dim=1).values[:, -1:]
     return (taken > 0) & (taken >= least)

@@ -12,6 +12,7 @@ from effattn.ir.plan import Plan
 from effattn.ir.selector import Chunks, Mean, TopP, Trained
 from effattn.runtime.algebra import bindings
 from effattn.runtime.selection import chunks as chunked
+from effattn.runtime.selection import portable_steps
 from effattn.runtime.selection.block_list import BlockList
 from effattn.runtime.selection.pick import budget_units, counts
 from effattn.runtime.selection.places import Places, places_of
@@ -27,13 +28,13 @@ def select(
     captures: Sequence[Tensor] = (),
     scalars: Sequence[int] = (),
     numbers: Sequence[float] = (),
-    target: str = "portable",
+    steps: Any = portable_steps,
 ) -> BlockList:
     """The units of keys that each query block of a call visits.
 
     Args:
         query: [B, Hq, Nq, D]; key: [B, Hkv, Nk, D]; captures, scalars, numbers: in the plan's order.
-        target: "triton" scores and picks with generated kernels, "portable" in ATen.
+        steps: the module that scores and picks: ``portable_steps`` in ATen, ``triton_steps`` with generated kernels.
     """
     assert plan.sparsity.select is not None
     given = (captures, scalars, numbers)
@@ -42,19 +43,8 @@ def select(
     if expand.unit == 1:
         order, count = _tokens(plan, query, key, given, places)
     else:
-        order, count = _units(plan, query, key, given, places, _steps(target))
+        order, count = _units(plan, query, key, given, places, steps)
     return BlockList(order, count.contiguous(), places.own.to(torch.int32), expand.block, expand.unit)
-
-
-def _steps(target: str) -> Any:
-    """The module that implements score and pick."""
-    if target == "triton":
-        from effattn.runtime.selection import triton_steps
-
-        return triton_steps
-    from effattn.runtime.selection import portable_steps
-
-    return portable_steps
 
 
 def _units(plan: Plan, query: Tensor, key: Tensor, given: tuple, places: Places, steps: Any) -> tuple[Tensor, Tensor]:

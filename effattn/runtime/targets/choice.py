@@ -1,55 +1,61 @@
-"""Which target serves a call: generated kernels, where they can run, or the portable one."""
+"""The targets, and which of them serves a call: the one that is named, or that of its device, or the portable one."""
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
-from functools import lru_cache
-
-import torch
 
 from effattn.errors import TargetError
+from effattn.ir.refusal import Refusal
+from effattn.lowering.device import device_type
+from effattn.runtime.targets import portable, triton
+from effattn.runtime.targets.target import Target
 from effattn.settings import warn_once
 
+TARGETS: dict[str, Target] = {"triton": triton, "portable": portable}
+ANYWHERE = "portable"  # the target that serves every plan on every device
 
-@lru_cache(maxsize=1)
-def triton_is_importable() -> bool:
-    """Whether there is a Triton to import; does not import it."""
-    return importlib.util.find_spec("triton") is not None
-
-
-def no_kernels(device: str) -> str | None:
-    """Why generated kernels cannot run on a type of device, and what to do; None if they can."""
-    if not triton_is_importable():
-        return 'Triton is not installed: install it (pip install triton), or leave target="triton" out'
-    if device == "cuda":
-        return None
-    from triton import knobs
-
-    if device == "cpu" and knobs.runtime.interpret:
-        return None
-    return (
-        f"it is on {device!r}, and kernels need an NVIDIA or AMD GPU: move the model and its inputs to one, leave "
-        'target="triton" out, or set TRITON_INTERPRET=1 before Python starts, to interpret kernels on the CPU (slow)'
-    )
+WhyNot = Callable[[Target], Refusal | None]
 
 
-def kernels_serve(wanted: str | None, device: torch.device, unsupported: Callable[[], str | None]) -> bool:
-    """Whether generated kernels serve a call; ``wanted``: "triton", "portable", or None: by device.
+def named(name: str) -> Target:
+    """Raises TargetError: there is no target of this name."""
+    if name not in TARGETS:
+        raise TargetError(f"there is no target {name!r}; there are {', '.join(map(repr, TARGETS))}")
+    return TARGETS[name]
 
-    ``unsupported`` says why there is none for its dtype or sizes: those go to the portable target, with a warning.
+
+def asked_for(wanted: str | None, device: str) -> Target:
+    """The target with this name, or that of the device type; whether it can run is another question."""
+    return TARGETS[device_type(device).target] if wanted is None else named(wanted)
+
+
+def chosen(wanted: str | None, device: str, why_not: WhyNot) -> tuple[Target, Refusal | None]:
+    """The target that serves a call, and why it is not the one that was wanted, if it is not.
+
+    Args:
+        wanted: a name in ``TARGETS``, or None: that of the device.
+        device: its type, as torch calls it.
+        why_not: asks a target for what it does not serve of the call.
+    """
+    target = asked_for(wanted, device)
+    refusal = target.why_not_on(device) or why_not(target)
+    return (target, None) if refusal is None else (TARGETS[ANYWHERE], refusal)
+
+
+def why_not_there(wanted: str | None, device: str) -> Refusal | None:
+    """Why a target that somebody names cannot run on a type of device; None: it can, or nobody names one."""
+    return None if wanted is None else named(wanted).why_not_on(device)
+
+
+def serving(wanted: str | None, device: str, why_not: WhyNot) -> Target:
+    """:func:`chosen` for a call that is about to run, with a warning where it is not the one that was wanted.
 
     Raises:
-        TargetError: kernels are wanted where none can run.
+        TargetError: a target is named that cannot run on such a device.
     """
-    if wanted == "portable" or (wanted is None and device.type != "cuda"):
-        return False
-    if wanted is not None and (why := no_kernels(device.type)) is not None:
-        raise TargetError(f"attention by target {wanted!r} cannot run: {why}")
-    if not triton_is_importable():
-        warn_once("Triton is not installed: using the portable target, which is slower on a GPU", key="no triton")
-        return False
-    if (reason := unsupported()) is not None:
-        warn_once(f"{reason}: using the portable target there, which is slower on a GPU")
-        return False
-    return True
+    if (refusal := why_not_there(wanted, device)) is not None:
+        raise TargetError(f"attention by target {wanted!r} cannot run: {refusal}")
+    target, refusal = chosen(wanted, device, why_not)
+    if refusal is not None:
+        warn_once(f"{refusal.reason}: using the portable target there, which is slower on a GPU")
+    return target

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from effattn.ir import expr
+from effattn.lowering.device import HOST, on_host
 from effattn.lowering.iteration.tile_ranges import TileRanges, tile_ranges
 from effattn.runtime.algebra import evaluate, evaluate_integer
 
@@ -161,9 +162,9 @@ class Walker:
         if not names and not depends_on_head(bound):
             value = evaluate_integer(bound, {**self.symbols, "q": row})
             return value, value
-        if any(self.captures[name].device.type != "cpu" for name in names):
+        if not all(on_host(self.captures[name]) for name in names):
             return None
-        value = evaluate(bound, {**self.symbols, "q": row}, self.captures, torch.float64, "cpu")
+        value = evaluate(bound, {**self.symbols, "q": row}, self.captures, torch.float64, HOST)
         if isinstance(value, Tensor):
             return int(value.min()), int(value.max())
         return int(value), int(value)

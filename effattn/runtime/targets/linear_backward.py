@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from effattn.runtime.targets.portable.linear import state_dtype
+from effattn.runtime.targets.target import LinearTarget
 
 
 def run_backward(
-    target: Any,
+    target: LinearTarget,
     grad_out: Tensor | None,
     grad_state: Tensor | None,
     query: Tensor,
@@ -71,7 +72,7 @@ def run_backward(
 
 
 def _of_both(
-    target: Any,
+    target: LinearTarget,
     grad_out: Tensor,
     out: Tensor,
     query: Tensor,

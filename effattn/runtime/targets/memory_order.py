@@ -10,12 +10,12 @@ from torch import Tensor
 from effattn.ir.plan import Plan
 
 
-def allocate(layout: str, like: Tensor, shape: Sequence[int]) -> Tensor:
-    """An uninitialised [B, H, N, D] tensor in a memory order of plans, dtype and device as ``like``."""
+def allocate(layout: str, like: Tensor, shape: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:
+    """An uninitialised [B, H, N, D] tensor in a memory order of plans, on the device and in the dtype of ``like``."""
     batch, heads, length, dim = shape
     if layout == "bnhd":
-        return like.new_empty((batch, length, heads, dim)).transpose(1, 2)
-    return like.new_empty((batch, heads, length, dim))
+        return like.new_empty((batch, length, heads, dim), dtype=dtype).transpose(1, 2)
+    return like.new_empty((batch, heads, length, dim), dtype=dtype)
 
 
 def allocate_output(plan: Plan, query: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal
 
@@ -12,9 +13,12 @@ from torch import Tensor
 
 from effattn.ir import expr
 from effattn.ir.plan import Plan
+from effattn.lowering.device import HOST, device_type
 from effattn.runtime.algebra import bindings, evaluate, evaluate_integer
 from effattn.runtime.targets.chunks import depends_on_head, names_of_loads, tile_ranges_of
 
+MAX_HEAD_DIM = 256  # beyond it SDPA has no kernel that avoids N x N scores
+MAX_HEADS = 65535  # its kernels are launched with heads as the second or third dimension of a grid
 FLASH, CUDNN = 1, 3  # what torch._fused_sdp_choice answers: values of torch.nn.attention.SDPBackend
 ALIGNMENT = 16  # bytes that its kernels on a GPU load at once
 MANY_ROWS = 256  # on a CPU, with fewer rows, expanding grouped heads costs more than it saves
@@ -35,20 +39,20 @@ def sdpa_path(
     """
     if plan.sparsity.select is not None or 0 in query.shape or 0 in key.shape or query.shape[3] != value.shape[3]:
         return None
-    if query.device.type == "cpu" and query.shape[2] < MANY_ROWS:
+    kernel = kernels_on(query.device.type)
+    if kernel is None or query.shape[2] < kernel.least_rows:
         return None
     symbols, _ = bindings(plan.spec, captures, scalars, numbers)
     symbols |= {"Nq": query.shape[2], "Nk": key.shape[2]}
     scale = constant_scale(plan.spec.score, symbols)
     kind = dense_kind(plan.spec.rule, symbols)
-    kernel = KERNELS.get(query.device.type)
     # they mask before they scale: a scale that is not positive would make +inf or NaN of -inf
-    if scale is None or scale <= 0 or kind is None or kernel is None:
+    if scale is None or scale <= 0 or kind is None:
         return None
     dtype = query.dtype
-    if query.device.type == "cpu":
+    if kernel.lse_in_dtype:
         query, key, value = widened_for_lse(plan, query, key, value)
-    found = kernel(query, key, value, kind == "causal", scale)
+    found = kernel.run(query, key, value, kind == "causal", scale)
     if found is None:
         return None
     out, lse = found
@@ -78,7 +82,7 @@ def _aligned(x: Tensor) -> Tensor:
     return x if good else x.clone(memory_format=torch.contiguous_format)
 
 
-def _on_cuda(query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor] | None:
+def _fused(query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor] | None:
     query, key, value = _aligned(query), _aligned(key), _aligned(value)
     grouped = query.shape[1] != key.shape[1]
     choice = torch._fused_sdp_choice(query, key, value, None, 0.0, causal, scale=scale, enable_gqa=grouped)
@@ -95,7 +99,7 @@ def _on_cuda(query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: flo
     return None
 
 
-def _on_cpu(query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor] | None:
+def _on_host(query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor] | None:
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = (tensor.repeat_interleave(groups, dim=1) for tensor in (key, value))
@@ -110,7 +114,38 @@ def widened_for_lse(plan: Plan, query: Tensor, key: Tensor, value: Tensor) -> tu
     return query.float(), key.float(), value.float()
 
 
-KERNELS = {"cuda": _on_cuda, "cpu": _on_cpu}
+@dataclass(frozen=True)
+class Fused:
+    """SDPA's kernels that avoid N x N scores and give the LSE, of one kind of device."""
+
+    run: Callable[[Tensor, Tensor, Tensor, bool, float], tuple[Tensor, Tensor] | None]
+    least_rows: int = 0
+    lse_in_dtype: bool = False  # see :func:`widened_for_lse`
+    grouped_only_in_half: bool = False  # in float32 they take as many heads of key and value as of query
+    aligned_only: bool = False  # see :func:`lies_well`
+
+
+KERNELS: dict[str | None, Fused] = {  # keyed by ``DeviceType.sdpa``
+    "fused": Fused(_fused, grouped_only_in_half=True, aligned_only=True),
+    "host": Fused(_on_host, MANY_ROWS, lse_in_dtype=True),
+}
+
+
+def kernels_on(device: str) -> Fused | None:
+    """SDPA's kernels for a device type; None where nothing is known of them."""
+    return KERNELS.get(device_type(device).sdpa)
+
+
+def needs_all_heads(device: str, dtype: str, groups: int) -> bool:
+    """Whether SDPA avoids N x N scores only if key and value have as many heads as query."""
+    kernels = kernels_on(device)
+    return groups > 1 and dtype == "float32" and kernels is not None and kernels.grouped_only_in_half
+
+
+def needs_alignment(device: str) -> bool:
+    """Whether SDPA's kernels take only tensors that :func:`lies_well` accepts."""
+    kernels = kernels_on(device)
+    return kernels is not None and kernels.aligned_only
 
 
 def in_layout(out: Tensor, layout: str) -> Tensor:
@@ -123,7 +158,7 @@ def in_layout(out: Tensor, layout: str) -> Tensor:
 def constant_scale(score: Any, symbols: dict[str, Any]) -> float | None:
     """c if the score is ``c * s``, c known on the host."""
     factor, bias = scale_and_bias(score)
-    return None if factor is None or bias != 0 else float(evaluate(factor, symbols, {}, torch.float64, "cpu"))
+    return None if factor is None or bias != 0 else float(evaluate(factor, symbols, {}, torch.float64, HOST))
 
 
 @lru_cache(maxsize=1024)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from effattn.ir.plan import Plan
+from effattn.lowering.device import on_host
 from effattn.runtime.algebra import Span, bindings, evaluate
 from effattn.runtime.targets.chunks import Chunk, Walker, tile_ranges_of
 from effattn.runtime.targets.sdpa import scale_and_bias
@@ -63,7 +64,7 @@ class Call:
 
     def takes_flash_kernel(self) -> bool:
         """Whether PyTorch's CPU flash kernel computes this: it adds a mask, and takes one head dimension."""
-        return self.device.type == "cpu" and self.scale is not None and self.head_dim == self.value_dim
+        return on_host(self.query) and self.scale is not None and self.head_dim == self.value_dim
 
     def by_group(self, tensor: Tensor) -> Tensor:
         """[B, Hq, Nq, ...] as [B, Hkv, G, Nq, ...]."""

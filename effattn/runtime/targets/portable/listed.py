@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from effattn.ir.plan import Plan
+from effattn.lowering.device import device_type
 from effattn.runtime.selection.block_list import BlockList
 from effattn.runtime.selection.run import select
 from effattn.runtime.targets.memory_order import allocate_output
@@ -65,7 +66,7 @@ def parts(listed: BlockList, call: Call) -> Iterator[Part]:
     per_list, counted = call.heads // lists, listed.kv_num_blocks.shape[1] // lists
     within = torch.arange(listed.unit, device=call.device)
     width = listed.kv_indices.shape[3]
-    on_host = call.device.type == "cpu"  # elsewhere a look at the counts would wait for the device
+    on_host = device_type(call.device.type).on_host  # elsewhere a look at the counts would wait for the device
     for batch in range(call.batch):
         for index in range(lists):
             heads = slice(index * per_list, (index + 1) * per_list)

@@ -1,10 +1,27 @@
-"""The Triton target: kernels generated for each specialisation."""
+"""The Triton target: kernels generated for each specialisation, on GPUs that Triton compiles for."""
 
+import torch
+
+from effattn.ir.plan import Plan
+from effattn.ir.site import Site
+from effattn.runtime import kernels
+from effattn.runtime.selection import triton_steps as steps
 from effattn.runtime.targets.triton import linear
 from effattn.runtime.targets.triton.backward import CALLS as BACKWARD_CALLS
 from effattn.runtime.targets.triton.backward import run_backward
 from effattn.runtime.targets.triton.forward import CALLS, run
-from effattn.runtime.targets.triton.limits import unsupported
+from effattn.runtime.targets.triton.limits import why_no_backward, why_not, why_not_on
+from effattn.runtime.targets.triton.specialise import spec_of
+
+alone = True
+
+
+def describe(plan: Plan, site: Site) -> str:
+    """Path of the generated source that runs a plan at a site, written now if it was not there."""
+    sizes, dtype = site.layout, getattr(torch, site.dtype)
+    widths = int(sizes.head_dim), int(sizes.value_dim)
+    spec = spec_of(plan.complete, dtype, site.hints.q_len, sizes.groups, *widths, torch.device(site.device))
+    return str(kernels.load(spec).path)
 
 
 def forget() -> None:
@@ -13,4 +30,15 @@ def forget() -> None:
     BACKWARD_CALLS.clear()
 
 
-__all__ = ["forget", "linear", "run", "run_backward", "unsupported"]
+__all__ = [
+    "alone",
+    "describe",
+    "forget",
+    "linear",
+    "run",
+    "run_backward",
+    "steps",
+    "why_no_backward",
+    "why_not",
+    "why_not_on",
+]

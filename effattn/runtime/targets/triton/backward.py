@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 
 import torch
 
 from effattn.ir.plan import Plan
-from effattn.lowering.kernels.backward import no_backward
 from effattn.lowering.kernels.spec import Tiles
 from effattn.runtime import kernels
-from effattn.runtime.launching import Known, LaunchCache, far, narrow, on_device, tensor_key, tf32, width
+from effattn.runtime.launching import Known, LaunchCache, far, narrow, on_device, tensor_key, tf32, too_narrow, width
+from effattn.runtime.targets.memory_order import allocate
+from effattn.runtime.targets.triton.limits import why_no_backward
 from effattn.runtime.targets.triton.specialise import spec_of
 
 
@@ -45,24 +45,28 @@ def run_backward(
 
     ``out`` and ``lse`` are what the forward returned. What generated kernels do not serve goes through ATen.
     """
-    if lse.numel() == 0 or key.shape[2] == 0 or _no_backward(plan.spec, query.shape[3], value.shape[3]) is not None:
+    if lse.numel() == 0 or key.shape[2] == 0 or why_no_backward(plan.spec, query.shape[3], value.shape[3]) is not None:
         from effattn.runtime.targets import portable
 
         return portable.run_backward(plan, grad_out, grad_lse, query, key, value, out, lse, captures, scalars, numbers)
     grad_out = torch.zeros_like(out) if grad_out is None else grad_out
-    if query.device.type == "cpu" and query.dtype == torch.bfloat16:  # the interpreter multiplies no bfloat16 tiles
+    if too_narrow(query):
         q, k, v, o = (tensor.float() for tensor in (query, key, value, out))
         found = run_backward(
             plan, grad_out.float(), grad_lse, q, k, v, o, lse, captures, scalars, numbers, config=config
         )
-        of_query, of_key, of_value = (_empty_like(plan, grad, query.dtype).copy_(grad) for grad in found)
+        of_query, of_key, of_value = (
+            allocate(plan.dispatch.layout, grad, grad.shape, query.dtype).copy_(grad) for grad in found
+        )
         return of_query, of_key, of_value
     groups = query.shape[1] // key.shape[1]
     inputs = (narrow(query), narrow(key), narrow(value), out, lse, narrow(grad_out))
     grad_lse = None if grad_lse is None else grad_lse.float().contiguous()
     launch_key: tuple = (id(plan), config, tf32(), *map(tensor_key, (*inputs, *captures)), *map(width, scalars))
     launch_key += (None if grad_lse is None else tensor_key(grad_lse),)
-    of_query, of_key, of_value = (_empty_like(plan, tensor, tensor.dtype) for tensor in (query, key, value))
+    of_query, of_key, of_value = (
+        allocate(plan.dispatch.layout, tensor, tensor.shape) for tensor in (query, key, value)
+    )
     grads = (of_query, of_key, of_value)
     given = [float(number) for number in numbers]
 
@@ -81,13 +85,3 @@ def run_backward(
         lost = torch.where(lse[..., None] == -torch.inf, grad_out.float(), 0.0).sum(dim=2)
         of_value.add_(lost.unflatten(1, (-1, groups)).sum(dim=2)[:, :, None] / key.shape[2])
     return grads
-
-
-_no_backward = lru_cache(maxsize=4096)(no_backward)
-
-
-def _empty_like(plan: Plan, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    batches, heads, length, width = tensor.shape
-    if plan.dispatch.layout == "bnhd":
-        return tensor.new_empty((batches, length, heads, width), dtype=dtype).transpose(1, 2)
-    return tensor.new_empty(tensor.shape, dtype=dtype)

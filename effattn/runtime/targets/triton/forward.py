@@ -20,8 +20,10 @@ from effattn.runtime.launching import (
     on_device,
     tensor_key,
     tf32,
+    too_narrow,
     width,
 )
+from effattn.runtime.selection import triton_steps
 from effattn.runtime.selection.run import select
 from effattn.runtime.targets.triton.limits import check
 from effattn.runtime.targets.triton.specialise import describable, kind_of, spec_of, splits_for
@@ -74,7 +76,7 @@ def _started(call: _Call, query, key, value, captures, scalars, numbers):
     lse = query.new_empty(call.lse_shape, dtype=torch.float32)
     if call.launch is None:
         return (out, lse), None
-    if call.widened is not None:  # the interpreter multiplies no bfloat16 tiles
+    if call.widened is not None:
         wide = (query.float(), key.float(), value.float())
         found, lse = run(call.plan, *wide, captures, scalars, numbers, **call.widened)
         return (out.copy_(found), lse), None
@@ -83,7 +85,7 @@ def _started(call: _Call, query, key, value, captures, scalars, numbers):
     extra: tuple = call.splits
     with on_device(query.device):
         if call.plan.sparsity.select is not None:
-            listed = select(call.plan, query, key, captures, scalars, numbers, target="triton")
+            listed = select(call.plan, query, key, captures, scalars, numbers, triton_steps)
             extra = (listed.kv_indices, listed.kv_num_blocks, listed.partial)
         known = call.launch(query, key, value, out, lse, captures, scalars, numbers, *extra, call.known)
     return (out, lse), known
@@ -123,7 +125,7 @@ def _prepared(
     if 0 in call.lse_shape:
         return call
     device = query.device
-    if device.type == "cpu" and query.dtype == torch.bfloat16:
+    if too_narrow(query):
         return replace(call, launch=_never, widened={"config": config, "kind": kind, "splits": splits})
     groups = heads // kv_heads
     kind = kind or kind_of(plan, q_len, groups)

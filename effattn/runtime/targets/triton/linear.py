@@ -11,6 +11,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from effattn.ir.refusal import Refusal, Why
+from effattn.ir.site import Site
 from effattn.lowering.dialects.triton.module import module_from
 from effattn.lowering.kernels.linear_source import file_name, generate
 from effattn.lowering.kernels.linear_spec import (
@@ -33,6 +35,7 @@ from effattn.runtime.launching import (
     on_device,
     tensor_key,
     tf32,
+    too_narrow,
 )
 
 PROGRAMS = 4  # for each multiprocessor; with 8, parts are shorter and 32,768 tokens took 1.1 times as long on an H100
@@ -136,7 +139,7 @@ def _run(
     final = query.new_empty(shape, dtype=torch.float32)
     if key.shape[2] == 0 or out.numel() == 0:
         return final.zero_() if state is None else final.copy_(state)
-    if query.device.type == "cpu" and query.dtype == torch.bfloat16:  # the interpreter multiplies no bfloat16 tiles
+    if too_narrow(query):
         query, key, value = query.float(), key.float(), value.float()
     query, key, value = narrow(query), narrow(key), narrow(value)
     log_decay = None if log_decay is None else log_decay.float().contiguous()
@@ -220,12 +223,22 @@ def span_for(programs: int, length: int, chunk: int, multiprocessors: int) -> in
     return -(-max(1, length) // (parts * chunk)) * chunk
 
 
-def unsupported(dtype: torch.dtype, features: int, value_dim: int) -> str | None:
+def why_not(dtype: torch.dtype, features: int, value_dim: int) -> Refusal | None:
     """Why kernels cannot serve such calls; None if they can."""
     name = str(dtype).removeprefix("torch.")
     if name not in DTYPES:
-        return f"kernels of linear attention exist for {', '.join(DTYPES)}, not {name}"
+        return Refusal(Why.DTYPE, f"kernels of linear attention exist for {', '.join(DTYPES)}, not {name}")
     most = MAX_FEATURES[DTYPES[name]]
     if features > most or value_dim > MAX_VALUE_DIM:
-        return f"kernels of linear attention take up to {most} features and {MAX_VALUE_DIM} value columns in {name}"
+        reason = f"kernels of linear attention take up to {most} features and {MAX_VALUE_DIM} value columns in {name}"
+        return Refusal(Why.HEAD_DIM, reason)
     return None
+
+
+def describe(site: Site, causal: bool, decay: bool, normalised: bool) -> str:
+    """Path of the generated source that runs a site, written now if it was not there."""
+    dtype, sizes, device = getattr(torch, site.dtype), site.layout, torch.device(site.device)
+    widths = int(sizes.head_dim), int(sizes.value_dim)
+    kind: LinearKind = "chunks" if causal else "whole"
+    spec = specialise(kind, dtype, *widths, 1, sizes.groups, decay, False, normalised, False, device)
+    return str(load(spec).path)
