@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from effattn.ir.refusal import Refusal
+
 
 class EffattnError(Exception):
     """Base of every error that effattn raises on purpose."""
@@ -25,6 +30,15 @@ class TargetError(OptionError):
 
 class FormRefused(EffattnError):
     """A form was asked for (by ``attention(...)`` or under ``strict``) at a place where it does not apply."""
+
+    refusals: tuple[Refusal, ...] = ()  # each with the rule that fails
+
+    @classmethod
+    def because(cls, message: str, *refusals: Refusal) -> FormRefused:
+        """The error with the rules that fail."""
+        error = cls(f"{message}{'; '.join(map(str, refusals))}")
+        error.refusals = refusals
+        return error
 
 
 class PlanError(EffattnError):

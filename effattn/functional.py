@@ -14,6 +14,7 @@ from effattn.errors import FormRefused, OptionError
 from effattn.ir import expr
 from effattn.ir.attention import AttentionSpec, CaptureSpec
 from effattn.ir.plan import Plan, Sparsity
+from effattn.ir.refusal import Refusal, Why
 from effattn.ir.selector import BOUNDARIES
 from effattn.ir.site import Layout, called_site
 from effattn.lowering.forms import FORMS, Form
@@ -94,14 +95,13 @@ def _map_of(form: str, params: tuple[tuple[str, Any], ...], causal: bool) -> tup
     """(feature map, eps), and (window, terraced, gamma) if there is a window."""
     checked = _checked(form, params)
     if FEATURE_MAPS[checked.feature_map].trained:
-        raise FormRefused(
-            f"attention(form={form!r}): the map {checked.feature_map!r} needs weights; "
-            "call effattn.runtime.ops.feature_attention.feature_attention with them, or use a policy"
-        )
+        reason = f"the map {checked.feature_map!r} needs weights"
+        hint = "call effattn.runtime.ops.feature_attention.feature_attention with them, or use a policy"
+        raise FormRefused.because(f"attention(form={form!r}): ", Refusal(Why.TRAINED_MAP, reason, hint))
     if not checked.window:
         return checked.feature_map, checked.eps
     if not causal:
-        raise FormRefused(f"attention(form={form!r}, causal=False): {CAUSAL_WINDOW.otherwise}. {CAUSAL_WINDOW.hint}")
+        raise FormRefused.because(f"attention(form={form!r}, causal=False): ", CAUSAL_WINDOW.because())
     return checked.feature_map, checked.eps, checked.window, checked.terraced, checked.gamma
 
 
@@ -140,8 +140,8 @@ def _plan(
     if wanted != cut:
         needs = "needs boundaries, bool [B, Nk]" if wanted else 'takes no boundaries: they belong to chunks="given"'
         raise OptionError(f"attention(form={form!r}) {needs}")
-    if not causal and CAUSAL in FORMS[form].rules:
-        raise FormRefused(f"attention(form={form!r}, causal=False): {CAUSAL.otherwise}. {CAUSAL.hint}")
+    if CAUSAL in FORMS[form].rules and (refusal := CAUSAL.refusal(site, checked)) is not None:
+        raise FormRefused.because(f"attention(form={form!r}, causal=False): ", refusal)
     spec = replace(spec, keep=FORMS[form].keep(checked, site))
     return Plan(form, spec, Sparsity(selector)).encode()
 

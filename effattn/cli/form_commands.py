@@ -41,7 +41,7 @@ def _record(form) -> dict:
         "kind": form.kind,
         "summary": form.summary,
         "source": form.source,
-        "conditions": [{"name": rule.name, "otherwise": rule.otherwise, "hint": rule.hint} for rule in form.rules],
+        "conditions": [{"name": str(rule.why), "otherwise": rule.otherwise, "hint": rule.hint} for rule in form.rules],
         "params": _params(form),
     }
 

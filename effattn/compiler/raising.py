@@ -23,7 +23,9 @@ def as_they_are(backend: Callable) -> Callable:
             return backend(*args, **kwargs)
         except EffattnError as error:
             kind: Any = type(error)
-            raise _twin(kind)(str(error), first_useful_frame=inspect.currentframe()) from None
+            twin = _twin(kind)(str(error), first_useful_frame=inspect.currentframe())
+            twin.__dict__.update(vars(error))
+            raise twin from None
 
     return raising
 

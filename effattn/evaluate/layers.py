@@ -164,7 +164,7 @@ class Layers:
 
     def _notes(self, policy: str, found: Sequence[Lowered]) -> list[str]:
         """Where a policy's form is refused, or starts only at greater lengths."""
-        reasons = Counter(low.reason for low in found if low.form == "exact" and "refused" in low.reason)
+        reasons = Counter(low.reason for low in found if low.form == "exact" and low.refusals)
         notes = [
             f"policy {policy!r} stays exact at {count} of {len(found)} attentions: {reason}"
             for reason, count in reasons.items()

@@ -7,7 +7,7 @@ from enum import StrEnum
 
 
 class Why(StrEnum):
-    """The rule that refused an attention. Code and tests compare these; the sentences of reasons may change."""
+    """The rule that refused an attention, a form or a target. Code and tests compare these; sentences may change."""
 
     NOT_ATTENTION = "not attention"  # a softmax of something else: a router, a classifier
     # in place of the softmax
@@ -71,6 +71,31 @@ class Why(StrEnum):
     DECAY = "decay"
     GRADIENT_OF_DECAY = "gradient of decay"
     SCALE = "scale"
+    # what a form asks of a site
+    CAUSAL = "causal"
+    DATA_MASK = "no data mask"
+    DATA_BESIDE_PADDING = "no data mask but padding"
+    SINKS_ON_PADDING = "sinks on padding"
+    ONLY_CAUSAL = "only causal"
+    PLAIN_SCORE = "plain score"
+    PREFILL = "prefill"
+    SAME_MASK = "same mask for heads"
+    GROUPS = "groups"
+    BOUNDARIES = "boundaries"
+    PREDICTOR = "weights of the predictor"
+    MAP_WEIGHTS = "weights of the map"
+    NOT_ACCEPTED = "weights or tolerance"
+    TRAINED_MAP = "trained map"
+    LAYER = "layer"
+    CAUSAL_WINDOW = "causal window"
+    PLAIN_WINDOW = "plain score in the window"
+    WHOLE = "every key up to the query"
+    CHOSEN_BY_DATA = "chosen by data"  # what is kept cannot be counted without query and key
+    SHORT = "shorter than min_length"  # the policy wants the form at greater lengths only
+    SEVERAL_LENGTHS = "min_length"  # an op of its own cannot look at lengths
+    # what the op asks of a site
+    GRADIENT_OF_BIAS = "gradient of the bias"
+    GRADIENT_OF_EMPTY_ROWS = "gradient of empty rows"
     # what a target does not serve
     NO_TRITON = "no triton"
     EXPRESSION = "expression"
@@ -80,7 +105,7 @@ class Why(StrEnum):
 class Refusal:
     """Why something was not done: the rule, the reason, what would help, and the line of user code."""
 
-    rule: str
+    rule: Why
     reason: str
     hint: str = ""
     cause: str = ""  # "file:line: code" of the operation named in the reason

@@ -12,6 +12,7 @@ from comparing import assert_close
 
 import effattn
 from effattn.compiler import verify
+from effattn.ir.refusal import Why
 
 NO_LAYERS = {"rule": [{"layers": "0-5", "forms": ["window"]}]}
 POWER = {"rule": [{"forms": ["power"]}]}
@@ -70,6 +71,8 @@ def test_errors_come_as_themselves(options, kind, start, how):
     assert "TORCHDYNAMO_VERBOSE" not in repr(error)
     files = {pathlib.PurePath(frame.filename).name for frame in traceback.extract_tb(caught.tb)}
     assert files <= {"test_raising.py", "module.py", "eval_frame.py", "raising.py"}
+    if kind is effattn.FormRefused:
+        assert [refusal.rule for refusal in error.refusals] == [Why.CAUSAL]
     again = pickle.loads(pickle.dumps(error))
     assert type(again) in type(error).__mro__[1:]
     assert isinstance(again, kind)

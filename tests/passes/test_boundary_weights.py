@@ -17,6 +17,7 @@ from effattn.compiler.backend import effattn as backend
 from effattn.compiler.options import Options
 from effattn.compiler.report import collect
 from effattn.errors import PolicyError
+from effattn.ir.refusal import Why
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "runtime"))
 from boundary_cases import random_tensors, save
@@ -104,16 +105,16 @@ def documents(q, k, v):
 
 
 @pytest.mark.parametrize(
-    ("function", "dim", "prefix", "reason"),
+    ("function", "dim", "prefix", "rule"),
     [
-        (causal, D, "layers.0.", "the number of this layer is not known"),
-        (causal, 16, "all.", r"for keys of 16 numbers, here they have 32 (2 key heads of 16)"),
-        (causal, D, None, "no such file"),
-        (padded, D, "all.", "depends on data (padding or documents)"),
-        (documents, D, "all.", "depends on data (padding or documents)"),
+        (causal, D, "layers.0.", Why.PREDICTOR),
+        (causal, 16, "all.", Why.PREDICTOR),
+        (causal, D, None, Why.PREDICTOR),
+        (padded, D, "all.", Why.DATA_MASK),
+        (documents, D, "all.", Why.DATA_MASK),
     ],
 )
-def test_refusals(tmp_path, function, dim, prefix, reason):
+def test_refusals(tmp_path, function, dim, prefix, rule):
     path = tmp_path / "cut.safetensors"
     if prefix is not None:
         save(path, {prefix: random_tensors()})
@@ -123,7 +124,7 @@ def test_refusals(tmp_path, function, dim, prefix, reason):
         assert_close(out, function(*given))
     (site,) = report.sites
     assert site.form == "exact"
-    assert reason in site.reason
+    assert [rule] == [Why(one) for considered in site.candidates for one in considered["rules"]]
 
 
 def test_one_file_for_all_layers_needs_no_number_of_a_layer(tmp_path):

@@ -142,7 +142,7 @@ def test_weights_added_to_themselves():
         return weights @ v
 
     report, _ = compiled(function, *qkv(), tolerance=1e-4)
-    assert "stands between softmax and value" in report.missed[0].reason
+    assert report.missed[0].rule == Why.WEIGHTS
 
 
 def test_data_at_places_that_are_data():

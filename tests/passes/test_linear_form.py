@@ -14,6 +14,7 @@ from effattn.compiler.options import Options
 from effattn.compiler.report import collect
 from effattn.errors import FormRefused, OptionError
 from effattn.functional import attention
+from effattn.ir.refusal import Why
 from effattn.ir.site import Layout
 from effattn.lowering.forms import FORMS
 from effattn.lowering.forms.feature_maps import FEATURE_MAPS
@@ -46,17 +47,22 @@ def refused(report):
     assert site.form == "exact"
     (candidate,) = (one for one in site.candidates if one["form"] == "linear")
     assert not candidate["accepted"]
-    return "; ".join(candidate["reasons"])
+    return candidate
+
+
+def rules(candidate):
+    return [Why(rule) for rule in candidate["rules"]]
 
 
 def test_without_weights_or_tolerance_it_is_refused_with_what_it_would_cost():
     report, out = run(causal, *qkv())
-    reason = refused(report)
+    (reason,) = refused(report)["reasons"]
     assert "1,539 (T2R) or 2,448 (Hedgehog)" in reason
     assert "params.linear.weights" in reason
     assert_close(out, causal(*qkv()))
-    with pytest.raises(FormRefused, match="perplexity is then 1,539"):
+    with pytest.raises(FormRefused, match="perplexity is then 1,539") as caught:
         compiled(causal, *qkv(), policy=policy(), strict=True)
+    assert [refusal.rule for refusal in caught.value.refusals] == [Why.NOT_ACCEPTED]
 
 
 @pytest.mark.parametrize("name", ["elu_plus_one", "relu"])
@@ -141,21 +147,21 @@ def one_row(q, k, v):
 
 
 @pytest.mark.parametrize(
-    ("function", "params", "reason"),
+    ("function", "params", "rule"),
     [
-        (window, {"tolerance": 1.0}, "neither empty nor plainly causal"),
-        (padded, {"tolerance": 1.0}, "depends on data"),
-        (one_row, {"tolerance": 1.0}, "prefill"),
-        (one_row, {"tolerance": 1.0, "window": 8}, "prefill"),
-        (both_directions, {"tolerance": 1.0, "window": 8}, "no causal mask"),
-        (capped, {"tolerance": 1.0, "window": 8}, "a soft cap"),
-        (causal, {"tolerance": 1.0, "feature_map": "hedgehog"}, "nothing without trained weights"),
-        (causal, {"weights": "absent.safetensors", "feature_map": "hedgehog"}, "layer is not known"),
+        (window, {"tolerance": 1.0}, Why.WHOLE),
+        (padded, {"tolerance": 1.0}, Why.DATA_MASK),
+        (one_row, {"tolerance": 1.0}, Why.PREFILL),
+        (one_row, {"tolerance": 1.0, "window": 8}, Why.PREFILL),
+        (both_directions, {"tolerance": 1.0, "window": 8}, Why.CAUSAL_WINDOW),
+        (capped, {"tolerance": 1.0, "window": 8}, Why.PLAIN_WINDOW),
+        (causal, {"tolerance": 1.0, "feature_map": "hedgehog"}, Why.TRAINED_MAP),
+        (causal, {"weights": "absent.safetensors", "feature_map": "hedgehog"}, Why.LAYER),
     ],
 )
-def test_refusals(function, params, reason):
+def test_refusals(function, params, rule):
     report, _ = run(function, *qkv(), **params)
-    assert reason in refused(report)
+    assert rule in rules(refused(report))
 
 
 def together(x):
@@ -172,12 +178,12 @@ def test_a_least_length_is_decided_when_a_graph_has_one_length():
         report, out = compiled(together, x, policy=least(length))
         assert report.sites[0].form == form
         assert_close(out, feature_attention(*qkv(), "elu_plus_one") if form == "linear" else together(x))
-    assert "this graph is of 40 keys, and min_length is 41" in refused(report)
+    assert rules(refused(report)) == [Why.SHORT]
 
 
 def test_a_least_length_is_refused_where_a_graph_has_several():
     report, _ = compiled(together, torch.cat(qkv(), 1), policy=least(8), lengths=(2,), strict=False)
-    assert "decided in one op when a graph serves several lengths" in refused(report)
+    assert rules(refused(report)) == [Why.SEVERAL_LENGTHS]
 
 
 class TestTheCheapest:
@@ -218,11 +224,10 @@ class TestTheCheapest:
     def test_it_is_refused_where_lengths_vary_and_below_min_length(self):
         _, site, _ = self.run(2048, lengths=(2,), strict=False)
         assert site.form != "linear"
-        assert "linear refused: " in site.reason
-        assert "decided in one op when a graph serves several lengths" in site.reason
+        assert [rules(one) for one in site.candidates if one["form"] == "linear"] == [[Why.SEVERAL_LENGTHS]]
         _, site, _ = self.run(2048, min_length=4096)
         assert site.form != "linear"
-        assert "this graph is of 2,048 keys, and min_length is 4,096" in site.reason
+        assert [rules(one) for one in site.candidates if one["form"] == "linear"] == [[Why.SHORT]]
 
 
 class Layer(nn.Module):
@@ -346,10 +351,13 @@ def test_as_a_function(q_len, k_len):
 def test_what_a_wrong_call_gets():
     with pytest.raises(OptionError, match="unknown feature map 'elu'"):
         attention(*qkv(), form="linear", feature_map="elu")
-    with pytest.raises(FormRefused, match="'t2r' needs weights"):
-        attention(*qkv(), form="linear", feature_map="t2r")
-    with pytest.raises(FormRefused, match="no causal mask"):
-        attention(*qkv(), form="linear", window=8, causal=False)
+    for wrong, rule in (
+        ({"feature_map": "t2r"}, Why.TRAINED_MAP),
+        ({"window": 8, "causal": False}, Why.CAUSAL_WINDOW),
+    ):
+        with pytest.raises(FormRefused) as caught:
+            attention(*qkv(), form="linear", **wrong)
+        assert [refusal.rule for refusal in caught.value.refusals] == [rule]
     for wrong in ({"window": -1}, {"window": 5000}, {"gamma": 0.0}):
         with pytest.raises(OptionError, match=next(iter(wrong))):
             attention(*qkv(), form="linear", **wrong)

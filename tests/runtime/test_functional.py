@@ -10,6 +10,7 @@ import torch
 from comparing import assert_close
 
 import effattn
+from effattn.ir.refusal import Why
 from effattn.lowering.forms import FORMS
 
 
@@ -96,12 +97,17 @@ def test_compiles_whole_for_every_length(form):
         ({"window": "x"}, effattn.OptionError, r"\): window: expected an integer, got 'x'"),
         ({"form": "window", "window": 0}, effattn.OptionError, r"window: .*greater than or equal to 1"),
         ({"form": "exact", "window": 8}, effattn.OptionError, r"unknown parameter 'window'"),
-        ({"causal": False}, effattn.FormRefused, r"causal=False.*not causal"),
     ],
 )
 def test_what_a_wrong_call_gets(given, error, message):
     with pytest.raises(error, match=message):
         effattn.attention(*made(), **given)
+
+
+def test_a_form_that_does_not_apply():
+    with pytest.raises(effattn.FormRefused, match=r"form='power', causal=False") as caught:
+        effattn.attention(*made(), causal=False)
+    assert [refusal.rule for refusal in caught.value.refusals] == [Why.CAUSAL]
 
 
 @pytest.mark.parametrize(

@@ -16,9 +16,9 @@ from weakref import WeakKeyDictionary
 from torch import fx
 
 from effattn.errors import PolicyError
-from effattn.ir.refusal import Refusal
+from effattn.ir.refusal import Refusal, Why
 from effattn.ir.site import Site
-from effattn.passes.choose.choice import SHORT, Choice
+from effattn.passes.choose.choice import Choice
 from effattn.policy import Policy, Rule
 from effattn.policy.layers import read
 from effattn.versions import graph_being_made
@@ -38,7 +38,7 @@ class Reached:
     def of(choice: Choice, policy: Policy) -> Reached:
         named = [candidate for candidate in choice.candidates if candidate.form != "exact"]
         refusals = [refusal for candidate in named if not candidate.accepted for refusal in candidate.refusals[:1]]
-        planned = len(refusals) < len(named) or any(refusal.rule == SHORT for refusal in refusals)
+        planned = len(refusals) < len(named) or any(refusal.rule == Why.SHORT for refusal in refusals)
         site = choice.match.site
         return Reached(site, policy.match(site).index, refusals[0] if refusals and not planned else None)
 

@@ -233,7 +233,8 @@ def _site(choice: Choice) -> SiteReport:
         score=text(site.spec.score),
         reason=choice.reason,
         candidates=tuple(
-            {"form": one.form, "accepted": one.accepted, "reasons": one.reasons} for one in choice.candidates
+            {"form": one.form, "accepted": one.accepted, "rules": tuple(map(str, one.rules)), "reasons": one.reasons}
+            for one in choice.candidates
         ),
         kernel=_kernel(choice),
         location=site.location,

@@ -11,6 +11,7 @@ from torch import Tensor
 from effattn.errors import FormRefused
 from effattn.ir import expr
 from effattn.ir.attention import AttentionSpec
+from effattn.ir.refusal import Refusal, Why
 from effattn.ir.site import Layout, called_site
 from effattn.lowering.device import HOST
 from effattn.lowering.forms import FORMS
@@ -32,7 +33,8 @@ def density_of(form: str, length: int, params: dict[str, Any] | None = None, min
     """
     chosen = FORMS[form]
     if chosen.select is not None:
-        raise FormRefused(f"what {form!r} keeps depends on query and key: measure it on a model's own")
+        reason = f"what {form!r} keeps depends on query and key"
+        raise FormRefused.because("", Refusal(Why.CHOSEN_BY_DATA, reason, "measure it on a model's own"))
     causal = sympy.Le(expr.k, expr.q)
     if length < min_length:
         return 1.0
@@ -56,7 +58,8 @@ def kept_pairs(predicate: Any, q_len: int, k_len: int) -> int:
     """
     keys = tile_ranges(predicate)
     if keys.residual != sympy.true:
-        raise FormRefused(f"cannot count the pairs of a predicate that depends on data: {keys.residual}")
+        reason = f"cannot count the pairs of a predicate that depends on data: {keys.residual}"
+        raise FormRefused.because("", Refusal(Why.DATA_MASK, reason))
     total = 0
     for start in range(0, q_len, ROWS_AT_ONCE):
         rows = torch.arange(start, min(start + ROWS_AT_ONCE, q_len))

@@ -19,6 +19,7 @@ from effattn.errors import EvaluationError
 from effattn.evaluate.tasks.kept import Rows, allowed_rows, indices, kept_rows, reach
 from effattn.evaluate.tasks.oracle import Tile, by_tiles, oracle
 from effattn.ir.plan import Plan
+from effattn.ir.refusal import Refusal
 from effattn.lowering.forms import FORMS
 from effattn.passes.choose.choice import choose, plan_of
 from effattn.policy import Policy
@@ -36,6 +37,7 @@ class Lowered:
     plan: Plan
     tile: Tile  # of the oracle: queries and keys that the form chooses together
     reason: str
+    refusals: tuple[Refusal, ...] = ()  # of forms that the policy names
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,9 @@ def lower(captured: Captured, policy: Policy) -> Lowered:
         )
     plan = choice.plan or plan_of(captured.site, "exact", choice.params, 0, None)
     block = int(getattr(choice.params, "block", BLOCK))
-    return Lowered(choice.form, plan, (block, int(getattr(choice.params, "unit", block))), choice.reason)
+    tile = block, int(getattr(choice.params, "unit", block))
+    refusals = tuple(refusal for candidate in choice.candidates for refusal in candidate.refusals)
+    return Lowered(choice.form, plan, tile, choice.reason, refusals)
 
 
 @torch.no_grad()

@@ -21,6 +21,7 @@ from pydantic import Field, model_validator
 
 from effattn.errors import WeightsError
 from effattn.ir.expr import Nk, Nq
+from effattn.ir.refusal import Why
 from effattn.ir.selector import Chunks, Expand, Mean, Pick, Reduce, Score, Selector, Tokens, TopFraction, Trained
 from effattn.ir.site import Layout, Site
 from effattn.lowering.cost import CHOICE, Work
@@ -168,7 +169,7 @@ def selector_work(params: DhsaParams, sizes: Layout, element: int) -> Work:
 
 
 BOUNDARIES = Rule(
-    "boundaries",
+    Why.BOUNDARIES,
     lambda site, params: params.unit > 1 or params.chunks != "given",
     "a model's graph has no chunk boundaries",
     "pass them to effattn.attention(..., boundaries=...), or choose another value of chunks",
@@ -188,7 +189,7 @@ def _weights_problem(site: Site, params: DhsaParams) -> str | None:
 
 
 WEIGHTS = Rule(
-    "weights",
+    Why.PREDICTOR,
     lambda site, params: _weights_problem(site, params) is None,
     "the predictor's weights cannot be read, or do not fit this attention",
     'see docs/forms.md for what the file holds, or let chunks be found without training (chunks = "dip")',

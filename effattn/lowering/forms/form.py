@@ -10,7 +10,7 @@ import sympy
 from pydantic import BaseModel, ConfigDict
 
 from effattn.ir import expr
-from effattn.ir.refusal import Refusal
+from effattn.ir.refusal import Refusal, Why
 from effattn.ir.selector import Selector
 from effattn.ir.site import Layout, Site
 from effattn.lowering.cost import Cost, Work, pairs
@@ -29,7 +29,7 @@ class Params(BaseModel):
 class Rule:
     """One condition that a form puts on a site. The same row checks and explains."""
 
-    name: str
+    why: Why
     holds: Callable[[Site, Any], bool]
     otherwise: str  # why not, when it does not hold
     hint: str = ""  # what would help
@@ -38,8 +38,11 @@ class Rule:
     def refusal(self, site: Site, params: Params) -> Refusal | None:
         if self.holds(site, params):
             return None
-        found = None if self.reason is None else self.reason(site, params)
-        return Refusal(self.name, found or self.otherwise, self.hint)
+        return self.because(None if self.reason is None else self.reason(site, params))
+
+    def because(self, reason: str | None = None) -> Refusal:
+        """The refusal of a site that fails this condition."""
+        return Refusal(self.why, reason or self.otherwise, self.hint)
 
 
 @dataclass(frozen=True)
@@ -157,55 +160,55 @@ def same_mask_for_heads(site: Site, _params: Params) -> bool:
 
 
 CAUSAL = Rule(
-    "causal",
+    Why.CAUSAL,
     is_causal,
     "the mask is not causal, so a query has no position to measure distances from",
     "this form is defined for causal self-attention",
 )
 FROM_THE_START = Rule(
-    "no data mask",
+    Why.DATA_MASK,
     no_data_mask,
     "the mask depends on data (padding or documents): distances and sinks would be counted from padding",
     "leave attention_mask out where nothing is padded, or keep such sites exact",
 )
 FROM_THE_FIRST_KEY = Rule(
-    "no data mask but padding",
+    Why.DATA_BESIDE_PADDING,
     padding_at_most,
     "the mask depends on data other than padding (documents): distances and sinks would be counted from other texts",
     "keep such sites exact",
 )
 SINKS_ON_PADDING = Rule(
-    "sinks on padding",
+    Why.SINKS_ON_PADDING,
     has_sinks,
     "the mask depends on data (padding), and without sinks in reach a padded query may be left without any key",
     "set sinks to 1 or more, or leave attention_mask out where nothing is padded",
 )
 NO_BACKWARD = Rule(
-    "no gradient",
+    Why.GRADIENT,
     no_gradient,
     "gradients are needed and this form has no backward",
     "run under torch.no_grad() or torch.inference_mode(), or keep this site exact for training",
 )
 ONLY_CAUSAL = Rule(
-    "only causal",
+    Why.ONLY_CAUSAL,
     only_causal,
     "the mask is more than causal (a sliding window, or chunks): it leaves little to select",
     "keep such layers exact",
 )
 PLAIN_SCORE = Rule(
-    "plain score",
+    Why.PLAIN_SCORE,
     plain_score,
     "the score depends on positions or on data (ALiBi, a bias): keys are selected by query and key alone",
     "keep this site exact",
 )
 PREFILL = Rule(
-    "prefill",
+    Why.PREFILL,
     is_prefill,
     "this form is defined for prefill; a single step reads the whole cache, as its authors do",
     'name stage = "prefill" in the rule, so that decoding stays exact without a word',
 )
 SAME_MASK = Rule(
-    "same mask for heads",
+    Why.SAME_MASK,
     same_mask_for_heads,
     "the mask differs between heads, and this form ranks keys for several heads at once",
     "keep this site exact",

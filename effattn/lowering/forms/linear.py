@@ -13,6 +13,7 @@ from pydantic import Field, field_validator
 
 from effattn.ir import expr
 from effattn.ir.expr import Nk, Nq
+from effattn.ir.refusal import Why
 from effattn.ir.site import Site
 from effattn.lowering.cost import Cost, Work
 from effattn.lowering.forms.feature_maps import FEATURE_MAPS
@@ -103,7 +104,7 @@ def _from_the_first_key(site: Site, _params: LinearParams) -> bool:
 
 
 ACCEPTED = Rule(
-    "weights or tolerance",
+    Why.NOT_ACCEPTED,
     _accepted,
     "without a softmax this is not the function that the model was trained with. Without training it is unusable: "
     "Llama-3-8B's perplexity is then 1,539 (T2R) or 2,448 (Hedgehog); 79 or 61 with trained maps, 4.11 or "
@@ -111,37 +112,37 @@ ACCEPTED = Rule(
     "set params.linear.weights to a file of trained maps, or params.linear.tolerance to the error you accept",
 )
 TRAINED = Rule(
-    "trained map",
+    Why.TRAINED_MAP,
     _has_weights,
     "this feature map means nothing without trained weights",
     "set params.linear.weights, or use elu_plus_one or relu",
 )
 LAYER = Rule(
-    "layer",
+    Why.LAYER,
     _known_layer,
     "the number of the layer is not known, so its weights cannot be found in the file",
     "keep this site exact",
 )
 CAUSAL_WINDOW = Rule(
-    "causal window",
+    Why.CAUSAL_WINDOW,
     _causal_window,
     "there is no causal mask, so a query has no last keys",
     "set params.linear.window to 0",
 )
 PLAIN_WINDOW = Rule(
-    "plain score in the window",
+    Why.PLAIN_WINDOW,
     _plain_window,
     "the softmax in the window needs a multiple of query . key, and this score is another function (a soft cap)",
     "keep this site exact, or set params.linear.window to 0",
 )
 WHOLE = Rule(
-    "every key up to the query",
+    Why.WHOLE,
     _from_the_first_key,
     "the mask is neither empty nor plainly causal from the first key: a state cannot exclude single keys",
     "keep this site exact",
 )
 SINK = Rule(
-    "sink",
+    Why.SINK,
     lambda site, params: not site.sink,
     "a sink takes part in the softmax, and there is no softmax",
     "keep this site exact",

@@ -7,6 +7,7 @@ import torch
 from pydantic import Field, model_validator
 
 from effattn.ir.expr import Nk, Nq
+from effattn.ir.refusal import Why
 from effattn.ir.selector import KEY_HEADS, Expand, Last, Pick, Reduce, Score, Selector, Strided, TopP
 from effattn.ir.site import Layout, Site
 from effattn.lowering.cost import CHOICE, Work
@@ -126,7 +127,7 @@ def reference(params: ProxyParams, query, key, allowed, scale):
 
 
 GROUPS = Rule(
-    "groups",
+    Why.GROUPS,
     lambda site, params: params.groups == 0 or int(site.layout.kv_heads) % params.groups == 0,
     "the number of key heads is not divisible by groups",
     "choose a divisor of the number of key heads, or 1",

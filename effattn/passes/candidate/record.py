@@ -80,7 +80,7 @@ class Missed:
 class Refused(Exception):
     """Raised inside matching to leave one softmax alone; carries the reason. ``at``: the node that the reason names."""
 
-    def __init__(self, rule: str, reason: str, hint: str = "", at: fx.Node | None = None):
+    def __init__(self, rule: Why, reason: str, hint: str = "", at: fx.Node | None = None):
         super().__init__(reason)
         self.refusal = Refusal(rule, reason, hint, "" if at is None else code_line(at))
 

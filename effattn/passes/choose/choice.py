@@ -11,7 +11,7 @@ import torch
 from effattn.errors import FormRefused, TargetError
 from effattn.ir import expr
 from effattn.ir.plan import Dispatch, Plan, Sparsity
-from effattn.ir.refusal import Refusal
+from effattn.ir.refusal import Refusal, Why
 from effattn.ir.site import Site
 from effattn.lowering.forms import FORMS
 from effattn.lowering.forms.form import Params, Rule
@@ -27,7 +27,6 @@ from effattn.runtime.targets import sdpa
 from effattn.runtime.targets.choice import ANYWHERE, asked_for, why_not_there
 
 Route = Literal["keep", "sdpa", "op", "linear"]
-SHORT = "shorter than min_length"  # the rule that refuses a form which the policy wants at greater lengths only
 
 
 @dataclass(frozen=True)
@@ -41,6 +40,10 @@ class Candidate:
     @property
     def reasons(self) -> tuple[str, ...]:
         return tuple(map(str, self.refusals))
+
+    @property
+    def rules(self) -> tuple[Why, ...]:
+        return tuple(refusal.rule for refusal in self.refusals)
 
 
 @dataclass(frozen=True)
@@ -134,12 +137,12 @@ def _considered(site: Site, name: str, params: Params, strict: bool, min_length:
     keys = site.layout.fixed_keys
     if not FORMS[name].softmax and keys is not None and keys < min_length:  # its op cannot look at lengths
         reason = f"this graph is of {keys:,} keys, and min_length is {min_length:,}"
-        return Candidate(name, False, (Refusal(SHORT, reason),))
+        return Candidate(name, False, (Refusal(Why.SHORT, reason),))
     refusals = FORMS[name].refusals(site, params) + (() if name == "exact" else _cannot_lower(site, name))
     if not FORMS[name].softmax and not refusals:
         refusals = no_weights(site, params, min_length)
     if refusals and strict and name != "exact":
-        raise FormRefused(f"{site.name} ({site.location}): {name} refused: {'; '.join(map(str, refusals))}")
+        raise FormRefused.because(f"{site.name} ({site.location}): {name} refused: ", *refusals)
     return Candidate(name, not refusals, refusals)
 
 
@@ -271,14 +274,14 @@ def is_opaque(site: Site) -> bool:
 
 OP_RULES = (
     Rule(
-        "gradient of the bias",
+        Why.GRADIENT_OF_BIAS,
         lambda site, params: not site.captures_need_grad,
         "a tensor that the score reads needs a gradient itself (a learned bias or scale), "
         "which the op does not compute",
         "run under torch.no_grad()",
     ),
     Rule(
-        "gradient of empty rows",
+        Why.GRADIENT_OF_EMPTY_ROWS,
         lambda site, params: not (site.needs_grad and site.spec.empty_rows in ("mean", "nan")),
         "gradients are needed, and rows that may attend to nothing have some that depend on rounding",
         "use SDPA, where such rows are zero, or run under torch.no_grad()",

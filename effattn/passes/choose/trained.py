@@ -31,7 +31,7 @@ def no_weights(site: Site, params: Any, min_length: int) -> tuple[Refusal, ...]:
     if min_length and site.layout.fixed_keys is None:
         return (
             Refusal(
-                "min_length",
+                Why.SEVERAL_LENGTHS,
                 "which form it is at which length (min_length, auto) is decided in one op when a graph serves several "
                 "lengths, and this form is another op",
                 "compile a graph for each length, with torch.compile(..., dynamic=False)",
@@ -40,5 +40,5 @@ def no_weights(site: Site, params: Any, min_length: int) -> tuple[Refusal, ...]:
     try:
         weights_of(site, params)
     except WeightsError as error:
-        return (Refusal(Why.WEIGHTS, str(error)),)
+        return (Refusal(Why.MAP_WEIGHTS, str(error)),)
     return ()
