@@ -23,7 +23,6 @@ from effattn.lowering.forms.form import CAUSAL
 from effattn.lowering.forms.linear import CAUSAL_WINDOW
 from effattn.policy.fields import params_of
 from effattn.policy.problems import spelled, unknown
-from effattn.runtime.ops import attend as _registers_the_op  # noqa: F401
 from effattn.runtime.ops.feature_attention import feature_attention
 
 SCALE = expr.number("scale")

@@ -15,6 +15,7 @@ from comparing import assert_close
 from plans import CASES, Call, Sizes, tensors
 from sites import causal_site
 
+import effattn.runtime.ops  # noqa: F401  (registers torch.ops.effattn)
 from effattn.errors import PlanError, TargetError
 from effattn.ir.attention import AttentionSpec, CaptureSpec
 from effattn.ir.expr import IntLoad, b, k, load, number, q, s, scalar
@@ -282,8 +283,10 @@ def test_a_plan_that_is_none():
 
 def test_importing_registers_once_and_is_light():
     code = (
-        "import sys, importlib, effattn.runtime.ops.attend as a; import torch;"
-        "assert 'triton' not in sys.modules; importlib.reload(a);"
+        "import sys, importlib, torch, effattn.runtime.ops as ops;"
+        "assert 'triton' not in sys.modules; homes = [getattr(ops, name) for name in ops.__all__];"
+        "assert all(hasattr(torch.ops.effattn, name) for home in homes for name in home.OPS);"
+        "importlib.reload(ops.attend);"
         "q = torch.randn(1, 2, 8, 4); from effattn.ir.plan import Plan; from effattn.ir import expr;"
         "from effattn.ir.attention import AttentionSpec;"
         "torch.ops.effattn.attend(q, q, q, [], [], [], Plan('exact', AttentionSpec(expr.s)).encode()); print('ok')"

@@ -22,7 +22,7 @@ from effattn.passes.compilation import Compilation, Pass
 from effattn.passes.graph.insertion import Inserter
 from effattn.passes.graph.known_values import Known, Unknown
 from effattn.passes.graph.view import GraphView, as_sympy
-from effattn.runtime.ops.mask_tables import CHANGED, is_causal_buffer  # registers torch.ops.effattn.is_causal_buffer
+from effattn.runtime.ops.mask_tables import CHANGED, is_causal_buffer
 
 _FULL = slice(None)
 

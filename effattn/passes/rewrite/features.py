@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx
 from torch._dynamo.source import ConstantSource
 
-import effattn.runtime.ops.window_hybrid  # noqa: F401  (registers torch.ops.effattn.linear and window_linear)
+import effattn.runtime.ops  # noqa: F401  (registers torch.ops.effattn)
 from effattn.ir.site import Site
 from effattn.lowering.forms.feature_maps import FEATURE_MAPS
 from effattn.lowering.forms.linear import LinearParams

@@ -10,7 +10,7 @@ import sympy
 import torch
 from torch import fx
 
-import effattn.runtime.ops.linear  # noqa: F401  (registers torch.ops.effattn.linear)
+import effattn.runtime.ops  # noqa: F401  (registers torch.ops.effattn)
 from effattn.ir import expr
 from effattn.ir.expr import h
 from effattn.ir.fold import fold

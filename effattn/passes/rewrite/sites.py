@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
-import effattn.runtime.ops.attend  # noqa: F401  (registers torch.ops.effattn)
+import effattn.runtime.ops  # noqa: F401  (registers torch.ops.effattn)
 from effattn.ir.expr import plain_scale
 from effattn.lowering.forms.linear import LinearParams
 from effattn.passes.candidate.failures import left_alone

@@ -5,8 +5,6 @@
 ``numbers`` is declared ``Scalar[]``, not ``float[]``: a scale that arrives as ``item()`` of a 0-d tensor is an unbacked
 SymFloat under ``torch.compile``, which ``float[]`` refuses and ``Scalar[]`` takes; with ``Scalar[]`` a scale that is
 computed from a symbolic size does not specialise the size either. Floats, ints, SymFloats and SymInts may be passed.
-
-Importing this module registers the ops; nothing else happens and Triton is not imported.
 """
 
 from __future__ import annotations

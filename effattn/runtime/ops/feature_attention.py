@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import effattn.runtime.ops.linear  # noqa: F401  (registers the op)
 from effattn.lowering.forms.feature_maps import FEATURE_MAPS, NO_PARAMETERS, FeatureMap, Parameters
 from effattn.runtime.ops.window_hybrid import window_hybrid
 

@@ -7,8 +7,6 @@
 What they compute stands in :mod:`effattn.runtime.reference.linear`. All that they mean is in their arguments. A state
 is float32 and, normalised, has the running sum of keys as its last column. The gradient of ``linear`` reaches query,
 key, value and the initial state, also through the final state; decay has none and is refused where it needs one.
-
-Importing this module registers the ops; Triton is not imported.
 """
 
 from __future__ import annotations

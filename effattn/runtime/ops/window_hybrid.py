@@ -4,7 +4,7 @@
 
 The window is a matrix product of a block of rows with its own block of keys and the one before, through ATen on any
 device; what lies before it is ``effattn::linear`` over keys that stand later by as much. What it computes stands in
-:mod:`effattn.runtime.reference.hybrid`. Importing this module registers the op; Triton is not imported.
+:mod:`effattn.runtime.reference.hybrid`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import effattn.runtime.ops.linear  # noqa: F401  (registers the op)
 from effattn.runtime.ops.attend import NoGradient
 from effattn.runtime.ops.registry import Op, register
 from effattn.runtime.targets.memory_order import allocate
