@@ -8,9 +8,13 @@ from checking import check_gradients
 from comparing import assert_close
 from plans import CASES, Sizes, tensors
 
+import effattn.runtime.ops  # noqa: F401  (registers torch.ops.effattn)
+from effattn.ir.refusal import Why
 from effattn.lowering.kernels.backward import no_backward
 from effattn.lowering.kernels.spec import Tiles
 from effattn.runtime.reference.attention import reference
+from effattn.runtime.targets import triton as triton_target
+from effattn.runtime.targets.triton.limits import UnsupportedCall
 
 CPU = torch.device("cpu")
 SMALL = Tiles(16, 16, 4, 1)
@@ -73,3 +77,19 @@ def test_through_the_op():
     expected = torch.autograd.grad((wanted * weight).sum(), inputs)
     for grad, other in zip(got, expected, strict=True):
         assert_close(grad, other, 5e-5)
+
+
+@pytest.mark.parametrize("name", ["power_16", "soft_cap", "bias"])
+def test_what_is_not_served_goes_to_the_portable_target(name):
+    """As its rule says, which the op asks before it runs."""
+    sizes = Sizes(heads=2, kv_heads=1, q_len=20, k_len=20)
+    call, inputs = CASES[name](sizes, CPU), [tensor.requires_grad_() for tensor in tensors(sizes)]
+    assert triton_target.why_no_backward(call.plan.spec, 16, 16).rule == Why.GRADIENT
+    data = (call.captures, call.scalars, call.numbers)
+    plans = [call.plan.dispatched(target=target).encode() for target in ("triton", "portable")]
+    found = [torch.autograd.grad(torch.ops.effattn.attend(*inputs, *data, plan)[0].sum(), inputs) for plan in plans]
+    for got, want in zip(*found, strict=True):
+        assert_close(got, want, 5e-5)
+    out, lse = triton_target.run(call.plan, *inputs, *data, config=SMALL)
+    with pytest.raises(UnsupportedCall, match="no gradient by generated kernels"):
+        triton_target.run_backward(call.plan, out, None, *inputs, out, lse, *data, config=SMALL)

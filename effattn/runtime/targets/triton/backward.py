@@ -12,7 +12,7 @@ from effattn.lowering.kernels.spec import Tiles
 from effattn.runtime import kernels
 from effattn.runtime.launching import Known, LaunchCache, far, narrow, on_device, tensor_key, tf32, too_narrow, width
 from effattn.runtime.targets.memory_order import allocate
-from effattn.runtime.targets.triton.limits import why_no_backward
+from effattn.runtime.targets.triton.limits import UnsupportedCall, why_no_backward
 from effattn.runtime.targets.triton.specialise import spec_of
 
 
@@ -43,9 +43,14 @@ def run_backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of query, key and value, in their shapes and dtypes and in the plan's memory order.
 
-    ``out`` and ``lse`` are what the forward returned. What generated kernels do not serve goes through ATen.
+    ``out`` and ``lse`` are what the forward returned. Calls without rows or keys go through ATen.
+
+    Raises:
+        UnsupportedCall: :func:`why_no_backward` says why.
     """
-    if lse.numel() == 0 or key.shape[2] == 0 or why_no_backward(plan.spec, query.shape[3], value.shape[3]) is not None:
+    if (refusal := why_no_backward(plan.spec, query.shape[3], value.shape[3])) is not None:
+        raise UnsupportedCall(f"no gradient by generated kernels: {refusal}")
+    if lse.numel() == 0 or key.shape[2] == 0:
         from effattn.runtime.targets import portable
 
         return portable.run_backward(plan, grad_out, grad_lse, query, key, value, out, lse, captures, scalars, numbers)
