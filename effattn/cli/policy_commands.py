@@ -63,7 +63,7 @@ def show(
     import json
 
     from effattn.policy import Policy
-    from effattn.policy.rules import shipped, shipped_text
+    from effattn.policy.shipped import shipped, shipped_text
 
     policy = Policy.of(name)
     if json_:
@@ -80,7 +80,7 @@ def list_() -> None:
     from rich.table import Table
 
     from effattn.policy import Policy
-    from effattn.policy.rules import shipped
+    from effattn.policy.shipped import shipped
 
     table = Table("Policy", "What it does", box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for name in shipped():

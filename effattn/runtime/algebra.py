@@ -5,9 +5,7 @@ A value is a Python number or a tensor that broadcasts against the scores.
 
 from __future__ import annotations
 
-import math
-import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -18,96 +16,7 @@ from torch import Tensor
 
 from effattn.ir.attention import AttentionSpec
 from effattn.ir.fold import Integers, fold
-
-
-def _floordiv(x, y):
-    return torch.floor_divide(x, y) if isinstance(x, Tensor) or isinstance(y, Tensor) else x // y
-
-
-def _mod(x, y):
-    return torch.remainder(x, y) if isinstance(x, Tensor) or isinstance(y, Tensor) else x % y
-
-
-def _is_power_of_two(x):
-    return (x > 0) & ((x & (x - 1)) == 0)
-
-
-def _either(in_torch: Callable, in_python: Callable) -> Callable:
-    """A function of one argument, either a tensor or a number."""
-    return lambda x: in_torch(x) if isinstance(x, Tensor) else in_python(x)
-
-
-def _extreme(in_torch: Callable, clamp: str, in_python: Callable) -> Callable:
-    """``min`` or ``max`` of two values, each a tensor or a number."""
-
-    def call(x, y):
-        if isinstance(x, Tensor) and isinstance(y, Tensor):
-            return in_torch(x, y)
-        if isinstance(x, Tensor):
-            return x.clamp(**{clamp: y})
-        if isinstance(y, Tensor):
-            return y.clamp(**{clamp: x})
-        return in_python(x, y)
-
-    return call
-
-
-def _not(x):
-    return ~_boolean(x) if isinstance(x, Tensor) else not x
-
-
-def _boolean(x):
-    return x if not isinstance(x, Tensor) or x.dtype == torch.bool else x != 0
-
-
-def _and(x, y):
-    return _boolean(x) & _boolean(y) if isinstance(x, Tensor) or isinstance(y, Tensor) else bool(x and y)
-
-
-def _or(x, y):
-    return _boolean(x) | _boolean(y) if isinstance(x, Tensor) or isinstance(y, Tensor) else bool(x or y)
-
-
-def _ne(x, y):
-    if isinstance(x, Tensor) and x.dtype == torch.bool and not isinstance(y, Tensor) and y == 0:
-        return x  # a boolean mask, which is written as mask != 0
-    return x != y
-
-
-def _integer(x):
-    """Booleans as 0 and 1 for arithmetic."""
-    return x.to(torch.int64) if isinstance(x, Tensor) and x.dtype == torch.bool else x
-
-
-LOGICAL: dict[str, Callable] = {"and": _and, "or": _or, "not": _not, "ne": _ne}
-ARITHMETIC: dict[str, Callable] = {
-    "add": operator.add,
-    "mul": operator.mul,
-    "div": operator.truediv,
-    "min": _extreme(torch.minimum, "max", min),
-    "max": _extreme(torch.maximum, "min", max),
-    "abs": abs,
-    "group": lambda x: x,
-    "floordiv": _floordiv,
-    "mod": _mod,
-    "bit_and": operator.and_,
-    "bit_or": operator.or_,
-    "bit_xor": operator.xor,
-    "le": operator.le,
-    "lt": operator.lt,
-    "ge": operator.ge,
-    "gt": operator.gt,
-    "eq": operator.eq,
-    "is_power_of_two": _is_power_of_two,
-    "tanh": _either(torch.tanh, math.tanh),
-    "exp": _either(torch.exp, math.exp),
-    "exp2": _either(torch.exp2, math.exp2),
-    "log": _either(torch.log, math.log),
-    "sin": _either(torch.sin, math.sin),
-    "cos": _either(torch.cos, math.cos),
-    "sqrt": _either(torch.sqrt, math.sqrt),
-    "sign": _either(torch.sign, lambda x: (x > 0) - (x < 0)),
-}
+from effattn.runtime.operations import ARITHMETIC, LOGICAL, boolean, integer
 
 
 @dataclass(frozen=True)
@@ -195,7 +104,7 @@ class TorchAlgebra:
 
     def _clamp(self, index, size: int):
         if isinstance(index, Tensor):
-            return _integer(index).clamp(0, size - 1)
+            return integer(index).clamp(0, size - 1)
         return max(0, min(int(index), size - 1))
 
     def call(self, operation, *args):
@@ -204,7 +113,7 @@ class TorchAlgebra:
             return self._where(*args)
         if (logical := LOGICAL.get(operation)) is not None:
             return logical(*args)
-        args = tuple(_integer(arg) for arg in args)
+        args = tuple(integer(arg) for arg in args)
         if operation == "div" or any(isinstance(arg, float) for arg in args):
             # torch would convert integers to the default dtype
             args = tuple(self._float(arg) for arg in args)
@@ -216,13 +125,13 @@ class TorchAlgebra:
     def _where(self, condition, x, y):
         if not isinstance(condition, Tensor):
             return x if condition else y
-        x, y = _integer(x), _integer(y)
+        x, y = integer(x), integer(y)
         if isinstance(x, Tensor) or isinstance(y, Tensor):
-            return torch.where(_boolean(condition), x, y)
+            return torch.where(boolean(condition), x, y)
         whole = isinstance(x, int) and isinstance(y, int)
         kind = torch.int64 if whole else self.dtype
         return torch.where(
-            _boolean(condition), *(torch.full((), value, dtype=kind, device=condition.device) for value in (x, y))
+            boolean(condition), *(torch.full((), value, dtype=kind, device=condition.device) for value in (x, y))
         )
 
 

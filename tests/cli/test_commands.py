@@ -17,7 +17,7 @@ import effattn
 from effattn.cli.main import app
 from effattn.lowering.forms import FORMS
 from effattn.policy import Policy
-from effattn.policy.rules import shipped
+from effattn.policy.shipped import shipped
 from effattn.runtime import cache
 
 KERNEL = f"""{cache.HEADER}: attention, a tile of query rows per program

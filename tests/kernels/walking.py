@@ -15,7 +15,7 @@ from plans import Call, Sizes
 from reading import Kernel, definitions_in
 
 from effattn.lowering.iteration.tile_ranges import key_conditions, tile_ranges
-from effattn.lowering.kernels.source import kernel_constants
+from effattn.lowering.kernels.parameters import kernel_constants
 from effattn.lowering.kernels.spec import KernelSpec
 from effattn.runtime.algebra import evaluate
 

@@ -12,7 +12,7 @@ from effattn.errors import PolicyError
 from effattn.ir.site import STAGES
 from effattn.lowering.forms import FORMS
 from effattn.policy import Policy, Rule
-from effattn.policy.rules import shipped
+from effattn.policy.shipped import shipped
 
 PAGE = (pathlib.Path(__file__).parents[2] / "docs" / "policies.md").read_text()
 

@@ -20,7 +20,7 @@ import effattn.ir.site
 from effattn.errors import PolicyError
 from effattn.lowering.forms import FORMS
 from effattn.policy import Policy, Rule
-from effattn.policy.rules import shipped
+from effattn.policy.shipped import shipped
 
 FULL = """\
 schema = 1

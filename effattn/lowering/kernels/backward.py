@@ -13,8 +13,10 @@ from effattn.ir.refusal import Refusal, Why
 from effattn.lowering.dialects.triton.terms import KEYS, ROWS, TILE, UNLIMITED, Lines, Source, Value
 from effattn.lowering.iteration.tile_ranges import tile_ranges
 from effattn.lowering.kernels import allowed_keys as allowed
+from effattn.lowering.kernels.parameters import parameters
 from effattn.lowering.kernels.range_source import Part, flatten, rows_of
-from effattn.lowering.kernels.source import Generator, Sweep, affine_slope, parameters
+from effattn.lowering.kernels.scale import affine_slope
+from effattn.lowering.kernels.source import Generator, Sweep
 from effattn.lowering.kernels.spec import KernelSpec
 
 WIDEST = 256  # head_dim; two accumulators of a key tile must fit in registers

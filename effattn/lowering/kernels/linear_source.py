@@ -6,7 +6,8 @@ import hashlib
 from typing import Any
 
 from effattn.lowering.kernels.linear_spec import LinearSpec
-from effattn.lowering.kernels.source import Param, template_named, tidy
+from effattn.lowering.kernels.parameters import Param
+from effattn.lowering.kernels.rendering import template_named, tidy
 from effattn.lowering.kernels.spec import DTYPES
 
 STATE_BLOCK = 1024  # elements of a state that one program carries across parts

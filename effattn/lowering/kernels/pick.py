@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from effattn.lowering.kernels.source import Param, template_named, tidy
+from effattn.lowering.kernels.parameters import Param
+from effattn.lowering.kernels.rendering import template_named, tidy
 from effattn.lowering.kernels.spec import padded
 
 WIDEST = 8192  # most units of one program

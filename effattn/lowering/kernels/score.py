@@ -20,16 +20,9 @@ from effattn.ir.fold import fold
 from effattn.ir.text import text
 from effattn.lowering.dialects.triton.terms import KEYS, ROWS, SCALAR, TILE, Lines, Source, Value, all_symbols
 from effattn.lowering.iteration.tile_ranges import tile_ranges
-from effattn.lowering.kernels.source import (
-    LOG2_E,
-    Param,
-    data_parameters,
-    data_sizes,
-    helpers_for,
-    sizes_tested,
-    template_named,
-    tidy,
-)
+from effattn.lowering.kernels.parameters import Param, data_parameters, data_sizes, sizes_tested
+from effattn.lowering.kernels.rendering import helpers_for, template_named, tidy
+from effattn.lowering.kernels.source import LOG2_E
 from effattn.lowering.kernels.spec import DTYPES, padded
 
 LN_2 = 0.6931471805599453

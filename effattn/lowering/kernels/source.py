@@ -8,18 +8,14 @@ from __future__ import annotations
 import hashlib
 import re
 from dataclasses import dataclass, field
-from functools import cache, reduce
-from pathlib import Path
+from functools import reduce
 from typing import Any
 
-import jinja2
 import sympy
 
 from effattn.ir import expr
-from effattn.ir.attention import AttentionSpec
 from effattn.ir.fold import fold
 from effattn.ir.text import text
-from effattn.lowering.dialects.triton.device_functions import DEVICE_FUNCTIONS
 from effattn.lowering.dialects.triton.terms import (
     LONGEST,
     ROWS,
@@ -29,26 +25,22 @@ from effattn.lowering.dialects.triton.terms import (
     Source,
     Value,
     all_symbols,
-    tested_dims,
 )
 from effattn.lowering.iteration.tile_ranges import TileRanges, key_conditions, tile_ranges
 from effattn.lowering.kernels import allowed_keys as allowed
+from effattn.lowering.kernels.parameters import (
+    kernel_constants,
+    key_condition,
+    parameters,
+    sizes_tested,
+)
 from effattn.lowering.kernels.range_source import Part, Ranges, flatten, position_offset, visits
+from effattn.lowering.kernels.rendering import helpers_for, template_named, tidy
+from effattn.lowering.kernels.scale import linear_scale
 from effattn.lowering.kernels.spec import DTYPES, KernelSpec
 
 LOG2_E = 1.4426950408889634
 CACHED_KEYS = 20 << 20  # bytes of L2 cache for the keys and values of heads that run side by side
-_POINTER = {**DTYPES, "bool": "i1", "float64": "fp64"}
-_POINTER |= {f"{sign}int{n}": f"{sign or 'i'}{n}" for sign in ("", "u") for n in (8, 16, 32, 64)}
-
-
-@dataclass(frozen=True)
-class Param:
-    """A kernel parameter: its name, and its type in Triton's signatures."""
-
-    name: str
-    type: str  # "*bf16", "i32", "fp32", "constexpr"
-    specialise: bool = True  # integers: Triton may specialise on divisibility by 16 and on the value 1
 
 
 @dataclass
@@ -96,131 +88,6 @@ def file_name(spec: KernelSpec, source: str) -> str:
     kind = "" if spec.kind == "prefill" else f"_{spec.kind}"
     digest = hashlib.sha256(source.encode()).hexdigest()[:8]
     return f"{spec.form}_{mask}{kind}_{DTYPES[spec.dtype]}_{width}_g{spec.groups}_{digest}.py"
-
-
-def parameters(spec: KernelSpec, kernel: str = "forward") -> list[Param]:
-    """The parameters of a kernel of the file, in order.
-
-    ``kernel``: ``forward``; ``grad_query`` or ``grad_key_value``; ``find_allowed`` if there is a :func:`key_condition`.
-    """
-    element = f"*{DTYPES[spec.dtype]}"
-    allowed_keys = [Param("allowed", "*i32")] if key_condition(spec) != sympy.true else []
-    if kernel == "find_allowed":
-        common = [param for param in _common_parameters(spec) if param.type != "constexpr"]
-        return [*allowed_keys, *data_parameters(spec.attention), *common]
-    if kernel != "forward":
-        grads = {"grad_query": ["grad_of_query"], "grad_key_value": ["grad_of_key", "grad_of_value"]}[kernel]
-        inputs = ["query", "key", "value", "grad_out"]
-        found = [Param(name, element) for name in inputs] + [Param(name, "*fp32") for name in ("lse", "delta")]
-        found += [*allowed_keys, *(Param(name, element) for name in grads), *data_parameters(spec.attention)]
-        found += [Param(f"{name}_stride_{dim}", "i32") for name in (*inputs, *grads) for dim in "bhnd"]
-        return found + _common_parameters(spec)
-    found = [Param(name, element) for name in ("query", "key", "value", "out")]
-    found += [Param("lse", "*fp32"), *allowed_keys]
-    if spec.kind == "decode":
-        found += [Param(name, "*fp32") for name in ("parts", "parts_top", "parts_total")]
-    if spec.kind == "listed":
-        found += [Param(name, "*i32") for name in ("kv_indices", "kv_num_blocks", "partial_blocks")]
-    if spec.tiles.descriptors:
-        for name, width in (("key_tiles", spec.block_d), ("value_tiles", spec.block_dv)):
-            shape = f"1, 1, {spec.tiles.block_n}, {width}"
-            found.append(Param(name, f"tensordesc<{DTYPES[spec.dtype]}[{shape}]>", False))
-    found += data_parameters(spec.attention)
-    found += [Param(f"{name}_stride_{dim}", "i32") for name in ("query", "key", "value", "out") for dim in "bhnd"]
-    if spec.kind == "listed":
-        found += [Param(name, "i32", False) for name in ("lists", "counted", "row_blocks", "width")]
-    found.append(Param("splits" if spec.kind == "decode" else "together", "i32", False))
-    return found + _common_parameters(spec)
-
-
-def data_parameters(attention: AttentionSpec) -> list[Param]:
-    """Pointers to the captured tensors."""
-    return [Param(f"data_{load.name}", f"*{_POINTER.get(load.dtype, load.dtype)}") for load in attention.captures]
-
-
-def data_sizes(attention: AttentionSpec) -> list[Param]:
-    """Strides of captured tensors and the sizes that kernels check; scalars and numbers."""
-    found = []
-    tested = sizes_tested(attention)
-    for load in attention.captures:
-        found += [Param(f"{load.name}_stride_{dim}", "i32") for dim in range(load.ndim)]
-        found += [Param(f"{load.name}_size_{dim}", "i32", False) for dim in tested[load.name]]
-    found += [Param(f"scalar_{name}", "i32", False) for name in attention.scalars]
-    return found + [Param(f"number_{name}", "fp32", False) for name in attention.numbers]
-
-
-def _common_parameters(spec: KernelSpec) -> list[Param]:
-    """Lengths, strides of captured tensors, scalars, numbers and constants."""
-    found = [Param(name, "i32", False) for name in ("heads", "q_len", "k_len")]
-    return found + data_sizes(spec.attention) + [Param(name, "constexpr") for name in kernel_constants(spec)]
-
-
-def key_condition(spec: KernelSpec) -> Any:
-    """The condition on keys that ``find_allowed`` evaluates before the main kernel; true: there is none."""
-    return key_conditions(tile_ranges(spec.attention.rule).residual)[0] if spec.key_ranges else sympy.true
-
-
-def sizes_tested(attention: AttentionSpec) -> dict[str, list[int]]:
-    """Captured tensor -> dimensions whose computed index a kernel has to check."""
-    tested: dict[str, set[int]] = {load.name: set() for load in attention.captures}
-    for load in expr.loads_of(attention.score, attention.rule):
-        tested[load.name].update(tested_dims(load))
-    return {name: sorted(dims) for name, dims in tested.items()}
-
-
-def linear_scale(score: Any, spec: KernelSpec) -> Any | None:
-    """c if the score is ``c * s`` with one c per tile, so that it folds into the exponent; else None."""
-    factor = sympy.expand(score).coeff(expr.s, 1)
-    one_head = spec.kind in ("prefill", "listed")  # per tile
-    varying = (expr.s, expr.q, expr.k) if one_head else (expr.s, expr.q, expr.k, expr.h)
-    if factor.has(*varying) or (factor.is_zero is not False and factor.is_number):
-        return None
-    return factor if sympy.expand(score - factor * expr.s) == 0 else None
-
-
-def affine_slope(score: Any) -> Any | None:
-    """c if the score is ``c * s + bias`` with one c per tile, not zero, and a bias without s; else None."""
-    whole = sympy.expand(score)
-    slope = whole.coeff(expr.s, 1)
-    if slope.has(expr.s, expr.q, expr.k) or slope == 0 or sympy.expand(whole - slope * expr.s).has(expr.s):
-        return None
-    return slope
-
-
-def kernel_constants(spec: KernelSpec) -> dict[str, int | bool]:
-    """The compile-time constants of ``forward``."""
-    found: dict[str, int | bool] = {
-        "BLOCK_M": spec.tiles.block_m,
-        "BLOCK_N": spec.tiles.block_n,
-        "HEAD_DIM": spec.head_dim,
-        "BLOCK_D": spec.block_d,
-        "VALUE_DIM": spec.value_dim,
-        "BLOCK_DV": spec.block_dv,
-        "GROUPS": spec.groups,
-    }
-    powers = tile_ranges(spec.attention.rule).powers
-    if powers is not None and powers.block % spec.tiles.block_n == 0:
-        found["LIST_TILES"] = powers.block // spec.tiles.block_n
-    if spec.kind == "decode":
-        found["DIRECT"] = False
-    if spec.kind == "listed":
-        found |= {"LIST_BLOCK": spec.list_block, "LIST_UNIT": spec.list_unit}
-    return found
-
-
-@cache
-def _environment() -> jinja2.Environment:
-    return jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-        undefined=jinja2.StrictUndefined,
-    )
-
-
-def template_named(name: str) -> jinja2.Template:
-    return _environment().get_template(name)
 
 
 class Generator:
@@ -420,19 +287,3 @@ class Generator:
         used = " ".join([*inside.lines, sweep.score, sweep.keep])
         sweep.reads_keys = re.search(r"\bkeys\b", used) is not None
         return sweep
-
-
-def helpers_for(body: str) -> str:
-    """Device functions that ``body`` calls, directly or not."""
-    wanted: list[str] = []
-    for name in DEVICE_FUNCTIONS:
-        if f"{name}(" in body or any(f"{name}(" in DEVICE_FUNCTIONS[other] for other in wanted):
-            wanted.append(name)
-    return "".join(f"{DEVICE_FUNCTIONS[name].strip()}\n\n\n" for name in reversed(wanted))
-
-
-def tidy(source: str) -> str:
-    source = re.sub(r"[ \t]+\n", "\n", source)
-    source = re.sub(r"\n{4,}", "\n\n\n", source)
-    source = re.sub(r"(\n    [^\n]*)\n{3,}(?=    )", r"\1\n\n", source)
-    return source.strip() + "\n"

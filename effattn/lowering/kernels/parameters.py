@@ -1,0 +1,117 @@
+"""What a kernel is called with: its parameters in order, with their types, and its compile-time constants."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import sympy
+
+from effattn.ir import expr
+from effattn.ir.attention import AttentionSpec
+from effattn.lowering.dialects.triton.terms import tested_dims
+from effattn.lowering.iteration.tile_ranges import key_conditions, tile_ranges
+from effattn.lowering.kernels.spec import DTYPES, KernelSpec
+
+_POINTER = {**DTYPES, "bool": "i1", "float64": "fp64"}
+_POINTER |= {f"{sign}int{n}": f"{sign or 'i'}{n}" for sign in ("", "u") for n in (8, 16, 32, 64)}
+
+
+@dataclass(frozen=True)
+class Param:
+    """A kernel parameter: its name, and its type in Triton's signatures."""
+
+    name: str
+    type: str  # "*bf16", "i32", "fp32", "constexpr"
+    specialise: bool = True  # integers: Triton may specialise on divisibility by 16 and on the value 1
+
+
+def parameters(spec: KernelSpec, kernel: str = "forward") -> list[Param]:
+    """The parameters of a kernel of the file, in order.
+
+    ``kernel``: ``forward``; ``grad_query`` or ``grad_key_value``; ``find_allowed`` if there is a :func:`key_condition`.
+    """
+    element = f"*{DTYPES[spec.dtype]}"
+    allowed_keys = [Param("allowed", "*i32")] if key_condition(spec) != sympy.true else []
+    if kernel == "find_allowed":
+        common = [param for param in _common_parameters(spec) if param.type != "constexpr"]
+        return [*allowed_keys, *data_parameters(spec.attention), *common]
+    if kernel != "forward":
+        grads = {"grad_query": ["grad_of_query"], "grad_key_value": ["grad_of_key", "grad_of_value"]}[kernel]
+        inputs = ["query", "key", "value", "grad_out"]
+        found = [Param(name, element) for name in inputs] + [Param(name, "*fp32") for name in ("lse", "delta")]
+        found += [*allowed_keys, *(Param(name, element) for name in grads), *data_parameters(spec.attention)]
+        found += [Param(f"{name}_stride_{dim}", "i32") for name in (*inputs, *grads) for dim in "bhnd"]
+        return found + _common_parameters(spec)
+    found = [Param(name, element) for name in ("query", "key", "value", "out")]
+    found += [Param("lse", "*fp32"), *allowed_keys]
+    if spec.kind == "decode":
+        found += [Param(name, "*fp32") for name in ("parts", "parts_top", "parts_total")]
+    if spec.kind == "listed":
+        found += [Param(name, "*i32") for name in ("kv_indices", "kv_num_blocks", "partial_blocks")]
+    if spec.tiles.descriptors:
+        for name, width in (("key_tiles", spec.block_d), ("value_tiles", spec.block_dv)):
+            shape = f"1, 1, {spec.tiles.block_n}, {width}"
+            found.append(Param(name, f"tensordesc<{DTYPES[spec.dtype]}[{shape}]>", False))
+    found += data_parameters(spec.attention)
+    found += [Param(f"{name}_stride_{dim}", "i32") for name in ("query", "key", "value", "out") for dim in "bhnd"]
+    if spec.kind == "listed":
+        found += [Param(name, "i32", False) for name in ("lists", "counted", "row_blocks", "width")]
+    found.append(Param("splits" if spec.kind == "decode" else "together", "i32", False))
+    return found + _common_parameters(spec)
+
+
+def data_parameters(attention: AttentionSpec) -> list[Param]:
+    """Pointers to the captured tensors."""
+    return [Param(f"data_{load.name}", f"*{_POINTER.get(load.dtype, load.dtype)}") for load in attention.captures]
+
+
+def data_sizes(attention: AttentionSpec) -> list[Param]:
+    """Strides of captured tensors and the sizes that kernels check; scalars and numbers."""
+    found = []
+    tested = sizes_tested(attention)
+    for load in attention.captures:
+        found += [Param(f"{load.name}_stride_{dim}", "i32") for dim in range(load.ndim)]
+        found += [Param(f"{load.name}_size_{dim}", "i32", False) for dim in tested[load.name]]
+    found += [Param(f"scalar_{name}", "i32", False) for name in attention.scalars]
+    return found + [Param(f"number_{name}", "fp32", False) for name in attention.numbers]
+
+
+def _common_parameters(spec: KernelSpec) -> list[Param]:
+    """Lengths, strides of captured tensors, scalars, numbers and constants."""
+    found = [Param(name, "i32", False) for name in ("heads", "q_len", "k_len")]
+    return found + data_sizes(spec.attention) + [Param(name, "constexpr") for name in kernel_constants(spec)]
+
+
+def key_condition(spec: KernelSpec) -> Any:
+    """The condition on keys that ``find_allowed`` evaluates before the main kernel; true: there is none."""
+    return key_conditions(tile_ranges(spec.attention.rule).residual)[0] if spec.key_ranges else sympy.true
+
+
+def sizes_tested(attention: AttentionSpec) -> dict[str, list[int]]:
+    """Captured tensor -> dimensions whose computed index a kernel has to check."""
+    tested: dict[str, set[int]] = {load.name: set() for load in attention.captures}
+    for load in expr.loads_of(attention.score, attention.rule):
+        tested[load.name].update(tested_dims(load))
+    return {name: sorted(dims) for name, dims in tested.items()}
+
+
+def kernel_constants(spec: KernelSpec) -> dict[str, int | bool]:
+    """The compile-time constants of ``forward``."""
+    found: dict[str, int | bool] = {
+        "BLOCK_M": spec.tiles.block_m,
+        "BLOCK_N": spec.tiles.block_n,
+        "HEAD_DIM": spec.head_dim,
+        "BLOCK_D": spec.block_d,
+        "VALUE_DIM": spec.value_dim,
+        "BLOCK_DV": spec.block_dv,
+        "GROUPS": spec.groups,
+    }
+    powers = tile_ranges(spec.attention.rule).powers
+    if powers is not None and powers.block % spec.tiles.block_n == 0:
+        found["LIST_TILES"] = powers.block // spec.tiles.block_n
+    if spec.kind == "decode":
+        found["DIRECT"] = False
+    if spec.kind == "listed":
+        found |= {"LIST_BLOCK": spec.list_block, "LIST_UNIT": spec.list_unit}
+    return found

@@ -1,0 +1,42 @@
+"""From templates to text: the templates beside this file, the device functions that a text calls, blank lines."""
+
+from __future__ import annotations
+
+import re
+from functools import cache
+from pathlib import Path
+
+import jinja2
+
+from effattn.lowering.dialects.triton.device_functions import DEVICE_FUNCTIONS
+
+
+@cache
+def _environment() -> jinja2.Environment:
+    return jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        undefined=jinja2.StrictUndefined,
+    )
+
+
+def template_named(name: str) -> jinja2.Template:
+    return _environment().get_template(name)
+
+
+def helpers_for(body: str) -> str:
+    """Device functions that ``body`` calls, directly or not."""
+    wanted: list[str] = []
+    for name in DEVICE_FUNCTIONS:
+        if f"{name}(" in body or any(f"{name}(" in DEVICE_FUNCTIONS[other] for other in wanted):
+            wanted.append(name)
+    return "".join(f"{DEVICE_FUNCTIONS[name].strip()}\n\n\n" for name in reversed(wanted))
+
+
+def tidy(source: str) -> str:
+    source = re.sub(r"[ \t]+\n", "\n", source)
+    source = re.sub(r"\n{4,}", "\n\n\n", source)
+    source = re.sub(r"(\n    [^\n]*)\n{3,}(?=    )", r"\1\n\n", source)
+    return source.strip() + "\n"
