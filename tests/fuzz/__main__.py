@@ -48,6 +48,7 @@ def _options(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--target", choices=("portable", "triton"), default="portable")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (all cores)")
     parser.add_argument("--limit", type=float, default=120, help="seconds that a case may take")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="give out no more cases after that long")
     parser.add_argument("--only", type=int, help="the case of this number alone, with everything about it")
     parser.add_argument("--case", help="this case alone, as it is printed")
     parser.add_argument("--no-shrink", action="store_true", help="leave failing cases as they are")
@@ -78,6 +79,9 @@ def _many(options: argparse.Namespace) -> int:
     options.out.parent.mkdir(parents=True, exist_ok=True)
     rows = finished(options.out, cases, options.seed)
     rows = _tried(options, cases, rows)
+    if left := len(cases) - len(rows):
+        print(f"{left} of {len(cases)} are left: run it again")
+        return 3
     found = [rows[number] for number in cases]
     if options.record is not None:
         write(options.record, options.target, record(found))
@@ -95,6 +99,7 @@ def _tried(options: argparse.Namespace, cases: dict[int, Case], rows: dict[int, 
 
     jobs = deque(Job(options.seed, number, case) for number, case in cases.items() if number not in rows)
     progress = Progress(len(jobs))
+    end = progress.start + options.seconds
     with options.out.open("a") as file:
         for result in results(jobs, "tests.fuzz.jobs:do", options.workers, options.limit):
             number, case = result.job.number, result.job.case
@@ -111,6 +116,8 @@ def _tried(options: argparse.Namespace, cases: dict[int, Case], rows: dict[int, 
             if row.problem or row.verdict == "too slow":
                 _tell(options, row)
             print(row.line(), file=file, flush=True)
+            if time.monotonic() > end:
+                jobs.clear()
     return rows
 
 
