@@ -354,3 +354,57 @@ def test_gradients(function):
         assert (actual is None) == (expected is None)
         if actual is not None:
             assert_close(actual, expected, 1e-4)
+
+
+LOG2E = 1.4426950408889634
+
+
+def powers_of_two(scores):
+    weights = torch.exp2(scores)
+    return weights / weights.sum(-1, keepdim=True)
+
+
+def powers_of_two_shifted(scores):
+    weights = torch.exp2(scores - scores.amax(-1, keepdim=True))
+    return weights / weights.sum(-1, keepdim=True)
+
+
+def powers_of_two_and_one_more(scores):
+    weights = torch.exp2(scores)
+    return weights / (weights.sum(-1, keepdim=True) + 2)
+
+
+@pytest.mark.parametrize("fill", [None, -torch.inf, torch.finfo(torch.float32).min])
+@pytest.mark.parametrize(
+    "weigh", [powers_of_two, powers_of_two_shifted, powers_of_two_and_one_more], ids=lambda function: function.__name__
+)
+def test_powers_of_two(weigh, fill):
+    """2 ** (x * log2(e)) is exp(x), also where a mask hides all keys of a row."""
+
+    def attention(q, k, v):
+        scores = q @ k.mT * (0.3 * LOG2E)
+        return weigh(scores if fill is None else scores.masked_fill(HIDDEN, fill)) @ v
+
+    report, _ = compiled(attention, *qkv())
+    (site,) = report.sites
+    assert site.score == "0.3*s"
+
+
+def test_powers_of_two_divided_at_the_end():
+    def attention(q, k, v):
+        weights = torch.exp2(q @ k.mT)
+        return (weights @ v) / weights.sum(-1, keepdim=True)
+
+    report, _ = compiled(attention, *qkv())
+    assert len(report.sites) == 1
+
+
+def test_one_more_of_another_base_is_no_sink_of_powers_of_two():
+    def attention(q, k, v):
+        scores = q @ k.mT
+        largest = scores.amax(-1, keepdim=True)
+        weights = torch.exp2(scores - largest)
+        return weights / (weights.sum(-1, keepdim=True) + torch.exp(-largest)) @ v
+
+    report, _ = compiled(attention, *qkv())
+    assert report.sites == []

@@ -35,7 +35,7 @@ def denominator(view: GraphView, divisor: Any, exponential: Call, dim: int, end:
     except Refused as refused:
         return {"refused": refused}
     if added is None:
-        return _one_more(view, divisor, exponential, dim)
+        return _one_more(view, divisor, exponential, dim) if exponential.name == "exp" else None
     if added == 0:
         return {}
     scores, when = exponential.get("input"), view.time[exponential.node]

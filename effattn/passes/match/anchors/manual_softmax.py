@@ -10,6 +10,8 @@ and ours is.
 
 from __future__ import annotations
 
+import math
+
 from torch import fx
 
 from effattn.passes.assemble.admissible import SUPPORTED_DTYPES
@@ -50,8 +52,9 @@ def _quotient(view: GraphView, call: Call) -> Call | None:
 
 def _of_exponential(view: GraphView, call: Call, above: fx.Node) -> Call | None:
     exponential, divisor, end = view.call(above), call.get("other"), view.time[call.node]
-    if exponential is None or exponential.name != "exp" or view.writes(above):
+    if exponential is None or exponential.name not in ("exp", "exp2") or view.writes(above):
         return None
+    rate = math.log(2) if exponential.name == "exp2" else 1  # 2 ** x is exp(x * log(2))
     scores, start = exponential.get("input"), view.time[above]
     if not isinstance(scores, fx.Node) or view.writes_between(scores, start, end):
         return None
@@ -59,7 +62,7 @@ def _of_exponential(view: GraphView, call: Call, above: fx.Node) -> Call | None:
         return None
     for dim in range(len(view.shape(above))):
         if (found := denominator(view, divisor, exponential, dim, end)) is not None:
-            return Call("softmax", call.node, {"input": scores, "dim": dim, "read_by": above, **found})
+            return Call("softmax", call.node, {"input": scores, "dim": dim, "read_by": above, "rate": rate, **found})
     return None
 
 
@@ -115,4 +118,4 @@ def _of_logarithm(view: GraphView, call: Call) -> Call | None:
 def may_hold_written_softmax(graph: fx.Graph) -> bool:
     """A quick look for an exponential, so that other graphs cost nothing."""
     calls = (node for node in graph.nodes if node.op.startswith("call_"))
-    return any(str(getattr(node.target, "__name__", node.target)) == "exp" for node in calls)
+    return any(str(getattr(node.target, "__name__", node.target)) in ("exp", "exp2") for node in calls)

@@ -34,6 +34,7 @@ from effattn.passes.match.products import (
 from effattn.passes.match.sink import Columns, Scores, require_plain, scores_of
 from effattn.passes.match.weights import Weighted, follow_weights
 from effattn.passes.symbolic import CaptureSource, Reader
+from effattn.passes.symbolic.pointwise import distribute
 
 
 def with_heads_apart(view: GraphView, call: Call, readers: dict[tuple, Reader]) -> Draft:
@@ -74,6 +75,7 @@ def from_softmax(
     q_len, k_len = shape[q_dim], shape[dim]
     reader = reader_for(view, readers, True, batch, heads, q_len, k_len)
     term, inside = scores_at(view, reader, scores, tuple(index), time, product, mask_is_data)
+    term = distribute(lambda score: score * call.get("rate", 1), term)
 
     require_free_of_scores(view, term, reader.captures, product.node)
     roles = sides(product, inside)
