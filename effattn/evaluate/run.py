@@ -28,8 +28,9 @@ from effattn.evaluate.tasks import passkey as keys
 from effattn.evaluate.tasks.clock import timed, wait
 from effattn.evaluate.tasks.perplexity import perplexity
 from effattn.evaluate.text import LongText, long_text
-from effattn.lowering.device import device_type, on_host
+from effattn.lowering.device import device_type
 from effattn.policy import Policy
+from effattn.runtime.machine import memory_statistics
 
 GIB = 1 << 30
 
@@ -198,7 +199,7 @@ class _Work:
 
     def _time(self, body: Callable[..., Any], who: str, length: int) -> PrefillTime:
         ids = self.text.segment(length)
-        memory = None if on_host(ids) else torch.get_device_module(ids.device)
+        memory = memory_statistics(ids.device)
         first = timed(lambda: body(ids, use_cache=False), 0).first
         if memory is not None:
             memory.reset_peak_memory_stats(ids.device)

@@ -15,19 +15,19 @@ Source = Literal["measured", "datasheet", "assumed"]
 
 @dataclass(frozen=True)
 class DeviceType:
-    """What effattn does differently on one of torch's types of devices. The defaults hold for those without a row."""
+    """How effattn treats one of torch's device types. A type without a row gets the defaults."""
 
     name: str  # as in ``torch.device(...).type``
-    target: str = "portable"  # what runs a plan that names none: a name in ``TARGETS`` of runtime/targets/choice.py
-    kernels: Literal["compiled", "interpreted"] | None = None  # how Triton's kernels run there, if they do
-    sdpa: Literal["fused", "host"] | None = None  # which kernels of SDPA give the LSE: see runtime/targets/sdpa.py
-    on_host: bool = False  # a value can be looked at without waiting
-    one_generator: bool = False  # of random numbers, for all devices of the type
-    inner_backend: str = "eager"  # what compiles the rest where ``evaluate`` is told nothing
-    dtype: str = "float32"  # of weights that ``effattn evaluate`` loads where it is told nothing
+    target: str = "portable"  # default target: a name in ``TARGETS`` of runtime/targets/choice.py
+    kernels: Literal["compiled", "interpreted"] | None = None  # how Triton kernels run; None: they do not
+    sdpa: Literal["fused", "host"] | None = None  # SDPA kernels that return the LSE: runtime/targets/sdpa.py
+    on_host: bool = False  # reading a value needs no synchronisation
+    one_generator: bool = False  # one random number generator for all devices of the type
+    inner_backend: str = "eager"  # default of ``evaluate``: what compiles the rest of the graph
+    dtype: str = "float32"  # default of ``effattn evaluate``: dtype of the weights
 
 
-# in the order in which ``effattn evaluate`` would like to have them
+# in order of preference for ``effattn evaluate``
 _TYPES = (
     DeviceType("cuda", "triton", "compiled", sdpa="fused", inner_backend="inductor", dtype="bfloat16"),
     DeviceType("cpu", kernels="interpreted", sdpa="host", on_host=True, one_generator=True),
@@ -38,12 +38,12 @@ HOST = next(row.name for row in _TYPES if row.on_host)
 
 
 def device_type(name: str) -> DeviceType:
-    """The row of one of torch's types of devices; one of defaults where there is none."""
+    """The row of a device type; the defaults if there is none."""
     return DEVICE_TYPES.get(name) or DeviceType(name)
 
 
 def on_host(tensor: Any) -> bool:
-    """Whether the values of a tensor can be looked at without waiting for a device."""
+    """Whether reading values of a tensor needs no synchronisation."""
     return device_type(tensor.device.type).on_host
 
 

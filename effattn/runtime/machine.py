@@ -1,4 +1,4 @@
-"""What torch says of the devices of this machine, whatever their type."""
+"""The devices of this machine, of any type, as torch reports them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from effattn.lowering.device import DEVICE_TYPES, HOST, device_type
 
 
 def there_are(kind: str) -> bool:
-    """Whether this machine has devices of a type, as torch calls it."""
+    """Whether this machine has a device of this type."""
     if device_type(kind).on_host:
         return True
     is_available = getattr(getattr(torch, kind, None), "is_available", None)
@@ -19,12 +19,12 @@ def there_are(kind: str) -> bool:
 
 
 def best_type() -> str:
-    """The first of the types of devices that this machine has."""
+    """The preferred device type of this machine: the first row of ``DEVICE_TYPES`` that it has."""
     return next(filter(there_are, DEVICE_TYPES))
 
 
 def name_of(device: str | torch.device) -> str:
-    """What torch calls a device, the current one of a type without a number; its type where it has no other name."""
+    """Torch's name of a device (without an index: the current one); its type if it has no name."""
     device = torch.device(device)
     if device_type(device.type).on_host:
         return device.type
@@ -33,9 +33,17 @@ def name_of(device: str | torch.device) -> str:
 
 
 def in_use() -> Iterator[Any]:
-    """The modules of torch (``torch.cuda``, ...) of devices besides the host that this process has used."""
+    """The device modules (``torch.cuda``, ...) that this process has initialised."""
     for kind in DEVICE_TYPES:
         if kind != HOST and there_are(kind):
             module = getattr(torch, kind)
             if not hasattr(module, "is_initialized") or module.is_initialized():
                 yield module
+
+
+def memory_statistics(device: torch.device) -> Any | None:
+    """The device module, if it counts the peak of allocated memory; else None."""
+    if device_type(device.type).on_host:
+        return None
+    module = torch.get_device_module(device)
+    return module if hasattr(module, "max_memory_allocated") else None

@@ -184,6 +184,6 @@ def test_a_target(added, monkeypatch):
     torch._dynamo.reset()
     with torch.no_grad():
         (site,) = effattn.explain(function, *qkv()).sites
-    assert site.kernel == "counting: what the portable target computes"
+    assert site.kernel == "counting: the portable target"
     same(function)
     assert len(computed) > 2

@@ -1,4 +1,4 @@
-"""The targets, and which of them serves a call: the one that is named, or that of its device, or the portable one."""
+"""The table of targets, and the choice among them: the named target, else the device's, else the portable one."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from effattn.runtime.targets.target import Target
 from effattn.settings import warn_once
 
 TARGETS: dict[str, Target] = {"triton": triton, "portable": portable}
-ANYWHERE = "portable"  # the target that serves every plan on every device
+ANYWHERE = "portable"  # the target that runs every plan on every device
 
 WhyNot = Callable[[Target], Refusal | None]
 
@@ -25,17 +25,17 @@ def named(name: str) -> Target:
 
 
 def asked_for(wanted: str | None, device: str) -> Target:
-    """The target with this name, or that of the device type; whether it can run is another question."""
+    """The target of this name; for None that of the device type. It may not be able to run there."""
     return TARGETS[device_type(device).target] if wanted is None else named(wanted)
 
 
 def chosen(wanted: str | None, device: str, why_not: WhyNot) -> tuple[Target, Refusal | None]:
-    """The target that serves a call, and why it is not the one that was wanted, if it is not.
+    """The target that runs a call, and, if that is not the one asked for, why.
 
     Args:
-        wanted: a name in ``TARGETS``, or None: that of the device.
-        device: its type, as torch calls it.
-        why_not: asks a target for what it does not serve of the call.
+        wanted: a name in ``TARGETS``; None: that of the device type.
+        device: device type, as in ``torch.device(...).type``.
+        why_not: why a target does not support the call; None if it does.
     """
     target = asked_for(wanted, device)
     refusal = target.why_not_on(device) or why_not(target)
@@ -43,15 +43,15 @@ def chosen(wanted: str | None, device: str, why_not: WhyNot) -> tuple[Target, Re
 
 
 def why_not_there(wanted: str | None, device: str) -> Refusal | None:
-    """Why a target that somebody names cannot run on a type of device; None: it can, or nobody names one."""
+    """Why a named target cannot run on a device type; None if it can, or if none is named."""
     return None if wanted is None else named(wanted).why_not_on(device)
 
 
 def serving(wanted: str | None, device: str, why_not: WhyNot) -> Target:
-    """:func:`chosen` for a call that is about to run, with a warning where it is not the one that was wanted.
+    """The target that runs a call now, with one warning if it is not the one asked for.
 
     Raises:
-        TargetError: a target is named that cannot run on such a device.
+        TargetError: the named target does not exist, or cannot run on this device type.
     """
     if (refusal := why_not_there(wanted, device)) is not None:
         raise TargetError(f"attention by target {wanted!r} cannot run: {refusal}")

@@ -1,4 +1,4 @@
-"""Outputs in the memory orders of plans."""
+"""Allocation of outputs in a plan's memory order."""
 
 from __future__ import annotations
 

@@ -116,12 +116,12 @@ def widened_for_lse(plan: Plan, query: Tensor, key: Tensor, value: Tensor) -> tu
 
 @dataclass(frozen=True)
 class Fused:
-    """SDPA's kernels that avoid N x N scores and give the LSE, of one kind of device."""
+    """SDPA kernels without N x N scores that return the LSE, for some device types."""
 
     run: Callable[[Tensor, Tensor, Tensor, bool, float], tuple[Tensor, Tensor] | None]
     least_rows: int = 0
     lse_in_dtype: bool = False  # see :func:`widened_for_lse`
-    grouped_only_in_half: bool = False  # in float32 they take as many heads of key and value as of query
+    grouped_only_in_half: bool = False  # in float32 they need key and value with all query heads
     aligned_only: bool = False  # see :func:`lies_well`
 
 
@@ -132,7 +132,7 @@ KERNELS: dict[str | None, Fused] = {  # keyed by ``DeviceType.sdpa``
 
 
 def kernels_on(device: str) -> Fused | None:
-    """SDPA's kernels for a device type; None where nothing is known of them."""
+    """SDPA's kernels for a device type; None if none are known."""
     return KERNELS.get(device_type(device).sdpa)
 
 

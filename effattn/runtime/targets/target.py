@@ -1,4 +1,7 @@
-"""What a target is: a module that computes plans, and says beforehand which it does not. ``TARGETS`` lists them."""
+"""The protocol of a target: a module that runs plans and says beforehand which it does not support.
+
+``TARGETS`` in :mod:`effattn.runtime.targets.choice` lists them.
+"""
 
 from __future__ import annotations
 
@@ -16,10 +19,10 @@ from effattn.ir.site import Site
 
 
 class LinearTarget(Protocol):
-    """Attention without a softmax on one target; arguments as in :mod:`effattn.runtime.targets.portable.linear`."""
+    """Linear attention on one target. Arguments as in :mod:`effattn.runtime.targets.portable.linear`."""
 
     def why_not(self, dtype: torch.dtype, features: int, value_dim: int) -> Refusal | None:
-        """Why it does not serve such calls; None if it does."""
+        """Why it does not support such calls; None if it does."""
 
     def run(
         self,
@@ -57,34 +60,34 @@ class LinearTarget(Protocol):
         ...
 
     def describe(self, site: Site, causal: bool, decay: bool, normalised: bool) -> str:
-        """What runs such a site, for the report."""
+        """What runs a site, for the report."""
         ...
 
 
 class Target(Protocol):
-    """A module that computes plans; :mod:`effattn.runtime.targets.portable` computes every one on every device."""
+    """A module that runs plans. :mod:`effattn.runtime.targets.portable` runs every plan on every device."""
 
     @property
     def alone(self) -> bool:
-        """Whether whoever names this target means it alone, so that SDPA's own kernels do not go before it."""
+        """Whether SDPA's own kernels are not tried first when this target is named."""
         ...
 
     @property
     def steps(self) -> ModuleType:
-        """What scores and picks where keys are chosen at run time, as :mod:`effattn.runtime.selection.run` needs it."""
+        """The module that scores and picks keys at run time; see :func:`effattn.runtime.selection.run.select`."""
         ...
 
     @property
     def linear(self) -> LinearTarget: ...
 
     def why_not_on(self, device: str) -> Refusal | None:
-        """Why it cannot run on devices of a type, as torch calls it, on this machine; None if it can."""
+        """Why it cannot run on a device type of this machine; None if it can."""
 
     def why_not(self, spec: AttentionSpec, dtype: torch.dtype, head_dim: int, value_dim: int) -> Refusal | None:
-        """Why it does not serve calls of such a spec, dtype and such sizes; None if it does."""
+        """Why it does not support calls of this spec, dtype and these head dimensions; None if it does."""
 
     def why_no_backward(self, spec: AttentionSpec, head_dim: int, value_dim: int) -> Refusal | None:
-        """Why it has no gradient for them; None if it has. The portable target's is taken then."""
+        """Why it has no backward for them, so that the portable target's runs; None if it has one."""
 
     def run(
         self,
@@ -113,9 +116,9 @@ class Target(Protocol):
         scalars: Sequence[int] = (),
         numbers: Sequence[float] = (),
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients of query, key and value; ``out`` and ``lse`` are what :meth:`run` returned."""
+        """Gradients of query, key and value, from what :meth:`run` returned as ``out`` and ``lse``."""
         ...
 
     def describe(self, plan: Plan, site: Site) -> str:
-        """What runs a plan at a site, for the report: the file of its kernel, or a few words."""
+        """What runs a plan at a site, for the report: the path of its kernel, or a few words."""
         ...

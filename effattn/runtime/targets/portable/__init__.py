@@ -18,11 +18,11 @@ def why_not_on(device: str) -> None:
 
 
 def why_not(spec: Any, dtype: Any, head_dim: int, value_dim: int) -> None:
-    """It serves every call."""
+    """It supports every call."""
 
 
 def why_no_backward(spec: Any, head_dim: int, value_dim: int) -> None:
-    """It has every gradient."""
+    """It has a backward for every plan."""
 
 
 def describe(plan: Any, site: Any) -> str:

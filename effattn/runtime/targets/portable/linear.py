@@ -67,7 +67,7 @@ run_step = run  # a few tokens are one chunk
 
 
 def why_not(dtype: Any, features: int, value_dim: int) -> None:
-    """It serves every call."""
+    """It supports every call."""
 
 
 def describe(site: Any, causal: bool, decay: bool, normalised: bool) -> str:

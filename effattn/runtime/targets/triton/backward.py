@@ -43,7 +43,7 @@ def run_backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of query, key and value, in their shapes and dtypes and in the plan's memory order.
 
-    ``out`` and ``lse`` are what the forward returned. Calls without rows or keys go through ATen.
+    ``out`` and ``lse`` are what the forward returned. Calls without queries or keys run in ATen.
 
     Raises:
         UnsupportedCall: :func:`why_no_backward` says why.

@@ -1,4 +1,4 @@
-"""What generated kernels do not serve: devices, dtypes, sizes and expressions."""
+"""What generated kernels do not support: device types, dtypes, sizes and expressions."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def triton_is_importable() -> bool:
 
 
 def why_not_on(device: str) -> Refusal | None:
-    """Why generated kernels cannot run on a type of device, and what to do; None if they can."""
+    """Why generated kernels cannot run on a device type, and what to do; None if they can."""
     if not triton_is_importable():
         hint = 'install it (pip install triton), or leave target="triton" out'
         return Refusal(Why.NO_TRITON, "Triton is not installed", hint)
