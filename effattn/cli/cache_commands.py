@@ -1,4 +1,4 @@
-"""``effattn cache`` and ``effattn kernels``: what is on disk."""
+"""``effattn cache`` and ``effattn kernels``: the files on disk."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ app = typer.Typer()
 @app.callback(invoke_without_command=True)
 @paragraphs
 def cache(ctx: typer.Context) -> None:
-    """Show or clear the files that effattn keeps on disk.
+    """Show or clear the cache of generated kernels.
 
-    These are the sources of generated kernels, kept for people and profilers to read. effattn never runs them: it
-    runs the text it has just generated. EFFATTN_CACHE_DIR moves the directory.
+    The cache holds the sources of generated kernels, for people and profilers to read. effattn never runs these files;
+    it runs the text it has just generated. EFFATTN_CACHE_DIR sets the directory.
     """
     if ctx.invoked_subcommand is not None:
         return
@@ -38,7 +38,7 @@ def cache(ctx: typer.Context) -> None:
 @app.command("path")
 @paragraphs
 def path() -> None:
-    """Print the directory, whether or not it exists."""
+    """Print the cache directory, whether or not it exists."""
     from effattn.runtime import cache as files
 
     typer.echo(str(files.directory()))
@@ -47,9 +47,9 @@ def path() -> None:
 @app.command("clear")
 @paragraphs
 def clear(
-    yes: bool = typer.Option(False, "--yes", "-y", help="Do not ask."),
+    yes: bool = typer.Option(False, "--yes", "-y", help="Do not ask for confirmation."),
 ) -> None:
-    """Delete the generated kernels. Files that are not ours stay, and links are never followed."""
+    """Delete the generated kernels. Other files stay, and links are not followed."""
     from effattn.runtime import cache as files
 
     if (problem := files.problem()) is not None:
@@ -66,12 +66,12 @@ def clear(
 @paragraphs
 def kernels(
     name: str | None = typer.Argument(None, help="Print the source of this kernel (any part of its name)."),
-    json_: bool = typer.Option(False, "--json", help="As JSON."),
+    json_: bool = typer.Option(False, "--json", help="Print JSON."),
 ) -> None:
     """List the generated kernels on disk, or print one.
 
-    Each is a Triton file of its own, specialised on the form, the predicate (which keys a query may see), the score
-    and the sizes. They appear when a compiled model has run on a GPU.
+    Each is a self-contained Triton file, specialised on the form, the predicate (which keys a query may see), the score
+    and the sizes. They are written when a compiled model runs on a GPU.
 
     Examples: effattn kernels, effattn kernels power
     """

@@ -1,4 +1,4 @@
-"""``effattn evaluate``: what policies cost in quality and save in time, on a real model and real text."""
+"""``effattn evaluate``: quality and speed of policies on a real model and real text."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from effattn.cli import paragraphs
 
 
 class Rest(StrEnum):
-    """What compiles all that is not attention."""
+    """What compiles the rest of the graph."""
 
     inductor = "inductor"
     eager = "eager"
 
 
 class Dtype(StrEnum):
-    """Of the weights."""
+    """Dtype of the weights."""
 
     float32 = "float32"
     bfloat16 = "bfloat16"
@@ -29,33 +29,33 @@ class Dtype(StrEnum):
 @paragraphs
 def evaluate(
     model: str = typer.Option("smollm2", help="smollm2, a transformers model directory or a hub name."),
-    policies: str = typer.Option("exact,power,window", help="Names of policies that ship and .toml files, by commas."),
+    policies: str = typer.Option("exact,power,window", help="Shipped policies and .toml files, separated by commas."),
     lengths: str = typer.Option("2048", help="Tokens, by commas: 2048,4096 or 2K,4K."),
-    tasks: str = typer.Option("errors,perplexity,passkey,time", help="Which of these four to do, by commas."),
-    depths: str = typer.Option("0.1,0.5,0.9", help="Where passkeys are hidden: 0 is the start, 1 the end of the text."),
-    trials: int = typer.Option(5, min=1, help="Passkeys of each length and depth."),
-    segments: int = typer.Option(1, min=1, help="Texts of each length for perplexity."),
+    tasks: str = typer.Option("errors,perplexity,passkey,time", help="Which of these to run, separated by commas."),
+    depths: str = typer.Option("0.1,0.5,0.9", help="Positions of passkeys: 0 is the start, 1 the end of the text."),
+    trials: int = typer.Option(5, min=1, help="Passkeys per length and depth."),
+    segments: int = typer.Option(1, min=1, help="Texts per length for perplexity."),
     repeats: int = typer.Option(2, min=0, help="Timed forwards after the first."),
     text: pathlib.Path | None = typer.Option(
-        None, dir_okay=False, help="A UTF-8 text to measure on. Default: the source of Python's standard library."
+        None, dir_okay=False, help="A UTF-8 text file. Default: the source of Python's standard library."
     ),
     rope_scaling: str | None = typer.Option(
         None, metavar="KIND:FACTOR", help="For lengths beyond the model's context: yarn:16, dynamic:4, linear:2."
     ),
     device: str | None = typer.Option(None, help="cpu, cuda, cuda:1. Default: cuda if there is a GPU."),
-    dtype: Dtype | None = typer.Option(None, help="Default: bfloat16 on a GPU, else float32."),
+    dtype: Dtype | None = typer.Option(None, help="Dtype of the weights. Default: bfloat16 on a GPU, else float32."),
     rest: Rest | None = typer.Option(None, help="What compiles the rest. Default: inductor on a GPU, else eager."),
-    seed: int = typer.Option(0, min=0, help="Of the passkeys."),
+    seed: int = typer.Option(0, min=0, help="Seed of the passkeys."),
     out: pathlib.Path = typer.Option(
-        pathlib.Path("evaluation"), file_okay=False, help="Folder for results; the same command again continues there."
+        pathlib.Path("evaluation"), file_okay=False, help="Folder for results; the same command again resumes there."
     ),
     json_: bool = typer.Option(False, "--json", help="Print all results as JSON instead of tables."),
 ) -> None:
     """Compare policies with the dense model.
 
-    Errors of every attention's output and the softmax mass that a form recovers, beside the most that any choice of as
-    many blocks could; perplexity on long text; retrieval of a hidden passkey; time of a forward. Says beforehand how
-    long it will take, and writes every finished piece at once: after Ctrl-C the same command goes on.
+    Measures, for every attention, the error of the output and the softmax mass on kept keys, next to the most mass that
+    as many blocks can have; perplexity on long text; retrieval of a hidden passkey; and the time of a forward. Prints
+    an estimate of the time first, and writes every finished piece at once: after Ctrl-C the same command resumes.
 
     Examples:
 
@@ -79,7 +79,7 @@ def evaluate(
         "seed": seed,
         "rope_scaling": rope_scaling,
     }
-    chosen = Setting.read(_items(policies), **given).policies  # a mistake is told before a model is loaded
+    chosen = Setting.read(_items(policies), **given).policies  # raises before a model is loaded
     if text is not None and not text.is_file():
         raise EvaluationError(f"there is no text file {text}")
     place = _device(device)
@@ -129,7 +129,7 @@ def _items(text: str) -> list[str]:
 
 
 def _length(text: str) -> int:
-    """``4096``, ``4K``."""
+    """The number of tokens in ``4096`` or ``4K``."""
     from effattn.errors import EvaluationError
 
     number, factor = (text[:-1], 1024) if text[-1:] in ("k", "K") else (text, 1)

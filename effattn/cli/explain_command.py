@@ -1,4 +1,4 @@
-"""``effattn explain``: what the backend would do to a model."""
+"""``effattn explain``: what the backend does to a model."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from effattn.cli import Code, fail, paragraphs
 
 
 class Attention(StrEnum):
-    """Implementations of attention inside transformers."""
+    """Attention implementations of transformers."""
 
     eager = "eager"
     sdpa = "sdpa"
 
 
 class When(StrEnum):
-    """Which of the two graphs."""
+    """The graph before or after the rewriting."""
 
     before = "before"
     after = "after"
@@ -33,25 +33,25 @@ def explain(
         help="smollm2, a transformers model directory or hub name, or module:function or file.py:function that returns "
         "(model, args, kwargs). The last two import and run that Python code: use them on code you trust.",
     ),
-    policy: str = typer.Option("exact", help="Name of a policy that ships, or a .toml file."),
+    policy: str = typer.Option("exact", help="Name of a shipped policy, or a .toml file."),
     length: int = typer.Option(512, min=1, help="Tokens of the example input."),
     batch: int = typer.Option(1, min=1, help="Sequences of the example input."),
     attention: Attention | None = typer.Option(
         None, help="Which implementation transformers uses, before effattn replaces it. Default: the model's own."
     ),
     mask: bool = typer.Option(False, "--mask", help="Pass an attention_mask of ones, as a tokenizer returns it."),
-    train: bool = typer.Option(False, "--train", help="Explain a training step: gradients are needed."),
+    train: bool = typer.Option(False, "--train", help="Explain a training step, with gradients."),
     json_: bool = typer.Option(False, "--json", help="Print the report as JSON."),
     html: pathlib.Path | None = typer.Option(None, dir_okay=False, help="Also write the report as an HTML page."),
     graph: When | None = typer.Option(None, help="Print the FX graph's code before or after the rewrite instead."),
     passes: bool = typer.Option(False, "--passes", help="Print what each pass did to the graph instead."),
     strict: bool = typer.Option(
-        False, "--strict", help="Exit with 1 if an attention was left alone, ran in no graph, or a form was refused."
+        False, "--strict", help="Exit with 1 if an attention was left alone or ran eagerly, or a form was refused."
     ),
 ) -> None:
-    """Compile a model, run it once, and tell what happened to every attention in it, and why.
+    """Compile a model, run it once, and report what happened to every attention in it, and why.
 
-    Needs no GPU. The weights do not matter for the report: a directory with nothing but a config.json will do.
+    Needs no GPU and no weights: a directory with only a config.json works.
 
     Examples:
 
@@ -68,7 +68,7 @@ def explain(
     from effattn.cli import models
     from effattn.policy import Policy
 
-    chosen = Policy.of(policy)  # a mistake in it is told before a model is loaded
+    chosen = Policy.of(policy)  # raises before a model is loaded
     with _telling(f"loading {model}"):
         example = models.load(model, length=length, batch=batch, attention=attention and attention.value, mask=mask)
     with _telling(f"compiling and running {type(example.model).__name__} once"):
@@ -114,7 +114,7 @@ def _report(example, policy, train: bool, trace: bool):
     except EffattnError:
         raise
     except Exception as error:
-        # the model's own code, or torch's: the message is theirs
+        # the model's own code or torch raised, so show their message
         fail(Code.FINDING, f"the model did not run: {type(error).__name__}: {_first_lines(error)}")
 
 
@@ -132,7 +132,7 @@ def _first_lines(error: BaseException, count: int = 4) -> str:
 
 @contextlib.contextmanager
 def _telling(text: str):
-    """A line that moves on a terminal, on standard error; nothing elsewhere."""
+    """Show a status line with a spinner on standard error if it is a terminal."""
     from rich.console import Console
     from rich.markup import escape
 

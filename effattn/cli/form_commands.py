@@ -1,4 +1,4 @@
-"""``effattn forms``: what forms there are, when each applies, and what a policy may set."""
+"""``effattn forms``: the forms, their conditions and their parameters."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from effattn.cli import Code, fail, paragraphs
 
 @paragraphs
 def forms(
-    name: str | None = typer.Argument(None, help="Show this form alone, with its parameters and conditions."),
-    json_: bool = typer.Option(False, "--json", help="As JSON."),
+    name: str | None = typer.Argument(None, help="Show only this form, with its parameters and conditions."),
+    json_: bool = typer.Option(False, "--json", help="Print JSON."),
 ) -> None:
     """List the forms of attention, or show one.
 
-    A form is a way to compute attention. An exact form computes the user's own function; an approximate or trained
-    one changes it, and is only used where a policy names it.
+    A form is a way to compute attention. An exact form computes the model's own function. An approximate or trained
+    form computes another function, and is used only where a policy names it.
 
     Examples: effattn forms, effattn forms power
     """
@@ -47,7 +47,7 @@ def _record(form) -> dict:
 
 
 def _params(form) -> dict[str, dict]:
-    """Name -> type, default, limits, description."""
+    """Name to type, default, limits and description of each parameter."""
     properties = form.params.model_json_schema().get("properties", {})
     limits = {"minimum": ">=", "maximum": "<=", "exclusiveMinimum": ">", "exclusiveMaximum": "<"}
     return {

@@ -18,7 +18,7 @@ from effattn.cli import (
 
 
 class _Group(TyperGroup):
-    """Turns the errors that effattn raises on purpose into one message and an exit code."""
+    """Converts effattn's own errors to a message and an exit code."""
 
     def invoke(self, ctx):
         from effattn.errors import EffattnError, FormRefused, VerificationError
@@ -53,10 +53,10 @@ def _version(asked: bool) -> None:
 def main(
     version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Show the version."),
 ) -> None:
-    """See what effattn does to a model's attention, and why.
+    """Show what effattn does to a model's attention, and why.
 
-    In Python, all it takes is torch.compile(model, backend="effattn"). The commands here show what that would do to
-    a model, which forms of attention there are, and whether a policy file is right.
+    In Python, use torch.compile(model, backend="effattn"). These commands show what it does to a model, which forms of
+    attention there are, and whether a policy file is valid.
 
     Start with: effattn explain smollm2 --length 512
 

@@ -1,4 +1,4 @@
-"""A model and an example input from what a user types."""
+"""A model and an example input from a command-line argument."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ WEIGHTS = (".safetensors", ".bin", ".gguf", ".pt")
 
 
 class ModelError(EffattnError):
-    """The command line cannot make a model of what was typed."""
+    """The argument does not give a model."""
 
 
 @dataclass(frozen=True)
 class Example:
-    """A model and what to call it with."""
+    """A model and the arguments to call it with."""
 
     model: Any
     args: tuple = ()
@@ -35,10 +35,10 @@ class Example:
 
 
 def load(name: str, *, length: int, batch: int, attention: str | None, mask: bool) -> Example:
-    """The model that ``name`` means, with ``batch`` sequences of ``length`` tokens.
+    """The model called ``name``, with ``batch`` sequences of ``length`` tokens.
 
     Raises:
-        ModelError: there is no such model, or the code that should make it does not.
+        ModelError: there is no such model, or the user's code does not make one.
     """
     if ":" in name and not os.path.exists(name):
         return _from_code(name)
@@ -100,7 +100,7 @@ def _from_transformers(name: str, attention: str | None) -> tuple[Any, list[str]
         raise ModelError(f"there is no directory {name}")
     here = folder.expanduser().is_dir()
     near = difflib.get_close_matches(name, NAMES, n=1, cutoff=0.7)
-    if near and not here:  # without asking the network, which takes long to say no
+    if near and not here:  # do not ask the hub, which is slow to answer
         raise ModelError(f"there is no model {name!r}; did you mean {near[0]!r}?")
     options = {} if attention is None else {"attn_implementation": attention}
     place = str(folder.expanduser()) if here else name
@@ -115,7 +115,7 @@ def _from_transformers(name: str, attention: str | None) -> tuple[Any, list[str]
 
 
 def _auto_class(transformers: ModuleType, config: Any) -> Any:
-    """With a language model head where the architecture has one, else the bare model."""
+    """The class with a language model head if the architecture has one, else the bare model's."""
     architectures = getattr(config, "architectures", None) or []
     decoder = any(str(name).endswith(("ForCausalLM", "LMHeadModel")) for name in architectures)
     known = type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING
@@ -133,7 +133,7 @@ def _why_not(name: str, here: bool, error: Exception) -> str:
 
 
 def _tokens(model: Any, length: int, batch: int, mask: bool) -> dict[str, Any]:
-    """Token ids (int64 [batch, length], the same every time) and what else this model's forward takes."""
+    """Token ids (int64 [batch, length], deterministic) and the other arguments of the model's forward."""
     import torch
 
     takes = inspect.signature(model.forward).parameters

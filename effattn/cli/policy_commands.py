@@ -14,20 +14,20 @@ app = typer.Typer(no_args_is_help=True)
 def policy() -> None:
     """Check, show and list policies.
 
-    A policy is a TOML file that says which forms of attention are allowed where. Without one, effattn computes
-    exactly what the user wrote.
+    A policy is a TOML file that says which forms of attention are allowed where. Without one, effattn computes exactly
+    the model's own function.
     """
 
 
 @app.command("check")
 @paragraphs
 def check(
-    files: list[str] = typer.Argument(..., metavar="FILE...", help="Policy files, or names that ship with effattn."),
+    files: list[str] = typer.Argument(..., metavar="FILE...", help="Policy files, or names of shipped policies."),
     layers: int | None = typer.Option(None, min=0, help="Also check layer ranges against a model of this many layers."),
 ) -> None:
-    """Check policy files. Every mistake is told with its line, what is allowed, and the nearest match.
+    """Check policy files. Every mistake is reported with its line, the allowed values, and the nearest match.
 
-    Exit code 1 if any file is wrong, 2 if one cannot be read. Nothing in a policy file is ever executed.
+    Exit code 1 if a file is invalid, 2 if one cannot be read. Nothing in a policy file is ever executed.
     """
     from effattn.errors import PolicyError, PolicyNotFound
     from effattn.policy import Policy
@@ -53,10 +53,10 @@ def check(
 @app.command("show")
 @paragraphs
 def show(
-    name: str = typer.Argument(..., help="The name of a policy that ships with effattn, or a file."),
-    json_: bool = typer.Option(False, "--json", help="As JSON, as effattn reads it."),
+    name: str = typer.Argument(..., help="The name of a shipped policy, or a file."),
+    json_: bool = typer.Option(False, "--json", help="Print JSON, as effattn reads the policy."),
 ) -> None:
-    """Print a policy: a good start for one of your own.
+    """Print a policy, for example to start your own.
 
     Example: effattn policy show power > mine.toml
     """

@@ -1,8 +1,8 @@
 """Policies: which forms are allowed where, read from TOML and checked before anything is compiled.
 
-``policy`` and ``rules`` hold the records, ``shipped`` what comes with effattn, ``fields`` checks single values,
-``layers`` reads layer ranges, ``problems`` turns every mistake into one clear message, ``locate`` finds the line of a
-key, ``write`` prints a policy as TOML again.
+``policy`` and ``rules`` have the records, ``shipped`` the policies that come with effattn. ``fields`` checks single
+values, ``layers`` parses layer ranges, ``problems`` turns mistakes into messages, ``locate`` finds the line of a key,
+``write`` prints a policy as TOML.
 """
 
 from effattn.policy.policy import Match, Policy

@@ -1,4 +1,4 @@
-"""Checks of single values in a policy: each answers with key paths of its own, relative to the value."""
+"""Checks of single values in a policy. Problems carry key paths relative to the value."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from effattn.policy.problems import given, problems_of, unknown
 
 
 def refuse(problems: list[tuple[Path, str]]) -> PydanticCustomError:
-    """An error that carries key paths of its own, relative to the field that is being validated."""
+    """An error with its own key paths, relative to the field being validated."""
     text = "; ".join(text for _, text in problems)
     return PydanticCustomError("policy", "{text}", {"text": text, "problems": problems})
 
 
 def strings(value: Any) -> tuple[str, ...]:
-    """A string or a list of strings."""
+    """A string or a list of strings, as a tuple."""
     items = [value] if isinstance(value, str) else value
     if not isinstance(items, (list, tuple)):
         raise refuse([((), f"expected a string or a list of strings, got {given(value)}")])
@@ -39,7 +39,7 @@ def strings(value: Any) -> tuple[str, ...]:
 
 
 def among(what: str, names: tuple[str, ...], allowed: Iterable[str]) -> tuple[str, ...]:
-    """``names`` if each is allowed and none comes twice."""
+    """``names``, if each is allowed and none is repeated."""
     allowed = list(allowed)
     wrong: list[tuple[Path, str]] = []
     for i, name in enumerate(names):
@@ -53,7 +53,7 @@ def among(what: str, names: tuple[str, ...], allowed: Iterable[str]) -> tuple[st
 
 
 def facts(value: Any) -> Any:
-    """Whatever TOML can hold, in plain types; anything else has no place in a record of where numbers came from."""
+    """A table of TOML values in plain types; refuses values that TOML cannot hold."""
     if not isinstance(value, Mapping):
         return value
     wrong: list[tuple[Path, str]] = []
@@ -71,7 +71,7 @@ def _plain(value: Any, path: Path, wrong: list[tuple[Path, str]]) -> Any:
         return {str(name): _plain(item, (*path, str(name)), wrong) for name, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [_plain(item, (*path, number), wrong) for number, item in enumerate(value)]
-    for kind in (bool, str, int, float):  # of subclasses, such as NumPy's float64, the value is kept
+    for kind in (bool, str, int, float):  # converts subclasses, such as NumPy's float64
         if isinstance(value, kind):
             value = kind(value)
             break
@@ -81,7 +81,7 @@ def _plain(value: Any, path: Path, wrong: list[tuple[Path, str]]) -> Any:
 
 
 def _has_spelling(value: Any) -> bool:
-    """Whether TOML reads back what is written: a time with a time zone, for one, it cannot write."""
+    """Whether the value survives writing and reading TOML; a time with a time zone, for one, does not."""
     try:
         again = tomllib.loads(f"value = {write.value(value)}".encode().decode())["value"]
     except (ValueError, TypeError):
@@ -90,7 +90,7 @@ def _has_spelling(value: Any) -> bool:
 
 
 def for_json(value: Any) -> Any:
-    """The same where there are no dates and no infinities: as text."""
+    """The value with dates, infinities and NaN as text."""
     if isinstance(value, dict):
         return {name: for_json(item) for name, item in value.items()}
     if isinstance(value, list):
@@ -101,7 +101,7 @@ def for_json(value: Any) -> Any:
 
 
 def params_of(form: str, table: Any) -> tuple[Params | None, list[tuple[Path, str]]]:
-    """The parameters of ``form`` from a table, or None and what is wrong with it."""
+    """(parameters of ``form`` from a table, problems); the parameters are None if there are problems."""
     kind = FORMS[form].params
     if isinstance(table, kind):
         return table, []

@@ -1,4 +1,4 @@
-"""Layer ranges as people write them: ``"0-3, 8, 20-"``, ``[0, 1, 2, 3, 8]``, or ``"0-1 of every 7"``."""
+"""Layer ranges as users write them: ``"0-3, 8, 20-"``, ``[0, 1, 2, 3, 8]``, or ``"0-1 of every 7"``."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from functools import lru_cache
 
-LARGEST = 100_000  # no model has more layers; keeps a slip of the keyboard from passing
+LARGEST = 100_000  # more layers than any model has; catches typing errors
 _PART = re.compile(r"(\d{1,9})\s*(?:(-)\s*(\d{1,9})?)?", re.ASCII)
 _PERIOD = re.compile(r"(.*?)\s+of\s+every\s+(\d{1,6})", re.ASCII)
 ALLOWED = 'a string such as "0", "0-3, 8, 20-", "0-1 of every 7", or a list of layer numbers'
@@ -16,7 +16,7 @@ ALLOWED = 'a string such as "0", "0-3, 8, 20-", "0-1 of every 7", or a list of l
 class Layers:
     """Sorted, disjoint ranges ``(first, last)``; the last one may be open (``last`` None).
 
-    With a ``period`` they are ranges within every so many layers, and stand for as many layers as a model has.
+    With a ``period``, the ranges repeat every ``period`` layers, for as many layers as the model has.
     """
 
     ranges: tuple[tuple[int, int | None], ...]
@@ -27,7 +27,7 @@ class Layers:
         return any(first <= layer and (last is None or layer <= last) for first, last in self.ranges)
 
     def beyond(self, count: int) -> str | None:
-        """What is named and not there in a model of ``count`` layers, in words; None: all of it is there."""
+        """Which layers are named but missing in a model of ``count`` layers, as text; None if none are."""
         for first, last in self.ranges if self.period is None else ():
             if first >= count or (last is not None and last >= count):
                 has = f"the model has {count} layers, 0 to {count - 1}" if count else "the model has no layers"
@@ -46,10 +46,10 @@ def _spelled(first: int, last: int | None) -> str:
 
 @lru_cache(maxsize=1024)
 def parse(text: str) -> Layers:
-    """Read a layer range.
+    """Parse a layer range.
 
     Raises:
-        ValueError: not a range; the message says which part and why.
+        ValueError: not a range; the message names the part and the reason.
     """
     if periodic := _PERIOD.fullmatch(text.strip()):
         within, period = parse(periodic[1]), int(periodic[2])
@@ -73,10 +73,10 @@ def parse(text: str) -> Layers:
 
 
 def read(value: object) -> Layers:
-    """Layers from what a policy holds: a string, an int, or a list of ints.
+    """Layers from a policy value: a string, an int, or a list of ints.
 
     Raises:
-        ValueError: anything else.
+        ValueError: the value is invalid.
     """
     if isinstance(value, Layers):
         return value

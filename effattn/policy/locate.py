@@ -9,7 +9,7 @@ from collections.abc import Iterator
 Path = tuple[str | int, ...]
 
 _TOKEN = re.compile(
-    r'"""(?:\\.|[^\\])*?"{3,5}'  # multi-line strings first: they start like the others
+    r'"""(?:\\.|[^\\])*?"{3,5}'  # multi-line strings first, since they start with the same character
     r"|'''.*?'{3,5}"
     r'|"(?:\\.|[^"\\\n])*"'
     r"|'[^'\n]*'"
@@ -22,12 +22,12 @@ _TOKEN = re.compile(
 
 
 def line_of(text: str, path: Path) -> int | None:
-    """The line (from 1) where ``path`` is set, or its nearest parent that has a line; None if there is none."""
+    """The line (from 1) that sets ``path`` or its nearest parent with a line; None if there is none."""
     return line_among(lines_of(text), path)
 
 
 def line_among(lines: dict[Path, int], path: Path) -> int | None:
-    """The same, from what :func:`lines_of` found."""
+    """Like :func:`line_of`, from the result of :func:`lines_of`."""
     for length in range(len(path), 0, -1):
         if (line := lines.get(path[:length])) is not None:
             return line
@@ -35,9 +35,9 @@ def line_among(lines: dict[Path, int], path: Path) -> int | None:
 
 
 def lines_of(text: str) -> dict[Path, int]:
-    """Key path -> line of every table header and every ``key = value``; tables in arrays carry their index."""
+    """Key path to line of every table header and every ``key = value``; paths into arrays of tables have an index."""
     lines: dict[Path, int] = {}
-    arrays: dict[Path, int] = {}  # array of tables -> index of its last table
+    arrays: dict[Path, int] = {}  # array of tables to index of its last table
     table: Path = ()
     for line, kind, keys in _statements(text):
         base = table if kind == "key" else ()
@@ -47,7 +47,7 @@ def lines_of(text: str) -> dict[Path, int]:
             arrays[path] = arrays.get(path, -1) + 1
             lines.setdefault(path, line)
             path = (*path, arrays[path])
-        for length in range(1, len(path) + 1):  # "a.b.c = 1" makes tables a and a.b as well
+        for length in range(1, len(path) + 1):  # "a.b.c = 1" also creates tables a and a.b
             lines.setdefault(path[:length], line)
         if kind != "key":
             table = path

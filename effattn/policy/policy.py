@@ -39,18 +39,18 @@ _TOML_LINE = re.compile(r"\s*\(at (?:line (\d+), column (\d+)|end of document)\)
 
 @dataclass(frozen=True)
 class Match:
-    """What a policy says about one site. ``rule`` is None where no rule matches: the site stays exact."""
+    """The rule of a policy for one site; None if no rule matches, and the site stays exact."""
 
     rule: Rule | None
-    index: int | None  # of the rule in the policy, from 0
+    index: int | None  # of the rule in the policy
     notes: tuple[str, ...] = ()
 
 
 class Policy(BaseModel):
-    """Which forms are allowed where. The first matching rule wins; a site that no rule matches stays exact.
+    """Which forms are allowed where. The first matching rule wins; a site without one stays exact.
 
-    Make one with :meth:`of`, :meth:`load` or :meth:`named`. Every mistake in it raises
-    :class:`effattn.errors.PolicyError`, which names the file, line and key, what is allowed and the nearest match.
+    Create it with :meth:`of`, :meth:`load` or :meth:`named`. Mistakes raise :class:`effattn.errors.PolicyError`, which
+    names the file, line and key, what is allowed, and the nearest match.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -80,10 +80,10 @@ class Policy(BaseModel):
 
     @classmethod
     def of(cls, source: str | os.PathLike | Mapping[str, Any] | Policy | None) -> Policy:
-        """A policy from whatever a user may pass: a shipped name, a path, a dict, a policy, or None for ``exact``.
+        """A policy from a shipped name, a path, a dict, a policy, or None for ``exact``.
 
         Raises:
-            PolicyError: the source is none of these, or holds a mistake.
+            PolicyError: ``source`` is none of these, or the policy is invalid.
         """
         if source is None:
             return cls.named(DEFAULT)
@@ -106,7 +106,7 @@ class Policy(BaseModel):
         """Read a policy file.
 
         Raises:
-            PolicyError: no such file, larger than 1 MiB, not UTF-8, not TOML, or not a valid policy.
+            PolicyError: the file is missing, larger than 1 MiB, not UTF-8, not TOML, or an invalid policy.
         """
         label = os.fsdecode(path)
         try:
@@ -117,7 +117,7 @@ class Policy(BaseModel):
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or error
             raise PolicyNotFound(f"{label}: cannot read this policy file ({reason})") from error
-        name = pathlib.PurePath(label).stem.encode("utf-8", "replace").decode()  # bytes that are no text
+        name = pathlib.PurePath(label).stem.encode("utf-8", "replace").decode()  # file names may not be valid UTF-8
         return cls._parse(content, label, name)
 
     @classmethod
@@ -125,7 +125,7 @@ class Policy(BaseModel):
         """A policy that ships with effattn.
 
         Raises:
-            PolicyError: there is none of this name.
+            PolicyError: there is no such policy.
         """
         if name not in shipped():
             raise PolicyNotFound(unknown("policy", name, shipped()))
@@ -161,7 +161,7 @@ class Policy(BaseModel):
         return policy
 
     def match(self, site: Site) -> Match:
-        """The rule for a site, and what was noticed on the way."""
+        """The rule for a site, with notes on rules that could not be decided."""
         notes = []
         for index, rule in enumerate(self.rules):
             if (rule.stage and site.stage not in rule.stage) or not rule.matches_place(site):
@@ -179,13 +179,13 @@ class Policy(BaseModel):
         return Match(None, None, tuple(notes))
 
     def rule_for(self, site: Site) -> Rule | None:
-        """The first rule that matches; None: the site stays exact. ``min_length`` is left to the op."""
+        """The first rule that matches; None: the site stays exact. ``min_length`` is applied by the op."""
         return self.match(site).rule
 
     def check_layers(self, count: int, classes: Iterable[str] | None = None) -> None:
         """Check the layer ranges against a model of ``count`` layers.
 
-        ``classes``: the model's module class names, if known; rules for other models are then not looked at.
+        ``classes``: class names of the model's modules, if known; rules for other models are then skipped.
 
         Raises:
             PolicyError: a rule names a layer that the model does not have.
@@ -201,7 +201,7 @@ class Policy(BaseModel):
             raise self._origin.error(wrong)
 
     def check_sites(self, sites: Iterable[Site]) -> None:
-        """Check the layer ranges against attentions of a model, where these know how many layers it has.
+        """Check the layer ranges against sites whose layer count is known.
 
         Raises:
             PolicyError: a rule names a layer that the model does not have.
@@ -217,7 +217,7 @@ class Policy(BaseModel):
             raise self._origin.error(wrong)
 
     def to_dict(self, *, json: bool = False) -> dict[str, Any]:
-        """The policy as a dict that :meth:`of` reads back; with ``json``, dates in it are text."""
+        """The policy as a dict for :meth:`of`; with ``json``, dates are text."""
         body: dict[str, Any] = {"schema": self.schema_version, "name": self.name}
         if self.description:
             body["description"] = self.description
@@ -228,7 +228,7 @@ class Policy(BaseModel):
         return body
 
     def to_toml(self) -> str:
-        """The policy as a file that :meth:`load` reads back. Equal policies give equal text."""
+        """The policy as text for :meth:`load`. Equal policies give equal text."""
         return write.policy(self.to_dict())
 
     def __eq__(self, other: object) -> bool:

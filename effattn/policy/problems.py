@@ -1,4 +1,4 @@
-"""What is wrong with a policy, in words: where, what was given, what is allowed, and the nearest match."""
+"""Messages for mistakes in a policy: where, what was given, what is allowed, and the nearest match."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from effattn.errors import PolicyError
 from effattn.policy.locate import Path, line_among, line_of, lines_of
 
-# pydantic's error type -> what was expected
+# pydantic's error type to the expected value
 EXPECTED = {
     "string_type": "a string",
     "int_type": "an integer",
@@ -44,19 +44,19 @@ TYPE_NAMES = {
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a policy was read: a file name or description, and the TOML text if there is one."""
+    """The source of a policy: a file name or description, and the TOML text if there is one."""
 
     label: str
     text: str | None = None
 
     def place(self, path: Path) -> str:
-        """``line 7, key rule[0].layers``, as far as known."""
+        """``line 7, key rule[0].layers``, as far as it is known."""
         line = line_of(self.text, path) if self.text is not None else None
         key = spelled(path)
         return ", ".join(part for part in (f"line {line}" if line else "", f"key {key}" if key else "") if part)
 
     def error(self, problems: Iterable[tuple[Path, str]]) -> PolicyError:
-        """One error that tells every problem."""
+        """One error with all problems."""
         parts = []
         if self.text is not None:
             lines = lines_of(self.text)
@@ -87,7 +87,7 @@ def given(value: Any) -> str:
 
 
 def unknown(what: str, name: str, allowed: Iterable[str]) -> str:
-    """``unknown form 'powr'; did you mean 'power'? Allowed: ...``; ``what`` may go on after "of"."""
+    """``unknown form 'powr'; did you mean 'power'? Allowed: ...``; ``what`` may contain " of "."""
     names = list(allowed)
     near = difflib.get_close_matches(str(name), names, n=1, cutoff=0.5)
     suggestion = f"; did you mean {near[0]!r}?" if near else "."
@@ -98,10 +98,10 @@ def unknown(what: str, name: str, allowed: Iterable[str]) -> str:
 def problems_of(
     error: ValidationError, allowed_keys: Mapping[int, tuple[str, Iterable[str]]], prefix: Path = ()
 ) -> list[tuple[Path, str]]:
-    """Every problem in a pydantic error as (key path, text).
+    """Every problem of a pydantic error as (key path, text).
 
-    ``allowed_keys`` maps the depth of a table (number of table names above the key) to what its keys are called and
-    which there are, for unknown keys. A validator of ours may carry a list of problems of its own in its context.
+    ``allowed_keys`` maps the depth of a table (the number of table names above the key) to (what its keys are called,
+    the allowed keys), for messages on unknown keys. effattn's own validators may attach a list of problems.
     """
     found: list[tuple[Path, str]] = []
     for detail in error.errors(include_url=False):

@@ -1,4 +1,4 @@
-"""One rule of a policy: where it holds, which forms are allowed there, their parameters; checked when it is made."""
+"""One rule of a policy, validated: where it applies, which forms are allowed there, and their parameters."""
 
 from __future__ import annotations
 
@@ -25,32 +25,32 @@ from effattn.policy import layers as layer_ranges
 from effattn.policy.locate import Path
 from effattn.policy.problems import given, unknown
 
-AUTO = "auto"  # stands before forms of which the cheapest is to be taken
+AUTO = "auto"  # first in ``forms``: choose the cheapest of the others
 
 
 class Rule(BaseModel):
-    """One row of a policy: where it holds, which forms are allowed there, and their parameters."""
+    """One rule of a policy: where it applies, which forms are allowed there, and their parameters."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     model: Annotated[tuple[StrictStr, ...], BeforeValidator(fields.strings)] = Field(
-        default=(), description="class names or globs; one enclosing module must match. Left out: any model"
+        default=(), description="class names or globs; one enclosing module must match. Default: any model"
     )
     layers: str | None = Field(
-        default=None, description='such as "2-29", "0-3, 8, 20-" or "0-1 of every 7". Left out: all layers'
+        default=None, description='such as "2-29", "0-3, 8, 20-" or "0-1 of every 7". Default: all layers'
     )
     site: Annotated[tuple[StrictStr, ...], BeforeValidator(fields.strings)] = Field(
-        default=(), description='paths of modules or globs, such as "decoder.*". Left out: anywhere in the model'
+        default=(), description='module paths or globs, such as "decoder.*". Default: the whole model'
     )
     stage: Annotated[tuple[StrictStr, ...], BeforeValidator(fields.strings)] = Field(
-        default=(), description=f"one or more of {', '.join(STAGES)}. Left out: any stage"
+        default=(), description=f"one or more of {', '.join(STAGES)}. Default: any stage"
     )
     min_length: StrictInt = Field(
-        default=0, ge=0, description="keys; with fewer the site computes exact attention. Decided when the op runs"
+        default=0, ge=0, description="keys; with fewer, attention is exact. Decided when the op runs"
     )
     forms: Annotated[tuple[StrictStr, ...], BeforeValidator(fields.strings)] = Field(
-        description="allowed forms, the preferred one first; exact is always the last resort. With auto before them, "
-        "the cheapest at the length of a call"
+        description="allowed forms in order of preference; exact always comes last. With auto first, the cheapest one "
+        "at the length of a call"
     )
     params: dict[str, Any] = Field(default_factory=dict, description="parameters by form")
 
@@ -83,7 +83,7 @@ class Rule(BaseModel):
     def _known_params(cls, value: Any, info: ValidationInfo) -> Any:
         if not isinstance(value, Mapping):
             raise fields.refuse([((), f"expected a table, got {given(value)}")])
-        listed = info.data.get("forms")  # None when that field was wrong itself
+        listed = info.data.get("forms")  # None if that field is invalid
         checked: dict[str, Params] = {}
         wrong: list[tuple[Path, str]] = []
         for form, table in value.items():
@@ -102,7 +102,7 @@ class Rule(BaseModel):
 
     @property
     def automatic(self) -> bool:
-        """Whether the cheapest of the forms is taken, by the length of a call, and not the first that applies."""
+        """Whether the cheapest form at the length of a call is used, instead of the first that applies."""
         return self.forms[0] == AUTO
 
     @property
@@ -112,7 +112,7 @@ class Rule(BaseModel):
         return (*named, "exact")
 
     def params_of(self, form: str) -> Params:
-        """The parameters of ``form`` under this rule: what the rule sets, defaults for the rest."""
+        """The parameters of ``form`` under this rule, with defaults for those it does not set."""
         return self.params.get(form) or FORMS[form].params()
 
     @cached_property
@@ -120,11 +120,11 @@ class Rule(BaseModel):
         return None if self.layers is None else layer_ranges.parse(self.layers)
 
     def matches_model(self, classes: Iterable[str]) -> bool:
-        """Whether one of these class names is meant."""
+        """Whether ``model`` matches one of these class names."""
         return not self.model or any(fnmatch.fnmatchcase(name, glob) for name in classes for glob in self.model)
 
     def matches_place(self, site: Site) -> bool:
-        """Whether a site stands where the rule holds, by model and path: there its layers are counted."""
+        """Whether model and path of a site match; its layers are then compared with ``layers``."""
         here = not self.site or any(fnmatch.fnmatchcase(site.path, glob) for glob in self.site)
         return here and self.matches_model(site.module_classes)
 
@@ -132,7 +132,7 @@ class Rule(BaseModel):
         return hash(self.to_toml())
 
     def to_dict(self) -> dict[str, Any]:
-        """What was set, as a policy dict would say it."""
+        """The fields that were set, as in a policy dict."""
         body: dict[str, Any] = {}
         if self.model:
             body["model"] = self.model[0] if len(self.model) == 1 else list(self.model)
@@ -151,5 +151,5 @@ class Rule(BaseModel):
         return body
 
     def to_toml(self) -> str:
-        """This rule as a ``[[rule]]`` to paste into a policy file."""
+        """The rule as a ``[[rule]]`` for a policy file."""
         return write.rule(self.to_dict())

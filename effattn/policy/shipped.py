@@ -7,12 +7,12 @@ from importlib import resources
 
 
 def shipped() -> tuple[str, ...]:
-    """The names of the policies that ship with effattn."""
+    """Names of the policies that ship with effattn."""
     return _shipped()
 
 
 def shipped_text(name: str) -> str:
-    """The file of a shipped policy, with its comments."""
+    """The text of a shipped policy, with comments."""
     return (resources.files("effattn") / "policies" / f"{name}.toml").read_text("utf-8")
 
 

@@ -1,4 +1,4 @@
-"""A policy as TOML text. Only what was set is written, in the order in which the documentation lists it."""
+"""A policy as TOML text. Only fields that were set are written, in the documented order."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Any
 
 
 def value(item: Any) -> str:
-    """One TOML value: strings, booleans, numbers, dates and times, lists and tables of these."""
+    """One TOML value: a string, boolean, number, date or time, or a list or table of these."""
     if isinstance(item, bool):
         return "true" if item else "false"
     if isinstance(item, str):
-        # JSON's escapes are TOML's; TOML asks for one more
+        # JSON's escapes are valid in TOML, which also requires one for DEL
         return json.dumps(item, ensure_ascii=False).replace("\x7f", "\\u007f")
     if isinstance(item, int):
         return str(item)
@@ -29,7 +29,7 @@ def value(item: Any) -> str:
 
 
 def key(name: str) -> str:
-    """A key, quoted only where TOML needs it."""
+    """A key, quoted only if TOML requires it."""
     bare = name and all(char.isascii() and (char.isalnum() or char in "-_") for char in name)
     return name if bare else value(name)
 
@@ -40,7 +40,7 @@ def pairs(table: Mapping[str, Any], indent: str = "") -> list[str]:
 
 
 def rule(body: Mapping[str, Any]) -> str:
-    """One ``[[rule]]`` with its parameter tables; ``body`` is what ``Rule.to_dict`` yields."""
+    """One ``[[rule]]`` with its parameter tables, from ``Rule.to_dict``."""
     lines = ["[[rule]]", *pairs({name: item for name, item in body.items() if name != "params"})]
     for form, params in body.get("params", {}).items():
         lines += [f"  [rule.params.{key(form)}]", *pairs(params, "  ")]
@@ -48,7 +48,7 @@ def rule(body: Mapping[str, Any]) -> str:
 
 
 def policy(body: Mapping[str, Any]) -> str:
-    """A whole file; ``body`` is what ``Policy.to_dict`` yields."""
+    """A whole file, from ``Policy.to_dict``."""
     head = {name: item for name, item in body.items() if name not in ("provenance", "rule")}
     parts = ["\n".join(pairs(head)) + "\n"]
     if body.get("provenance"):
