@@ -86,7 +86,50 @@ def a_boolean_mask_in_parts(q, k, v, bias):
     return attended((q @ k.mT * 0.3).masked_fill(~seen, -INF), v)
 
 
+def one_head_scaled(q, k, v, bias):
+    scores = q @ k.mT * 0.3
+    scores[:, 0] = scores[:, 0] * 0.5
+    return attended(scores, v)
+
+
+def one_head_biased(q, k, v, bias):
+    scores = q @ k.mT
+    scores[:, -1] += torch.arange(N)
+    return attended(scores, v)
+
+
+def one_row_and_one_column(q, k, v, bias):
+    scores = q @ k.mT
+    scores[:, :, 2].mul_(0.5)
+    scores[..., 0] -= 2
+    return attended(scores, v)
+
+
+def one_batch_masked(q, k, v, bias):
+    scores = q @ k.mT
+    scores[1] = scores[1].masked_fill(torch.ones(N, N, dtype=torch.bool).triu(1), -INF)
+    return attended(scores, v)
+
+
+def one_head_of_batch_and_heads_together(q, k, v, bias):
+    scores = q.flatten(0, 1) @ k.flatten(0, 1).mT
+    scores[3] *= 0.5
+    return attended(scores, v.flatten(0, 1))
+
+
+def one_head_of_another(q, k, v, bias):
+    """What is written comes from another place: that is no attention over one product."""
+    scores = q @ k.mT
+    scores[:, 0] = scores[:, 1] * 0.5
+    return attended(scores, v)
+
+
 READ = {
+    one_head_scaled: ("true", "Where(h == 0, 0.15*s, 0.3*s)"),
+    one_head_biased: ("true", f"Where(h == {H - 1}, s + k, s)"),
+    one_row_and_one_column: ("true", ""),
+    one_batch_masked: ("b != 1 | k <= q", "s"),
+    one_head_of_batch_and_heads_together: ("true", ""),
     added_to_the_rest: ("true", "Where(1 <= k & 1 <= q, 0.3*s + bias[b, h, -1 + q, -1 + k], 0.3*s)"),
     decomposed: ("true", ""),
     twice: ("true", ""),
@@ -172,7 +215,7 @@ def through_an_expanded_view(q, k, v, bias):
 
 
 OTHERS = [
-    *(at_places_that_are_data, of_one_head, in_steps, after_they_were_read),
+    *(at_places_that_are_data, of_one_head, one_head_of_another, in_steps, after_they_were_read),
     *(through_a_view_taken_before, through_an_expanded_view),
 ]
 

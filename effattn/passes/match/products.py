@@ -26,6 +26,7 @@ from effattn.passes.graph.vocabulary import Call
 from effattn.passes.match.sink import before_casts
 from effattn.passes.symbolic import Reader, Reading
 from effattn.passes.symbolic.heads import digits_of
+from effattn.passes.symbolic.one_place import at_one_place
 from effattn.passes.symbolic.pointwise import aligned
 from effattn.passes.symbolic.reader import generic_index
 
@@ -109,6 +110,7 @@ def query_key_product(
     sizes = dict(zip(symbols, shape, strict=True))
     reader = readers.setdefault(("product", *shape), kind(view, sizes, products=True))
     term = reader.read(scores, time).at(tuple(symbols))
+    term = at_one_place(term, reader.raw)
     candidates: dict[fx.Node, tuple[Contraction, int, bool]] = {}
     alone: dict[fx.Node, frozenset[int]] = {}
     wrong_axis = ""
@@ -248,6 +250,7 @@ def scores_at(
     """
     reading = _with_data_added(view, reader, scores, time) if mask_is_data else reader.read(scores, time)
     term = reading.at(index)
+    term = at_one_place(term, reader.raw)
     raws = [load for load in expr.loads_of(term) if load.name in reader.raw]
     ours = [load for load in raws if reader.raw[load.name].node is product.node]
     if len(ours) != 1:
