@@ -1,9 +1,9 @@
-"""A graph that assumes something of a model's buffers, and what runs once that is no longer so.
+"""Graphs that rely on the values of a model's buffers, and the fallback for when these change.
 
-Before every call the version counter of each such tensor is looked at, on the host: a write moves it, another tensor in
-its place has another identity. Only then is the tensor itself looked at, once. Where it no longer holds what was
-assumed, the untouched graph runs instead, compiled with the tensor as data; one that holds it again brings the first
-back. Writes through ``.data`` move no counter: for these the graph's own check remains.
+Before every call, the host compares the identity and version counter of each such tensor; a write in place changes the
+counter. Only if one differs is the tensor itself read, once. If it no longer holds the assumed values, the original
+graph runs instead, compiled with the tensor as data; if it does again, the first graph runs again. Writes through
+``.data`` do not change the counter; a check inside the graph catches these.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from torch import Tensor
 from effattn.passes.canonicalize.assumed import Assumed
 from effattn.settings import warn_once
 
-MOST_SEEN = 1024  # tensors that are remembered: one graph may serve many layers
+MOST_SEEN = 1024  # sets of tensors to remember: one graph may serve many layers
 
 
 @dataclass(frozen=True)
 class _Seen:
-    """Tensors as they were when they were looked at."""
+    """Tensors, their version counters, and whether they held the assumed values."""
 
     tensors: tuple[weakref.ref[Tensor], ...]
     versions: tuple[int | None, ...]
@@ -38,11 +38,11 @@ class _Seen:
 def assuming(
     compiled: Callable, assumed: Sequence[Assumed], inputs: Sequence[Any], otherwise: Callable[[], Callable]
 ) -> Callable:
-    """``compiled`` while what it assumes holds, and what ``otherwise()`` makes where it does not.
+    """``compiled`` while its assumptions hold, and otherwise the result of ``otherwise()``.
 
     Args:
-        inputs: of the call that was compiled: of these it holds.
-        otherwise: called once, when it is needed first.
+        inputs: of the call being compiled, for which the assumptions hold.
+        otherwise: called once, when first needed.
     """
     seen: list[dict[tuple[int, ...], _Seen]] = [{} for _ in assumed]
     made: list[Callable] = []
@@ -72,7 +72,7 @@ def _look(one: Assumed, args: Sequence[Any], places: dict[tuple[int, ...], _Seen
     key = tuple(map(id, tensors))
     found = places.get(key)
     if found is None or not found.still(tensors):
-        versions = _versions(tensors)  # before the look: a write meanwhile is seen next time
+        versions = _versions(tensors)  # before reading, so that a concurrent write is noticed at the next call
         with torch.no_grad():
             holds = known or one.holds(*args)
         found = _Seen(tuple(map(weakref.ref, tensors)), versions, holds)
@@ -83,5 +83,5 @@ def _look(one: Assumed, args: Sequence[Any], places: dict[tuple[int, ...], _Seen
 
 
 def _versions(tensors: tuple[Tensor, ...]) -> tuple[int | None, ...]:
-    """Version counters; tensors made in inference mode have none."""
+    """Version counters; tensors created in inference mode have none."""
     return tuple(None if tensor.is_inference() else tensor._version for tensor in tensors)

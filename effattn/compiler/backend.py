@@ -1,7 +1,7 @@
 """The backend: one compilation from start to end.
 
-Entry point ``effattn`` of the group ``torch_dynamo_backends``, so that ``torch.compile(model, backend="effattn")``
-works without an import.
+It is registered as entry point ``effattn`` of the group ``torch_dynamo_backends``, so
+``torch.compile(model, backend="effattn")`` works without an import.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from effattn.passes.compilation import Outcome
 from effattn.runtime.targets.choice import ANYWHERE
 from effattn.settings import warn_once
 
-torch.compiler.allow_in_graph(torch._safe_softmax)  # where Dynamo would end a graph otherwise
+torch.compiler.allow_in_graph(torch._safe_softmax)  # Dynamo would break the graph at it
 
 
 @as_they_are
@@ -38,20 +38,20 @@ def effattn(
 ) -> Callable:
     """Compile a Dynamo graph: attention by effattn, the rest by Inductor.
 
-    ``options``: see :class:`effattn.compiler.options.Options`. An exception over one attention leaves that one alone,
-    one in a pass as a whole leaves the graph as it was, with a warning; ``options={"strict": True}`` raises it.
+    ``options``: see :class:`effattn.compiler.options.Options`. An exception at one attention leaves that attention
+    alone. An exception of a whole pass leaves the graph unchanged, with a warning, or is raised with ``strict``.
 
     Raises:
-        OptionError, PolicyError: an option or the policy is not valid, or kernels are asked for where none can run. To
-            users of ``torch.compile`` they come as themselves, at the first call of the compiled model.
-        FormRefused: with ``strict``, a form that the policy names does not apply at a site that its rule matches.
+        OptionError, PolicyError: an option or the policy is invalid, or Triton kernels are requested where they cannot
+            run. Users of ``torch.compile`` get them with these types, at the first call of the compiled model.
+        FormRefused: with ``strict``, a form of the policy does not apply at a site that its rule matches.
     """
     settings = Options.read(options, mode)
     start = time.perf_counter()
     try:
         outcome = run_passes(gm, settings, example_inputs)
         failure = None
-    except OptionError:  # what the user asked for cannot be had here
+    except OptionError:  # the user's request cannot be met
         raise
     except Exception as error:
         if settings.strict:
@@ -70,7 +70,7 @@ def effattn(
     compiled = compile_rest(gm, example_inputs, settings)
     outcome.seconds["rest"] = time.perf_counter() - start
     collect.emit(gm, outcome, settings, failure)
-    if not collect.is_collecting():  # a report says the same
+    if not collect.is_collecting():  # the report would repeat these warnings
         effect.warn_once(gm, outcome.choices, settings.policy)
     if settings.verify and outcome.original is not None:
         compiled = verified(compiled, gm, outcome, settings)
@@ -80,13 +80,13 @@ def effattn(
 
 
 def _with_data(untouched: fx.GraphModule, options: dict[str, Any] | None, mode: str | None) -> Callable:
-    """A graph as Dynamo made it, compiled with all its inputs as data, none of them a model's own."""
+    """Compile Dynamo's original graph with all inputs as data, none known as a model's buffer."""
     given = {name: value for name, value in (options or {}).items() if name != "policy"}
     return torch.compile(untouched, backend=partial(effattn, options=given, mode=mode))
 
 
 def _tell_errors(outcome: Outcome) -> None:
-    """An attention that is left alone because of an error is more than a line of the report."""
+    """Warn about attention that was left alone because of an error."""
     for missed in outcome.missed:
         if missed.refusal.rule == Why.UNEXPECTED:
             where = f" ({missed.location})" if missed.location else ""
@@ -97,7 +97,7 @@ def _tell_errors(outcome: Outcome) -> None:
 
 
 def _tell_portable(outcome: Outcome) -> None:
-    """Say once that generated kernels need a GPU: timings on a CPU are not those of the kernels."""
+    """Warn once that the portable target runs instead of Triton kernels: its timings are not theirs."""
     ops = [(choice.match.site.device, choice.plan) for choice in outcome.choices if choice.plan is not None]
     if any(plan.dispatch.target is None and device_type(device).target == ANYWHERE for device, plan in ops):
         warn_once("no GPU here: attention that needs a generated kernel runs on the portable target (ATen, blockwise)")

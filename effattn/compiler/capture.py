@@ -1,4 +1,4 @@
-"""Query, key and value of every attention of a real run, as the rewritten graph would hand them to the op."""
+"""Query, key and value of every attention in a real run, as the rewritten graph would pass them to the op."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from effattn.passes.candidate.record import Match, Missed
 
 @dataclass(frozen=True)
 class Captured:
-    """One attention of one run. The tensors are the model's own: read them, and keep none beyond ``receive``."""
+    """One attention of one run. The tensors are the model's own: do not write them or keep them after ``receive``."""
 
-    number: int  # in the order in which the run reached it
+    number: int  # order of execution
     match: Match
     query: Tensor  # [B, Hq, Nq, D]
     key: Tensor  # [B, Hkv, Nk, D]
@@ -40,35 +40,34 @@ class Captured:
 
 @dataclass
 class Run:
-    """What one run had: how many attentions were reached."""
+    """The state of one run."""
 
     receive: Callable[[Captured], None]
     reached: int = 0
 
 
 class Tapped:
-    """A model that can be run with somebody looking at its attentions; compiled once for all lengths.
+    """A model whose attentions can be observed while it runs. Compiled once, with dynamic shapes.
 
-    The model computes what its user wrote; attention is only looked at, one site at a time, so that no more than one
-    site's tensors are held because of it. Works for whatever the backend finds sites in.
+    The model computes what user code says; attention is only observed. At most one site's tensors are held for it.
     """
 
     def __init__(self, model: Any):
         """``model``: a module or function; it is not changed."""
-        self.missed: list[Missed] = []  # softmaxes that were left alone, of all graphs
+        self.missed: list[Missed] = []  # softmaxes of all graphs that were left alone
         self._run: Run | None = None
         self._compiled = torch.compile(model, backend=self._backend, dynamic=True)
 
     @torch.no_grad()
     def run(self, receive: Callable[[Captured], None], *args: Any, **kwargs: Any) -> int:
-        """Run the model once and hand every attention to ``receive`` when the run reaches it.
+        """Run the model once and pass every attention to ``receive`` when the run reaches it.
 
         Args:
-            receive: called in the order of the run; what it raises ends the run.
-            args, kwargs: handed to the model.
+            receive: called in order of execution; an exception ends the run.
+            args, kwargs: passed to the model.
 
         Returns:
-            How many attentions were reached.
+            The number of attentions.
         """
         run = self._run = Run(receive)
         try:
@@ -90,5 +89,5 @@ class Tapped:
 
 
 def capture(model: Any, receive: Callable[[Captured], None], *args: Any, **kwargs: Any) -> int:
-    """One run of a :class:`Tapped` model."""
+    """Run a model once as :class:`Tapped`."""
     return Tapped(model).run(receive, *args, **kwargs)

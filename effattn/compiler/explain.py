@@ -1,4 +1,4 @@
-"""``effattn.explain``: compile a model, run it once, say what happened."""
+"""``effattn.explain``: compile a model, run it once, and report."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ def explain(
     """Compile ``model``, call it once with the given arguments, and report on every attention in it.
 
     Args:
-        model: a module or function; it is not changed, and code that was compiled before stays valid.
-        args, kwargs: handed to the model.
+        model: a module or function; it is not changed, and earlier compilations of it stay valid.
+        args, kwargs: passed to the model.
         policy: as in ``torch.compile(..., options={"policy": ...})``.
-        options: other options of the backend. Everything that is not attention runs eagerly unless
-            ``{"inner_backend": "inductor"}`` is given, because only the passes are of interest here.
+        options: other options of the backend. The rest of the graph runs eagerly unless
+            ``{"inner_backend": "inductor"}`` is given, since only the passes matter here.
 
     Returns:
-        The report; ``print`` it, or read ``report.sites``, ``report.missed``, and ``report.outside``: attention that
-        ran eagerly in this call because Dynamo made no graph of it.
+        The report; ``print`` it, or read ``report.sites``, ``report.missed`` and ``report.outside``. The last lists
+        attention that ran eagerly in this call because it is in no graph.
 
     Raises:
-        PolicyError, OptionError: the policy or an option is not valid, or a rule names layers beyond the model.
+        PolicyError, OptionError: the policy or an option is invalid, or a rule names layers that do not exist.
     """
     given = dict(options or {})
     if "rest" not in given:
@@ -41,7 +41,7 @@ def explain(
     if policy is not None:
         given["policy"] = policy
     settings = Options.read(given)
-    environment.current()  # a mistake in a variable is told as itself, not as a failure of torch.compile
+    environment.current()  # so that an invalid variable is not reported as a failure of torch.compile
 
     watch = Watch()
 
@@ -57,11 +57,11 @@ def explain(
 
 
 def _uncompiled(model: Any) -> Any:
-    """``model`` without what ``model.compile()`` put before it; ``torch.compile`` takes off its own wrappers itself."""
+    """``model`` without the wrapper of ``model.compile()``; ``torch.compile`` removes its own wrappers itself."""
     in_place = isinstance(model, torch.nn.Module) and model._compiled_call_impl is not None
     return model._call_impl if in_place else model
 
 
 def _limits() -> dict[str, Any]:
-    """Where earlier compilations count, a limit that lets this one through, less true of a model that runs into it."""
+    """A recompile limit that earlier compilations, where they count, do not exhaust."""
     return {} if compiled_alone() else {"recompile_limit": 64}

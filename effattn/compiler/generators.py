@@ -1,4 +1,4 @@
-"""The random number generators that a graph may draw from: one for each of its devices."""
+"""Random number generators that a graph may draw from, one per device."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ CPU = torch.device(HOST)
 
 
 def devices_of(graph: fx.Graph) -> tuple[torch.device, ...]:
-    """The CPU, and every device that a value of the graph is on."""
+    """The CPU and every device of a value in the graph."""
     values = [leaf for node in graph.nodes for leaf in pytree.tree_leaves(node.meta.get("example_value"))]
     found = {value.device for value in values if isinstance(value, torch.Tensor)} - {torch.device("meta")}
     return (CPU, *sorted(found - {CPU}, key=str))
 
 
 def states(devices: tuple[torch.device, ...]) -> dict[torch.device, torch.Tensor]:
-    """What the default generators of ``devices`` would draw next."""
+    """The states of the default generators of ``devices``."""
     return {device: _module(device).get_rng_state(*_which(device)) for device in devices}
 
 
 def restore(saved: Mapping[torch.device, torch.Tensor]) -> None:
-    """Make the generators draw the same once more."""
+    """Restore states, so that the generators draw the same numbers again."""
     for device, state in saved.items():
         _module(device).set_rng_state(state, *_which(device))
 

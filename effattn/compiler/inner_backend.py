@@ -1,4 +1,4 @@
-"""Everything that is not attention: Inductor, or the graph as it is."""
+"""The rest of the graph: compiled by Inductor, or run eagerly."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from effattn.passes.rewrite.as_written import keep_as_written
 
 
 def compile_rest(gm: fx.GraphModule, example_inputs: list[Any], options: Options) -> Callable:
-    """A callable for the rewritten graph."""
+    """A callable that runs the rewritten graph."""
     if options.inner_backend == "eager":
         return gm.forward
     from torch._inductor.compile_fx import compile_fx
@@ -25,6 +25,6 @@ def compile_rest(gm: fx.GraphModule, example_inputs: list[Any], options: Options
 
         patches |= list_mode_options(options.mode)
     if options.verify:
-        patches["fallback_random"] = True  # the same random numbers as the untouched graph, which is run beside it
+        patches["fallback_random"] = True  # the same random numbers as the original graph, which runs beside it
     compiled: Any = compile_fx(gm, example_inputs, config_patches=patches)
     return compiled

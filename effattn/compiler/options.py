@@ -1,4 +1,4 @@
-"""What ``torch.compile(model, backend="effattn", options={...})`` may hold."""
+"""Options of ``torch.compile(model, backend="effattn", options={...})``."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _CHOICES: dict[str, tuple] = {
 }
 
 
-_EARLIER_NAMES = {"rest": "inner_backend"}  # they go on working
+_EARLIER_NAMES = {"rest": "inner_backend"}  # still accepted
 
 
 @dataclass(frozen=True)
@@ -28,20 +28,20 @@ class Options:
     """Options of one compilation."""
 
     policy: Policy
-    inner_backend: str = "inductor"  # what compiles everything that is not attention
+    inner_backend: str = "inductor"  # what compiles the rest of the graph
     strict: bool = False  # raise instead of falling back
-    verify: bool = False  # run the untouched graph too, on every call, and compare
-    trace: bool = False  # keep for the report how each pass changed the graph
+    verify: bool = False  # on every call, also run the original graph and compare
+    trace: bool = False  # record how each pass changes the graph, for the report
     mode: str | None = None  # Inductor's mode
     target: str | None = None  # a name in TARGETS, or None: by device
 
     @staticmethod
     def read(options: Mapping[str, Any] | None, mode: str | None = None) -> Options:
-        """Options from what torch.compile hands to a backend.
+        """Options from the arguments of a torch.compile backend.
 
         Raises:
-            OptionError: an unknown name or value; says what is allowed and the nearest match.
-            PolicyError: the policy is not valid.
+            OptionError: an unknown name or invalid value; the message says what is allowed and the nearest match.
+            PolicyError: the policy is invalid.
         """
         given = dict(options or {})
         for earlier, name in _EARLIER_NAMES.items():

@@ -1,7 +1,7 @@
-"""Runs passes over one graph: in the order of a list, each timed, all or nothing.
+"""Runs a list of passes on one graph, in order. Each is timed; the graph changes as a whole or not at all.
 
-A failure of one attention is that attention's own (:func:`effattn.passes.candidate.failures.left_alone`). Of a pass as
-a whole: an optional one is left out and the others run again; any other one leaves the graph as it was.
+A failure at one attention affects only that attention (:func:`effattn.passes.candidate.failures.left_alone`). If an
+optional pass fails, the others run again without it; if another pass fails, the graph is left unchanged.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ SOURCE = "_dynamo_source"
 
 
 def run(passes: Sequence[MakesPass], work: Compilation, *, differences: bool = False) -> Outcome:
-    """Run ``passes`` on ``work.gm``, in place; then undo, last pass first, what no site used.
+    """Run ``passes`` on ``work.gm`` in place, then undo, last pass first, what no site used.
 
-    Where no site was replaced the graph is as it was before.
+    If no site was replaced, the graph is the same as before.
 
     Args:
         differences: record how each pass changed the graph's code.
 
     Raises:
-        Whatever a pass raises that can be neither one site's nor done without. The graph is as it was before.
+        The exception of a pass that is not optional; of any pass with ``strict``. The graph is then as before.
     """
     left_out: dict[type[Pass], Missed | None] = {}
     while True:
@@ -109,7 +109,7 @@ def _code(graph: fx.Graph) -> str:
 
 
 def _copy(graph: fx.Graph) -> fx.Graph:
-    """A copy that can take the graph's place: Inductor asks each input where Dynamo found it."""
+    """A copy that can replace the graph: it keeps Dynamo's source of each input, which Inductor reads."""
     copied = copy.deepcopy(graph)
     for old, new in zip(graph.find_nodes(op="placeholder"), copied.find_nodes(op="placeholder"), strict=True):
         if hasattr(old, SOURCE):

@@ -1,4 +1,4 @@
-"""The passes in order. This is the table of contents of the compiler; nothing else orders them."""
+"""The passes in order: the compiler's table of contents. Nothing else orders them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from effattn.policy import Policy
 
 
 class KeepCanonical(Pass):
-    """Remember the graph as it is matched, for whoever compares it with what was read from it."""
+    """Keep a copy of the graph as it is matched, for ``verify``."""
 
     name = "keep the canonical graph"
 
@@ -38,7 +38,7 @@ class KeepCanonical(Pass):
         return False
 
 
-# what the user wrote in one of many ways is brought into one; each pass knows how to put back what no site used
+# each brings different spellings to one form, and can restore what no site used
 CANONICALIZE: tuple[MakesPass, ...] = (
     InlineCheckpoints,
     DecomposeCompound,
@@ -52,9 +52,9 @@ REPLACE: tuple[MakesPass, ...] = (ChooseForms, RewriteSites, ReplaceLinear)
 
 
 def run_passes(gm: fx.GraphModule, options: Options, inputs: Sequence[Any] = ()) -> Outcome:
-    """Find attention in ``gm`` and rewrite it in place. On an exception the graph is as it was before.
+    """Find attention in ``gm`` and rewrite it in place. After an exception the graph is as before.
 
-    ``inputs`` are the tensors that the graph is compiled for; tables of decay and masks in buffers are looked at.
+    ``inputs``: the tensors that the graph is compiled for. Decay tables and mask buffers among them are read.
     """
     if not may_hold_attention(gm.graph):
         return Outcome()
@@ -71,7 +71,7 @@ def run_passes(gm: fx.GraphModule, options: Options, inputs: Sequence[Any] = ())
 
 
 def observe_sites(gm: fx.GraphModule, observe: Callable[..., Any], inputs: Sequence[Any] = ()) -> Outcome:
-    """Find what :func:`run_passes` finds, and call ``observe`` where each site stands; nothing is replaced."""
+    """Find the same sites as :func:`run_passes`, and call ``observe`` at each when the graph runs. Replaces nothing."""
     if not may_hold_attention(gm.graph):
         return Outcome()
     work = Compilation(gm, Policy.of(None), inputs)
@@ -79,5 +79,5 @@ def observe_sites(gm: fx.GraphModule, observe: Callable[..., Any], inputs: Seque
 
 
 def may_hold_attention(graph: fx.Graph) -> bool:
-    """A quick look, so that graphs without attention cost nothing."""
+    """A quick check, so that graphs without attention cost nothing."""
     return mentions_attention(graph) or may_hold_linear(graph)

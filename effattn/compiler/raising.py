@@ -1,4 +1,4 @@
-"""Errors on their way out of Dynamo, which wraps what a backend raises unless it is of a class of its own."""
+"""Lets effattn's errors pass through Dynamo, which wraps most exceptions of a backend."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from effattn.errors import EffattnError
 
 
 def as_they_are(backend: Callable) -> Callable:
-    """Let users of ``torch.compile`` catch the errors that effattn raises on purpose by their class.
+    """Raise effattn's errors so that users of ``torch.compile`` can catch them by type.
 
-    Dynamo makes ``BackendCompilerFailed`` of all but ``ShortenTraceback``, whose traceback it also cuts to the part
+    Dynamo converts exceptions to ``BackendCompilerFailed``, except for ``ShortenTraceback``, whose traceback it cuts
     after its own frames.
     """
 
@@ -32,13 +32,13 @@ def as_they_are(backend: Callable) -> Callable:
 
 @functools.lru_cache
 def _twin(kind: Any) -> Any:
-    """A class of the same name that is both ``kind`` and one that Dynamo lets through."""
+    """A class with the same name that derives from ``kind`` and from ``ShortenTraceback``."""
     from torch._dynamo.exc import ShortenTraceback  # here, because it takes a second to import
 
     body = {
         "__module__": kind.__module__,
         "__qualname__": kind.__qualname__,
-        "args": property(lambda self: (str(self),), lambda self, value: None),  # Dynamo would add its stack to them
+        "args": property(lambda self: (str(self),), lambda self, value: None),  # keeps Dynamo from adding its stack
         "__reduce__": lambda self: (kind, self.args),
     }
     return type(kind.__name__, (kind, ShortenTraceback), body)

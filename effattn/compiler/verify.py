@@ -1,7 +1,7 @@
-"""``options={"verify": True}``: nothing is trusted. On every call the untouched graph runs too.
+"""``options={"verify": True}``: on every call the original graph runs too, and results are compared.
 
-Two things are compared: at each site, the mask that the user's code really computed with the predicate that was read
-from it (on up to ``ROWS`` rows per head); and, if every form is exact, all outputs of the graph.
+At each site, the mask that user code computed is compared with the predicate that was read from it, on up to ``ROWS``
+queries per head. If every form is exact, all outputs of the graph are compared.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def verified(compiled: Callable, gm: fx.GraphModule, outcome: Outcome, options: 
     """``compiled`` with the comparison around it.
 
     Raises (when called):
-        VerificationError: names the site or output, and how far apart the two are.
+        VerificationError: names the site or output, and the difference.
     """
     assert outcome.original is not None
     original = fx.GraphModule(gm, outcome.original)
@@ -62,14 +62,14 @@ def _copy(arg: Any) -> Any:
 
 
 class _Checker(fx.Interpreter):
-    """Runs the untouched graph and holds each site's mask against its predicate on the way."""
+    """Runs the original graph, and compares each site's mask with its predicate."""
 
     def __init__(self, original: fx.GraphModule, matches: list[Match]):
         super().__init__(original)
         self.sites = {match.anchors.anchor: match for match in matches}
         self.by_time: dict[int, list[str]] = {}
         self.values: dict[tuple[str, int], Any] = {}
-        self.plain: dict[str, Any] = {}  # lengths and numbers, by node: the interpreter forgets what is not used again
+        self.plain: dict[str, Any] = {}  # lengths and numbers by node, since the interpreter frees unused values
         self.kept = {source.node.name for match in matches for source in match.anchors.scalars}
         self.kept |= {node.name for match in matches for node in match.anchors.numbers}
         self.time = 0
@@ -85,7 +85,7 @@ class _Checker(fx.Interpreter):
             self.values[name, self.time] = value.detach().clone()
         if n.name in self.sites:
             args, kwargs = self.fetch_args_kwargs_from_env(n)
-            if (sdpa := self.sites[n.name].anchors.sdpa) is not None:  # by name, however the call writes them
+            if (sdpa := self.sites[n.name].anchors.sdpa) is not None:  # by name, since calls differ in form
                 held = {one.name: value for one, value in self.env.items()}
                 args, kwargs = (), fx.map_arg(dict(sdpa), lambda one: held[one.name])
             self._check(self.sites[n.name], n, args, kwargs)
@@ -129,7 +129,7 @@ class _Checker(fx.Interpreter):
         ]
         theirs = theirs[tuple(places)].double()
         read = torch.as_tensor(evaluate(site.spec.predicate, index, captures, torch.float64, device), device=device)
-        # a mask may also be data that is added to the score: then the predicate leaves it to the score
+        # an additive mask passed as data may be part of the score instead of the predicate
         added = evaluate(site.spec.score, {**index, "s": 0.0}, captures, torch.float64, device)
         ours = torch.where(read, torch.as_tensor(added, dtype=torch.float64, device=device), -torch.inf)
         theirs, ours = torch.broadcast_tensors(theirs, ours)
@@ -178,7 +178,7 @@ def _far_below(scores: torch.Tensor) -> torch.Tensor:
 
 
 def _flex_scores(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *rest: Any) -> torch.Tensor:
-    """What flex_attention's own eager code takes the softmax of."""
+    """The scores in flex_attention's eager implementation."""
     from torch._higher_order_ops.flex_attention import _math_attention_inner
 
     key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1).expand(query.shape[0], -1, -1, -1)
@@ -186,11 +186,11 @@ def _flex_scores(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *r
 
 
 def _sizes(match: Match, query: Any, key: Any) -> dict[str, int]:
-    """The real sizes: lengths of the scores or of query and key."""
+    """The sizes of this call, from the scores, or from query and key."""
     if not match.anchors.is_sdpa:
         names, heads = {"b": 1}, int(match.site.layout.heads)
         for entry, size in zip(match.anchors.scores_index, query.shape, strict=True):
-            together = entry.has(expr.b) and entry != expr.b  # batch and heads in one dimension
+            together = entry.has(expr.b) and entry != expr.b  # batch and heads are one dimension
             names["b" if together else str(entry)] = int(size) // heads if together else int(size)
         return {"b": names["b"], "h": heads, "q": names["q"], "k": names["k"]}
     lead = query.shape[:-2]

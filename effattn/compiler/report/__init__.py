@@ -1,1 +1,1 @@
-"""What happened to every attention: the data, and its views as text and HTML."""
+"""The report on every attention: its data, and views of it as text and HTML."""

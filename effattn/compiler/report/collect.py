@@ -1,4 +1,4 @@
-"""Where compilations leave their reports: whoever explains a model listens while it compiles."""
+"""Collects reports of compilations for ``explain``."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from effattn.passes.compilation import Outcome
 
 @dataclass
 class Collected:
-    """What was compiled while somebody listened."""
+    """The graphs and choices collected in one context."""
 
     graphs: list[GraphReport] = field(default_factory=list)
     choices: list[Choice] = field(default_factory=list)
@@ -28,13 +28,13 @@ class Collected:
         return merge(self.graphs, self.choices, options, outside)
 
 
-# of this thread: what others compile meanwhile is not theirs to hear
+# per thread, so that compilations in other threads are not collected
 _listeners: ContextVar[tuple[Collected, ...]] = ContextVar("effattn_listeners", default=())
 
 
 @contextmanager
 def listening() -> Iterator[Collected]:
-    """Collect the reports of every graph that this thread compiles inside."""
+    """Collect a report of every graph that this thread compiles in the context."""
     events = Collected()
     before = _listeners.set((*_listeners.get(), events))
     try:
@@ -44,12 +44,12 @@ def listening() -> Iterator[Collected]:
 
 
 def is_collecting() -> bool:
-    """Whether somebody listens in this thread."""
+    """Whether this thread is collecting."""
     return bool(_listeners.get())
 
 
 def emit(gm: fx.GraphModule, outcome: Outcome, options: Options, failure: Exception | None) -> None:
-    """Report one compiled graph to all listeners, and to the user as EFFATTN_DEBUG asks."""
+    """Report one compiled graph to all listeners, and log it according to EFFATTN_DEBUG."""
     debug = settings.current().debug
     if debug.passes:
         for record in outcome.passes:

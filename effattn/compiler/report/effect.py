@@ -1,7 +1,7 @@
-"""Whether a policy does what it says: how many attentions its rules reach, and why no more.
+"""The effect of a policy: how many attentions its rules reach, and why not more.
 
-Told once for each compiled model, and only where something was not planned: a form that is refused, a rule that matches
-nothing, a policy without any effect.
+Warns once per compiled model, and only of unintended effects: a refused form, a rule that matches nothing, a policy
+without any effect.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ UNKNOWN = "which {} an attention is in is not known here; compile the whole mode
 
 @dataclass(frozen=True)
 class Reached:
-    """One attention, the rule that decides there, and why none of the rule's forms applies, if so."""
+    """One attention, the rule for it, and why none of the rule's forms applies, if so."""
 
     site: Site
     rule: int | None
@@ -44,9 +44,9 @@ class Reached:
 
 
 def shortcomings(policy: Policy, reached: Sequence[Reached], *, whole: bool) -> list[str]:
-    """What the policy asks for and does not get, each with what to do; empty if all is as planned.
+    """What the policy asks for and does not get, each with a hint; [] if there is nothing.
 
-    ``whole``: these are all attentions of a model. A part of them says nothing about rules that match none of it.
+    ``whole``: ``reached`` has all attentions of a model. Only then is a rule without a match reported.
     """
     if not reached:
         return []
@@ -57,7 +57,7 @@ def shortcomings(policy: Policy, reached: Sequence[Reached], *, whole: bool) -> 
 
 
 def _refused(policy: Policy, reached: Sequence[Reached]) -> list[str]:
-    """Rules of whose forms none applies at some of their sites."""
+    """Rules none of whose forms applies at some of their sites."""
     texts = []
     for index, rule in enumerate(policy.rules):
         asked = [one for one in reached if one.rule == index]
@@ -108,7 +108,7 @@ def _without_a_match(policy: Policy, reached: Sequence[Reached]) -> list[str]:
 
 def _no_layer(rule: Rule, sites: Sequence[Site]) -> list[str]:
     assert rule.layer_ranges is not None
-    if rule.layer_ranges.period is not None:  # meant for models of any depth
+    if rule.layer_ranges.period is not None:  # valid for models of any depth
         return []
     layers = sorted({site.layer for site in sites if site.layer is not None})
     if not layers:
@@ -147,7 +147,7 @@ def _sites(reached: Sequence[Reached]) -> str:
 
 
 def _some(names: Iterable[str], most: int = 4) -> str:
-    """The different ones, not too many."""
+    """The first few distinct names."""
     different = list(dict.fromkeys(name for name in names if name))
     return ", ".join(different[:most]) + (", ..." if len(different) > most else "")
 
@@ -157,7 +157,7 @@ def _some(names: Iterable[str], most: int = 4) -> str:
 
 @dataclass
 class _Model:
-    """What was compiled so far of one ``torch.compile``: graphs between breaks, for prefill and decode, recompiled."""
+    """State of one ``torch.compile``: all its graphs, between graph breaks, for prefill and decode, and recompiled."""
 
     reached: dict[tuple[str, str, str], Reached] = field(default_factory=dict)
     told: bool = False
@@ -167,7 +167,7 @@ _models: WeakKeyDictionary[Any, _Model] = WeakKeyDictionary()
 
 
 def warn_once(gm: fx.GraphModule, choices: Sequence[Choice], policy: Policy) -> None:
-    """Warn of shortcomings, once for each compiled model."""
+    """Warn of shortcomings once per compiled model."""
     if not policy.rules or not choices:
         return
     owner, whole = _compiled_by(gm)
@@ -184,7 +184,7 @@ def warn_once(gm: fx.GraphModule, choices: Sequence[Choice], policy: Policy) -> 
 
 
 def _compiled_by(gm: fx.GraphModule) -> tuple[Any, bool]:
-    """(what all graphs of one ``torch.compile`` have in common, whether the model ends with this graph)."""
+    """(an object shared by all graphs of one ``torch.compile``, whether the model ends with this graph)."""
     broken = getattr(getattr(gm, "compile_subgraph_reason", None), "graph_break", False)
     made = graph_being_made()
     return (gm if made is None else made.compiler_fn), not broken

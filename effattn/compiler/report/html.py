@@ -1,4 +1,4 @@
-"""The report as one HTML page that needs nothing from anywhere else."""
+"""The report as one self-contained HTML page."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import jinja2
 
 
 def render(report: Mapping[str, Any]) -> str:
-    """The page for what ``Report.to_dict()`` yields. Every value is escaped; keys that are missing stay blank."""
+    """The page for ``Report.to_dict()``. Every value is escaped; missing keys are left blank."""
     sites = list(report.get("sites", ()))
     return _template().render(
         report=report,
@@ -29,7 +29,7 @@ def render(report: Mapping[str, Any]) -> str:
 
 
 def _groups(sites: list[Mapping[str, Any]]) -> list[tuple[str, str, str, int]]:
-    """(form, stage, predicate, count): what most readers want to know first."""
+    """Counts of (form, stage, predicate), for the summary."""
     counts: dict[tuple[str, str, str], int] = {}
     for site in sites:
         key = (str(site.get("form", "")), str(site.get("stage", "")), str(site.get("predicate", "")))

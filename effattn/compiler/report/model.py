@@ -1,4 +1,4 @@
-"""The report: what happened to every attention of a model, and why. Plain data; printing and HTML are views of it."""
+"""The report on every attention of a model as plain data. Text and HTML are views of it."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class SiteReport:
     found_as: str
     form: str
     exact: bool
-    here: str  # the form at the length of this call: below a policy's min_length it is exact
+    here: str  # the form at the length of this call; exact below a policy's min_length
     predicate: str
     score: str
     reason: str
@@ -46,20 +46,20 @@ class SiteReport:
     empty_rows: str
     notes: tuple[str, ...]
     params: dict[str, Any] = field(default_factory=dict)
-    path: str = ""  # of its module in the model, as named_modules() has it
-    replaced: bool = True  # False: it runs as the user wrote it, and ``reason`` says why
-    reads: dict[str, str] = field(default_factory=dict)  # the user's own names of what predicate and score read
-    predicate_shown: str = ""  # with these names: attention_mask[b, k] for padding[b, k]
+    path: str = ""  # of its module, as in named_modules()
+    replaced: bool = True  # False: user code runs, and ``reason`` says why
+    reads: dict[str, str] = field(default_factory=dict)  # captured tensor to its name in user code
+    predicate_shown: str = ""  # with the names in user code: attention_mask[b, k] for padding[b, k]
     score_shown: str = ""
 
 
 @dataclass(frozen=True)
 class Counts:
-    """How many attentions a model has, by what became of them: ``total`` is found + missed + outside."""
+    """Numbers of attentions by outcome; ``total`` is found + missed + outside."""
 
-    found: int  # with a closed form of score and mask
+    found: int  # with an expression for score and mask
     replaced: int  # of those found
-    missed: int  # not understood, or not such that it can be replaced: each has its reason
+    missed: int  # not understood, or not replaceable; each has a reason
     outside: int  # calls that ran eagerly
 
     @property
@@ -68,7 +68,7 @@ class Counts:
 
     @property
     def left_alone(self) -> int:
-        """In compiled graphs: those that are missed, and those that are found and run as they are written."""
+        """Attentions in compiled graphs that run as user code: missed, or found and not replaced."""
         return self.found - self.replaced + self.missed
 
 
@@ -80,14 +80,14 @@ class MissedReport:
     location: str
     reason: str
     hint: str = ""
-    attention: bool = True  # False: a softmax over something else, as in a router
-    rule: str = ""  # which of effattn.ir.refusal.Why
-    cause: str = ""  # "file:line: code" of the operation that the reason names
+    attention: bool = True  # False: a softmax of something else, as in a router
+    rule: str = ""  # a value of effattn.ir.refusal.Why
+    cause: str = ""  # "file:line: code" of the operation named in the reason
 
 
 @dataclass
 class GraphReport:
-    """One graph that Dynamo made of the model."""
+    """One graph of the model."""
 
     sites: tuple[SiteReport, ...]
     missed: tuple[MissedReport, ...]
@@ -96,8 +96,8 @@ class GraphReport:
     erased: int
     seconds: dict[str, float]
     failure: str | None
-    passes: tuple[PassRecord, ...] = ()  # in the order in which they ran
-    calls: int = 0  # in the call that was explained: the layers of a loop with a break in it share one graph
+    passes: tuple[PassRecord, ...] = ()  # in order of execution
+    calls: int = 0  # in the explained call: layers of a loop with a graph break share one graph
 
     def ran(self) -> None:
         self.calls += 1
@@ -105,14 +105,14 @@ class GraphReport:
 
 @dataclass
 class Report:
-    """Everything about one model; the graphs in the order in which they were compiled."""
+    """The report on one model; graphs are in the order of compilation."""
 
     graphs: list[GraphReport]
     policy: str
     policy_toml: str
     stanza: str
-    shortcomings: tuple[str, ...] = ()  # what the policy asks for and does not get, each with what to do
-    outside: tuple[Outside, ...] = ()  # attention that ran eagerly: Dynamo made no graph of it
+    shortcomings: tuple[str, ...] = ()  # what the policy asks for and does not get, each with a hint
+    outside: tuple[Outside, ...] = ()  # attention that ran eagerly, in no graph
 
     @property
     def sites(self) -> list[SiteReport]:
@@ -139,13 +139,13 @@ class Report:
         return dict(total)
 
     def graph(self, before: bool = False, number: int = 0) -> str:
-        """The code of graph ``number``, as Dynamo made it (``before``) or after the rewriting."""
+        """The code of graph ``number``, as Dynamo made it (``before``) or rewritten."""
         if not 0 <= number < len(self.graphs):
             raise IndexError(f"the model has {len(self.graphs)} graphs, there is no graph {number}")
         return self.graphs[number].before if before else self.graphs[number].after
 
     def to_dict(self) -> dict[str, Any]:
-        """Values that JSON can hold."""
+        """The report as JSON values."""
         return {
             "versions": versions(),
             "policy": {"name": self.policy, "toml": self.policy_toml, "shortcomings": list(self.shortcomings)},
@@ -249,7 +249,7 @@ def _site(choice: Choice) -> SiteReport:
 
 
 def _here(choice: Choice) -> str:
-    """The form at the length that the graph was compiled at."""
+    """The form at the length for which the graph was compiled."""
     keys = choice.match.site.hints.k_len
     return choice.form if choice.plan is None or not keys else choice.plan.at(keys).form
 
@@ -261,7 +261,7 @@ def _shown(site: Site) -> dict[str, Any]:
 
 
 def _linear_site(one: LinearMatch) -> SiteReport:
-    """Attention without a softmax: there is one form of it, and it is the user's own function."""
+    """Linear attention has one form: the same function."""
     site = one.match.site
     sums = f", each row divided by its sum{f' + {one.eps:g}' if one.eps else ''}" if one.normalised else ""
     return SiteReport(
@@ -286,7 +286,7 @@ def _linear_site(one: LinearMatch) -> SiteReport:
 
 
 def _kernel(choice: Choice) -> str | None:
-    """What runs: the user's own call, SDPA, or the op with the file of its generated kernel."""
+    """What runs: user code, SDPA, or the op with the file of its generated kernel."""
     if choice.route == "linear":
         op = "window_linear" if getattr(choice.params, "window", 0) else "linear"
         return f"effattn::{op}, after the feature maps"
@@ -297,7 +297,7 @@ def _kernel(choice: Choice) -> str | None:
 
 
 def stanza(choices: list[Choice], policy: str) -> str:
-    """A policy that repeats these choices: pasteable into a TOML file."""
+    """A policy file that repeats these choices."""
     groups: dict[tuple, list[Choice]] = {}
     for choice in choices:
         if choice.form != "exact":

@@ -1,7 +1,7 @@
-"""Attention that no graph holds: what ran eagerly while a compiled model ran, in code that Dynamo broke off or skipped.
+"""Attention in no graph: it ran eagerly, in code after a graph break or that Dynamo skipped.
 
-A dispatch mode looks at every operator of one run. It is of the kind that compilation ignores, so Dynamo and its caches
-see nothing of it; what a compiled graph runs is told apart by a counter around the graph.
+A dispatch mode observes every operator of one run. It ignores compilation, so it affects neither Dynamo nor its caches.
+A counter around compiled graphs excludes the operators that these run.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ SDPA = "scaled_dot_product_attention"
 
 @dataclass(frozen=True)
 class Outside:
-    """Attention that ran eagerly: the same call at the same place, ``calls`` times."""
+    """Attention that ran eagerly ``calls`` times at one place."""
 
     called: str  # softmax, scaled_dot_product_attention, flex_attention, ...
     location: str  # file:line of the user code
     calls: int
-    reason: str  # why Dynamo has no graph of it
+    reason: str  # why it is in no graph
     hint: str = ""
 
 
@@ -39,11 +39,11 @@ class Outside:
 class _Call:
     called: str
     frames: tuple[Frame, ...]  # innermost first
-    attention: bool  # a softmax is one only where a product takes its result
+    attention: bool  # a softmax counts only if a product uses its result
 
 
 class Watch(TorchDispatchMode):
-    """Notes every attention of a run that is in no graph. Wrap what a backend returns with :meth:`graph`."""
+    """Records attention that runs eagerly. Wrap the backend's result with :meth:`graph`."""
 
     supports_higher_order_operators = True
 
@@ -51,7 +51,7 @@ class Watch(TorchDispatchMode):
         super().__init__()
         self._depth = 0
         self._calls: list[_Call] = []
-        self._weights: WeakIdKeyDictionary = WeakIdKeyDictionary()  # results of a softmax, and views of them
+        self._weights: WeakIdKeyDictionary = WeakIdKeyDictionary()  # results of softmaxes, and their views
         self._reasons = Reasons()
 
     @classmethod
@@ -59,7 +59,7 @@ class Watch(TorchDispatchMode):
         return True
 
     def graph(self, compiled: Callable[..., Any], ran: Callable[[], None]) -> Callable[..., Any]:
-        """``compiled``, whose operators are no news; ``ran`` is called in every call."""
+        """``compiled``, with its operators ignored; ``ran`` is called at every call."""
 
         def run(*args: Any) -> Any:
             ran()
@@ -73,7 +73,7 @@ class Watch(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        if not self._depth and torch._C._current_graph_task_id() == -1:  # a backward pass only computes again
+        if not self._depth and torch._C._current_graph_task_id() == -1:  # skip recomputation in a backward
             self._look(func, args, result)
         return result
 
@@ -92,13 +92,13 @@ class Watch(TorchDispatchMode):
             for tensor in tensors:
                 if (call := self._weights.get(tensor)) is not None:
                     call.attention = True
-        elif (call := self._weights.get(tensors[0])) is not None:  # a view, a cast, dropout; not a router's choice
+        elif (call := self._weights.get(tensors[0])) is not None:  # a view, cast or dropout, not a router's selection
             first = result[0] if isinstance(result, tuple) else result
             if isinstance(first, torch.Tensor) and first.numel() == tensors[0].numel():
                 self._weights[first] = call
 
     def outside(self) -> list[Outside]:
-        """What ran in no graph, with Dynamo's reasons, in the order of the first calls."""
+        """Attention that ran in no graph, with Dynamo's reasons, in the order of the first calls."""
         self._reasons.read()
         counts: Counter[tuple[str, str, str, str]] = Counter()
         for call in self._calls:
@@ -111,11 +111,11 @@ class Watch(TorchDispatchMode):
 
 
 def attention_of(func: Any) -> str | None:
-    """The name under which a user knows an operator, if it is an attention or a softmax."""
+    """The user's name of an operator if it is an attention or a softmax, else None."""
     name = func.__name__.partition(".")[0].strip("_")
     if getattr(func, "namespace", "") == "effattn" or "backward" in name:
         return None
-    if name.startswith("scaled_dot_product") or name == "safe_softmax":  # only SDPA calls the latter
+    if name.startswith("scaled_dot_product") or name == "safe_softmax":  # only SDPA calls _safe_softmax
         return SDPA
     if name == "softmax":
         return name
@@ -123,12 +123,12 @@ def attention_of(func: Any) -> str | None:
 
 
 def _frames(frame: FrameType | None) -> tuple[Frame, ...]:
-    """The Python frames from the operator outward, less what belongs to the mode itself."""
+    """The Python frames from the operator outwards, without those of the mode."""
     found: list[Frame] = []
     while frame is not None:
         code: CodeType = frame.f_code
-        user = not code.co_filename.startswith((TORCH, "<eval_with_key>"))  # torch's own, or code that torch.fx wrote
-        if user or found:  # torch's frames inside the innermost of the user are the mode's and the called function's
+        user = not code.co_filename.startswith((TORCH, "<eval_with_key>"))  # <eval_with_key>: generated by torch.fx
+        if user or found:  # torch frames inside the innermost user frame belong to the mode and the called function
             found.append(Frame.of(frame, user))
         frame = frame.f_back
     return tuple(found) or (Frame("", 0, (lambda: None).__code__, False),)

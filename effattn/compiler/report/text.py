@@ -1,4 +1,4 @@
-"""The report for a terminal: like sites on one line, reasons below."""
+"""The report as text: sites that differ only by layer on one line, with reasons below."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ if TYPE_CHECKING:
 
 
 def render(report: Report) -> str:
-    """The whole report as text."""
+    """The whole report."""
     counts = report.counts
     outside, total = counts.outside, counts.total
     left = f", {counts.left_alone} left alone" if counts.left_alone else ""
@@ -67,7 +67,7 @@ def render(report: Report) -> str:
 
 
 def render_passes(report: Report) -> str:
-    """What each pass did to each graph, with the difference of the code where it was kept."""
+    """What each pass did to each graph, with code differences if they were recorded."""
     lines: list[str] = []
     for number, graph in enumerate(report.graphs):
         lines += [f"graph {number}", *[f"  {record}" for record in graph.passes], ""]
@@ -78,7 +78,7 @@ def render_passes(report: Report) -> str:
 
 
 def _alike(report: Report) -> list[tuple[list[SiteReport], int]]:
-    """Sites that differ in layer only, together, and how often their graph was called."""
+    """Groups of sites that differ only by layer, and how often their graph was called."""
     groups: dict[tuple, list[SiteReport]] = {}
     for graph_number, graph in enumerate(report.graphs):
         for site in graph.sites:
