@@ -53,9 +53,13 @@ def serving(wanted: str | None, device: str, why_not: WhyNot) -> Target:
     Raises:
         TargetError: the named target does not exist, or cannot run on this device type.
     """
-    if (refusal := why_not_there(wanted, device)) is not None:
+    target = asked_for(wanted, device)
+    refusal = target.why_not_on(device)
+    if refusal is not None and wanted is not None:
         raise TargetError(f"attention by target {wanted!r} cannot run: {refusal}")
-    target, refusal = chosen(wanted, device, why_not)
-    if refusal is not None:
-        warn_once(f"{refusal.reason}: using the portable target there, which is slower on a GPU")
-    return target
+    if refusal is None:
+        refusal = why_not(target)
+    if refusal is None:
+        return target
+    warn_once(f"{refusal.reason}: using the portable target there, which is slower on a GPU")
+    return TARGETS[ANYWHERE]

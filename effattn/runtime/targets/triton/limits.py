@@ -32,7 +32,7 @@ def triton_is_importable() -> bool:
 def why_not_on(device: str) -> Refusal | None:
     """Why generated kernels cannot run on a device type, and what to do; None if they can."""
     if not triton_is_importable():
-        hint = 'install it (pip install triton), or leave target="triton" out'
+        hint = 'pip install triton, or leave target="triton" out'
         return Refusal(Why.NO_TRITON, "Triton is not installed", hint)
     kernels = device_type(device).kernels
     if kernels == "compiled":
@@ -46,7 +46,7 @@ def why_not_on(device: str) -> Refusal | None:
         Why.DEVICE,
         f"it is on {device!r}, and kernels need an NVIDIA or AMD GPU",
         'move the model and its inputs to one, leave target="triton" out, or set TRITON_INTERPRET=1 before Python '
-        "starts, to interpret kernels on the CPU: slow",
+        "starts, to interpret kernels on the CPU, which is slow",
     )
 
 
