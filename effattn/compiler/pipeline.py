@@ -17,6 +17,7 @@ from effattn.passes.canonicalize.checkpoints import InlineCheckpoints
 from effattn.passes.canonicalize.compound import DecomposeCompound
 from effattn.passes.canonicalize.mask_buffers import DecomposeMaskBuffers
 from effattn.passes.canonicalize.sums_of_weights import DistributeSums
+from effattn.passes.canonicalize.weights_by_hand import ContractWeights
 from effattn.passes.choose.choice import ChooseForms
 from effattn.passes.compilation import Compilation, MakesPass, Outcome, Pass
 from effattn.passes.match.anchors.linear import may_hold_linear
@@ -44,6 +45,7 @@ CANONICALIZE: tuple[MakesPass, ...] = (
     DecomposeCompound,
     DecomposeMaskBuffers,
     TabulateBlockLists,
+    ContractWeights,
     DistributeSums,
     KeepCanonical,
 )

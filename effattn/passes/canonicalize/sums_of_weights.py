@@ -63,7 +63,7 @@ def decompose(view: GraphView) -> list[fx.Node]:
     for node, terms in sums.items():
         own = [_with_own_softmax(view, term) for term in terms]
         shared += [
-            _from_softmax(view, old.weights)[0].node for old, new in zip(terms, own, strict=True) if new is not old
+            from_softmax(view, old.weights)[0].node for old, new in zip(terms, own, strict=True) if new is not old
         ]
         products += _distributed(view.graph, node, own)
     if products or shared:
@@ -77,7 +77,7 @@ def _terms_of(view: GraphView, node: fx.Node) -> list[_Term]:
     if call is None or call.name != "matmul" or product is None or view.writes(node):
         return []
     terms = _summands(view, product.left, view.time[node])
-    return terms if len(terms) > 1 and all(_from_softmax(view, term.weights) for term in terms) else []
+    return terms if len(terms) > 1 and all(from_softmax(view, term.weights) for term in terms) else []
 
 
 def _summands(view: GraphView, node: fx.Node, time: int) -> list[_Term]:
@@ -114,7 +114,7 @@ def _scaled(view: GraphView, term: _Term, like: fx.Node, time: int) -> _Term | N
         return None
     for name, other in (("input", "other"), ("other", "input")):
         weights, factor = call.get(name), call.get(other)
-        if not isinstance(weights, fx.Node) or view.tensor(weights) is None or not _from_softmax(view, weights):
+        if not isinstance(weights, fx.Node) or view.tensor(weights) is None or not from_softmax(view, weights):
             continue
         if view.shape(weights) == view.shape(like) and _is_factor(view, factor, view.time[term.weights], time):
             return _Term(weights, factor, term.sign)
@@ -130,7 +130,7 @@ def _is_factor(view: GraphView, factor: Any, read: int, time: int) -> bool:
     return view.shape(factor)[-1:] in ((), (1,)) and not view.writes_between(factor, read, time)
 
 
-def _from_softmax(view: GraphView, node: fx.Node) -> list[Call]:
+def from_softmax(view: GraphView, node: fx.Node) -> list[Call]:
     """The softmax that weights come from, and the views and casts after it; [] if they come from none."""
     chain: list[Call] = []
     while (call := view.call(node)) is not None:
@@ -148,7 +148,7 @@ def _with_own_softmax(view: GraphView, term: _Term) -> _Term:
 
     In the published code the two are neighbouring heads: ``w = softmax(s).view(b, h, 2, n, n); w[:, :, 0]``.
     """
-    call, *chain = _from_softmax(view, term.weights)
+    call, *chain = from_softmax(view, term.weights)
     if not any(link.name in ("getitem", "select") for link in chain):
         return term
     scores, rank = call.get("input"), len(view.shape(call.node))

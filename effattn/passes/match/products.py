@@ -189,7 +189,7 @@ def _no_product(view: GraphView, reader: Reader, term) -> Refused:
     between = "between the product of query and key and softmax"
     for name in [load.name for load in expr.loads_of(term) if load.name not in reader.raw]:
         node = reader.captures[name].node
-        if not _product_above(view, node):
+        if not product_above(view, node):
             continue
         if view.cuts_gradient(node, reader.captures[name].time):
             return Refused(Why.GRADIENT, f"{spelled(node)} stops the gradient {between}", at=node)
@@ -214,13 +214,13 @@ def _mixing(view: GraphView, reader: Reader, term, key) -> Refused | None:
             continue
         if load.indices.index(key) == (len(load.indices) - 1 if node.target is F.linear else 1):  # its features
             continue
-        if any(_product_above(view, source) for source in node.all_input_nodes[:1]):
+        if any(product_above(view, source) for source in node.all_input_nodes[:1]):
             reason = f"heads are mixed before the softmax (talking heads, by {spelled(node)})"
             return Refused(Why.TALKING_HEADS, reason, at=node)
     return None
 
 
-def _product_above(view: GraphView, node: fx.Node) -> bool:
+def product_above(view: GraphView, node: fx.Node) -> bool:
     """Whether a product of two computed tensors lies above ``node``, with no layer in between."""
     waiting, seen = [node], {node}
     while waiting:
