@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,8 +15,12 @@ from effattn.compiler.capture import capture
 from effattn.errors import EvaluationError
 from effattn.evaluate.tasks import kept
 from effattn.evaluate.tasks.site_errors import lower, site_errors
+from effattn.lowering.device import DEVICE_TYPES
 from effattn.lowering.forms import FORMS
 from effattn.policy import Policy
+from effattn.runtime.selection import portable_steps, triton_steps
+from effattn.runtime.selection.run import select
+from effattn.runtime.targets.triton import limits
 
 LENGTH = 200
 # forms that choose by the captured queries and keys
@@ -130,6 +135,20 @@ def test_below_its_length_a_form_is_dense():
     rule = {"forms": ["power"], "min_length": LENGTH + 1, "params": {"power": POWER}}
     (found,) = site_errors(captured, [lower(captured, Policy.of({"schema": 1, "name": "later", "rule": [rule]}))])
     assert (found.density, found.mass) == (1.0, pytest.approx(1.0, abs=1e-6))
+
+
+@pytest.mark.parametrize("importable", [True, False])
+def test_keys_are_selected_by_what_runs_the_plan(importable, monkeypatch):
+    """Without Triton that is the portable target, also on a device whose default is the Triton target."""
+    steps = []
+    monkeypatch.setattr(kept, "select", lambda *given: steps.append(given[-1]) or select(*given))
+    monkeypatch.setattr(limits, "triton_is_importable", lambda: importable)
+    monkeypatch.setitem(DEVICE_TYPES, "cpu", replace(DEVICE_TYPES["cpu"], target="triton"))
+    captured = captured_of()[0]
+    lowered = lower(captured, policy("proxy", **SELECTED[0][1]))
+    rows = list(kept.kept_rows(captured, lowered.plan, [(0, LENGTH)]))
+    assert [mask.shape for mask in rows] == [(1, 4, LENGTH, LENGTH)]
+    assert steps == [triton_steps if importable else portable_steps]
 
 
 @pytest.mark.parametrize("block", [16, 32, 64])
