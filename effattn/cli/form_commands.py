@@ -90,7 +90,7 @@ def _detail(form) -> None:
     if form.rules:
         console.print("\nIt does not apply where")
         for rule in form.rules:
-            console.print(f"  - {rule.otherwise}" + (f"; {rule.hint}" if rule.hint else ""), markup=False)
+            console.print(f"  - {rule.why}: {rule.otherwise}" + (f"; {rule.hint}" if rule.hint else ""), markup=False)
     if form.kind != "exact":
         from effattn.policy import write
 

@@ -165,7 +165,7 @@ def test_one_form(name):
     for parameter in form.params.model_fields:
         assert parameter in text
     for rule in form.rules:
-        assert rule.otherwise in text
+        assert f"{rule.why}: {rule.otherwise}" in text
 
 
 @pytest.mark.parametrize("name", [name for name in FORMS if name != "exact"])
