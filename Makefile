@@ -36,7 +36,7 @@ demo: $(VENV)/.models
 	$(BIN)/python examples/demo.py $(DEMO)
 
 # two workers of one thread each: more threads than cores make each other wait
-PYTEST ?= -n 2
+PYTEST ?= -n 2 --dist worksteal
 
 test: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST)
