@@ -167,6 +167,12 @@ def power_at_an_offset(sizes, device):
 
 
 @case
+def power_at_a_known_offset(sizes, device):
+    position = q + 3
+    return Call(Plan("power", AttentionSpec(sizes.scale * s, sympy.Le(k, position), power_keep(16, 16, 3, position))))
+
+
+@case
 def power_by_pointer(sizes, device):
     position = q + load("start", [], integer=True)
     plan = Plan("power", AttentionSpec(sizes.scale * s, sympy.Le(k, position), power_keep(16, 16, 16, position)))

@@ -15,14 +15,19 @@ BANDS = (
     *("lengths_per_batch", "left_padding", "right_padding", "holes", "empty_rows_mean"),
     *("window_and_sinks", "wide_window_and_sinks"),
 )
-LISTS = ("power_16", "power_32_no_sinks", "power_32_few_sinks", "power_at_an_offset", "power_two_sided", "list_alone")
+LISTS = (
+    *("power_16", "power_32_no_sinks", "power_32_few_sinks", "power_at_an_offset", "power_at_a_known_offset"),
+    *("power_two_sided", "list_alone"),
+)
 # how many tiles of a row of tiles may be visited, or tested, for nothing
 SPARE = {
     # the first key and the last are bounds of their own: a tile may lie between them, and be empty
     **dict.fromkeys(("empty_rows_mean", "left_padding", "holes"), 1),
     "lengths_per_batch": 1,  # backward: keys that no row sees meet the last rows
     "wide_window_and_sinks": 1,  # where the sinks end within the window
-    **dict.fromkeys(("power_16", "power_at_an_offset", "power_two_sided", "list_alone"), 1),  # the last of the sinks
+    **dict.fromkeys(
+        ("power_16", "power_at_an_offset", "power_at_a_known_offset", "power_two_sided", "list_alone"), 1
+    ),  # the last of the sinks
     "power_32_few_sinks": 2,  # and where the near band begins, within a block
 }
 

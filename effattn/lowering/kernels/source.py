@@ -235,7 +235,9 @@ class Generator:
         """Shift tiles so that the queries of each lie within one block of absolute positions."""
         if self.offset is None or self.spec.kind == "decode":
             return
-        if self.offset.is_Integer and int(self.offset) % self.spec.tiles.block_m == 0:
+        if self.offset.is_Integer:
+            here = int(self.offset) % self.spec.tiles.block_m
+            self.shift = str(here) if here else ""
             return
         offset = self.scalar_text(self.offset, self.early)
         self.shift = f"(({offset}) & (BLOCK_M - 1)).to(tl.int32)"
