@@ -77,7 +77,7 @@ VARIABLES = (
         parse=_debug,
         default=Debug(),
         allowed="0, 1, 2, 3 or 4, passes, or both: 1,passes",
-        meaning="how much to tell on standard error: "
+        meaning="how much to log on standard error: "
         + "; ".join(f"{level} {text}" for level, text in DEBUG_LEVELS.items())
         + f"; {DEBUG_PASSES}: what each pass changed in the graph",
     ),
@@ -87,7 +87,7 @@ VARIABLES = (
         parse=_directory,
         default=None,
         allowed="a path",
-        meaning="where generated kernels are kept (default: the user's cache directory of the platform)",
+        meaning="directory of generated kernels (default: the platform's user cache directory)",
     ),
 )
 
