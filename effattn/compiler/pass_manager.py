@@ -71,8 +71,8 @@ class _Failed(Exception):
 
 def _run_all(passes: list[Pass], work: Compilation, original: fx.Graph, differences: bool) -> None:
     for number, one in enumerate(passes):
-        missing = [need.name for need in one.needs if not any(isinstance(before, need) for before in passes[:number])]
-        assert not missing, f"{one.name} needs {', '.join(missing)} before it"
+        missing = set(one.needs) - {before.fills for before in passes[:number]}
+        assert not missing, f"{one.name} needs {', '.join(sorted(missing))} before it"
         _timed(one, one.name, one.apply, work, differences)
     for one in reversed(passes):
         if type(one).undo is not Pass.undo:

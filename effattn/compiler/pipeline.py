@@ -20,9 +20,7 @@ from effattn.passes.canonicalize.sums_of_weights import DistributeSums
 from effattn.passes.canonicalize.weights_by_hand import ContractWeights
 from effattn.passes.choose.choice import ChooseForms
 from effattn.passes.compilation import Compilation, MakesPass, Outcome, Pass
-from effattn.passes.match.anchors.linear import may_hold_linear
-from effattn.passes.match.find import MatchSoftmax, mentions_attention
-from effattn.passes.rewrite.linear import ReplaceLinear
+from effattn.passes.match.find import MatchAttention, may_hold_attention
 from effattn.passes.rewrite.observe import ObserveSites
 from effattn.passes.rewrite.sites import RewriteSites
 from effattn.policy import Policy
@@ -49,8 +47,8 @@ CANONICALIZE: tuple[MakesPass, ...] = (
     DistributeSums,
     KeepCanonical,
 )
-MATCH: tuple[MakesPass, ...] = (MatchSoftmax,)
-REPLACE: tuple[MakesPass, ...] = (ChooseForms, RewriteSites, ReplaceLinear)
+MATCH: tuple[MakesPass, ...] = (MatchAttention,)
+REPLACE: tuple[MakesPass, ...] = (ChooseForms, RewriteSites)
 
 
 def run_passes(gm: fx.GraphModule, options: Options, inputs: Sequence[Any] = ()) -> Outcome:
@@ -78,8 +76,3 @@ def observe_sites(gm: fx.GraphModule, observe: Callable[..., Any], inputs: Seque
         return Outcome()
     work = Compilation(gm, Policy.of(None), inputs)
     return pass_manager.run((*CANONICALIZE, *MATCH, partial(ObserveSites, observe)), work)
-
-
-def may_hold_attention(graph: fx.Graph) -> bool:
-    """A quick check, so that graphs without attention cost nothing."""
-    return mentions_attention(graph) or may_hold_linear(graph)

@@ -16,6 +16,7 @@ from effattn.compiler import generators
 from effattn.compiler.options import Options
 from effattn.errors import VerificationError
 from effattn.ir import expr
+from effattn.ir.site import Op
 from effattn.ir.text import text
 from effattn.passes.candidate.record import Match
 from effattn.passes.compilation import Outcome
@@ -66,17 +67,17 @@ class _Checker(fx.Interpreter):
 
     def __init__(self, original: fx.GraphModule, matches: list[Match]):
         super().__init__(original)
-        self.sites = {match.anchors.anchor: match for match in matches}
+        self.sites = {_checked_at(match).name: match for match in matches if match.nodes.loop is None}
         self.by_time: dict[int, list[str]] = {}
         self.values: dict[tuple[str, int], Any] = {}
         self.plain: dict[str, Any] = {}  # lengths and numbers by node, since the interpreter frees unused values
-        self.kept = {source.node.name for match in matches for source in match.anchors.scalars}
-        self.kept |= {node.name for match in matches for node in match.anchors.numbers}
+        self.kept = {source.node.name for match in matches for source in match.scalars}
+        self.kept |= {node.name for match in matches for node in match.numbers}
         self.time = 0
         self.tolerance = 0.0  # of outputs, for what rounding may do to the attention behind them
         for match in matches:
-            scores = [match.anchors.scores] if match.anchors.scores is not None else []
-            for source in (*match.anchors.captures, *scores):
+            scores = [match.nodes.scores] if match.nodes.scores is not None else []
+            for source in (*match.captures, *scores):
                 self.by_time.setdefault(source.time, []).append(source.node.name)
 
     def run_node(self, n: fx.Node) -> Any:
@@ -85,7 +86,7 @@ class _Checker(fx.Interpreter):
             self.values[name, self.time] = value.detach().clone()
         if n.name in self.sites:
             args, kwargs = self.fetch_args_kwargs_from_env(n)
-            if (sdpa := self.sites[n.name].anchors.sdpa) is not None:  # by name, since calls differ in form
+            if (sdpa := self.sites[n.name].nodes.sdpa) is not None:  # by name, since calls differ in form
                 held = {one.name: value for one, value in self.env.items()}
                 args, kwargs = (), fx.map_arg(dict(sdpa), lambda one: held[one.name])
             self._check(self.sites[n.name], n, args, kwargs)
@@ -97,10 +98,10 @@ class _Checker(fx.Interpreter):
 
     def _check(self, match: Match, node: fx.Node, args: tuple, kwargs: dict) -> None:
         site = match.site
-        query, key = (kwargs["query"], kwargs["key"]) if match.anchors.is_sdpa else (args[0], None)
+        query, key = kwargs.get("query"), kwargs.get("key")
         if node.target is torch.ops.higher_order.flex_attention:
             query = _flex_scores(*args)
-        if (scores := match.anchors.scores) is not None:
+        if (scores := match.nodes.scores) is not None:
             query = self.values[scores.node.name, scores.time]
         theirs = _scores_of_user(match, query, key, kwargs)
         sizes, device = _sizes(match, query, key), theirs.device
@@ -115,14 +116,14 @@ class _Checker(fx.Interpreter):
         }
         captures = {
             spec.name: self.values[source.node.name, source.time]
-            for spec, source in zip(site.spec.captures, match.anchors.captures, strict=True)
+            for spec, source in zip(site.spec.captures, match.captures, strict=True)
         }
-        for name, source in zip(site.spec.scalars, match.anchors.scalars, strict=True):
+        for name, source in zip(site.spec.scalars, match.scalars, strict=True):
             held = self.plain[source.node.name]
             index[name] = held if source.dim is None else held[source.dim]
-        for name, number in zip(site.spec.numbers, match.anchors.numbers, strict=True):
+        for name, number in zip(site.spec.numbers, match.numbers, strict=True):
             index[name] = self.plain[number.name]
-        places = [evaluate(entry, index, captures, torch.float64, device) for entry in match.anchors.scores_index]
+        places = [evaluate(entry, index, captures, torch.float64, device) for entry in match.scores_index]
         places = [torch.as_tensor(place, device=device) for place in places]
         places = [
             torch.zeros_like(place) if size == 1 else place for place, size in zip(places, theirs.shape, strict=True)
@@ -133,16 +134,24 @@ class _Checker(fx.Interpreter):
         added = evaluate(site.spec.score, {**index, "s": 0.0}, captures, torch.float64, device)
         ours = torch.where(read, torch.as_tensor(added, dtype=torch.float64, device=device), -torch.inf)
         theirs, ours = torch.broadcast_tensors(theirs, ours)
-        threshold = match.anchors.threshold
-        largest = _bound(query, key, kwargs) if match.anchors.is_sdpa else _largest(theirs, threshold)
-        self.tolerance = max(self.tolerance, _tolerance(match, largest))
-        # what lies far below other keys has no weight, whether it is a large number or already infinite
-        differ = ((theirs > threshold) != (ours > threshold)) & ~(_far_below(theirs) & _far_below(ours))
+        threshold = match.threshold
+        if site.op is Op.LINEAR:
+            differ = (theirs != 0) & (ours == -torch.inf)  # a weight that is allowed may be 0
+        else:
+            largest = _largest(theirs, threshold) if match.nodes.sdpa is None else _bound(query, key, kwargs)
+            self.tolerance = max(self.tolerance, _tolerance(match, largest))
+            # what lies far below other keys has no weight, whether it is a large number or already infinite
+            differ = ((theirs > threshold) != (ours > threshold)) & ~(_far_below(theirs) & _far_below(ours))
         if wrong := int(differ.sum()):
             raise VerificationError(
                 f"{site.name} ({site.location}): the mask was read as {text(site.spec.predicate)}, "
                 f"but {wrong} of {differ.numel()} checked entries differ from the model's own mask"
             )
+
+
+def _checked_at(match: Match) -> fx.Node:
+    """The node before which scores, or weights without a softmax, are as they were read."""
+    return match.nodes.anchor if match.site.op is Op.SOFTMAX else match.nodes.replaced
 
 
 def _tolerance(match: Match, largest: float) -> float:
@@ -151,7 +160,7 @@ def _tolerance(match: Match, largest: float) -> float:
     User code rounds a score when it is multiplied, scaled, masked and cast, each time by half a unit in its last
     place; a weight is off by as much as the difference of two scores, and the output by as much as a weight.
     """
-    nodes = (match.anchors.replaced, match.anchors.query.node, match.anchors.key.node, match.anchors.value.node)
+    nodes = (match.nodes.replaced, *(operand.node for operand in match.nodes.operands.values()))
     dtypes = {node.meta["example_value"].dtype for node in nodes}
     least = max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
     return TOLERANCES[least] + ROUNDINGS * torch.finfo(least).eps * largest
@@ -187,9 +196,9 @@ def _flex_scores(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *r
 
 def _sizes(match: Match, query: Any, key: Any) -> dict[str, int]:
     """The sizes of this call, from the scores, or from query and key."""
-    if not match.anchors.is_sdpa:
+    if match.nodes.sdpa is None:
         names, heads = {"b": 1}, int(match.site.layout.heads)
-        for entry, size in zip(match.anchors.scores_index, query.shape, strict=True):
+        for entry, size in zip(match.scores_index, query.shape, strict=True):
             together = entry.has(expr.b) and entry != expr.b  # batch and heads are one dimension
             names["b" if together else str(entry)] = int(size) // heads if together else int(size)
         return {"b": names["b"], "h": heads, "q": names["q"], "k": names["k"]}
@@ -204,7 +213,7 @@ def _sizes(match: Match, query: Any, key: Any) -> dict[str, int]:
 
 def _scores_of_user(match: Match, query: Any, key: Any, sdpa: dict) -> torch.Tensor:
     """The user's scores, or the mask that SDPA adds to them, as numbers in the shape of the scores."""
-    if not match.anchors.is_sdpa:
+    if match.nodes.sdpa is None:
         return query
     mask, causal = sdpa.get("attn_mask"), sdpa.get("is_causal", False)
     shape = (*query.shape[:-1], key.shape[-2])

@@ -20,6 +20,8 @@ from effattn.evaluate.tasks.kept import is_static
 from effattn.evaluate.tasks.site_errors import Lowered, lower, site_errors
 from effattn.evaluate.text import LongText
 from effattn.ir.plan import Plan
+from effattn.ir.site import Op
+from effattn.passes.choose.choice import choose
 
 SHORT, LONG = 128, 1024  # tokens of the runs for the time estimate
 
@@ -45,15 +47,20 @@ class Layers:
 
     def _look(self, text: LongText) -> Looked:
         plans: list[list[Lowered]] = [[] for _ in self.setting.policies]
-        seconds = 0.0
+        seconds: float | None = None
+        linear = 0
 
         def receive(captured: Captured) -> None:
+            nonlocal linear
+            if captured.site.op is not Op.SOFTMAX:
+                linear += 1
+                return
             for number, policy in enumerate(self.setting.policies):
                 plans[number].append(lower(captured, policy))
 
         def only_first(captured: Captured) -> None:
             nonlocal seconds
-            if captured.number == 0:
+            if seconds is None and captured.site.op is Op.SOFTMAX:
                 start = self._now()
                 site_errors(captured, [lower(captured, policy) for policy in self.setting.policies])
                 seconds = self._now() - start
@@ -78,6 +85,8 @@ class Layers:
         for policy, found in zip(self.setting.policies, plans, strict=True):
             densities += self._densities(policy.name, found)
             notes += self._notes(policy.name, found)
+        if linear:
+            notes.append(f"{linear} of {sites} attentions have no softmax: no form changes them, and their error is 0")
         if self.tapped.missed:
             notes.append(f"{len(self.tapped.missed)} softmaxes are left alone: {self._left_alone()[0]}")
         return Looked(
@@ -86,7 +95,7 @@ class Layers:
             short_seconds=spent[0],
             long=long,
             long_seconds=spent[1],
-            site_seconds=seconds,
+            site_seconds=seconds or 0.0,
             compilation=max(compilation - spent[0], 0.0),
             densities=densities,
             notes=notes,
@@ -121,9 +130,44 @@ class Layers:
 
     def _measure(self, captured: Captured, length: int) -> SiteErrors:
         start = self._now()
+        forms = (self._measured if captured.site.op is Op.SOFTMAX else self._unchanged)(captured)
+        _, heads, rows, keys = captured.shape
+        site = captured.site
+        return SiteErrors(
+            length=length,
+            number=captured.number,
+            layer=site.layer,
+            name=site.path or site.name,
+            heads=heads,
+            rows=rows,
+            keys=keys,
+            forms=forms,
+            seconds=self._now() - start,
+        )
+
+    def _unchanged(self, captured: Captured) -> list[FormAtSite]:
+        """Attention without a softmax is its own function under every policy."""
+        chosen = [choose(captured.match, policy, strict=False, target=None) for policy in self.setting.policies]
+        return [
+            FormAtSite(
+                policy=policy.name,
+                form="linear",
+                reason=choice.reason,
+                error=0.0,
+                mass=1.0,
+                density=1.0,
+                oracle_mass=1.0,
+                oracle_density=1.0,
+                block=1,
+                mass_by_head=[1.0] * captured.shape[1],
+            )
+            for policy, choice in zip(self.setting.policies, chosen, strict=True)
+        ]
+
+    def _measured(self, captured: Captured) -> list[FormAtSite]:
         lowered = [lower(captured, policy) for policy in self.setting.policies]
         measured = site_errors(captured, lowered)
-        forms = [
+        return [
             FormAtSite(
                 policy=policy.name,
                 form=found.form,
@@ -139,26 +183,13 @@ class Layers:
             )
             for policy, low, found in zip(self.setting.policies, lowered, measured, strict=True)
         ]
-        _, heads, rows, keys = captured.shape
-        site = captured.site
-        return SiteErrors(
-            length=length,
-            number=captured.number,
-            layer=site.layer,
-            name=site.path or site.name,
-            heads=heads,
-            rows=rows,
-            keys=keys,
-            forms=forms,
-            seconds=self._now() - start,
-        )
 
     def _densities(self, policy: str, found: Sequence[Lowered]) -> list[Density]:
         """Densities by length, if no selector is involved at any attention."""
         densities = []
         for length in self.setting.lengths:
             known = [density for lowered in found if (density := _density(lowered.plan, length)) is not None]
-            if len(known) == len(found):
+            if known and len(known) == len(found):
                 densities.append(Density(length=length, policy=policy, density=sum(known) / len(known)))
         return densities
 

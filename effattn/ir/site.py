@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from enum import StrEnum
 from typing import Any, Literal
 
 from effattn.ir.attention import AttentionSpec
+from effattn.ir.linear import LinearSpec
 
 Stage = Literal["prefill", "decode", "train", "cross", "encoder"]
 STAGES: tuple[Stage, ...] = ("prefill", "decode", "train", "cross", "encoder")
+
+
+class Op(StrEnum):
+    """The kinds of function that a site computes."""
+
+    SOFTMAX = "softmax"
+    LINEAR = "linear"
 
 
 @dataclass(frozen=True)
@@ -46,7 +55,7 @@ class Site:
     """One attention: where it stands, its sizes, and the function it computes."""
 
     name: str
-    found_as: str  # "softmax", "sdpa", "flex_attention", "multi_head_attention"
+    found_as: str  # "softmax", "sdpa", "flex_attention", "multi_head_attention", "linear"
     stage: Stage
     layout: Layout
     hints: Layout  # the same sizes as ints, for cost estimates
@@ -62,9 +71,14 @@ class Site:
     path: str = ""  # module path as in named_modules(): decoder.layers.3.self_attn
     module_classes: tuple[str, ...] = ()  # class names, outermost first
     location: str = ""  # file:line in the user's code
+    linear: LinearSpec | None = None  # what stands for a softmax of the score; None: a softmax
     sink: bool = False  # one more column in the softmax, with a score but no value
     reads: tuple[str, ...] = ()  # user code's names of ``captures``, in order: attention_mask for padding
     notes: tuple[str, ...] = field(default=())  # remarks for the report: grouped heads folded back, opaque mask, ...
+
+    @property
+    def op(self) -> Op:
+        return Op.SOFTMAX if self.linear is None else Op.LINEAR
 
 
 def called_site(spec: AttentionSpec, position: Any, layout: Layout) -> Site:

@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from effattn.passes.candidate.record import Match, Missed
     from effattn.passes.canonicalize.assumed import Assumed
     from effattn.passes.choose.choice import Choice
-    from effattn.passes.match.anchors.linear import LinearMatch
     from effattn.policy import Policy
 
 
@@ -41,7 +40,6 @@ class Outcome:
     matches: list[Match] = field(default_factory=list)
     missed: list[Missed] = field(default_factory=list)
     choices: list[Choice] = field(default_factory=list)
-    linear: list[LinearMatch] = field(default_factory=list)  # attention without a softmax, all of it replaced
     original: fx.Graph | None = None  # the graph as Dynamo made it; None if nothing was looked for
     canonical: fx.Graph | None = None  # as it was matched; only on request, and only where it is not the original
     assumed: list[Assumed] = field(default_factory=list)  # of tensors that the model keeps, in every call
@@ -51,7 +49,7 @@ class Outcome:
 
     @property
     def changed(self) -> bool:
-        return bool(self.linear) or any(choice.route != "keep" for choice in self.choices)
+        return any(choice.route != "keep" for choice in self.choices)
 
 
 @dataclass
@@ -89,12 +87,14 @@ class Pass:
 
     Attributes:
         name: a verb, as the report and ``EFFATTN_DEBUG=passes`` show it.
-        needs: passes that must stand before it in the list.
+        fills: the field of the outcome that it fills, if it does.
+        needs: fields that passes before it in the list must fill.
         optional: without it fewer sites are found, and those are right: where it fails, the others run without it.
     """
 
     name: ClassVar[str]
-    needs: ClassVar[tuple[type[Pass], ...]] = ()
+    fills: ClassVar[str] = ""
+    needs: ClassVar[tuple[str, ...]] = ()
     optional: ClassVar[bool] = False
 
     def apply(self, work: Compilation) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,8 +13,9 @@ import effattn
 from effattn.compiler import pipeline
 from effattn.passes.canonicalize.sums_of_weights import DistributeSums
 from effattn.passes.choose.choice import ChooseForms
+from effattn.passes.match import anchors
 from effattn.passes.match import find as match
-from effattn.passes.rewrite import sites as rewrite
+from effattn.passes.rewrite.sites import EMITTERS
 
 
 def attention(q, k, v):
@@ -50,21 +53,24 @@ def test_without_an_optional_pass_the_others_run(monkeypatch):
     assert [missed.attention for missed in report.missed] == [True]
 
 
-@pytest.mark.parametrize(
-    ("module", "name"), [(match, "from_softmax"), (match, "assemble"), (rewrite, "_sdpa"), (rewrite, "_op")]
-)
-def test_a_failure_over_one_attention_leaves_that_one_alone(monkeypatch, module, name):
-    real, calls = getattr(module, name), []
+@pytest.mark.parametrize("where", ["anchors", "assemble", "sdpa", "op"])
+def test_a_failure_over_one_attention_leaves_that_one_alone(monkeypatch, where):
+    calls = []
 
-    def fails_once(*args, **kwargs):
-        calls.append(args)
-        return fails() if len(calls) == 1 else real(*args, **kwargs)
+    def once(real):
+        def fails_once(*args, **kwargs):
+            calls.append(args)
+            return fails() if len(calls) == 1 else real(*args, **kwargs)
 
-    def drafts():
-        return {**match._DRAFTS, "softmax": tuple(getattr(match, one.__name__) for one in match._DRAFTS["softmax"])}
+        return fails_once
 
-    monkeypatch.setattr(module, name, fails_once)
-    monkeypatch.setattr(match, "_DRAFTS", drafts())
+    if where == "anchors":
+        rows = [replace(row, readings=tuple(map(once, row.readings))) for row in anchors.ANCHORS]
+        monkeypatch.setattr(anchors, "ANCHORS", rows)
+    elif where == "assemble":
+        monkeypatch.setattr(match, "assemble", once(match.assemble))
+    else:
+        monkeypatch.setitem(EMITTERS, where, once(EMITTERS[where]))
     given = tensors()
     causal = torch.ones(8, 8, dtype=torch.bool).tril()
 
@@ -94,7 +100,7 @@ def test_strict_raises_what_a_pass_raised(monkeypatch):
 
 
 def test_strict_raises_what_was_raised_over_one_attention(monkeypatch):
-    monkeypatch.setattr(rewrite, "_sdpa", fails)
+    monkeypatch.setitem(EMITTERS, "sdpa", fails)
     torch._dynamo.reset()
     fast = torch.compile(two, backend="effattn", options={"strict": True})
     with pytest.raises(Exception, match="oops"):

@@ -155,3 +155,27 @@ def test_beyond_the_context_with_scaled_positions(model):
     assert model.model.rotary_emb is before
     assert model.config.max_position_embeddings == CONTEXT
     assert torch.equal(before.inv_freq, llama().model.rotary_emb.inv_freq)
+
+
+class Linear(torch.nn.Module):
+    """A layer's attention without a softmax."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.projections = torch.nn.ModuleList(torch.nn.Linear(width, width) for _ in range(3))
+
+    def forward(self, hidden_states, **kwargs):
+        query, key, value = (one(hidden_states).unflatten(-1, (2, -1)).transpose(1, 2) for one in self.projections)
+        return ((query @ key.mT).tril() @ value / 64).transpose(1, 2).flatten(2), None
+
+
+def test_attention_without_a_softmax_is_listed(tmp_path):
+    model, heard = llama(), Heard()
+    model.model.layers[0].self_attn = Linear(model.config.hidden_size)
+    done = run(model, tmp_path / "out", heard, lengths=(256,), tasks=("errors",))
+    linear, softmax = done.sites
+    assert {(one.form, one.error, one.density) for one in linear.forms} == {("linear", 0.0, 1.0)}
+    assert "power refused" in linear.forms[1].reason
+    assert [one.form for one in softmax.forms] == ["exact", "power"]
+    assert softmax.forms[1].error > 0
+    assert any("1 of 2 attentions have no softmax" in line for line in heard.said)

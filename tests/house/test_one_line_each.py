@@ -15,6 +15,7 @@ import torch
 import effattn
 from effattn.lowering import forms
 from effattn.lowering.device import DEVICE_TYPES
+from effattn.lowering.forms.form import Form
 from effattn.passes.graph import vocabulary
 from effattn.passes.symbolic import reader
 
@@ -43,9 +44,13 @@ def added(monkeypatch, tmp_path):
                     for spelling in spellings:
                         monkeypatch.setitem(vocabulary._BY_TARGET, spelling.target, (name, spelling.params))
             elif table:
-                module = importlib.import_module(file.removesuffix(".py").replace("/", "."))
-                for name, value in eval(f"{{{code}}}", {**vars(module), **new}).items():
-                    monkeypatch.setitem(getattr(module, table), name, value)
+                name = file.removesuffix("/__init__.py").removesuffix(".py").replace("/", ".")
+                module = importlib.import_module(name)
+                if isinstance(rows := getattr(module, table), dict):
+                    for name, value in eval(f"{{{code}}}", {**vars(module), **new}).items():
+                        monkeypatch.setitem(rows, name, value)
+                else:
+                    monkeypatch.setattr(module, table, (*rows, *eval(f"({code})", new)))
             elif (ROOT / file).exists():
                 module = importlib.import_module(file.removesuffix(".py").replace("/", "."))
                 new |= {**vars(module)}
@@ -58,8 +63,9 @@ def added(monkeypatch, tmp_path):
                 monkeypatch.setitem(sys.modules, path.stem, module)
                 spec.loader.exec_module(module)
                 new[path.stem] = module
-                if (form := vars(module).get(path.stem.upper())) is not None:
-                    monkeypatch.setitem(forms.FORMS, form.name, form)
+                new[path.stem.upper()] = row = vars(module).get(path.stem.upper())
+                if isinstance(row, Form):
+                    monkeypatch.setitem(forms.FORMS, row.name, row)
 
     return add
 

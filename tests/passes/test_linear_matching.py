@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pathlib
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,7 +13,9 @@ from comparing import assert_close
 from compiled import compiled
 
 from effattn.compiler.backend import effattn
+from effattn.errors import FormRefused, VerificationError
 from effattn.ir.refusal import Why
+from effattn.passes.match.anchors import linear
 
 B, H, N, D = 2, 4, 70, 16
 SLOPES = 2.0 ** -torch.arange(1.0, H + 1)
@@ -361,6 +364,63 @@ def test_beside_a_softmax():
 
     report, _ = compiled(function, *qkv(), SLOPES)
     assert sorted(site.found_as for site in report.sites) == ["linear", "sdpa"]
+
+
+def test_a_policy_reaches_it_and_says_that_no_form_applies():
+    def function(q, k, v, slopes):
+        return F.scaled_dot_product_attention(where(q, k, v, slopes), k, v, is_causal=True)
+
+    for forms in (["window"], ["auto", "window"], ["linear"]):
+        policy = {"rule": [{"forms": forms, "params": {forms[-1]: {"window": 8}}}]}
+        report, _ = compiled(function, *qkv(), SLOPES, strict=False, verify=False, policy=policy)
+        linear, softmax = report.sites
+        assert (linear.form, linear.here, linear.exact, linear.params) == ("linear", "linear", True, {})
+        assert [one["accepted"] for one in linear.candidates] == [False, True]
+        assert f"{forms[-1]} refused: the graph spells linear attention" in linear.reason
+        assert softmax.found_as == "sdpa"
+    torch._dynamo.reset()
+    with pytest.raises(FormRefused, match="window refused: the graph spells linear attention"):
+        compiled(where, *qkv(), SLOPES, policy={"rule": [{"forms": ["window"]}]})
+
+
+def test_verify_looks_at_its_mask(monkeypatch):
+    """Also beside approximate forms, where outputs are not compared."""
+    real = linear.interpret
+    monkeypatch.setattr(linear, "interpret", lambda term: replace(real(term), causal=True))
+    with pytest.raises(VerificationError, match="the mask was read as k <= q"):
+        compiled(both_directions, *qkv())
+
+
+def test_a_value_that_is_scaled():
+    def function(q, k, v, slopes):
+        return ((q @ k.mT) * torch.exp(-slopes[:, None, None] * distance(q.shape[2])).tril()) @ (v * 0.25)
+
+    report, _ = compiled(function, *qkv(), SLOPES)
+    only_site(report)
+
+
+def test_a_result_that_is_written_later_keeps_its_gradient():
+    def function(q, k, v, slopes):
+        out = where(q, k, v, slopes)
+        first = out * 2
+        out.add_(1.0)
+        return first + out
+
+    torch._dynamo.reset()
+    fast = torch.compile(function, backend=lambda gm, args: effattn(gm, args, options=OPTIONS))
+    given = qkv(grad=True)
+    grads = [torch.autograd.grad(run(*given, SLOPES).square().sum(), given) for run in (fast, function)]
+    assert_close(*grads, 1e-4)
+
+
+def test_one_after_another_with_a_softmax_between():
+    def function(q, k, v, slopes):
+        return where((where(q, k, v, slopes) @ k.mT).softmax(-1) @ v, k, v, slopes)
+
+    report, _ = compiled(function, *qkv(), SLOPES)
+    named = [(site.name, site.found_as) for site in report.sites]
+    assert named == [("attention#0", "linear"), ("attention#1", "softmax"), ("attention#2", "linear")]
+    assert "matmul" not in report.graph()
 
 
 def test_lightning_block_of_the_examples():

@@ -36,8 +36,8 @@ class Reached:
 
     @staticmethod
     def of(choice: Choice, policy: Policy) -> Reached:
-        named = [candidate for candidate in choice.candidates if candidate.form != "exact"]
-        refusals = [refusal for candidate in named if not candidate.accepted for refusal in candidate.refusals[:1]]
+        named = [one for one in choice.considered if one.form != "exact"]
+        refusals = [refusal for one in named if not one.accepted for refusal in one.refusals[:1]]
         planned = len(refusals) < len(named) or any(refusal.rule == Why.SHORT for refusal in refusals)
         site = choice.match.site
         return Reached(site, policy.match(site).index, refusals[0] if refusals and not planned else None)

@@ -14,14 +14,13 @@ import torch
 from effattn.compiler.options import Options
 from effattn.compiler.report.effect import Reached, shortcomings
 from effattn.compiler.report.outside import Outside
-from effattn.compiler.report.target import described, linear_described
+from effattn.compiler.report.target import described
 from effattn.ir.refusal import Why
 from effattn.ir.site import Site
 from effattn.ir.text import text
 from effattn.passes.candidate.naming import renamed
 from effattn.passes.choose.choice import Choice
 from effattn.passes.compilation import Outcome, PassRecord
-from effattn.passes.match.anchors.linear import LinearMatch
 from effattn.policy import write
 
 
@@ -197,7 +196,7 @@ def versions() -> dict[str, str]:
 def graph_report(after: str, outcome: Outcome, failure: Exception | None, before: str) -> GraphReport:
     """The report of one compiled graph."""
     return GraphReport(
-        sites=tuple([_site(choice) for choice in outcome.choices] + [_linear_site(one) for one in outcome.linear]),
+        sites=tuple(map(_site, outcome.choices)),
         missed=tuple(
             MissedReport(
                 missed.name,
@@ -226,17 +225,17 @@ def _site(choice: Choice) -> SiteReport:
         layer=site.layer,
         stage=site.stage,
         found_as=site.found_as,
-        form=choice.form,
+        form=_own_name(site, choice.form),
         exact=choice.exact,
         here=_here(choice),
         predicate=text(site.spec.predicate),
-        score=text(site.spec.score),
+        score=text(site.spec.score) + _without_softmax(site),
         reason=choice.reason,
         candidates=tuple(
             {"form": one.form, "accepted": one.accepted, "rules": tuple(map(str, one.rules)), "reasons": one.reasons}
-            for one in choice.candidates
+            for one in choice.considered
         ),
-        kernel=_kernel(choice),
+        kernel=described(choice),
         location=site.location,
         layout=str(site.layout),
         empty_rows=site.spec.empty_rows,
@@ -250,50 +249,27 @@ def _site(choice: Choice) -> SiteReport:
 
 def _here(choice: Choice) -> str:
     """The form at the length for which the graph was compiled."""
-    keys = choice.match.site.hints.k_len
-    return choice.form if choice.plan is None or not keys else choice.plan.at(keys).form
+    site, plan = choice.match.site, choice.plan
+    return _own_name(site, choice.form if plan is None or not site.hints.k_len else plan.at(site.hints.k_len).form)
+
+
+def _own_name(site: Site, form: str) -> str:
+    """The user's own function is called linear where it is, as the form is that would make it so."""
+    return form if site.linear is None else "linear"
+
+
+def _without_softmax(site: Site) -> str:
+    """What stands for the softmax of a score; "": the softmax."""
+    if site.linear is None:
+        return ""
+    eps = f" + {site.linear.eps:g}" if site.linear.eps else ""
+    return ", no softmax" + (f", each row divided by its sum{eps}" if site.linear.normalised else "")
 
 
 def _shown(site: Site) -> dict[str, Any]:
     names = dict(zip((load.name for load in site.spec.captures), site.reads, strict=True))
     predicate, score = (text(renamed(term, names, {})) for term in (site.spec.predicate, site.spec.score))
-    return {"reads": names, "predicate_shown": predicate, "score_shown": score}
-
-
-def _linear_site(one: LinearMatch) -> SiteReport:
-    """Linear attention has one form: the same function."""
-    site = one.match.site
-    sums = f", each row divided by its sum{f' + {one.eps:g}' if one.eps else ''}" if one.normalised else ""
-    return SiteReport(
-        name=site.path or site.name,
-        layer=site.layer,
-        stage=site.stage,
-        found_as=site.found_as,
-        form="linear",
-        exact=True,
-        here="linear",
-        predicate=text(site.spec.predicate),
-        score=f"{text(site.spec.score)}, no softmax{sums}",
-        reason="the graph spells linear attention: the same function, in chunks with a state between them",
-        candidates=(),
-        kernel=linear_described(one),
-        location=site.location,
-        layout=str(site.layout),
-        empty_rows=site.spec.empty_rows,
-        notes=site.notes,
-        path=site.path,
-    )
-
-
-def _kernel(choice: Choice) -> str | None:
-    """What runs: user code, SDPA, or the op with the file of its generated kernel."""
-    if choice.route == "linear":
-        op = "window_linear" if getattr(choice.params, "window", 0) else "linear"
-        return f"effattn::{op}, after the feature maps"
-    if choice.plan is None:
-        is_sdpa = choice.route == "sdpa" or choice.match.anchors.is_sdpa
-        return "torch.nn.functional.scaled_dot_product_attention" if is_sdpa else None
-    return described(choice)
+    return {"reads": names, "predicate_shown": predicate, "score_shown": score + _without_softmax(site)}
 
 
 def stanza(choices: list[Choice], policy: str) -> str:

@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
-from effattn.passes.choose.choice import Choice
-from effattn.passes.match.anchors.linear import LinearMatch
+from effattn.passes.choose.choice import Choice, Route
 from effattn.runtime.targets.choice import chosen
 
+SDPA = "torch.nn.functional.scaled_dot_product_attention"
 
-def described(choice: Choice) -> str:
-    """What runs the plan of a choice; a file is written now if it was not there."""
+
+def described(choice: Choice) -> str | None:
+    """What runs a choice, None: nothing of ours; a file is written now if it was not there."""
+    return _RUN[choice.route](choice)
+
+
+def _as_written(choice: Choice) -> str | None:
+    return None if choice.match.nodes.sdpa is None else SDPA
+
+
+def _attend(choice: Choice) -> str:
     site, plan = choice.match.site, choice.plan
     assert plan is not None
     asked = plan.complete.spec, getattr(torch, site.dtype), int(site.layout.head_dim), int(site.layout.value_dim)
@@ -18,10 +29,24 @@ def described(choice: Choice) -> str:
     return target.describe(plan, site) + ("" if refusal is None else f": {refusal.reason}")
 
 
-def linear_described(one: LinearMatch) -> str:
-    """The same for linear attention."""
-    site = one.match.site
+def _features(choice: Choice) -> str:
+    op = "window_linear" if getattr(choice.params, "window", 0) else "linear"
+    return f"effattn::{op}, after the feature maps"
+
+
+def _linear(choice: Choice) -> str:
+    site, spec = choice.match.site, choice.match.site.linear
+    assert spec is not None
     asked = getattr(torch, site.dtype), int(site.layout.head_dim), int(site.layout.value_dim)
-    target, refusal = chosen(None, site.device, lambda target: target.linear.why_not(*asked))
-    found = target.linear.describe(site, one.term.causal, one.term.rate is not None, one.normalised)
+    target, refusal = chosen(choice.target, site.device, lambda target: target.linear.why_not(*asked))
+    found = target.linear.describe(site, spec.causal, spec.rate is not None, spec.normalised)
     return found + ("" if refusal is None else f": {refusal.reason}")
+
+
+_RUN: dict[Route, Callable[[Choice], str | None]] = {
+    "keep": _as_written,
+    "sdpa": lambda choice: SDPA,
+    "op": _attend,
+    "features": _features,
+    "linear": _linear,
+}

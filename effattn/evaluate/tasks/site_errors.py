@@ -20,6 +20,7 @@ from effattn.evaluate.tasks.kept import Rows, allowed_rows, indices, kept_rows, 
 from effattn.evaluate.tasks.oracle import Tile, by_tiles, oracle
 from effattn.ir.plan import Plan
 from effattn.ir.refusal import Refusal
+from effattn.ir.site import Op
 from effattn.lowering.forms import FORMS
 from effattn.passes.choose.choice import choose, plan_of
 from effattn.policy import Policy
@@ -59,9 +60,11 @@ def lower(captured: Captured, policy: Policy) -> Lowered:
     """The plan of a site under a policy; exact where no form of the policy applies.
 
     Raises:
-        EvaluationError: the form has no softmax, so kept keys are undefined.
+        EvaluationError: site or form has no softmax, so kept keys are undefined.
     """
     choice = choose(captured.match, policy, strict=False, target=None)
+    if captured.site.op is not Op.SOFTMAX:
+        raise EvaluationError(f"{captured.site.path or captured.site.name} has no softmax: no form changes it")
     if not FORMS[choice.form].softmax:
         raise EvaluationError(
             f"policy {policy.name!r} makes {captured.site.path or captured.site.name} {choice.form!r}, which has no "
@@ -70,7 +73,7 @@ def lower(captured: Captured, policy: Policy) -> Lowered:
     plan = choice.plan or plan_of(captured.site, "exact", choice.params, 0, None)
     block = int(getattr(choice.params, "block", BLOCK))
     tile = block, int(getattr(choice.params, "unit", block))
-    refusals = tuple(refusal for candidate in choice.candidates for refusal in candidate.refusals)
+    refusals = tuple(refusal for one in choice.considered for refusal in one.refusals)
     return Lowered(choice.form, plan, tile, choice.reason, refusals)
 
 

@@ -1,4 +1,4 @@
-"""What keeps a draft from being computed by an op: each check raises Refused with its reason."""
+"""What keeps a candidate from being computed by an op: each check raises Refused with its reason."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from effattn.ir.expr import k, q
 from effattn.ir.refusal import Why
 from effattn.ir.site import Layout
-from effattn.passes.candidate.record import Draft, Refused
+from effattn.passes.candidate.record import Candidate, Refused
 from effattn.passes.graph.provenance import spelled
 from effattn.passes.graph.sizes import equal, is_broadcast
 from effattn.passes.graph.view import GraphView
@@ -17,13 +17,14 @@ from effattn.passes.graph.view import GraphView
 SUPPORTED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def check_recorded(view: GraphView, draft: Draft) -> None:
+def check_recorded(view: GraphView, candidate: Candidate) -> None:
     """Under vmap, grad and jvp Dynamo records tensors of torch.func, of which an op would see the inside.
 
     Subclasses of Tensor that hold others inside would each have to say what the op means for them.
     """
-    nodes = (draft.replaced, draft.query.node, draft.key.node, draft.value.node)
-    leaves = [leaf for node in nodes for leaf in pytree.tree_leaves(view.value(node))]
+    nodes = candidate.nodes
+    tensors = (nodes.replaced, *(operand.node for operand in nodes.operands.values()))
+    leaves = [leaf for node in tensors for leaf in pytree.tree_leaves(view.value(node))]
     for leaf in leaves:
         if is_traceable_wrapper_subclass(leaf):
             raise Refused(Why.SUBCLASS, f"its tensors are {type(leaf).__name__}s, a subclass that holds other tensors")
@@ -33,46 +34,48 @@ def check_recorded(view: GraphView, draft: Draft) -> None:
         )
 
 
-def check_gradients(view: GraphView, draft: Draft) -> None:
+def check_gradients(view: GraphView, candidate: Candidate) -> None:
     """The op's gradient reaches query and key whenever they need one: the user's must do so too."""
-    if not view.gradient_flows(view.time[draft.replaced]):
+    nodes = candidate.nodes
+    if not view.gradient_flows(view.time[nodes.replaced]):
         return
-    query, key, value = (view.held(operand.node).requires_grad for operand in (draft.query, draft.key, draft.value))
-    stops = (query or key or value) and not view.held(draft.replaced).requires_grad
-    weights = view.tensor(draft.anchor)
-    if stops or (draft.anchor is not draft.replaced and weights is not None and (query or key) > weights.requires_grad):
+    query, key, value = (view.held(operand.node).requires_grad for operand in nodes.operands.values())
+    stops = (query or key or value) and not view.held(nodes.replaced).requires_grad
+    weights = view.tensor(nodes.anchor)
+    if stops or (nodes.anchor is not nodes.replaced and weights is not None and (query or key) > weights.requires_grad):
         raise Refused(Why.GRADIENT, "the gradient is stopped between query and key and the output (detach or no_grad)")
 
 
-def check_operands(view: GraphView, draft: Draft, layout: Layout) -> None:
-    _check_lengths(view, draft)
-    end = view.time[draft.replaced]
-    for name, operand in (("query", draft.query), ("key", draft.key), ("value", draft.value)):
+def check_operands(view: GraphView, candidate: Candidate, layout: Layout) -> None:
+    _check_lengths(view, candidate)
+    nodes = candidate.nodes
+    end = view.time[nodes.replaced]
+    for name, operand in nodes.operands.items():
         if writers := view.writes_between(operand.node, operand.time - 1, end):
             reason = f"{name} is written between the scores and the output (by {spelled(writers[0])})"
             raise Refused(Why.MEMORY, reason, at=writers[0])
         size = layout.batch if operand.dims[0] is None else operand.shape(view)[operand.dims[0]]
         if is_broadcast(view, size, layout.batch) is not False:  # one batch for all has no dimension
             raise Refused(Why.BATCH, f"{name} has a batch of {size} where the scores have {layout.batch}")
-    if draft.query.groups != 1 or (draft.query.dims[1] and draft.query.heads_in(view) != layout.heads):
+    if nodes.query.groups != 1 or (nodes.query.dims[1] and nodes.query.heads_in(view) != layout.heads):
         raise Refused(Why.HEADS, "the query has fewer heads than the scores")
-    key_heads, value_heads = draft.key.heads_in(view), draft.value.heads_in(view)
+    key_heads, value_heads = nodes.key.heads_in(view), nodes.value.heads_in(view)
     if key_heads != value_heads:
         raise Refused(Why.HEADS, f"key has {key_heads} heads and value {value_heads}")
     if not (layout.heads.is_Integer and key_heads.is_Integer) or int(layout.heads) % int(key_heads):
         raise Refused(Why.HEADS, f"{layout.heads} query heads over {key_heads} key heads")
-    for operand in (draft.key, draft.value):
+    for operand in (nodes.key, nodes.value):
         grouped = operand.groups if operand.dims[1] else int(layout.heads)
         if grouped * int(key_heads) != int(layout.heads):
             raise Refused(Why.HEADS, "query heads do not map to key heads in groups of equal size")
-    dtypes = {view.held(operand.node).dtype for operand in (draft.query, draft.key, draft.value)}
-    target = view.held(draft.replaced).dtype
+    dtypes = {view.held(operand.node).dtype for operand in nodes.operands.values()}
+    target = view.held(nodes.replaced).dtype
     if target not in SUPPORTED_DTYPES:
         raise Refused(Why.DTYPE, f"attention in {target} is not supported")
-    scores = (view.tensor(node) for node in (draft.anchor, *draft.anchor.all_input_nodes[:1]))
+    scores = (view.tensor(node) for node in (nodes.anchor, *nodes.anchor.all_input_nodes[:1]))
     if any(tensor is not None and tensor.dtype == torch.float64 for tensor in scores):
         raise Refused(Why.DTYPE, "the scores are computed in torch.float64, which is not supported")
-    if dtypes != {target} and draft.sdpa is None and not draft.autocast:
+    if dtypes != {target} and nodes.sdpa is None and not candidate.autocast:
         raise Refused(
             Why.DTYPE, f"query, key and value mix {', '.join(sorted(map(str, dtypes)))} for a {target} result"
         )
@@ -82,12 +85,13 @@ def check_operands(view: GraphView, draft: Draft, layout: Layout) -> None:
         raise Refused(Why.EMPTY, "there is nothing to attend to or from: a length is 0")
 
 
-def _check_lengths(view: GraphView, draft: Draft) -> None:
+def _check_lengths(view: GraphView, candidate: Candidate) -> None:
     """Scores that are put together of several products have more rows or keys than one of them."""
-    if draft.scores is None:
+    nodes = candidate.nodes
+    if nodes.scores is None:
         return
-    sizes = dict(zip(draft.scores_index, view.shape(draft.scores.node), strict=True))
-    for name, operand, symbol in (("query", draft.query, q), ("key", draft.key, k), ("value", draft.value, k)):
+    sizes = dict(zip(candidate.space.index, view.shape(nodes.scores.node), strict=True))
+    for (name, operand), symbol in zip(nodes.operands.items(), (q, k, k), strict=True):
         rows = operand.shape(view)[operand.dims[2]]
         if not equal(view, rows, sizes[symbol]):
             raise Refused(Why.LENGTHS, f"{name} has {rows} rows where the scores have {sizes[symbol]}")

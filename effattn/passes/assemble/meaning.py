@@ -1,8 +1,8 @@
-"""What a draft computes: score and predicate in closed form, and what a row gives that may attend to nothing."""
+"""What a candidate computes: score and predicate in closed form, and what a row gives that may attend to nothing."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import sympy
@@ -13,11 +13,12 @@ from effattn.errors import PlanError
 from effattn.ir import expr, wire
 from effattn.ir.attention import EmptyRows
 from effattn.ir.expr import Nk, k, q
+from effattn.ir.linear import LinearSpec
 from effattn.ir.refusal import Why
 from effattn.ir.site import Layout
 from effattn.passes.candidate.naming import in_lengths, with_lengths
 from effattn.passes.candidate.operands import Operand
-from effattn.passes.candidate.record import Draft, Refused
+from effattn.passes.candidate.record import Candidate, Refused
 from effattn.passes.graph.contraction import contraction
 from effattn.passes.graph.view import GraphView
 from effattn.passes.masks import split as masks
@@ -35,73 +36,87 @@ class Meaning:
     predicate: Any
     position: Any | None
     empty_rows: EmptyRows
-    threshold: float  # scores at or below it are masked
+    threshold: float = masks.FILL  # scores at or below it are masked
+    linear: LinearSpec | None = None
+    notes: tuple[str, ...] = ()
 
 
-def meaning(view: GraphView, draft: Draft, layout: Layout) -> Meaning:
-    """Score and mask of a draft taken apart; a note where fills stay in the score.
+def meaning(view: GraphView, candidate: Candidate, layout: Layout) -> Meaning:
+    """What a candidate computes, lengths as they are called in sites."""
+    linear = candidate.linear
+    if linear is None:
+        return _score_and_mask(view, candidate, layout)
+    if linear.rate is not None:
+        linear = replace(linear, rate=with_lengths(linear.rate, layout))
+    return Meaning(linear.weight, linear.predicate, q if linear.causal else None, "never", linear=linear)
+
+
+def _score_and_mask(view: GraphView, candidate: Candidate, layout: Layout) -> Meaning:
+    """Score and mask taken apart; a note where fills stay in the score.
 
     Raises:
         Refused: they cannot be, or not in a way that gives what the user's arithmetic gives.
     """
     try:
-        found = masks.split(draft.term)
+        found = masks.split(candidate.term)
     except masks.Unclear as unclear:
         raise Refused(Why.SCORE_AND_MASK, str(unclear)) from unclear
     score = with_lengths(found.score, layout)
     predicate = masks.simplify(with_lengths(found.predicate, layout))
     _check_expressions(score, predicate)
-    _check_large_numbers(view, draft, score)
+    _check_large_numbers(view, candidate, score)
     lengths = in_lengths(layout)
     position = masks.query_position(predicate, lengths)
-    if position is None and predicate == sympy.true and layout.q_len == 1 and _appended(view, draft.key):
+    if position is None and predicate == sympy.true and layout.q_len == 1 and _appended(view, candidate.nodes.key):
         position = q + Nk - 1  # a decode step without a mask: the query is the last of the keys
-    _check_numbers_beside(view, draft, score, predicate, lengths)
-    dtype = _score_dtype(view, draft)
+    _check_numbers_beside(view, candidate, score, predicate, lengths)
+    dtype = _score_dtype(view, candidate)
+    notes: tuple[str, ...] = ()
     try:
         empty = masks.empty_rows(
             masks.Split(score, predicate, found.fills),
             lengths,
-            sdpa=draft.zero_when_empty,
+            sdpa=candidate.zero_when_empty,
             dtype=dtype,
-            data=_masks_that_are_data(view, score, draft.reader.captures),
+            data=_masks_that_are_data(view, score, candidate.space.reader.captures),
         )
     except masks.Unclear as unclear:
-        if draft.zeroed or not masks.may_stay_in_score(found, draft.term, dtype):
+        if candidate.zeroed or not masks.may_stay_in_score(found, candidate.term, dtype):
             raise Refused(Why.ROWS_WITHOUT_KEYS, str(unclear), "use a boolean mask with SDPA") from unclear
-        score, predicate, position = with_lengths(draft.term, layout), sympy.true, None
-        empty = "zero" if draft.zero_when_empty else "nan"
-        draft.notes.append("a row may attend to nothing: the mask's fill values are added as the user adds them")
-    empty = _after_softmax(draft, layout, predicate, empty)
-    return Meaning(score, predicate, position, empty, found.threshold)
+        score, predicate, position = with_lengths(candidate.term, layout), sympy.true, None
+        empty = "zero" if candidate.zero_when_empty else "nan"
+        notes = ("a row may attend to nothing: the mask's fill values are added as the user adds them",)
+    empty = _after_softmax(candidate, layout, predicate, empty)
+    return Meaning(score, predicate, position, empty, found.threshold, notes=notes)
 
 
-def _after_softmax(draft: Draft, layout: Layout, predicate, empty: EmptyRows) -> EmptyRows:
+def _after_softmax(candidate: Candidate, layout: Layout, predicate, empty: EmptyRows) -> EmptyRows:
     """What a row without keys gives once weights were divided by hand, zeroed, or shared with a sink."""
-    if draft.nan_when_empty and empty == "mean":
+    if candidate.nan_when_empty and empty == "mean":
         empty = "nan"
-    for zeroed in draft.zeroed:
+    for zeroed in candidate.zeroed:
         if masks.simplify(sympy.Not(masks.simplify(with_lengths(zeroed.where, layout)))) != predicate:
             reason = "weights are set to zero by another mask than that of the scores"
             raise Refused(Why.WEIGHTS, reason, at=zeroed.node)
         empty = "zero" if zeroed.nan_too or empty == "mean" else empty
-    if draft.nan_is_zero and empty == "nan":
+    if candidate.nan_is_zero and empty == "nan":
         empty = "zero"
-    return empty if draft.sink is None or empty == "nan" else "zero"  # the sink takes all of the weight
+    return empty if candidate.nodes.sink is None or empty == "nan" else "zero"  # the sink takes all of the weight
 
 
-def _check_large_numbers(view: GraphView, draft: Draft, score) -> None:
+def _check_large_numbers(view: GraphView, candidate: Candidate, score) -> None:
     scaled_fill = any(_is_huge(number) for number in score.atoms(sympy.Number))
-    if scaled_fill and _score_dtype(view, draft) == "float16":
+    if scaled_fill and _score_dtype(view, candidate) == "float16":
         raise Refused(Why.SCORE_AND_MASK, "a fill value is scaled by data in float16, which may make it infinite")
 
 
-def _check_numbers_beside(view: GraphView, draft: Draft, score, predicate, lengths: Layout) -> None:
+def _check_numbers_beside(view: GraphView, candidate: Candidate, score, predicate, lengths: Layout) -> None:
     """Rows of nothing but large numbers depend on how user code computes: they must have other keys.
 
     Scores have no digits left beside such a number, and on the way it may become infinite, or 0.
     """
-    half = draft.scores is not None and view.held(draft.scores.node).dtype in (torch.float16, torch.bfloat16)
+    scores = candidate.nodes.scores
+    half = scores is not None and view.held(scores.node).dtype in (torch.float16, torch.bfloat16)
     rules = (
         (
             masks.not_lowered(score, masks.in_half if half else masks.in_float32),
@@ -110,7 +125,7 @@ def _check_numbers_beside(view: GraphView, draft: Draft, score, predicate, lengt
         ),
         (not_overflowing(score), "a large number that is multiplied may become infinite", "fill with -inf"),
         (
-            not_vanishing(score) if draft.nan_when_empty else [],
+            not_vanishing(score) if candidate.nan_when_empty else [],
             "the exponentials of large numbers are 0, or infinite",
             "subtract the largest score first",
         ),
@@ -136,10 +151,10 @@ def _check_expressions(score, predicate) -> None:
             raise Refused(Why.SCORE_AND_MASK, str(error)) from error
 
 
-def _score_dtype(view: GraphView, draft: Draft) -> str:
+def _score_dtype(view: GraphView, candidate: Candidate) -> str:
     """The least exact type that scores and masks pass through."""
-    nodes = (draft.query.node, draft.anchor.all_input_nodes[0], draft.replaced)
-    held = {view.held(node).dtype for node in nodes}
+    nodes = candidate.nodes
+    held = {view.held(node).dtype for node in (nodes.query.node, nodes.anchor.all_input_nodes[0], nodes.replaced)}
     least = next((dtype for dtype in (torch.float16, torch.bfloat16) if dtype in held), torch.float32)
     return str(least).removeprefix("torch.")
 

@@ -1,4 +1,4 @@
-"""From a draft to a site: checked, read, named."""
+"""From a candidate to a site: checked, read, named."""
 
 from __future__ import annotations
 
@@ -10,165 +10,152 @@ import torch
 
 from effattn.ir import expr
 from effattn.ir.attention import AttentionSpec
+from effattn.ir.linear import LinearSpec
 from effattn.ir.refusal import Why
 from effattn.ir.site import Layout, Site, Stage
 from effattn.passes.assemble.admissible import check_gradients, check_operands, check_recorded
 from effattn.passes.assemble.meaning import meaning
 from effattn.passes.candidate.naming import capture_names, capture_spec, number_names, own_names, renamed, scalars_of
-from effattn.passes.candidate.placement import placement
-from effattn.passes.candidate.record import Anchors, Draft, Match, Refused, require_fixed
+from effattn.passes.candidate.placement import Placement, placement
+from effattn.passes.candidate.record import Candidate, Match, MatchedNodes, Refused, require_fixed
 from effattn.passes.graph.owner import classes_around, layer_around
 from effattn.passes.graph.provenance import layer_of, location, module_path
 from effattn.passes.graph.view import GraphView, as_sympy, hint
 
 
-def assemble(view: GraphView, draft: Draft, order: int) -> Match:
-    """The finished match.
+def assemble(view: GraphView, candidate: Candidate) -> Match:
+    """The finished match; its site is named after its module.
 
     Raises:
-        Refused: the draft cannot be computed by an op; the reason says why.
+        Refused: the candidate cannot be computed by an op; the reason says why.
     """
-    check_recorded(view, draft)
-    require_fixed(draft.heads, draft.head_dim, draft.value_dim)
-    layout = Layout(
-        draft.batch, draft.heads, draft.key.heads_in(view), draft.q_len, draft.k_len, draft.head_dim, draft.value_dim
-    )
-    _expand_shared(view, draft)
-    check_operands(view, draft, layout)
-    read = meaning(view, draft, layout)
-    score, predicate, position, empty = read.score, read.predicate, read.position, read.empty_rows
-    check_gradients(view, draft)
-    names = capture_names(score, predicate, draft.reader.captures)
+    check_recorded(view, candidate)
+    layout = _layout(view, candidate)
+    candidate = _with_operands_expanded(candidate)
+    nodes, reader, end = candidate.nodes, candidate.space.reader, view.time[candidate.nodes.replaced]
+    check_operands(view, candidate, layout)
+    read = meaning(view, candidate, layout)
+    score, predicate, position = read.score, read.predicate, read.position
+    check_gradients(view, candidate)
+    names = capture_names(score, predicate, reader.captures)
     numbers = number_names(score, predicate)
     score, predicate, position = (renamed(term, names, numbers) for term in (score, predicate, position))
-    sources = {names[old]: source for old, source in draft.reader.captures.items() if old in names}
+    sources = {names[old]: source for old, source in reader.captures.items() if old in names}
     used = list(dict.fromkeys(load.name for load in expr.loads_of(score, predicate)))
-    specs = tuple(capture_spec(view, name, sources[name]) for name in used)
-    devices = {name: getattr(view.tensor(sources[name].node), "device", None) for name in used}
-    for name, device in devices.items():  # a 0-d tensor may stand on the CPU: PyTorch takes it there, a kernel cannot
-        if device != getattr(view.tensor(draft.query.node), "device", None):
-            raise Refused(Why.DEVICE, f"{name} ({sources[name].node.name}) is on another device than the query")
-    scalars = scalars_of(view, draft, score, predicate)
-    if unknown := set(numbers) - set(draft.reader.numbers):
+    captures = tuple(sources[name] for name in used)
+    device = view.held(nodes.query.node).device
+    for name, source in zip(used, captures, strict=True):  # PyTorch takes 0-d tensors from the CPU, a kernel cannot
+        if getattr(view.tensor(source.node), "device", None) != device:
+            raise Refused(Why.DEVICE, f"{name} ({source.node.name}) is on another device than the query")
+    scalars = scalars_of(view, end, score, predicate)
+    if unknown := set(numbers) - set(reader.numbers):
         raise Refused(Why.SYMBOLIC_NUMBER, f"no node of the graph holds {', '.join(sorted(unknown))}")
-    place = placement(draft.out_index, layout.heads, layout.q_len, layout.value_dim)
+    place = placement(candidate.out_index, layout.heads, layout.q_len, layout.value_dim)
     if place is None:
-        raise Refused(Why.OUTPUT_LAYOUT, f"the order of the output's dimensions is not understood: {draft.out_index}")
-
-    path = module_path(draft.anchor)
-    counted = layer_around(draft.anchor)
-    tensor = view.tensor(draft.query.node)
-    assert tensor is not None
-    flows = view.gradient_flows(view.time[draft.replaced])
-    captures_need_grad = flows and any(view.held(sources[name].node).requires_grad for name in used)
-    needs_grad = flows and (
-        captures_need_grad
-        or any(view.held(operand.node).requires_grad for operand in (draft.query, draft.key, draft.value))
-    )
-    spec = AttentionSpec(
-        score=score,
-        predicate=predicate,
-        captures=specs,
-        scalars=tuple(str(symbol) for symbol, _ in scalars),
-        numbers=tuple(numbers.values()),
-        empty_rows=empty,
-    )
-    hints = Layout(*(_hint(view, size, draft) for size in vars(layout).values()))
+        reason = f"the order of the output's dimensions is not understood: {candidate.out_index}"
+        raise Refused(Why.OUTPUT_LAYOUT, reason)
+    flows = view.gradient_flows(end)
+    captures_need_grad = flows and any(view.held(source.node).requires_grad for source in captures)
+    given = [operand.node for operand in nodes.operands.values()]
+    given += [nodes.loop.initial] if nodes.loop is not None and nodes.loop.initial is not None else []
+    needs_grad = captures_need_grad or (flows and any(view.held(node).requires_grad for node in given))
+    path, counted = module_path(nodes.anchor), layer_around(nodes.anchor)
+    hints = Layout(*(_hint(view, size, nodes) for size in vars(layout).values()))
     site = Site(
-        name=f"{path or 'attention'}#{order}",
-        found_as=draft.found_as,
-        stage=_stage(hints, position, needs_grad),
+        name=path or "attention",
+        found_as=candidate.found_as,
+        stage=_stage(hints, position, needs_grad, candidate.linear),
         layout=layout,
         hints=hints,
-        spec=spec,
+        spec=AttentionSpec(
+            score=score,
+            predicate=predicate,
+            captures=tuple(capture_spec(view, name, source) for name, source in zip(used, captures, strict=True)),
+            scalars=tuple(str(symbol) for symbol, _ in scalars),
+            numbers=tuple(numbers.values()),
+            empty_rows=read.empty_rows,
+        ),
         position=position,
-        dtype=_dtype(view, draft),
-        device=tensor.device.type,
+        dtype=str(view.held(nodes.replaced).dtype).removeprefix("torch."),
+        device=device.type,
         needs_grad=needs_grad,
         captures_need_grad=captures_need_grad,
-        output_layout=_output_layout(view, draft, place),
+        output_layout=_output_layout(view, nodes, place),
         layer=layer_of(path) if counted is None else counted[0],
         layer_count=None if counted is None else counted[1],
         path=path,
-        module_classes=classes_around(draft.anchor),
-        location=location(draft.anchor),
-        sink=draft.sink is not None,
-        reads=own_names(used, [sources[name] for name in used]),
-        notes=tuple(draft.notes),
+        module_classes=classes_around(nodes.anchor),
+        location=location(nodes.anchor),
+        linear=None if read.linear is None else replace(read.linear, rate=renamed(read.linear.rate, names, numbers)),
+        sink=nodes.sink is not None,
+        reads=own_names(used, list(captures)),
+        notes=candidate.notes + read.notes,
     )
-    anchors = Anchors(
-        replaced=draft.replaced,
-        anchor=draft.anchor.name,
-        scores=draft.scores,
-        scores_index=draft.scores_index,
-        query=draft.query,
-        key=draft.key,
-        value=draft.value,
-        placement=place,
-        captures=tuple(sources[name] for name in used),
+    return Match(
+        site,
+        nodes,
+        candidate.space.index,
+        place,
+        captures,
         scalars=tuple(source for _, source in scalars),
-        numbers=tuple(draft.reader.numbers[name] for name in numbers),
+        numbers=tuple(reader.numbers[name] for name in numbers),
         threshold=read.threshold,
-        is_plain_sdpa=draft.is_plain_sdpa,
-        sdpa=draft.sdpa,
-        before=draft.before,
-        lse=draft.lse,
-        sink=draft.sink,
     )
-    return Match(site, anchors)
 
 
-def _expand_shared(view: GraphView, draft: Draft) -> None:
+def _layout(view: GraphView, candidate: Candidate) -> Layout:
+    space, nodes = candidate.space, candidate.nodes
+    widths = nodes.query.width_in(view), nodes.value.width_in(view)
+    require_fixed(space.heads, *widths)
+    return Layout(space.batch, space.heads, nodes.key.heads_in(view), space.q_len, space.k_len, *widths)
+
+
+def _with_operands_expanded(candidate: Candidate) -> Candidate:
     """Where all batches share a query, key or value, or all heads a query (learned queries), it is expanded: a view."""
-    operands = {name: getattr(draft, name) for name in ("query", "key", "value")}
-    batch: Any = int(draft.batch) if draft.batch.is_Integer else None
-    for operand in operands.values():
-        if batch is None and operand.dims[0] is not None and not operand.apart:
-            batch = (operand.node, operand.dims[0])
-    if draft.batch != 1:
-        if all(operand.dims[0] is None for operand in operands.values()):
-            raise Refused(Why.BATCH, f"query, key and value are shared by the batch of {draft.batch}")
-        shared = {name: operand for name, operand in operands.items() if operand.dims[0] is None}
-        if shared and batch is None:
+    operands, full, heads = candidate.nodes.operands, candidate.space.batch, candidate.space.heads
+    shared = {name: operand for name, operand in operands.items() if operand.dims[0] is None}
+    if full != 1 and shared:
+        if len(shared) == len(operands):
+            raise Refused(Why.BATCH, f"query, key and value are shared by the batch of {full}")
+        alone = [one for name, one in operands.items() if name not in shared and not one.apart]
+        if not full.is_Integer and not alone:
             raise Refused(Why.BATCH, "no dimension of query, key and value holds the batch alone")
-        for name, operand in shared.items():
-            setattr(draft, name, replace(operand, batch=batch))
-    if draft.heads != 1 and not draft.query.dims[1]:
-        draft.query = replace(draft.query, heads=int(draft.heads))
+        batch: Any = int(full) if full.is_Integer else (alone[0].node, alone[0].dims[0])
+        operands |= {name: replace(operand, batch=batch) for name, operand in shared.items()}
+    if heads != 1 and not operands["query"].dims[1]:
+        operands["query"] = replace(operands["query"], heads=int(heads))
+    nodes = replace(candidate.nodes, query=operands["query"], key=operands["key"], value=operands["value"])
+    return replace(candidate, nodes=nodes)
 
 
-def _dtype(view: GraphView, draft: Draft) -> str:
-    return str(view.held(draft.replaced).dtype).removeprefix("torch.")
-
-
-def _output_layout(view: GraphView, draft: Draft, place) -> str:
+def _output_layout(view: GraphView, nodes: MatchedNodes, place: Placement) -> str:
     """Memory order to write: heads inside rows if that is what the replaced node had, or what its users undo."""
-    tensor = view.held(draft.replaced)
+    tensor = view.held(nodes.replaced)
     if tensor.dim() == 4 and place.is_identity:
-        if (anchor := view.call(draft.anchor)) is not None and anchor.name != "softmax":
+        if (anchor := view.call(nodes.anchor)) is not None and anchor.name != "softmax":
             heads, rows = tensor.stride()[1:3]
             return "bnhd" if hint(heads) < hint(rows) else "bhnd"
-        calls = [view.call(user) for user in draft.replaced.users]
+        calls = [view.call(user) for user in nodes.replaced.users]
         if calls and all(call is not None and call.name in ("transpose", "permute") for call in calls):
             return "bnhd"
     return "bhnd"
 
 
-def _stage(hints: Layout, position, needs_grad: bool) -> Stage:
+def _stage(hints: Layout, position, needs_grad: bool, linear: LinearSpec | None) -> Stage:
     if needs_grad:
         return "train"
-    if hints.q_len == 1 and hints.k_len > 1:
+    if (hints.q_len == 1 and hints.k_len > 1) or (linear is not None and linear.state == "stepped"):
         return "decode"
     if position is not None:
         return "prefill"
     return "cross" if hints.q_len != hints.k_len else "encoder"
 
 
-def _hint(view: GraphView, size, draft: Draft) -> int:
+def _hint(view: GraphView, size, nodes: MatchedNodes) -> int:
     size = sympy.sympify(size)
     if size.is_Integer:
         return int(size)
-    for operand in (draft.query, draft.key, draft.value):
+    for operand in nodes.operands.values():
         for extent in view.held(operand.node).shape:
             if isinstance(extent, torch.SymInt) and as_sympy(extent) == size:
                 return hint(extent)

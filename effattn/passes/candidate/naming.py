@@ -16,7 +16,7 @@ from effattn.ir.attention import CaptureSpec
 from effattn.ir.expr import Nk, Nq, b, h, k, q
 from effattn.ir.refusal import Why
 from effattn.ir.site import Layout
-from effattn.passes.candidate.record import Draft, Refused, SizeSource
+from effattn.passes.candidate.record import Refused, SizeSource
 from effattn.passes.graph.provenance import own_name
 from effattn.passes.graph.view import GraphView
 from effattn.passes.symbolic import CaptureSource
@@ -46,11 +46,12 @@ def _is_number(symbol) -> bool:
     return symbol not in (*expr.INDICES, expr.s, Nq, Nk) and symbol.is_integer is not True
 
 
-def scalars_of(view: GraphView, draft: Draft, score, predicate) -> list[tuple[Any, SizeSource]]:
+def scalars_of(view: GraphView, end: int, score, predicate) -> list[tuple[Any, SizeSource]]:
+    """Integers that are known at run time, and where a node at ``end`` finds them."""
     known = (*expr.INDICES, expr.s, Nq, Nk)
     wanted = [x for x in expr.free_symbols(score, predicate) if x not in known and not _is_number(x)]
     wanted = sorted(wanted, key=str)
-    return [(symbol, size_source(view, symbol, view.time[draft.replaced])) for symbol in wanted]
+    return [(symbol, size_source(view, symbol, end)) for symbol in wanted]
 
 
 def size_source(view: GraphView, symbol, end: int) -> SizeSource:

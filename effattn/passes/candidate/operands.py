@@ -62,6 +62,11 @@ class Operand:
         sizes, taken = self.shape(view), {dim: count for dim, _, _, count in self.some}
         return sympy.Mul(*[taken.get(dim, sizes[dim]) for dim in self.dims[1]])
 
+    def width_in(self, view: GraphView) -> Any:
+        """Its head_dim."""
+        sizes = self.shape(view)
+        return sympy.Mul(*[sizes[dim] for dim in self.dims[3]])
+
 
 def trace(
     view: GraphView,

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 import sympy
 from torch import fx
 
+from effattn.ir.linear import LinearSpec
 from effattn.ir.refusal import Refusal, Why
 from effattn.ir.site import Site
 from effattn.passes.candidate.operands import Operand
@@ -29,38 +30,68 @@ class SizeSource:
 
 
 @dataclass(frozen=True)
-class Anchors:
-    """The graph side of a match. Only the rewriting reads it."""
+class ScoreSpace:
+    """The scores of one attention: their sizes, how their dimensions are indexed, and who reads them."""
 
+    batch: Any
+    heads: Any
+    q_len: Any
+    k_len: Any
+    index: tuple[Any, ...]  # of the dimensions of the scores, in b, h, q, k
+    reader: Reader
+
+
+@dataclass(frozen=True)
+class Loop:
+    """What linear attention that is written as a loop has beside query, key, value and rate."""
+
+    initial: fx.Node | None  # the state before the first token, None if it is zero
+    final: fx.Node | None  # the node of the state after the last
+    rising: tuple[fx.Node, ...] = ()  # tables of decay, as in effattn::checked_decay
+    falling: tuple[fx.Node, ...] = ()
+    triangles: tuple[fx.Node, ...] = ()
+
+
+@dataclass(frozen=True)
+class MatchedNodes:
+    """The graph side of an attention, as its anchor names it. Only checks, rewriting and verify read it."""
+
+    anchor: fx.Node  # the node of the softmax, SDPA call or weights: names and locations come from it
     replaced: fx.Node
-    anchor: str  # name of the softmax or SDPA node
-    scores: CaptureSource | None  # what the softmax is taken of, before a sink and any shift; None: of an SDPA call
-    scores_index: tuple[Any, ...]  # index of its scores' dimensions in b, h, q, k
     query: Operand
     key: Operand
     value: Operand
-    placement: Placement
-    captures: tuple[CaptureSource, ...]  # as in site.spec.captures
-    scalars: tuple[SizeSource, ...]  # as in site.spec.scalars
-    numbers: tuple[fx.Node, ...]  # as in site.spec.numbers
-    threshold: float = FILL  # scores above it are allowed, at or below it masked
-    is_plain_sdpa: bool = False  # already SDPA without a mask: its own kernels run, nothing to replace
+    _: KW_ONLY
+    scores: CaptureSource | None = None  # what the softmax is taken of, before a sink and any shift, or weights
     sdpa: Mapping[str, Any] | None = None  # SDPA's arguments by name, where the scores are those of an SDPA call
     before: fx.Node | None = None  # where the replacement goes, if not where ``replaced`` is
     lse: fx.Node | None = None  # the node of the LSE in base 2, if it is used
     sink: CaptureSource | float | None = None  # more scores of each row, [B, H, Nq, n]: take weight, have no value
+    loop: Loop | None = None
+    products: tuple[fx.Node, ...] = ()  # that it is made of, beside ``replaced``: no attention of their own
 
     @property
-    def is_sdpa(self) -> bool:
-        return self.sdpa is not None
+    def operands(self) -> dict[str, Operand]:
+        return {"query": self.query, "key": self.key, "value": self.value}
+
+    @property
+    def is_plain_sdpa(self) -> bool:
+        """Already SDPA without a mask: its own kernels run."""
+        return self.sdpa is not None and self.sdpa.get("attn_mask") is None
 
 
 @dataclass(frozen=True)
 class Match:
-    """A site that can be replaced."""
+    """A site that can be replaced, and where the graph holds what its spec names, in the same order."""
 
     site: Site
-    anchors: Anchors
+    nodes: MatchedNodes
+    scores_index: tuple[Any, ...]  # as in its ScoreSpace
+    placement: Placement
+    captures: tuple[CaptureSource, ...]
+    scalars: tuple[SizeSource, ...]
+    numbers: tuple[fx.Node, ...]
+    threshold: float = FILL  # scores above it are allowed, at or below it masked
 
 
 @dataclass(frozen=True)
@@ -108,35 +139,19 @@ class Zeroed:
     nan_too: bool = True
 
 
-@dataclass
-class Draft:
-    """A site while it is being put together."""
+@dataclass(frozen=True)
+class Candidate:
+    """An attention as an anchor reads it, before anything is checked."""
 
-    anchor: fx.Node  # the softmax or SDPA node: names and locations come from it
-    replaced: fx.Node
+    nodes: MatchedNodes
     found_as: str
-    query: Operand
-    key: Operand
-    value: Operand
-    batch: Any
-    heads: Any
-    q_len: Any
-    k_len: Any
-    head_dim: Any
-    value_dim: Any
-    term: Any  # the scores before softmax, with s for the raw score
-    scores_index: tuple[Any, ...]
-    out_index: tuple[Any, ...]
-    reader: Reader
-    zero_when_empty: bool  # SDPA gives 0 for a row without keys where a softmax of -inf gives NaN
+    space: ScoreSpace
+    out_index: tuple[Any, ...]  # of the dimensions of what is replaced, in b, h, q and depth
+    term: Any = None  # the scores before softmax, with s for the raw score
+    linear: LinearSpec | None = None  # what stands for them where there is no softmax
+    zero_when_empty: bool = True  # SDPA gives 0 for a row without keys where a softmax of -inf gives NaN
     nan_when_empty: bool = False  # such a row is 0 / 0, whatever masks it
-    scores: CaptureSource | None = None  # what the softmax is taken of
-    is_plain_sdpa: bool = False
-    sdpa: Mapping[str, Any] | None = None  # the call's arguments by name
-    before: fx.Node | None = None
-    lse: fx.Node | None = None
-    sink: CaptureSource | float | None = None
-    autocast: bool = False  # the product of query and key already ran in the result's type
     zeroed: tuple[Zeroed, ...] = ()  # where weights become zero after softmax
     nan_is_zero: bool = False  # weights that are NaN become zero
-    notes: list[str] = field(default_factory=list)
+    autocast: bool = False  # the product of query and key already ran in the result's type
+    notes: tuple[str, ...] = ()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -12,25 +13,24 @@ from effattn.errors import FormRefused, TargetError
 from effattn.ir import expr
 from effattn.ir.plan import Dispatch, Plan, Sparsity
 from effattn.ir.refusal import Refusal, Why
-from effattn.ir.site import Site
+from effattn.ir.site import Op, Site
 from effattn.lowering.forms import FORMS
 from effattn.lowering.forms.form import Params, Rule
 from effattn.passes.candidate.failures import left_alone
-from effattn.passes.candidate.record import Anchors, Match
+from effattn.passes.candidate.record import Match, MatchedNodes
 from effattn.passes.choose.cheapest import cheapest
 from effattn.passes.choose.trained import no_weights
 from effattn.passes.compilation import Compilation, Pass
-from effattn.passes.match.find import MatchSoftmax
 from effattn.policy import Policy
 from effattn.policy import Rule as PolicyRule
 from effattn.runtime.targets import sdpa
 from effattn.runtime.targets.choice import ANYWHERE, asked_for, why_not_there
 
-Route = Literal["keep", "sdpa", "op", "linear"]
+Route = Literal["keep", "sdpa", "op", "features", "linear"]
 
 
 @dataclass(frozen=True)
-class Candidate:
+class Considered:
     """One form that was considered for a site."""
 
     form: str
@@ -51,7 +51,8 @@ class Choice:
     """What will be done with a site.
 
     ``route``: "keep" leaves the node as it is, "sdpa" writes an SDPA call without a mask, "op" writes
-    ``effattn::attend`` with ``plan``, "linear" writes feature maps and ``effattn::linear``.
+    ``effattn::attend`` with ``plan``, "features" writes feature maps and ``effattn::linear``. At a site without a
+    softmax "linear" writes that op, and the form is "exact": the user's own function.
     """
 
     match: Match
@@ -60,8 +61,8 @@ class Choice:
     route: Route
     reason: str
     plan: Plan | None
-    candidates: tuple[Candidate, ...]
-    target: str | None = None  # of a choice without a plan
+    considered: tuple[Considered, ...]
+    target: str | None = None  # of an op without a plan
 
     @property
     def exact(self) -> bool:
@@ -72,16 +73,17 @@ class ChooseForms(Pass):
     """Every match gets a form and a route."""
 
     name = "choose forms"
-    needs = (MatchSoftmax,)
+    fills = "choices"
+    needs = ("matches",)
 
     def apply(self, work: Compilation) -> bool:
         outcome = work.outcome
         if work.strict:
             work.policy.check_sites(match.site for match in outcome.matches)
         for match in outcome.matches:
-            with left_alone(match.anchors.replaced, outcome.missed, work.strict):
+            with left_alone(match.nodes.replaced, outcome.missed, work.strict):
                 choice = choose(match, work.policy, strict=work.strict, target=work.target)
-                if choice.route in ("op", "linear"):
+                if choice.route not in ("keep", "sdpa"):
                     check_target(match.site, work.target if choice.plan is None else choice.plan.dispatch.target)
                 outcome.choices.append(choice)
         return False
@@ -106,29 +108,29 @@ def choose(match: Match, policy: Policy, *, strict: bool, target: str | None) ->
     site = match.site
     found = policy.match(site)
     rule = found.rule
-    if rule is not None and rule.automatic:
+    if rule is not None and rule.automatic and site.op is Op.SOFTMAX:
         return _cheapest(match, policy, rule, strict, target)
-    candidates: list[Candidate] = []
+    considered: list[Considered] = []
     for name in rule.preference if rule is not None else ("exact",):
         form = FORMS[name]
         params = rule.params_of(name) if rule is not None else form.params()
         min_length = rule.min_length if rule is not None else 0
-        candidates.append(_considered(site, name, params, strict, min_length))
-        if not candidates[-1].accepted:
+        considered.append(_considered(site, name, params, strict, min_length))
+        if not considered[-1].accepted:
             continue
         if name == "exact":
             break
         if not form.softmax:
             reason = f"policy {policy.name!r} asks for it, {_accepted_by(params)}"
-            return Choice(match, name, params, "linear", reason, None, tuple(candidates), target)
+            return Choice(match, name, params, "features", reason, None, tuple(considered), target)
         plan = plan_of(site, name, params, min_length, target)
         since = f" from {min_length:,} keys on" if min_length else ""
         reason = f"policy {policy.name!r} asks for it{since}"
-        return Choice(match, name, params, "op", reason, plan, tuple(candidates))
-    return _exact(match, tuple(candidates), "; ".join([*_refused(candidates), *found.notes]), target)
+        return Choice(match, name, params, "op", reason, plan, tuple(considered))
+    return _exact(match, tuple(considered), "; ".join([*_refused(considered), *found.notes]), target)
 
 
-def _considered(site: Site, name: str, params: Params, strict: bool, min_length: int = 0) -> Candidate:
+def _considered(site: Site, name: str, params: Params, strict: bool, min_length: int = 0) -> Considered:
     """Whether a form applies at a site.
 
     Raises:
@@ -137,30 +139,33 @@ def _considered(site: Site, name: str, params: Params, strict: bool, min_length:
     keys = site.layout.fixed_keys
     if not FORMS[name].softmax and keys is not None and keys < min_length:  # its op cannot look at lengths
         reason = f"this graph is of {keys:,} keys, and min_length is {min_length:,}"
-        return Candidate(name, False, (Refusal(Why.SHORT, reason),))
-    refusals = FORMS[name].refusals(site, params) + (() if name == "exact" else _cannot_lower(site, name))
+        return Considered(name, False, (Refusal(Why.SHORT, reason),))
+    if site.op is Op.SOFTMAX:
+        refusals = FORMS[name].refusals(site, params) + (() if name == "exact" else _cannot_lower(site, name))
+    else:
+        refusals = () if name == "exact" else (NO_SOFTMAX,)
     if not FORMS[name].softmax and not refusals:
         refusals = no_weights(site, params, min_length)
     if refusals and strict and name != "exact":
         raise FormRefused.because(f"{site.name} ({site.location}): {name} refused: ", *refusals)
-    return Candidate(name, not refusals, refusals)
+    return Considered(name, not refusals, refusals)
 
 
-def _refused(candidates: list[Candidate]) -> list[str]:
-    refused = [candidate for candidate in candidates if not candidate.accepted and candidate.form != "exact"]
-    return [f"{candidate.form} refused: {', '.join(candidate.reasons)}" for candidate in refused]
+def _refused(considered: list[Considered]) -> list[str]:
+    refused = [one for one in considered if not one.accepted and one.form != "exact"]
+    return [f"{one.form} refused: {', '.join(one.reasons)}" for one in refused]
 
 
 def _cheapest(match: Match, policy: Policy, rule: PolicyRule, strict: bool, target: str | None) -> Choice:
     """The cheapest form at every length, as one plan that decides when the op runs."""
     site = match.site
     length = max(rule.min_length, 1)  # which form it is, is decided when the op runs
-    candidates = [_considered(site, name, rule.params_of(name), strict, length) for name in rule.preference]
-    accepted = [candidate.form for candidate in candidates if candidate.accepted]
-    dense = exact_route(site, match.anchors)[0] != "op"
+    considered = [_considered(site, name, rule.params_of(name), strict, length) for name in rule.preference]
+    accepted = [one.form for one in considered if one.accepted]
+    dense = exact_route(site, match.nodes)[0] != "op"
     also: list[str] = []  # why no form with an op of its own was chosen
     if not all(FORMS[name].softmax for name in accepted):
-        choice = _own_op(match, policy, rule, accepted, dense, candidates, target)
+        choice = _own_op(match, policy, rule, accepted, dense, considered, target)
         if isinstance(choice, Choice):
             return choice
         also.append(choice)
@@ -171,9 +176,9 @@ def _cheapest(match: Match, policy: Policy, rule: PolicyRule, strict: bool, targ
         why = [
             f"of {', '.join(accepted)} exact is the cheapest at every length ({found.device})",
             *also,
-            *_refused(candidates),
+            *_refused(considered),
         ]
-        return _exact(match, tuple(candidates), "; ".join(why), target)
+        return _exact(match, tuple(considered), "; ".join(why), target)
     plan: Plan | None = None
     for first, name in steps:
         params = rule.params_of(name)
@@ -181,8 +186,8 @@ def _cheapest(match: Match, policy: Policy, rule: PolicyRule, strict: bool, targ
         plan = more.dispatched(below=plan)
     form = steps[-1][1]
     reason = f"policy {policy.name!r} asks for the cheapest: {found.text(steps)}"
-    reason = "; ".join([reason, *also, *_refused(candidates)])
-    return Choice(match, form, rule.params_of(form), "op", reason, plan, tuple(candidates))
+    reason = "; ".join([reason, *also, *_refused(considered)])
+    return Choice(match, form, rule.params_of(form), "op", reason, plan, tuple(considered))
 
 
 def _own_op(
@@ -191,7 +196,7 @@ def _own_op(
     rule: PolicyRule,
     accepted: list[str],
     dense: bool,
-    candidates: list[Candidate],
+    considered: list[Considered],
     target: str | None,
 ) -> Choice | str:
     """The choice of a form with an op of its own, where it is the cheapest at this graph's one length; or why not."""
@@ -205,35 +210,40 @@ def _own_op(
         return f"{', '.join(name for name in accepted if not FORMS[name].softmax)} is not the cheapest {predicted}"
     params = rule.params_of(best)
     reason = f"policy {policy.name!r} asks for the cheapest: {best} {predicted}, {_accepted_by(params)}"
-    reason = "; ".join([reason, *_refused(candidates)])
-    return Choice(match, best, params, "linear", reason, None, tuple(candidates), target)
+    reason = "; ".join([reason, *_refused(considered)])
+    return Choice(match, best, params, "features", reason, None, tuple(considered), target)
 
 
 def _accepted_by(params: Any) -> str:
     return f"with the weights in {params.weights}" if params.weights else f"accepting an error of {params.tolerance:g}"
 
 
-def _exact(match: Match, candidates: tuple[Candidate, ...], why: str, target: str | None) -> Choice:
+def _exact(match: Match, considered: tuple[Considered, ...], why: str, target: str | None) -> Choice:
     site = match.site
     params = FORMS["exact"].params()
-    route, reason = exact_route(site, match.anchors)
+    route, reason = EXACT[site.op](site, match.nodes)
     plan = plan_of(site, "exact", params, 0, target) if route == "op" else None
-    return Choice(match, "exact", params, route, f"{reason}; {why}" if why else reason, plan, candidates)
+    return Choice(match, "exact", params, route, f"{reason}; {why}" if why else reason, plan, considered, target)
 
 
-def exact_route(site: Site, anchors: Anchors) -> tuple[Route, str]:
+def linear_route(_site: Site, _nodes: MatchedNodes) -> tuple[Route, str]:
+    """How attention without a softmax is computed."""
+    return "linear", "the graph spells linear attention: the same function, in chunks with a state between them"
+
+
+def exact_route(site: Site, nodes: MatchedNodes) -> tuple[Route, str]:
     """How exact attention is computed at a site, and why."""
-    if anchors.is_plain_sdpa and not anchors.key.folded and not needs_all_heads(site):
+    if nodes.is_plain_sdpa and not nodes.key.folded and not needs_all_heads(site):
         return "keep", "already an SDPA call without a mask: its own fast kernels run"
     if _one_small_row(site):
         return "keep", "one query over few keys, too wide for a kernel: its weights are smaller than the query itself"
-    if anchors.lse is None and not site.sink and sdpa_takes(site):
+    if nodes.lse is None and not site.sink and sdpa_takes(site):
         causal = "the mask is causal" if site.spec.predicate != sympy.true else "there is no mask"
         heads = ", which take grouped heads expanded in float32" if needs_all_heads(site) else _grouped(site)
         return "sdpa", f"{causal}: SDPA's own fast kernels, no mask tensor" + heads
     if (refusals := _cannot_lower(site, "exact")) != ():
         return "keep", f"left as it was: {'; '.join(map(str, refusals))}"
-    if anchors.is_sdpa and is_opaque(site):
+    if nodes.sdpa is not None and is_opaque(site):
         return "keep", "the mask is a tensor with a value for every pair: SDPA reads it as it is"
     return "op", "a kernel specialised on predicate and score, no mask tensor" + _grouped(site)
 
@@ -272,6 +282,13 @@ def is_opaque(site: Site) -> bool:
     return any(all(not (index.has(expr.q) and index.has(expr.k)) for index in load.indices) for load in pairs)
 
 
+# how the user's own function is computed, by its kind
+EXACT: dict[Op, Callable[[Site, MatchedNodes], tuple[Route, str]]] = {Op.SOFTMAX: exact_route, Op.LINEAR: linear_route}
+NO_SOFTMAX = Refusal(
+    Why.NO_SOFTMAX,
+    "the graph spells linear attention, and a form stands for a softmax",
+    "let the rule name other layers",
+)
 OP_RULES = (
     Rule(
         Why.GRADIENT_OF_BIAS,

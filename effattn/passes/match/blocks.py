@@ -14,16 +14,14 @@ from typing import Any
 
 from torch import fx
 
+from effattn.ir.refusal import Why
+from effattn.passes.candidate.record import Refused
 from effattn.passes.graph.contraction import contraction
 from effattn.passes.graph.view import GraphView
 from effattn.passes.symbolic.views import permutation
 
 _SCORES, _WEIGHTED = "bhid,bhjd->bhij", "bhij,bhje->bhie"
 _FROM_STATE, _TO_STATE = "bhid,bhde->bhie", "bhjd,bhje->bhde"
-
-
-class NoLoop(Exception):
-    """Blocks that are no such loop; the message says what is in the way."""
 
 
 @dataclass(frozen=True)
@@ -53,34 +51,32 @@ class Block:
     made: frozenset[fx.Node]
 
 
-def find_loops(view: GraphView) -> Iterator[tuple[fx.Node, list[Block | None]]]:
-    """(outputs side by side, turns) wherever the last part is a turn of such a loop; None for a part that is not."""
-    for node in view.graph.nodes:
-        call = view.call(node)
-        if call is None or call.name != "cat" or len(view.shape(node)) != 4 or call.get("dim", 0) not in (2, -2):
-            continue
-        parts = call.get("tensors", ())
-        turns = [_turn(view, part) if isinstance(part, fx.Node) else None for part in parts]
-        if turns and turns[-1] is not None:
-            yield node, turns
+def turns_of(view: GraphView, node: fx.Node) -> list[Block | None] | None:
+    """The turns whose outputs ``node`` puts side by side if the last is one of such a loop; None for others of them."""
+    call = view.call(node)
+    if call is None or call.name != "cat" or len(view.shape(node)) != 4 or call.get("dim", 0) not in (2, -2):
+        return None
+    turns = [_turn(view, part) if isinstance(part, fx.Node) else None for part in call.get("tensors", ())]
+    return turns if turns and turns[-1] is not None else None
 
 
 def linked(view: GraphView, turns: list[Block | None]) -> list[Block]:
     """The turns with the states that they leave.
 
     Raises:
-        NoLoop: one does not start from the state that the one before it leaves.
+        Refused: one does not start from the state that the one before it leaves.
     """
     found: list[Block] = []
     for number, turn in enumerate(turns):
+        which = f"block {number} of {len(turns)}"
         if turn is None:
-            raise NoLoop(f"block {number} of {len(turns)} is computed in another way than the last one")
+            raise Refused(Why.LOOP_OVER_BLOCKS, f"{which} is computed in another way than the last one")
         if (turn.rising is None) != (turns[-1].rising is None):  # type: ignore[union-attr]
-            raise NoLoop("some tokens come in blocks and others one by one")
+            raise Refused(Why.LOOP_OVER_BLOCKS, "some tokens come in blocks and others one by one")
         if found and found[-1].update is None:
             found[-1] = replace(found[-1], update=_update(view, turn.before, found[-1]))
         if found and (found[-1].update is None or found[-1].update.after is not turn.before):
-            raise NoLoop(f"block {number} of {len(turns)} does not start from the state that the one before it leaves")
+            raise Refused(Why.LOOP_OVER_BLOCKS, f"{which} does not start from the state that the one before it leaves")
         found.append(turn)
     last = found[-1]
     if last.update is None:

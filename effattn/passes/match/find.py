@@ -7,7 +7,10 @@ long as it can be read; what cannot be read is left alone, with the reason.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import defaultdict
+from contextlib import suppress
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import fx
@@ -15,25 +18,23 @@ from torch import fx
 from effattn.ir.refusal import Refusal, Why
 from effattn.passes.assemble.site import assemble
 from effattn.passes.candidate.failures import left_alone, refusal_of
-from effattn.passes.candidate.record import Draft, Match, Missed, Refused
+from effattn.passes.candidate.record import Match, Missed, Refused
+from effattn.passes.candidate.space import Readers
 from effattn.passes.compilation import Compilation, Pass
 from effattn.passes.diagnose.not_softmax import why_no_softmax
-from effattn.passes.diagnose.reason import truer
 from effattn.passes.graph.provenance import location, module_path, spelled
 from effattn.passes.graph.view import CHECKPOINT, GraphView, bodies_of
-from effattn.passes.graph.vocabulary import Call
-from effattn.passes.match.anchors.flex import from_flex
-from effattn.passes.match.anchors.manual_softmax import may_hold_written_softmax, written_softmax
-from effattn.passes.match.anchors.sdpa import from_sdpa
-from effattn.passes.match.anchors.softmax import from_softmax, with_heads_apart
-from effattn.passes.symbolic import Reader
+from effattn.passes.match import anchors
+from effattn.passes.match.anchors.anchor import Anchor
+from effattn.passes.match.anchors.manual_softmax import may_hold_written_softmax
 from effattn.passes.symbolic.reader import Unreadable
 
 
-class MatchSoftmax(Pass):
-    """Every softmax, SDPA and FlexAttention call becomes a match or has its reason."""
+class MatchAttention(Pass):
+    """Every anchor becomes a match or has its reason."""
 
-    name = "match softmaxes"
+    name = "match attention"
+    fills = "matches"
 
     def apply(self, work: Compilation) -> bool:
         matches, missed = find(work.view, work.strict)
@@ -43,49 +44,57 @@ class MatchSoftmax(Pass):
 
 
 def find(view: GraphView, strict: bool = False) -> tuple[list[Match], list[Missed]]:
-    """Every attention of the graph, in order, and every softmax that is not one or is left alone.
+    """Every attention of the graph, in order, and what is not one, or is left alone.
 
     Raises: with ``strict``, what is no refusal (:mod:`effattn.passes.candidate.failures`).
     """
-    readers: dict[tuple, Reader] = {}
-    matches: list[Match] = []
-    missed: list[Missed] = []
+    readers: Readers = {}
+    found: dict[fx.Node, Match] = {}
+    missed: dict[fx.Node, list[Missed]] = defaultdict(list)
     told: set[fx.Node] = set()  # anchors and products that the report tells of
-    for node in view.graph.nodes:
-        with left_alone(node, missed, strict):
-            if (call := _anchor(view, node)) is None:
-                continue
-            told.update(one for one in (node, call.get("read_by"), call.get("product")) if one is not None)
-            found = _match(view, call, readers, len(matches))
-            if isinstance(found, Match):
-                matches.append(found)
-            elif view.call(node) == call or found.rule != Why.NOT_ATTENTION:  # any quotient may look like a softmax
-                missed.append(Missed.at(node, found))
+    parts: set[fx.Node] = set()  # other products of what was found
+    for anchor in anchors.ANCHORS:
+        for node in view.graph.nodes:
+            with left_alone(node, missed[node], strict):
+                if node in told or node in parts or (start := anchor.start(view, node)) is None:
+                    continue
+                told |= start.tells
+                one = _match(view, anchor, start.what, readers)
+                if isinstance(one, Match):
+                    found[node] = one
+                    told.add(node)
+                    parts |= {one.nodes.replaced, *one.nodes.products}
+                elif one.rule not in anchor.unspoken:
+                    told.add(node)
+                    missed[node].append(Missed.at(node, one))
     others: dict[tuple[str, str, Refusal], Missed] = {}  # all turns of a loop as one
     for node in view.graph.nodes:
-        with left_alone(node, missed, strict):
+        with left_alone(node, missed[node], strict):
             if (refusal := why_no_softmax(view, node, told)) is not None:
                 others.setdefault((module_path(node), location(node), refusal), Missed.at(node, refusal))
-    missed += others.values()
-    missed += [_inside(node) for node in view.graph.nodes if _hides_attention(node)]
-    return matches, missed + [_as_operator(node) for node in view.graph.nodes if _is_operator(node)]
+    matches = [_named(found[node], number) for number, node in enumerate(node for node in view.time if node in found)]
+    alone = [one for node in view.graph.nodes for one in missed[node]] + list(others.values())
+    alone += [_inside(node) for node in view.graph.nodes if _hides_attention(node)]
+    return matches, alone + [_as_operator(node) for node in view.graph.nodes if _is_operator(node)]
 
 
-def _match(view: GraphView, call: Call, readers: dict[tuple, Reader], order: int) -> Match | Refusal:
+def _match(view: GraphView, anchor: Anchor, what: Any, readers: Readers) -> Match | Refusal:
     """The first reading of an anchor that makes a site, or why the first that applies does not."""
     refusals: list[Refusal] = []
-    for draft in _DRAFTS[call.name]:
+    for read in anchor.readings:
         try:
-            return assemble(view, draft(view, call, readers), order)
+            return assemble(view, read(view, what, readers))
         except (Refused, Unreadable) as refused:
             refusals.append(refusal_of(refused))
     refusal = next((refusal for refusal in refusals if refusal.rule != Why.NOT_APART), refusals[-1])
-    if refusal.rule == Why.ROWS_WITHOUT_KEYS and call.name == "softmax":
-        try:
-            return assemble(view, from_softmax(view, call, readers, mask_is_data=True), order)
-        except (Refused, Unreadable):
-            pass
-    return truer(view, call, refusal) if call.name == "softmax" else refusal
+    if (again := anchor.again.get(refusal.rule)) is not None:
+        with suppress(Refused, Unreadable):
+            return assemble(view, again(view, what, readers))
+    return anchor.truer(view, what, refusal)
+
+
+def _named(match: Match, number: int) -> Match:
+    return replace(match, site=replace(match.site, name=f"{match.site.name}#{number}"))
 
 
 def _hides_attention(node: fx.Node) -> bool:
@@ -113,6 +122,13 @@ def _as_operator(node: fx.Node) -> Missed:
     return Missed(node.name, location(node), Refusal(Why.OPERATOR, reason, "compile the module that was exported"))
 
 
+def may_hold_attention(graph: fx.Graph) -> bool:
+    """A quick look, so that graphs without attention cost nothing: for its names, or for two products."""
+    calls = (node for node in graph.nodes if node.op.startswith("call_"))
+    names = [str(getattr(node.target, "__name__", node.target)).strip("_") for node in calls]
+    return mentions_attention(graph) or sum(name in ("matmul", "bmm", "einsum", "mm") for name in names) > 1
+
+
 def mentions_attention(graph: fx.Graph) -> bool:
     """A quick look for anything that could be attention, so that other graphs cost nothing."""
     names = ("softmax", "attention", "transformer_encoder_layer")
@@ -121,17 +137,3 @@ def mentions_attention(graph: fx.Graph) -> bool:
         for node in graph.nodes
         if node.op.startswith("call_")
     ) or may_hold_written_softmax(graph)
-
-
-def _anchor(view: GraphView, node: fx.Node) -> Call | None:
-    """What an attention is looked for from: a call of the table below, or a softmax that is written out."""
-    call = view.call(node)
-    return call if call is None or call.name in _DRAFTS else written_softmax(view, call)
-
-
-# by the anchor's name: what to try, in this order
-_DRAFTS: dict[str, tuple[Callable[..., Draft], ...]] = {
-    "sdpa": (from_sdpa,),
-    "softmax": (with_heads_apart, from_softmax),
-    "flex_attention": (from_flex,),
-}

@@ -2,43 +2,32 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import sympy
 
 from effattn.ir import expr
 from effattn.ir.expr import b, h, k, q, s
+from effattn.ir.linear import LinearSpec
 from effattn.ir.refusal import Why
 from effattn.ir.text import text
 from effattn.passes.candidate.record import Refused
+from effattn.passes.graph.view import GraphView
+from effattn.passes.symbolic import Reader
 
 _AGE = sympy.Symbol("age", integer=True, nonnegative=True)  # q - k of a key up to the query, k - q - 1 of a later one
 
 
-class NotLinear(Exception):
-    """Two products in a row that are no attention."""
-
-
-@dataclass(frozen=True)
-class LinearTerm:
-    """``weight(q, k) = scale * s * exp(rate * (q - k))``, for k <= q alone if ``causal``."""
-
-    scale: float
-    rate: Any | None  # a term in h and in captures of one number per head; None: no decay
-    causal: bool
-
-
-def interpret(weights: Any) -> LinearTerm:
+def interpret(weights: Any) -> LinearSpec:
     """The meaning of ``weights``, a term in s and the indices.
 
     Raises:
         Refused: it is attention with a causal mask or decay, but not one that the op computes; the reason says why.
-        NotLinear: it is anything else.
+            By Why.NOT_ATTENTION: it is anything else.
     """
     weights = sympy.sympify(weights).replace(expr.Group, lambda inside: inside)  # only places are subtracted below
     if not weights.has(q, k):
-        return LinearTerm(_constant(_per_score(weights, NotLinear("a product that nothing masks"))), None, False)
+        return LinearSpec(_constant(_per_score(weights, not_attention("a product that nothing masks"))), None, False)
     past, future = (_at(weights, where) for where in (q - _AGE, q + 1 + _AGE))
     if future != 0:
         if future.has(s) and _masks_some(weights) and _at_most_zero_beyond(future):
@@ -49,14 +38,14 @@ def interpret(weights: Any) -> LinearTerm:
             )
         if any(decay.has(k) for decay in weights.atoms(sympy.exp)):
             raise Refused(Why.BOTH_DIRECTIONS, "keys after the query have weights that depend on their distance")
-        raise NotLinear("keys after the query have weights as well")
+        raise not_attention("keys after the query have weights as well")
     if past.has(q, k, b):
         raise Refused(Why.WEIGHTS, f"the weights depend on more than distance and head: {text(past)}")
     factor = _per_score(past, Refused(Why.WEIGHTS, f"the weights are not a multiple of the scores: {text(past)}"))
     rate, scale = _split(factor)
     if rate.is_number and rate.is_positive:
         raise Refused(Why.DECAY, f"weights grow with distance: exp({text(rate)}) per token")
-    return LinearTerm(_constant(scale), None if rate == 0 else rate, True)
+    return LinearSpec(_constant(scale), None if rate == 0 else rate, True)
 
 
 def _at(weights: Any, key: Any) -> Any:
@@ -73,7 +62,7 @@ def _at_most_zero_beyond(future: Any) -> bool:
     return future.has(sympy.oo) or future.has(-sympy.oo)
 
 
-def _per_score(term: Any, otherwise: Exception) -> Any:
+def _per_score(term: Any, otherwise: Refused) -> Any:
     """c where ``term`` is ``c * s``."""
     factor = term.xreplace({s: sympy.Integer(1)})
     if not term.has(s) or sympy.expand(term - factor * s) != 0:
@@ -106,17 +95,22 @@ def _constant(scale: Any) -> float:
     return float(scale)
 
 
-def written(term: LinearTerm) -> Any:
-    """The weights as a term again, for the report."""
-    scale = sympy.Integer(1) if term.scale == 1 else sympy.Float(term.scale)
-    return scale * s * (1 if term.rate is None else sympy.exp(term.rate * (q - k)))
+def not_attention(what: str) -> Refused:
+    """Of two products in a row: any may come here."""
+    return Refused(Why.NOT_ATTENTION, what)
 
 
-def plain_captures(rate: Any, shapes: dict[str, tuple[Any, ...]]) -> Any:
-    """``rate`` with index 0 wherever a load has one element: the batch of a tensor of slopes [1, H, 1, 1]."""
+def decay_of(view: GraphView, reader: Reader, rate: Any, end: int) -> Any:
+    """A rate with index 0 wherever a load has one element: the batch of a tensor of slopes [1, H, 1, 1].
+
+    Raises:
+        Refused: a node at ``end`` would need its gradient.
+    """
     swap = {}
     for load in expr.loads_of(rate):
-        sizes = shapes[load.name]
-        indices = [sympy.Integer(0) if size == 1 else i for i, size in zip(load.indices, sizes, strict=True)]
+        node = reader.captures[load.name].node
+        if view.gradient_flows(end) and view.held(node).requires_grad:
+            raise Refused(Why.GRADIENT_OF_DECAY, "decay is learned: it needs a gradient, which the op does not compute")
+        indices = [sympy.Integer(0) if n == 1 else i for i, n in zip(load.indices, view.shape(node), strict=True)]
         swap[load] = expr.load(load.name, indices, integer=isinstance(load, expr.IntLoad))
     return rate.xreplace(swap)

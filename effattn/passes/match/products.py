@@ -17,7 +17,8 @@ from effattn.ir.expr import b, h, k, q, s
 from effattn.ir.refusal import Why
 from effattn.ir.text import text
 from effattn.passes.candidate.operands import Operand, depth, row, trace
-from effattn.passes.candidate.record import Refused, require_fixed
+from effattn.passes.candidate.record import Refused, ScoreSpace, require_fixed
+from effattn.passes.candidate.space import Readers
 from effattn.passes.diagnose.lineage import LAYERS
 from effattn.passes.graph.contraction import Contraction, contraction
 from effattn.passes.graph.provenance import spelled, user_name
@@ -29,41 +30,6 @@ from effattn.passes.symbolic.heads import digits_of
 from effattn.passes.symbolic.one_place import at_one_place
 from effattn.passes.symbolic.pointwise import aligned
 from effattn.passes.symbolic.reader import generic_index
-
-
-def reader_for(
-    view: GraphView,
-    readers: dict[tuple, Reader],
-    products: bool,
-    batch,
-    heads,
-    q_len,
-    k_len,
-    kind: type[Reader] = Reader,
-) -> Reader:
-    """The reader of scores of this size; one is shared by all of them."""
-    key = (products, batch, heads, q_len, k_len)
-    if key not in readers:
-        readers[key] = kind(view, {b: batch, h: heads, q: q_len, k: k_len}, products=products)
-    return readers[key]
-
-
-def batch_index(sizes: Sequence[Any], alone: Sequence[bool] = ()) -> tuple[tuple[Any, ...], Any, Any]:
-    """(index of each batch dimension in b and h, batch, heads): one of them is b, the others together are h.
-
-    b is the one of symbolic size, else the first. ``alone``: whether the query has a dimension and the key has not;
-    these vary fastest, so that a group of query heads shares a key.
-    """
-    if not sizes:
-        return (), sympy.Integer(1), sympy.Integer(1)
-    symbolic = [n for n, size in enumerate(sizes) if not sympy.sympify(size).is_Integer]
-    batch = symbolic[0] if len(symbolic) == 1 else 0
-    rest = [n for n in range(len(sizes)) if n != batch]
-    rest = sorted(rest, key=lambda n: any(alone[n : n + 1]))
-    in_heads = [sizes[n] for n in rest]
-    require_fixed(1, *in_heads[1:])
-    at = {batch: b, **dict(zip(rest, digits_of(h, in_heads), strict=True))}
-    return tuple(at[n] for n in range(len(sizes))), sizes[batch], sympy.Mul(*in_heads)
 
 
 def traced(
@@ -88,27 +54,29 @@ def folded_alike(view: GraphView, read: Callable[[bool], tuple[Any, ...]]) -> tu
     return found if found[1].heads_in(view) == found[2].heads_in(view) else read(True)
 
 
-def note_folding(operands: Sequence[Operand], notes: list[str]) -> None:
+def notes_of_folding(operands: Sequence[Operand]) -> tuple[str, ...]:
+    notes: list[str] = []
     if any(what in operand.folded for operand in operands[1:] for what in ("expand", "repeat_interleave")):
         notes.append("grouped heads folded back: key and value are not expanded")
     if any("scale" in operand.folded for operand in operands):
         notes.append("scale on query or key moved to the score")
+    return tuple(notes)
 
 
 def query_key_product(
     view: GraphView,
-    readers: dict[tuple, Reader],
+    readers: Readers,
     scores: fx.Node,
-    shape: tuple,
     dim: int,
     time: int,
     kind: type[Reader] = Reader,
 ) -> tuple[Contraction, int, frozenset[int]]:
     """The product that the scores are made of; of the dimensions of the scores the query row, and those beside it
     that the query has and the key has not."""
+    shape = view.shape(scores)
     symbols = [sympy.Symbol(f"g{n}", integer=True, nonnegative=True) for n in range(len(shape))]
     sizes = dict(zip(symbols, shape, strict=True))
-    reader = readers.setdefault(("product", *shape), kind(view, sizes, products=True))
+    reader = readers.setdefault((kind, "product", *shape), kind(view, sizes, products=True))
     term = reader.read(scores, time).at(tuple(symbols))
     term = at_one_place(term, reader.raw)
     candidates: dict[fx.Node, tuple[Contraction, int, bool]] = {}
@@ -237,20 +205,19 @@ def product_above(view: GraphView, node: fx.Node) -> bool:
 
 def scores_at(
     view: GraphView,
-    reader: Reader,
+    space: ScoreSpace,
     scores: fx.Node,
-    index: tuple,
     time: int,
     product: Contraction,
     mask_is_data: bool = False,
 ):
-    """The scores at ``index`` with s for the product, and the product's own index.
+    """The scores with s for the product, and the product's own index.
 
     ``mask_is_data``: what is added last is read as the tensor that it is, so that it is added as the user adds it.
     """
+    reader = space.reader
     reading = _with_data_added(view, reader, scores, time) if mask_is_data else reader.read(scores, time)
-    term = reading.at(index)
-    term = at_one_place(term, reader.raw)
+    term = at_one_place(reading.at(space.index), reader.raw)
     raws = [load for load in expr.loads_of(term) if load.name in reader.raw]
     ours = [load for load in raws if reader.raw[load.name].node is product.node]
     if len(ours) != 1:
@@ -343,29 +310,27 @@ def query_and_key(
     product: Contraction,
     roles: tuple[str, str],
     inside: tuple,
-    sizes: tuple,
+    space: ScoreSpace,
     dtype,
     whole: bool = False,
 ) -> list[Operand]:
-    """Query and key of the product whose sides are ``roles``, at the index ``inside`` of its result.
-
-    ``sizes``: (batch, heads, q_len, k_len).
-    """
-    batch, heads, *lengths = sizes
-    width = head_dim_of(view, product)
+    """Query and key of the product whose sides are ``roles``, at the index ``inside`` of its result."""
+    width, lengths = head_dim_of(view, product), (space.q_len, space.k_len)
     at = {**dict(zip(product.out_labels, inside, strict=True)), **depths_of(view, product)}
     operands = []
     for name, side, length, free in zip(("query", "key"), roles, lengths, (q, k), strict=True):
         node, labels = product.operand(side)
         entries = operand_index(view, node, labels, at, {free: row})
         time = view.time[product.node]
-        operands.append(traced(view, node, entries, time, name, (batch, heads, length, width), dtype, whole))
+        sizes = (space.batch, space.heads, length, width)
+        operands.append(traced(view, node, entries, time, name, sizes, dtype, whole))
     return operands
 
 
-def value_of(view: GraphView, product: Contraction, placed: tuple, sizes: tuple, whole: bool = False):
-    """(value, index of the product's result, value_dim) for weights ``placed`` as (node, index) in ``product``."""
-    weights, index = placed
+def value_of(
+    view: GraphView, product: Contraction, weights: fx.Node, index: tuple, space: ScoreSpace, whole: bool = False
+) -> tuple[Operand, tuple[Any, ...]]:
+    """(value, index of the product's result) for ``weights`` that have ``index`` and are an operand of ``product``."""
     side = "left" if product.left is weights else "right"
     labels = product.operand(side)[1]
     node, value_labels = product.operand("right" if side == "left" else "left")
@@ -376,11 +341,9 @@ def value_of(view: GraphView, product: Contraction, placed: tuple, sizes: tuple,
     if not widths:
         raise Refused(Why.VALUE, "value has no dimension of its own", at=product.node)
     sizes_of_value = [view.shape(node)[value_labels.index(label)] for label in widths]
-    value_dim = sympy.Mul(*sizes_of_value)
     require_fixed(sympy.Mul(*sizes_of_value[1:]))
     at.update(zip(widths, digits_of(depth, sizes_of_value), strict=True))
     entries = operand_index(view, node, value_labels, at, {k: row})
-    batch, heads, k_len = sizes
-    sizes = (batch, heads, k_len, value_dim)
+    sizes = (space.batch, space.heads, space.k_len, sympy.Mul(*sizes_of_value))
     value = traced(view, node, entries, view.time[product.node], "value", sizes, whole=whole)
-    return value, tuple(at[label] for label in product.out_labels), value_dim
+    return value, tuple(at[label] for label in product.out_labels)

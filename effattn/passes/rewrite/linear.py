@@ -16,83 +16,53 @@ from effattn.ir.expr import h
 from effattn.ir.fold import fold
 from effattn.ir.refusal import Why
 from effattn.ir.text import text
-from effattn.passes.candidate.failures import left_alone
-from effattn.passes.candidate.record import Refused
-from effattn.passes.choose.choice import check_target
-from effattn.passes.compilation import Compilation, Pass
-from effattn.passes.graph.known_values import Known
+from effattn.passes.candidate.record import Loop, Match, Refused
+from effattn.passes.choose.choice import Choice
 from effattn.passes.graph.view import as_sympy
-from effattn.passes.match.anchors.linear import LinearMatch, find_linear, may_hold_linear
-from effattn.passes.match.anchors.loop import find_blocks
-from effattn.passes.rewrite.loops import assumed_decays, checked_rate, loop_ops, same_shape
-from effattn.passes.rewrite.replacing import Rewriting, Writer
-from effattn.passes.rewrite.sites import RewriteSites
+from effattn.passes.rewrite.loops import checked, same_shape
+from effattn.passes.rewrite.replacing import Emitted, Writer
 
 
-class ReplaceLinear(Pass):
-    """Attention without a softmax, written whole or as a loop over blocks, becomes the op of linear attention."""
-
-    name = "replace linear attention"
-    optional = True
-    needs = (RewriteSites,)
-
-    def apply(self, work: Compilation) -> bool:
-        if not may_hold_linear(work.graph):
-            return False
-        outcome, view = work.outcome, work.view
-        loops, left_loops, seen = find_blocks(view, work.strict)
-        linear, missed = find_linear(view, seen, work.strict)
-        outcome.missed += left_loops + missed
-        rewriting, known = Rewriting(view), Known(view, work.inputs)
-        for one in loops + linear:
-            node = one.match.anchors.replaced
-            with left_alone(node, outcome.missed, work.strict), rewriting.at(node) as writer:
-                check_target(one.match.site, work.target)
-                rewriting.replace(writer, _pairs(writer, one, work.target, known), alike=_fits(one))
-                outcome.linear.append(one)
-        work.taken.update(rewriting.replaced)
-        outcome.erased += rewriting.finish()
-        outcome.assumed += assumed_decays(work.graph)
-        return bool(rewriting.replaced)
+def linear(writer: Writer, choice: Choice) -> Emitted:
+    """The op of linear attention; of a loop also the state that it leaves, where the graph computes it."""
+    site, spec, nodes = choice.match.site, choice.match.site.linear, choice.match.nodes
+    assert spec is not None
+    loop = nodes.loop or Loop(None, None)
+    rate, operands = checked(writer, loop, rate_of(writer, choice.match)), writer.operands(nodes)
+    state = None if loop.initial is None else _cast(writer, writer.now(loop.initial), torch.float32)
+    if spec.state == "stepped":
+        step = (*operands, state, rate, spec.scale, spec.normalised, spec.eps, choice.target)
+        both = writer.call(torch.ops.effattn.linear_step.default, *step)
+    else:
+        meaning = (spec.scale, spec.causal, spec.normalised, spec.eps, site.output_layout, choice.target)
+        both = writer.call(torch.ops.effattn.linear.default, *operands, rate, state, *meaning)
+    out = writer.call(operator.getitem, both, 0)
+    if nodes.loop is None:
+        return Emitted(out)
+    if loop.final is None:
+        return Emitted(out, alike=same_shape)
+    left = _cast(writer, writer.call(operator.getitem, both, 1), loop.final.meta["example_value"].dtype)
+    return Emitted(out, ((loop.final, left),), same_shape)
 
 
-def _pairs(writer: Writer, one: LinearMatch, target: str | None, known: Known) -> list[tuple[fx.Node, fx.Node]]:
-    """(node, replacement) for what a match computes."""
-    anchors, rate = one.match.anchors, _rate(writer, one)
-    if one.loop is not None:
-        return loop_ops(writer, one, one.loop, checked_rate(writer, one.loop, rate, known), target)
-    return [(anchors.replaced, anchors.placement.emit(writer.graph, _op(writer, one, rate, target), writer.annotate))]
+def _cast(writer: Writer, node: fx.Node, dtype: torch.dtype) -> fx.Node:
+    return node if node.meta["example_value"].dtype == dtype else writer.method("to", node, dtype)
 
 
-def _fits(one: LinearMatch) -> Callable[[torch.Tensor, torch.Tensor], bool]:
-    """That blocks together have the length of what they were cut from may take guards to see."""
-    return same_shape if one.loop is not None else lambda old, new: False
-
-
-def _op(writer: Writer, one: LinearMatch, rate: fx.Node | None, target: str | None) -> fx.Node:
-    anchors = one.match.anchors
-    dtype = anchors.replaced.meta["example_value"].dtype
-    operands = [writer.operand(operand, dtype) for operand in (anchors.query, anchors.key, anchors.value)]
-    meaning = (one.term.scale, one.term.causal, one.normalised, one.eps, one.match.site.output_layout, target)
-    both = writer.call(torch.ops.effattn.linear.default, *operands, rate, None, *meaning)
-    return writer.call(operator.getitem, both, 0)
-
-
-def _rate(writer: Writer, one: LinearMatch) -> fx.Node | None:
+def rate_of(writer: Writer, match: Match) -> fx.Node | None:
     """The logarithm of each head's decay, [H] float32, as nodes that read the user's own tensors."""
-    if one.term.rate is None:
+    site = match.site
+    if site.linear is None or site.linear.rate is None:
         return None
-    site, anchors = one.match.site, one.match.anchors
-    heads, time = int(site.layout.heads), writer.view.time[anchors.replaced]
-    named = zip(site.spec.captures, anchors.captures, strict=True)
-    sources = {spec.name: source for spec, source in named}
-    values: dict[str, fx.Node] = dict(zip(site.spec.numbers, anchors.numbers, strict=True))
+    heads, time = int(site.layout.heads), writer.view.time[match.nodes.replaced]
+    sources = dict(zip((load.name for load in site.spec.captures), match.captures, strict=True))
+    values: dict[str, fx.Node] = dict(zip(site.spec.numbers, match.numbers, strict=True))
     swap: dict[Any, Any] = {}
-    for number, load in enumerate(expr.loads_of(one.term.rate)):
+    for number, load in enumerate(expr.loads_of(site.linear.rate)):
         swap[load] = sympy.Symbol(f"load_{number}", real=True)
         values[f"load_{number}"] = _per_head(writer, writer.load(sources[load.name], time), load, heads)
-    device = anchors.query.node.meta["example_value"].device
-    value = fold(one.term.rate.xreplace(swap), _Nodes(writer, values, heads, device))
+    device = match.nodes.query.node.meta["example_value"].device
+    value = fold(site.linear.rate.xreplace(swap), _Nodes(writer, values, heads, device))
     if not isinstance(value, fx.Node) or not isinstance(value.meta["example_value"], torch.Tensor):
         return writer.call(torch.full, (heads,), value, dtype=torch.float32, device=device)
     if value.meta["example_value"].dim() == 0:

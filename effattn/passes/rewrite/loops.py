@@ -1,9 +1,8 @@
-"""A loop over blocks into the graph: its rate of decay held against its tables, the op, the state that it leaves."""
+"""A loop over blocks: its rate of decay held against its tables, now and in every call."""
 
 from __future__ import annotations
 
 import copy
-import operator
 from typing import Any
 
 import torch
@@ -11,17 +10,16 @@ from torch import fx
 
 import effattn.runtime.ops.linear  # noqa: F401  (registers torch.ops.effattn.linear)
 from effattn.ir.refusal import Why
-from effattn.passes.candidate.record import Refused
+from effattn.passes.candidate.record import Loop, Refused
 from effattn.passes.canonicalize.assumed import Assumed, places_of
 from effattn.passes.graph.known_values import Known, Unknown
 from effattn.passes.graph.view import GraphView
-from effattn.passes.match.anchors.linear import LinearMatch, Loop
 from effattn.passes.match.anchors.loop import same_size
 from effattn.passes.rewrite.replacing import Writer
 from effattn.runtime.ops.decay_tables import follow  # importing it registers torch.ops.effattn.checked_decay
 
 
-def checked_rate(writer: Writer, loop: Loop, rate: fx.Node | None, known: Known) -> fx.Node | None:
+def checked(writer: Writer, loop: Loop, rate: fx.Node | None) -> fx.Node | None:
     """The rate as a node that looks at the tables in every call.
 
     Raises:
@@ -31,7 +29,7 @@ def checked_rate(writer: Writer, loop: Loop, rate: fx.Node | None, known: Known)
     if rate is None or not any(tables):
         return rate
     try:
-        fits = bool(follow(known.value(rate), *known.value(tables)))
+        fits = bool(follow(writer.known.value(rate), *writer.known.value(tables)))
     except Unknown as unknown:
         raise Refused(Why.DECAY, f"the decay is data that cannot be looked at while compiling: {unknown}") from unknown
     if not fits:
@@ -62,33 +60,9 @@ def _assumed(view: GraphView, check: fx.Node) -> Assumed:
     return Assumed("a table of decay", places_of(view.graph, {check}), holds)
 
 
-def loop_ops(
-    writer: Writer, one: LinearMatch, loop: Loop, rate: fx.Node | None, target: str | None
-) -> list[tuple[fx.Node, fx.Node]]:
-    """(node, replacement) for the output and for the last state, where the graph computes it."""
-    anchors, scale = one.match.anchors, one.term.scale
-    dtype = anchors.replaced.meta["example_value"].dtype
-    operands = [writer.operand(operand, dtype) for operand in (anchors.query, anchors.key, anchors.value)]
-    state = None if loop.initial is None else _cast(writer, writer.now(loop.initial), torch.float32)
-    if loop.step:
-        both = writer.call(torch.ops.effattn.linear_step.default, *operands, state, rate, scale, False, 0.0, target)
-    else:
-        meaning = (scale, True, False, 0.0, one.match.site.output_layout, target)
-        both = writer.call(torch.ops.effattn.linear.default, *operands, rate, state, *meaning)
-    pairs = [(anchors.replaced, writer.call(operator.getitem, both, 0))]
-    if loop.final is not None:
-        final = writer.call(operator.getitem, both, 1)
-        pairs.append((loop.final, _cast(writer, final, loop.final.meta["example_value"].dtype)))
-    return pairs
-
-
 def same_shape(before: torch.Tensor, after: torch.Tensor) -> bool:
     """Whether one may take the place of the other, as far as the guards tell that Dynamo made."""
     if before.dim() != after.dim():
         return False
     same = all(same_size(one, other) for one, other in zip(before.shape, after.shape, strict=True))
     return same and before.dtype == after.dtype and before.device == after.device
-
-
-def _cast(writer: Writer, node: fx.Node, dtype: torch.dtype) -> fx.Node:
-    return node if node.meta["example_value"].dtype == dtype else writer.method("to", node, dtype)

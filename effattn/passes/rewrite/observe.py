@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from effattn.passes.candidate.failures import left_alone
 from effattn.passes.compilation import Compilation, Pass
-from effattn.passes.match.find import MatchSoftmax
 from effattn.passes.rewrite.replacing import Rewriting
 from effattn.passes.rewrite.sites import op_arguments
 
@@ -21,20 +19,16 @@ class ObserveSites(Pass):
     """
 
     name = "observe sites"
-    needs = (MatchSoftmax,)
+    needs = ("matches",)
 
     def __init__(self, observe: Callable[..., Any]):
         self.observe = observe
 
     def apply(self, work: Compilation) -> bool:
-        rewriting = Rewriting(work.view)
+        rewriting = Rewriting(work)
         for number, match in enumerate(work.outcome.matches):
-            anchors = match.anchors
-            with (
-                left_alone(anchors.replaced, work.outcome.missed, work.strict),
-                rewriting.at(anchors.replaced, anchors.before) as writer,
-            ):
-                seen = work.graph.call_function(self.observe, (number, *op_arguments(writer, anchors)))
+            with rewriting.at(match.nodes) as writer:
+                seen = work.graph.call_function(self.observe, (number, *op_arguments(writer, match)))
                 seen.meta["example_value"] = None
-                work.taken.add(anchors.replaced)
+                work.taken.add(match.nodes.replaced)
         return True

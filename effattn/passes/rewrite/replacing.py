@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import fx
 
 from effattn.errors import RewriteError
+from effattn.passes.candidate.failures import left_alone
 from effattn.passes.candidate.operands import Operand, emit
+from effattn.passes.candidate.record import MatchedNodes
 from effattn.passes.candidate.stand_ins import leave_stand_ins
+from effattn.passes.compilation import Compilation
 from effattn.passes.graph.dead_code import erase_orphans
 from effattn.passes.graph.insertion import Inserter, difference, fake_mode
+from effattn.passes.graph.known_values import Known
 from effattn.passes.graph.view import GraphView
 from effattn.passes.rewrite.memory_order import in_order_of
 from effattn.passes.symbolic import CaptureSource
@@ -21,25 +26,36 @@ from effattn.passes.symbolic import CaptureSource
 Pairs = Sequence[tuple[fx.Node, fx.Node]]  # (node, what takes its place)
 
 
+@dataclass(frozen=True)
+class Emitted:
+    """What was written for one site."""
+
+    result: fx.Node  # [B, H, Nq, Dv]
+    also: Pairs = ()  # beside what the site replaces
+    alike: Callable[[torch.Tensor, torch.Tensor], bool] = lambda old, new: False  # as in ``Rewriting.replace``
+
+
 class Rewriting:
     """The replacements of one pass. What was replaced is erased by ``finish``; until then the view stays true."""
 
-    def __init__(self, view: GraphView):
-        self.view, self.saved = view, SavedCaptures(view)
+    def __init__(self, work: Compilation):
+        self.view, self.saved = work.view, SavedCaptures(work.view)
+        self.known = Known(work.view, work.inputs)
+        self._left_alone = partial(left_alone, missed=work.outcome.missed, strict=work.strict)
         self.replaced: dict[fx.Node, fx.Node] = {}  # by what
-        self._before, self._inserted = len(view.graph.nodes), 0
+        self._before, self._inserted = len(work.graph.nodes), 0
 
     @contextmanager
-    def at(self, node: fx.Node, before: fx.Node | None = None) -> Iterator[Writer]:
-        """A writer of what takes the place of ``node``; if the body raises, nothing that it wrote remains."""
-        with self.view.graph.inserting_before(before or node):
-            writer = Writer(self.view, node, self.saved, self.replaced)
+    def at(self, nodes: MatchedNodes) -> Iterator[Writer]:
+        """A writer of what takes the place of a site; if the body raises, the site is left alone as it was."""
+        with self._left_alone(nodes.replaced), self.view.graph.inserting_before(nodes.before or nodes.replaced):
+            writer = Writer(self, nodes.replaced)
             try:
                 yield writer
             except BaseException:
                 writer.undo()
                 raise
-        self._inserted += len(writer.nodes)
+            self._inserted += len(writer.nodes)
 
     def replace(
         self,
@@ -87,16 +103,21 @@ class Rewriting:
 class Writer(Inserter):
     """Inserts the replacement of one site. What it reads of another site is what took that one's place."""
 
-    def __init__(self, view: GraphView, like: fx.Node, saved: SavedCaptures, replaced: Mapping[fx.Node, fx.Node]):
-        super().__init__(view.graph, like)
-        self.view, self.saved, self.replaced = view, saved, replaced
+    def __init__(self, rewriting: Rewriting, like: fx.Node):
+        super().__init__(rewriting.view.graph, like)
+        self.view, self.saved, self.replaced = rewriting.view, rewriting.saved, rewriting.replaced
+        self.known = rewriting.known
 
     def now(self, node: fx.Node) -> fx.Node:
         """The node that holds what ``node`` held when it was matched."""
         return self.replaced.get(node, node)
 
-    def operand(self, operand: Operand, dtype: torch.dtype) -> fx.Node:
-        """Query, key or value as [B, H, N, D] in the dtype of the result (autocast may have cast it)."""
+    def operands(self, nodes: MatchedNodes) -> list[fx.Node]:
+        """Query, key and value as [B, H, N, D] in the dtype of the result (autocast may have cast it)."""
+        dtype = nodes.replaced.meta["example_value"].dtype
+        return [self._operand(operand, dtype) for operand in nodes.operands.values()]
+
+    def _operand(self, operand: Operand, dtype: torch.dtype) -> fx.Node:
         node = emit(self.graph, replace(operand, node=self.now(operand.node)), self.annotate)
         return node if node.meta["example_value"].dtype == dtype else self.method("to", node, dtype)
 

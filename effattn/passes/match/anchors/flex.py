@@ -19,18 +19,20 @@ from effattn.ir import expr
 from effattn.ir.expr import Where, b, h, k, q, s
 from effattn.ir.refusal import Why
 from effattn.passes.candidate.operands import Operand, depth, row, trace
-from effattn.passes.candidate.record import Draft, Refused, require_fixed
+from effattn.passes.candidate.record import Candidate, MatchedNodes, Refused, require_fixed
+from effattn.passes.candidate.space import Readers, score_space
 from effattn.passes.graph.provenance import user_name
 from effattn.passes.graph.sizes import is_broadcast
 from effattn.passes.graph.view import GraphView
 from effattn.passes.graph.vocabulary import Call
+from effattn.passes.match.anchors.anchor import Anchor, called
 from effattn.passes.match.block_mask import BlockMask
 from effattn.passes.symbolic import Reader, Reading
 from effattn.passes.symbolic.reader import Kind
 
 
-def from_flex(view: GraphView, call: Call, readers: dict[tuple, Reader]) -> Draft:
-    """The draft of a ``flex_attention`` node.
+def from_flex(view: GraphView, call: Call, readers: Readers) -> Candidate:
+    """The candidate of a ``flex_attention`` node.
 
     Raises:
         Refused: a mod cannot be read, an output is used that the op does not give, or the block lists of the mask
@@ -40,11 +42,10 @@ def from_flex(view: GraphView, call: Call, readers: dict[tuple, Reader]) -> Draf
     out, lse = _outputs(call)
     q_shape, k_shape, v_shape = (view.shape(node) for node in (query, key, value))
     batch, heads, q_len, head_dim = q_shape
-    kv_heads, k_len, value_dim = k_shape[1], k_shape[2], v_shape[3]
+    kv_heads, k_len = k_shape[1], k_shape[2]
     require_fixed(heads, kv_heads, v_shape[1], head_dim)
-    sizes = (batch, heads, q_len, k_len)
-    reader = readers.setdefault(sizes, Reader(view, dict(zip((b, h, q, k), sizes, strict=True))))
-    time = view.time[call.node]
+    space = score_space(view, readers, (batch, heads, q_len, k_len), leading=((b, h), batch, heads))
+    reader, time = space.reader, view.time[call.node]
 
     def operand(node: fx.Node, shape: tuple, name: str) -> Operand:
         shared = is_broadcast(view, shape[0], batch)
@@ -71,27 +72,13 @@ def from_flex(view: GraphView, call: Call, readers: dict[tuple, Reader]) -> Draf
     given = [_element("float", raw), *index, *captured]
     term = _read_mod(view, reader, call.get("score_mod"), given, "score_mod").number_at(())
     allowed = mask.restrict(view, allowed, reader, time)
-    return Draft(
-        anchor=call.node,
-        replaced=out,
+    return Candidate(
+        MatchedNodes(call.node, out, *operands, before=call.node, lse=lse),
         found_as="flex_attention",
-        query=operands[0],
-        key=operands[1],
-        value=operands[2],
-        batch=batch,
-        heads=heads,
-        q_len=q_len,
-        k_len=k_len,
-        head_dim=head_dim,
-        value_dim=value_dim,
+        space=space,
         term=Where(allowed, term, -sympy.oo),
-        scores_index=(b, h, q, k),
         out_index=(b, h, q, depth),
-        reader=reader,
-        zero_when_empty=True,
         autocast=view.held(out).dtype != view.held(query).dtype,  # it casts query, key and value alike
-        before=call.node,
-        lse=lse,
     )
 
 
@@ -171,3 +158,6 @@ class _ModReader(Reader):
             return dtype
         outside = (value.xreplace(dict.fromkeys(expr.loads_of(value), sympy.Integer(0))) for value in values)
         return torch.int64 if any(value.has(*expr.INDICES) for value in outside) else dtype
+
+
+FLEX = Anchor("flex_attention", called("flex_attention"), (from_flex,))

@@ -18,14 +18,13 @@ from torch.fx.experimental.symbolic_shapes import guard_or_false, statically_kno
 
 from effattn.ir.expr import Where, b, h, k, q, s
 from effattn.ir.refusal import Why
-from effattn.ir.site import Stage
-from effattn.passes.assemble.site import assemble
-from effattn.passes.candidate.failures import left_alone
 from effattn.passes.candidate.operands import Operand, depth
-from effattn.passes.candidate.record import Draft, Missed, Refused
+from effattn.passes.candidate.record import Candidate, Loop, MatchedNodes, Refused
+from effattn.passes.candidate.space import Readers, score_space
 from effattn.passes.graph.view import GraphView, as_sympy, hint
-from effattn.passes.match.anchors.linear import LinearMatch, Loop, finished
-from effattn.passes.match.blocks import Block, NoLoop, find_loops, linked
+from effattn.passes.match.anchors.anchor import Anchor, Start
+from effattn.passes.match.blocks import Block, linked, turns_of
+from effattn.passes.match.linear_terms import decay_of, interpret
 from effattn.passes.symbolic.decay import DecayReader
 
 _FULL = slice(None)
@@ -40,22 +39,13 @@ class _Rate:
     time: int
 
 
-def find_blocks(view: GraphView, strict: bool = False) -> tuple[list[LinearMatch], list[Missed], set[fx.Node]]:
-    """(every loop that is linear attention, those that are left alone, the nodes of both).
-
-    Raises: with ``strict``, what is no refusal.
-    """
-    found: list[LinearMatch] = []
-    missed: list[Missed] = []
-    seen: set[fx.Node] = set()
-    for joined, turns in find_loops(view):
-        seen.update(node for turn in turns if turn is not None for node in turn.made)
-        with left_alone(joined, missed, strict):
-            try:
-                found.append(_match(view, joined, linked(view, turns), len(found)))
-            except NoLoop as error:
-                raise Refused(Why.LOOP_OVER_BLOCKS, str(error)) from error
-    return found, missed, seen
+def joined_turns(view: GraphView, node: fx.Node) -> Start | None:
+    """Outputs side by side, the last of which is a turn of such a loop."""
+    turns = turns_of(view, node)
+    if turns is None:
+        return None
+    tells = frozenset(made for turn in turns if turn is not None for made in turn.made)
+    return Start((node, turns), tells)
 
 
 def same_size(one: Any, other: Any) -> bool:
@@ -69,7 +59,12 @@ def same_size(one: Any, other: Any) -> bool:
     return not (isinstance(one, int) and isinstance(other, int)) and bool(guard_or_false(one == other))
 
 
-def _match(view: GraphView, joined: fx.Node, turns: list[Block], order: int) -> LinearMatch:
+def from_turns(view: GraphView, start: tuple[fx.Node, list[Block | None]], readers: Readers) -> Candidate:
+    """The candidate of outputs side by side and the turns that they come from.
+
+    Raises: Refused: they are not all tokens in their order, or the state does not decay by one rate per head.
+    """
+    joined, turns = start[0], linked(view, start[1])
     query, key, value = (_whole(view, [getattr(turn, name) for turn in turns], name) for name in _OPERANDS)
     rate = _one_rate(view, turns)
     _check_tables(view, turns)
@@ -82,44 +77,29 @@ def _match(view: GraphView, joined: fx.Node, turns: list[Block], order: int) -> 
     if view.shape(key) != view.shape(query) or view.shape(value)[:3] != (batch, heads, length):
         raise Refused(Why.SHAPES, f"query {view.shape(query)}, key {view.shape(key)}, value {view.shape(value)}")
     initial = _initial(view, turns[0].before, joined, (batch, heads, head_dim, view.shape(value)[3]))
-    reader = DecayReader(view, {b: batch, h: heads, q: length, k: length})
-    slopes = reader.as_data(rate.slopes, rate.time).at(_per_head(view, rate.slopes, heads))
-    weights = Where(k <= q, s * sympy.exp(rate.factor * slopes * (q - k)), 0)
-    start = min(view.time[node] for node in made)
-    draft = Draft(
-        anchor=joined,
-        replaced=joined,
-        found_as="linear",
-        query=_operand(query, start),
-        key=_operand(key, start),
-        value=_operand(value, start),
-        batch=batch,
-        heads=heads,
-        q_len=length,
-        k_len=length,
-        head_dim=head_dim,
-        value_dim=view.shape(value)[3],
-        term=weights,
-        scores_index=(b, h, q, k),
-        out_index=(b, h, q, depth),
-        reader=reader,
-        zero_when_empty=True,
-        notes=[_note(view, turns)],
+    needs_grad = _needs_grad(view, (query, key, value, initial), made, joined)
+    shape = (batch, heads, length, length)
+    space = score_space(view, readers, shape, leading=((b, h), batch, heads), kind=DecayReader)
+    slopes = space.reader.as_data(rate.slopes, rate.time).at(_per_head(view, rate.slopes, heads))
+    spec = interpret(Where(k <= q, s * sympy.exp(rate.factor * slopes * (q - k)), 0))
+    steps = turns[0].rising is None and initial is not None and not needs_grad
+    spec = replace(
+        spec,
+        rate=None if spec.rate is None else decay_of(view, space.reader, spec.rate, view.time[joined]),
+        state="stepped" if steps else "carried",
     )
-    one = finished(view, assemble(view, draft, order), None)
-    needs_grad = _needs_grad(view, one.match.site.needs_grad, initial, made, joined)
-    step = turns[0].rising is None and initial is not None and not needs_grad
-    stage: Stage = "train" if needs_grad else "decode" if step else "prefill"
-    site = replace(one.match.site, needs_grad=needs_grad, stage=stage)
-    loop = Loop(initial, final, step, made, *_tables(view, turns))
-    return replace(one, match=replace(one.match, site=site), loop=loop)
+    begin = min(view.time[node] for node in made)
+    nodes = MatchedNodes(
+        joined,
+        joined,
+        *(Operand(node, (0, (1,), 2, (3,)), (), 1, sympy.Integer(1), begin) for node in (query, key, value)),
+        loop=Loop(initial, final, *_tables(view, turns)),
+        products=tuple(made),
+    )
+    return Candidate(nodes, "linear", space, (b, h, q, depth), linear=spec, notes=(_note(view, turns),))
 
 
 _OPERANDS = ("query", "key", "value")
-
-
-def _operand(node: fx.Node, time: int) -> Operand:
-    return Operand(node, (0, (1,), 2, (3,)), (), 1, sympy.Integer(1), time)
 
 
 def _note(view: GraphView, turns: list[Block]) -> str:
@@ -304,14 +284,15 @@ def _check_used_nowhere_else(view: GraphView, made: frozenset[fx.Node], joined: 
                 raise Refused(Why.LOOP_OVER_BLOCKS, "the last state is used before all outputs are there")
 
 
-def _needs_grad(
-    view: GraphView, operands_do: bool, initial: fx.Node | None, made: frozenset[fx.Node], joined: fx.Node
-) -> bool:
+def _needs_grad(view: GraphView, read: tuple[fx.Node | None, ...], made: frozenset[fx.Node], joined: fx.Node) -> bool:
     """Whether the output needs a gradient. The op's reaches everything from every output: so must the user's."""
     modes = {view.gradient_flows(view.time[node]) for node in (*made, joined)}
     if len(modes) > 1:
         raise Refused(Why.GRADIENT, "the gradient is stopped inside the loop")
-    needs_grad = operands_do or (initial is not None and view.held(initial).requires_grad and modes == {True})
+    needs_grad = modes == {True} and any(view.held(node).requires_grad for node in read if node is not None)
     if needs_grad != view.held(joined).requires_grad:
         raise Refused(Why.GRADIENT, "the gradient is stopped between query, key and value and the output")
     return needs_grad
+
+
+LOOP = Anchor("loop", joined_turns, (from_turns,))

@@ -11,26 +11,31 @@ and ours is.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 from torch import fx
 
+from effattn.ir.refusal import Why
 from effattn.passes.assemble.admissible import SUPPORTED_DTYPES
 from effattn.passes.graph.contraction import contraction
 from effattn.passes.graph.view import GraphView
 from effattn.passes.graph.vocabulary import Call, one_dim
+from effattn.passes.match.anchors.anchor import Start
+from effattn.passes.match.anchors.softmax import SOFTMAX
 from effattn.passes.match.denominator import denominator
 from effattn.passes.match.products import adds_nothing
 
 
-def written_softmax(view: GraphView, call: Call) -> Call | None:
+def written_softmax(view: GraphView, node: fx.Node) -> Start | None:
     """The softmax that a division or an exponential spells, as a call of its node; None if it spells none."""
-    if view.writes(call.node):
+    call = view.call(node)
+    if call is None or call.name not in ("div", "exp") or view.writes(node):
         return None
-    if call.name == "div":
-        return _quotient(view, call)
-    if call.name != "exp":
+    found = _quotient(view, call) if call.name == "div" else _difference(view, call) or _of_logarithm(view, call)
+    if found is None:
         return None
-    return _difference(view, call) or _of_logarithm(view, call)
+    tells = (node, found.get("read_by"), found.get("product"))
+    return Start(found, frozenset(one for one in tells if one is not None))
 
 
 def _quotient(view: GraphView, call: Call) -> Call | None:
@@ -119,3 +124,9 @@ def may_hold_written_softmax(graph: fx.Graph) -> bool:
     """A quick look for an exponential, so that other graphs cost nothing."""
     calls = (node for node in graph.nodes if node.op.startswith("call_"))
     return any(str(getattr(node.target, "__name__", node.target)) in ("exp", "exp2") for node in calls)
+
+
+# any quotient may look like one
+MANUAL_SOFTMAX = replace(
+    SOFTMAX, name="softmax, written out", start=written_softmax, unspoken=frozenset({Why.NOT_ATTENTION})
+)
