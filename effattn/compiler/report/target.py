@@ -6,7 +6,8 @@ from collections.abc import Callable
 
 import torch
 
-from effattn.passes.choose.choice import Choice, Route
+from effattn.passes.choose.choice import Choice
+from effattn.passes.choose.routes import Route
 from effattn.runtime.targets.choice import chosen
 
 SDPA = "torch.nn.functional.scaled_dot_product_attention"

@@ -22,7 +22,8 @@ from effattn.ir.plan import Plan
 from effattn.ir.refusal import Refusal
 from effattn.ir.site import Op
 from effattn.lowering.forms import FORMS
-from effattn.passes.choose.choice import choose, plan_of
+from effattn.passes.choose.choice import choose
+from effattn.passes.choose.routes import plan_of
 from effattn.policy import Policy
 from effattn.runtime.algebra import bindings, evaluate
 

@@ -1,0 +1,115 @@
+"""How a form is computed at a site: SDPA's own kernels, an op with its plan, or as it is written, with the reason."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Literal
+
+import sympy
+import torch
+
+from effattn.ir import expr
+from effattn.ir.plan import Dispatch, Plan, Sparsity
+from effattn.ir.refusal import Refusal, Why
+from effattn.ir.site import Op, Site
+from effattn.lowering.forms import FORMS
+from effattn.lowering.forms.form import Params, Rule
+from effattn.passes.candidate.record import MatchedNodes
+from effattn.runtime.targets import sdpa
+from effattn.runtime.targets.choice import ANYWHERE, asked_for
+
+Route = Literal["keep", "sdpa", "op", "features", "linear"]
+
+
+def linear_route(_site: Site, _nodes: MatchedNodes) -> tuple[Route, str]:
+    """How attention without a softmax is computed."""
+    return "linear", "the graph spells linear attention: the same function, in chunks with a state between them"
+
+
+def exact_route(site: Site, nodes: MatchedNodes) -> tuple[Route, str]:
+    """How exact attention is computed at a site, and why."""
+    if nodes.is_plain_sdpa and not nodes.key.folded and not needs_all_heads(site):
+        return "keep", "already an SDPA call without a mask: its own fast kernels run"
+    if _one_small_row(site):
+        return "keep", "one query over few keys, too wide for a kernel: its weights are smaller than the query itself"
+    if nodes.lse is None and not site.sink and sdpa_takes(site):
+        causal = "the mask is causal" if site.spec.predicate != sympy.true else "there is no mask"
+        heads = ", which take grouped heads expanded in float32" if needs_all_heads(site) else _grouped(site)
+        return "sdpa", f"{causal}: SDPA's own fast kernels, no mask tensor" + heads
+    if (refusals := cannot_lower(site, "exact")) != ():
+        return "keep", f"left as it was: {'; '.join(map(str, refusals))}"
+    if nodes.sdpa is not None and is_opaque(site):
+        return "keep", "the mask is a tensor with a value for every pair: SDPA reads it as it is"
+    return "op", "a kernel specialised on predicate and score, no mask tensor" + _grouped(site)
+
+
+def needs_all_heads(site: Site) -> bool:
+    """Whether SDPA avoids N x N scores only if key and value have as many heads as query."""
+    return sdpa.needs_all_heads(site.device, site.dtype, site.layout.groups)
+
+
+def _grouped(site: Site) -> str:
+    return ", grouped heads not expanded" if site.layout.groups > 1 else ""
+
+
+def _one_small_row(site: Site) -> bool:
+    """Whether nothing is to be saved, as in attention over the layers of a model, whose heads are tokens."""
+    sizes = site.layout
+    keys = sizes.fixed_keys
+    few = sizes.q_len == 1 and keys is not None and keys <= int(sizes.head_dim)
+    return few and (int(sizes.head_dim) > sdpa.MAX_HEAD_DIM or int(sizes.heads) > sdpa.MAX_HEADS)
+
+
+def sdpa_takes(site: Site) -> bool:
+    """Whether SDPA without a mask tensor computes the site: no mask or top-left causal, a plain scale, equal widths."""
+    plain = site.spec.predicate == sympy.true or (
+        site.spec.predicate == sympy.Le(expr.k, expr.q) and sympy.expand(site.layout.q_len - site.layout.k_len) == 0
+    )
+    widths = site.layout.head_dim == site.layout.value_dim and site.layout.head_dim <= sdpa.MAX_HEAD_DIM
+    return plain and widths and site.layout.heads <= sdpa.MAX_HEADS and expr.plain_scale(site.spec.score) is not None
+
+
+def is_opaque(site: Site) -> bool:
+    """Whether mask or bias is a tensor that holds a value for every (q, k): there is nothing to save by reading it."""
+    pairs = (
+        load for load in expr.loads_of(site.spec.predicate, site.spec.score) if load.has(expr.q) and load.has(expr.k)
+    )
+    return any(all(not (index.has(expr.q) and index.has(expr.k)) for index in load.indices) for load in pairs)
+
+
+# how the user's own function is computed, by its kind
+EXACT: dict[Op, Callable[[Site, MatchedNodes], tuple[Route, str]]] = {Op.SOFTMAX: exact_route, Op.LINEAR: linear_route}
+OP_RULES = (
+    Rule(
+        Why.GRADIENT_OF_BIAS,
+        lambda site, params: not site.captures_need_grad,
+        "a tensor that the score reads needs a gradient itself (a learned bias or scale), "
+        "which the op does not compute",
+        "run under torch.no_grad()",
+    ),
+    Rule(
+        Why.GRADIENT_OF_EMPTY_ROWS,
+        lambda site, params: not (site.needs_grad and site.spec.empty_rows in ("mean", "nan")),
+        "gradients are needed, and rows that may attend to nothing have some that depend on rounding",
+        "use SDPA, where such rows are zero, or run under torch.no_grad()",
+    ),
+)
+
+
+def cannot_lower(site: Site, form: str) -> tuple[Refusal, ...]:
+    """Reasons that lie in the op and not in the form. Exact sites that SDPA takes do not come here."""
+    refusals = (rule.refusal(site, FORMS[form].params()) for rule in OP_RULES)
+    return tuple(refusal for refusal in refusals if refusal is not None)
+
+
+def plan_of(site: Site, form: str, params: Params, min_length: int, target: str | None) -> Plan:
+    """The plan that an op needs for this site and form; on the portable target where kernels cannot serve it."""
+    spec = replace(site.spec, keep=FORMS[form].keep(params, site))
+    sparsity = Sparsity(FORMS[form].selector(params, site))
+    widths = int(site.layout.head_dim), int(site.layout.value_dim)
+    dtype = getattr(torch, site.dtype)
+    asked = asked_for(target, site.device)  # where it cannot run at all, the user or the log is told
+    if asked.why_not_on(site.device) is None and asked.why_not(spec.complete, dtype, *widths) is not None:
+        target = ANYWHERE
+    return Plan(form, spec, sparsity, Dispatch(min_length, None, target, site.output_layout, lse_is_read=False))
