@@ -21,19 +21,18 @@ HERE = Path(__file__).parent
 RECORDED, PAGE = HERE / "recorded.json", HERE.parents[1] / "docs" / "conformance.md"
 TEXT = """# Conformance
 
-What users of other software complain about in public, each as a row of [`tests/conformance`](../tests/conformance) that
-runs here. "Inductor" is `torch.compile` on attention that is written out; "FlexAttention" is the same written with
-`flex_attention`, compiled as its documentation does; "effattn" is this backend on the written attention, and on
-FlexAttention's call.
+Public bug reports of other software, each as a row of [`tests/conformance`](../tests/conformance) that can be run.
+"Inductor" is `torch.compile` on attention written out in PyTorch; "FlexAttention" is the same with `flex_attention`,
+compiled as its documentation says; "effattn" is this backend on the written attention, and on FlexAttention's call.
 
-- **right**: results, and gradients where the complaint is about these, are those of float64 up to rounding; attention
-  was replaced by a kernel of its own; nothing was compiled too often.
-- **right, as written**: right, and the scores of all pairs are computed: the attention was not found, or is left alone.
-- **compiled n times**: more often than once static and once dynamic. **memory for every pair**: something has an entry
+- **right**: results, and gradients if the report is about them, equal float64 up to rounding; a kernel replaced the
+  attention; nothing was compiled too often.
+- **right, as written**: right, but all scores are computed: the attention was not found, or was left alone.
+- **compiled n times**: more often than once static and once dynamic. **memory for every pair**: a tensor has an element
   for each query and key.
-- **needs**: what the run would need that it had not; **-**: does not apply.
+- **needs**: hardware that the run did not have; **-**: does not apply.
 
-A complaint may be mended in the version that ran here. Tests run effattn's columns (`tests/conformance/test_rows.py`);
+A bug may be fixed in the version that ran here. Tests run effattn's columns (`tests/conformance/test_rows.py`);
 `make conformance` runs all of them and makes this page from [`recorded.json`](../tests/conformance/recorded.json).
 """
 
