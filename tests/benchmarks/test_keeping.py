@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import json
 import pathlib
-import sys
 
 import pytest
-
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 
 from benchmarks import gpu_all, harness, keeping, report
 

@@ -5,12 +5,9 @@ from __future__ import annotations
 import importlib
 import json
 import pathlib
-import sys
 
 import pytest
 import torch
-
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 
 from benchmarks import gpu_all, harness, report, tables
 

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import json
-import sys
-from pathlib import Path
 
 import pytest
+from evaluating import Characters, llama
 from typer.testing import CliRunner
 
 from effattn.cli import models
 from effattn.cli.main import app
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "evaluate"))
-from evaluating import Characters, llama
 
 
 @pytest.fixture

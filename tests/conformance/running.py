@@ -12,8 +12,8 @@ from torch.nn.attention.flex_attention import flex_attention
 from torch.profiler import ProfilerActivity, profile
 
 from effattn.compiler.report import collect
-from tests.comparing import assert_close
 from tests.conformance.row import Row
+from tests.helpers.comparing import assert_close
 
 COLUMNS = ("Inductor", "FlexAttention", "effattn", "effattn, FlexAttention's call")
 RIGHT, UNFUSED = "right", "right, as written"

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import json
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
 from tests.conformance import __main__ as suite
 from tests.conformance.rows import ROWS
 from tests.conformance.running import COLUMNS, RIGHT, UNFUSED, run

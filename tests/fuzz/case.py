@@ -13,12 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-from tests.fuzz import data, spelling
-from tests.fuzz.fills import FILLS
-from tests.fuzz.flexible import MODS
-from tests.fuzz.hostile import HOSTILE
-from tests.fuzz.layouts import LAYOUTS, Sizes
-from tests.fuzz.masks import MASKS
+from tests.fuzz.tables import data, spelling
+from tests.fuzz.tables.fills import FILLS
+from tests.fuzz.tables.flexible import MODS
+from tests.fuzz.tables.hostile import HOSTILE
+from tests.fuzz.tables.layouts import LAYOUTS, Sizes
+from tests.fuzz.tables.masks import MASKS
 from tests.fuzz.where import DEVICE
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -10,13 +10,13 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
-from tests.fuzz import spelling
 from tests.fuzz.case import BATCHES, SDPA_MASKS, UNUSED, Case
-from tests.fuzz.fills import FILLS
-from tests.fuzz.flexible import MODS
-from tests.fuzz.hostile import HOSTILE
-from tests.fuzz.layouts import LAYOUTS
-from tests.fuzz.masks import MASKS
+from tests.fuzz.tables import spelling
+from tests.fuzz.tables.fills import FILLS
+from tests.fuzz.tables.flexible import MODS
+from tests.fuzz.tables.hostile import HOSTILE
+from tests.fuzz.tables.layouts import LAYOUTS
+from tests.fuzz.tables.masks import MASKS
 
 # how often each is drawn is how often it stands there
 CORES = (*["written"] * 9, "sdpa", "sdpa", "hostile", "hostile", "flex", "flex")

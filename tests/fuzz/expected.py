@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from effattn.compiler.report.model import MissedReport
 from effattn.ir.refusal import Why
 from tests.fuzz.case import Case
-from tests.fuzz.fills import FILLS
-from tests.fuzz.hostile import HOSTILE
-from tests.fuzz.masks import MASKS
+from tests.fuzz.tables.fills import FILLS
+from tests.fuzz.tables.hostile import HOSTILE
+from tests.fuzz.tables.masks import MASKS
 
 
 @dataclass(frozen=True)

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import itertools
 import os
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
 from tests.fuzz.case import Case
 from tests.fuzz.drawing import drawn, numbered
-from tests.fuzz.flexible import MODS
-from tests.fuzz.masks import MASKS
+from tests.fuzz.tables.flexible import MODS
+from tests.fuzz.tables.masks import MASKS
 from tests.fuzz.trial import run
 
 IN_TURN, RANDOM = 44, int(os.environ.get("EFFATTN_CASES", "16"))

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import asdict, replace
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
 from tests.fuzz import page, record
 from tests.fuzz.drawing import numbered
 from tests.fuzz.record import Row

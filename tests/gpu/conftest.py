@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import os
 import pathlib
-import sys
 
 import pytest
 import torch
 
 HERE = pathlib.Path(__file__).parent
-sys.path[:0] = [str(HERE), str(HERE.parent / "kernels")]  # the plans that kernels are tried on serve here as well
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # several processes compile at once: each with few threads
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "2")

@@ -9,8 +9,6 @@ from dataclasses import replace
 import pytest
 import torch
 from comparing import assert_close
-
-sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "runtime"))
 from linear_cases import CASES, Case
 
 from effattn.runtime.ops import linear as _registers_the_ops  # noqa: F401

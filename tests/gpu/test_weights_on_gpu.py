@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import pathlib
-import sys
-
 import pytest
 import torch
-from comparing import assert_close
-
-sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "runtime"))
 from boundary_cases import random_tensors, save
+from comparing import assert_close
 
 from effattn.ir.selector import Trained
 from effattn.lowering.forms.tensor_file import digest_of

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import functools
-import pathlib
 import re
-import sys
 
 import linear_specs
 import pytest
 import torch
 from comparing import assert_close
-
-sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "runtime"))
 from linear_cases import CASES, Case
 
 from effattn.lowering.kernels.linear_source import file_name, generate

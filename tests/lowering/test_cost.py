@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 import torch.nn.functional as F
 from comparing import assert_close
+from compiled import compiled
 
 import effattn
 from effattn.errors import PolicyError
@@ -20,9 +18,6 @@ from effattn.lowering.cost import LONGEST, ladder, pairs
 from effattn.lowering.device import CPU, DEVICES, OTHER_GPU, device_named
 from effattn.lowering.forms import FORMS
 from effattn.passes.choose import cheapest as cheapest_pass
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "passes"))
-from compiled import compiled
 
 FOURTH = {"stride": 4, "key_stride": 4}
 LLAMA = Layout(1, 32, 8, 131072, 131072, 128, 128)

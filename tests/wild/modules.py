@@ -1,4 +1,4 @@
-"""PyTorch's own attention modules, in what tests/passes/test_multihead.py does not ask of them."""
+"""PyTorch's own attention modules, in what tests/passes/canonicalize/test_multihead.py does not ask of them."""
 
 from __future__ import annotations
 

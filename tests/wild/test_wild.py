@@ -6,12 +6,6 @@ marked slow: ``make zoo`` runs them, or ``pytest -m slow tests/wild``.
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
-import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
 import diffusion
 import images
 import language
@@ -20,6 +14,7 @@ import masking
 import modules
 import positions
 import proteins
+import pytest
 import softmaxes
 import variants
 import windows

@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 import copy
-import sys
 import warnings
-from pathlib import Path
 
 import einops
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
-from torch._dynamo.testing import CompileCounterWithBackend
-from torch.testing._internal.two_tensor import TwoTensor
-
-sys.path.insert(0, str(Path(__file__).parent))
 from blocks import HEADS, PREDICATE, WIDTH, Attention, Int8Linear, Model
 from comparing import assert_close
 from images import Vit
 from modules import HIDDEN, Nested
 from row import check_gradients, compiled, seeded
+from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.testing._internal.two_tensor import TwoTensor
 
 from effattn.compiler.backend import effattn
 from effattn.compiler.options import Options

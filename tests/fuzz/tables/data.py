@@ -7,8 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from tests.fuzz.layouts import Sizes
-from tests.fuzz.masks import LONGEST
+from tests.fuzz.tables.layouts import Sizes
+from tests.fuzz.tables.masks import LONGEST
 from tests.fuzz.where import DEVICE
 
 INF = float("inf")

@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from tests.fuzz.mask import Mask
+from tests.fuzz.tables.mask import Mask
 
 FAR = 2**24  # the first number whose successor float32 does not hold
 

@@ -28,7 +28,7 @@ from effattn.passes.rewrite.replacing import Emitted
 from effattn.passes.rewrite.sites import RewriteSites
 from effattn.runtime.targets import sdpa
 
-GOLDENS = Path(__file__).parent.parent / "goldens" / "graphs"
+GOLDENS = Path(__file__).parents[2] / "goldens" / "graphs"
 B, H, N, D = 2, 4, 11, 8
 INF = float("inf")
 

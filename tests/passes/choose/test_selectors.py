@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 import torch.nn.functional as F
+from architectures import VOCABULARY, build, inputs, llama, tokens
 from comparing import assert_close
 from compiled import compiled
 
 import effattn
 from effattn.ir.refusal import Why
 from effattn.lowering.forms import FORMS
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "models"))
-from architectures import VOCABULARY, build, inputs, llama, tokens
 
 PROXY = {"block": 16, "stride": 4, "least": 16, "gamma": 0.6}
 DHSA = {"block": 16, "unit": 16, "share": 0.3, "local": 16, "sinks": 16}

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 import torch.nn.functional as F
+from boundary_cases import random_tensors, save
 from comparing import assert_close
 from compiled import compiled
 from torch import nn
@@ -18,9 +16,6 @@ from effattn.compiler.options import Options
 from effattn.compiler.report import collect
 from effattn.errors import PolicyError
 from effattn.ir.refusal import Why
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "runtime"))
-from boundary_cases import random_tensors, save
 
 pytest.importorskip("safetensors.torch")
 

@@ -10,7 +10,7 @@ import torch
 
 @dataclass(frozen=True)
 class Mod:
-    """``mask(given)`` and ``score(given)`` -> mods or None; ``oracle`` as in :class:`tests.fuzz.masks.Mask`."""
+    """``mask(given)`` and ``score(given)`` -> mods or None; ``oracle`` as in :class:`tests.fuzz.tables.masks.Mask`."""
 
     mask: Callable
     oracle: Callable

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import torch
 
-from tests.fuzz.integers import INTEGERS
-from tests.fuzz.mask import Mask
+from tests.fuzz.tables.integers import INTEGERS
+from tests.fuzz.tables.mask import Mask
 
 LONGEST = 96  # side of the square buffers
 

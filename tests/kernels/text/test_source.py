@@ -23,7 +23,7 @@ from effattn.runtime import kernels
 from effattn.runtime.targets import triton as triton_target
 from effattn.runtime.targets.triton.specialise import spec_of
 
-GOLDENS = Path(__file__).parents[1] / "goldens" / "kernels"
+GOLDENS = Path(__file__).parents[2] / "goldens" / "kernels"
 CPU = torch.device("cpu")
 
 
@@ -41,11 +41,10 @@ def test_source_does_not_depend_on_the_process():
     script = "from specs import *; from effattn.lowering.kernels.source import *\n"
     script += "found = [listed('sm90', 'proxy'), *(spec(name, 'sm90') for name in PREFILL)]\n"
     script += "print([file_name(one, generate(one)) for one in found])"
-    folder = Path(__file__).parent
     seen = {
         subprocess.run(
             [sys.executable, "-c", script],
-            env={**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": str(folder)},
+            env={**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": os.pathsep.join(sys.path)},
             capture_output=True,
             text=True,
             check=True,

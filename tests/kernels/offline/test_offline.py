@@ -41,7 +41,7 @@ SPILLS = {
 
 def used(arch: str) -> dict[str, list[int]]:
     """Kernel -> registers of a thread, bytes that it spilled, bytes of shared memory and how many there are."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": os.pathsep.join(sys.path)}
     script = Path(__file__).with_name("compile_all.py")
     done = subprocess.run([sys.executable, script, arch], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -424,7 +424,7 @@ def test_one_after_another_with_a_softmax_between():
 
 
 def test_lightning_block_of_the_examples():
-    sys.path.insert(0, str(pathlib.Path(__file__).parents[2] / "examples"))
+    sys.path.insert(0, str(pathlib.Path(__file__).parents[3] / "examples"))
     from lightning_block import LightningBlock
 
     torch.manual_seed(0)
