@@ -1,4 +1,4 @@
-"""Every operation of the vocabulary of expressions, on Python numbers and on tensors."""
+"""The operations of expressions, on Python numbers and on tensors."""
 
 from __future__ import annotations
 

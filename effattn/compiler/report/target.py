@@ -1,4 +1,4 @@
-"""What runs an attention that is replaced: the file of its kernel on this machine's GPU, or a few words."""
+"""What runs a replaced attention: the file of its kernel on this machine's GPU, or a few words."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a form is: a way to compute a site. One file each, all data: parameters, rules, kept keys, cost, reference."""
+"""The definition of a form, a way to compute a site: parameters, rules, kept keys, cost and reference, all as data."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ Kind = Literal["exact", "approximate", "trained"]
 
 
 class Params(BaseModel):
-    """Parameters of a form as a policy may set them. Unknown names are errors."""
+    """Parameters of a form, as set in a policy. Unknown names are errors."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
 
 @dataclass(frozen=True)
 class Rule:
-    """One condition that a form puts on a site. The same row checks and explains."""
+    """One condition of a form on a site. The same row checks and explains."""
 
     why: Why
     holds: Callable[[Site, Any], bool]
-    otherwise: str  # why not, when it does not hold
+    otherwise: str  # the reason for refusing if it does not hold
     hint: str = ""  # what would help
-    reason: Callable[[Site, Any], str | None] | None = None  # why not at this site, where ``otherwise`` is too general
+    reason: Callable[[Site, Any], str | None] | None = None  # a more specific reason for a site
 
     def refusal(self, site: Site, params: Params) -> Refusal | None:
         if self.holds(site, params):
@@ -47,12 +47,12 @@ class Rule:
 
 @dataclass(frozen=True)
 class Form:
-    """A way to compute a site: softmax attention over fewer keys, known in advance (``keep``) or found (``select``).
+    """A way to compute a site: softmax attention over some keys, given by ``keep`` or chosen by ``select``.
 
-    ``reference`` is the eager definition of what is kept, to be combined with causality. Without a selector it is
-    called with (params, q_index [Nq, 1], k_index [1, Nk]) and gives bool [Nq, Nk]; with one, with (params, query
-    [B, Hq, Nq, D], key [B, Hkv, Nk, D], allowed bool that broadcasts to [B, Hq, Nq, Nk], scale), the last row standing
-    at the last key, and gives bool [B, Hq, Nq, Nk].
+    ``reference`` is the eager definition of the kept keys, without causality. Without a selector, its arguments are
+    (params, q_index [Nq, 1], k_index [1, Nk]) and it returns bool [Nq, Nk]. With one, they are (params, query
+    [B, Hq, Nq, D], key [B, Hkv, Nk, D], allowed bool that broadcasts to [B, Hq, Nq, Nk], scale), with the last query at
+    the last key, and it returns bool [B, Hq, Nq, Nk].
     """
 
     name: str
@@ -61,16 +61,16 @@ class Form:
     source: str
     params: type[Params]
     rules: tuple[Rule, ...]
-    kept_keys: Callable[[Any], Any]  # params -> keys that a causal row of Nk keeps, as a sympy term in Nk: for costs
+    kept_keys: Callable[[Any], Any]  # params -> keys that a query at position Nk keeps, a sympy term in Nk, for costs
     reference: Callable[..., Any]
-    # (params, site) -> predicate in the indices: which of the allowed keys are kept; see Site.position, first_key
+    # (params, site) -> predicate in the indices: which allowed keys are kept; see Site.position, first_key
     keep: Callable[[Any, Site], Any] = lambda params, site: sympy.true
-    select: Callable[[Any, Site], Selector] | None = None  # (params, site) -> what is decided by data
-    selector_work: Callable[[Any, Layout, int], Work] | None = None  # (params, sizes, bytes of an element) -> its cost
-    softmax: bool = True  # False: another function, by an op of its own; what is kept says nothing about it
+    select: Callable[[Any, Site], Selector] | None = None  # (params, site) -> selector that chooses keys at run time
+    selector_work: Callable[[Any, Layout, int], Work] | None = None  # (params, sizes, bytes per element) -> its cost
+    softmax: bool = True  # False: another function with its own op; kept keys do not apply
 
     def selector(self, params: Params, site: Site) -> Selector | None:
-        """What is decided by data when the op runs; None: nothing.
+        """The selector of this form at a site; None if it has none.
 
         Raises:
             WeightsError: the parameters name a file that cannot be read.
@@ -78,12 +78,12 @@ class Form:
         return None if self.select is None else self.select(params, site)
 
     def refusals(self, site: Site, params: Params) -> tuple[Refusal, ...]:
-        """Every reason why this form does not apply to ``site``; empty if it does."""
+        """All reasons why this form does not apply to ``site``; () if it does."""
         found = (rule.refusal(site, params) for rule in self.rules)
         return tuple(refusal for refusal in found if refusal is not None)
 
     def cost(self, site: Site, params: Params) -> Cost:
-        """What one call costs: attention over the kept keys, and the selector apart from it."""
+        """The cost of one call: attention over the kept keys, and the selector."""
         sizes = site.hints
         heads, kv_heads = sizes.batch * sizes.heads, sizes.batch * sizes.kv_heads
         widths, element = sizes.head_dim + sizes.value_dim, 4 if site.dtype == "float32" else 2
@@ -96,7 +96,7 @@ class Form:
 
 
 def first_key(site: Site) -> Any:
-    """The number of the first key of a query's text, for forms with the rule FROM_THE_FIRST_KEY."""
+    """The first key of a query's text, for forms with the rule FROM_THE_FIRST_KEY."""
     padding, _ = key_conditions(tile_ranges(site.spec.predicate).residual)
     return sympy.Integer(0) if padding == sympy.true else expr.first_key
 
@@ -110,22 +110,22 @@ def no_data_mask(site: Site, _params: Params) -> bool:
 
 
 def _beside_lists(residual: Any) -> Any:
-    """Conditions on data without lists of blocks that a caller passes: they hide whole blocks at most, none of a mask
-    that create_block_mask made, so that nothing is counted from where they begin."""
+    """Conditions on data, without block lists passed by the caller. Lists can only hide whole blocks, and none of a
+    mask from create_block_mask, so distances are not counted from them."""
     parts = expr.conjuncts(residual)
     lists = [part for part in parts if isinstance(part, sympy.Ne) and isinstance(part.lhs, expr.Load)]
     return sympy.And(*[part for part in parts if part not in lists or not expr.is_of_blocks(part.lhs)])
 
 
 def padding_at_most(site: Site, _params: Params) -> bool:
-    """No data in the mask but by batch and key."""
+    """Whether the only data in the mask depend on batch and key."""
     alone, others = key_conditions(_beside_lists(tile_ranges(site.spec.predicate).residual))
     named = any(spec.name == expr.FIRST_KEY for spec in site.spec.captures)
     return others == sympy.true and not (alone != sympy.true and named)
 
 
 def has_sinks(site: Site, params: Any) -> bool:
-    """Whether every query that sees a key still does: in text with padding its own key may be masked."""
+    """Whether every query that sees a key keeps one: with padding, its own key may be masked."""
     keys = tile_ranges(site.spec.predicate)
     out_of_reach = bool(keys.lower) and site.spec.empty_rows == "nan"  # sinks beyond the model's own window
     return _beside_lists(keys.residual) == sympy.true or (params.sinks > 0 and not out_of_reach)
@@ -136,7 +136,7 @@ def no_gradient(site: Site, _params: Params) -> bool:
 
 
 def only_causal(site: Site, _params: Params) -> bool:
-    """``k <= position`` and conditions on data, nothing else; the position is the same in all batches and heads."""
+    """Whether the mask is ``k <= position`` and conditions on data, with one position for all batches and heads."""
     keys = tile_ranges(site.spec.predicate)
     return (
         site.position is not None

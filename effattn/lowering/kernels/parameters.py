@@ -1,4 +1,4 @@
-"""What a kernel is called with: its parameters in order, with their types, and its compile-time constants."""
+"""Kernel parameters: in order, with their types, and the compile-time constants."""
 
 from __future__ import annotations
 

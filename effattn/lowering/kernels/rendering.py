@@ -1,4 +1,4 @@
-"""From templates to text: the templates beside this file, the device functions that a text calls, blank lines."""
+"""Renders templates, with the device functions that they call."""
 
 from __future__ import annotations
 

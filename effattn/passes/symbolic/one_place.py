@@ -1,4 +1,4 @@
-"""Elements that are read at a number are read at the index that is this number there: ``where(h == 0, x[0], x[h])``."""
+"""Unifies loads at a constant index with loads at the index that equals it: ``where(h == 0, x[0], x[h])``."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from effattn.ir import expr
 
 
 def at_one_place(term: Any, names: Collection[str]) -> Any:
-    """``term`` with all loads of a name at one place, as far as the choices that they stand in tell that they are.
+    """``term`` with all loads of a name at one index, as far as the conditions around them show that it is the same.
 
-    A write to one head of the scores reads that head, and the scores are the product of query and key all the same.
+    A write to one head of the scores reads that head; the scores are still one product of query and key.
     """
     for name in names:
         places = [load for load in expr.loads_of(term) if load.name == name]
@@ -24,7 +24,7 @@ def at_one_place(term: Any, names: Collection[str]) -> Any:
 
 
 def _replaced(term: Any, general: expr.Load, known: Mapping[Any, Any]) -> Any:
-    """``known``: the number that an index is where ``term`` counts."""
+    """``known``: indices with a constant value where ``term`` is evaluated."""
     if isinstance(term, expr.Load) and term.name == general.name:
         pairs = zip(term.indices, general.indices, strict=True)
         return general if all(index in (place, known.get(place)) for index, place in pairs) else term

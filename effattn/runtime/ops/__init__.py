@@ -1,6 +1,6 @@
-"""What rewritten graphs call: torch.library ops, their fake kernels and gradients.
+"""The ops that rewritten graphs call: torch.library definitions, fake kernels and gradients.
 
-Importing this package, or any module of it, registers all of them; Triton is not imported.
+Importing this package, or any of its modules, registers all of them. Triton is not imported.
 """
 
 from effattn.runtime.ops import attend, block_lists, decay_tables, linear, mask_tables, window_hybrid

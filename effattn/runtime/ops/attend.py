@@ -1,10 +1,11 @@
-"""The op that a rewritten graph calls: ``torch.ops.effattn.attend``, its fake kernel, gradient and choice of target.
+"""The op ``torch.ops.effattn.attend``: its kernel, fake kernel and gradient.
 
     attend(query, key, value, captures, scalars, numbers, plan) -> (out, lse)
 
-``numbers`` is declared ``Scalar[]``, not ``float[]``: a scale that arrives as ``item()`` of a 0-d tensor is an unbacked
-SymFloat under ``torch.compile``, which ``float[]`` refuses and ``Scalar[]`` takes; with ``Scalar[]`` a scale that is
-computed from a symbolic size does not specialise the size either. Floats, ints, SymFloats and SymInts may be passed.
+``numbers`` is ``Scalar[]`` rather than ``float[]``. A scale from ``item()`` of a 0-d tensor is an unbacked SymFloat
+under
+``torch.compile``, which ``float[]`` refuses; and ``Scalar[]`` does not specialise a symbolic size that a scale is
+computed from. Floats, ints, SymFloats and SymInts may be passed.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ SCHEMAS = {
 
 
 class NoGradient(EffattnError):
-    """A gradient was asked for that this op does not compute."""
+    """A gradient was requested that this op does not compute."""
 
 
 def attend(
@@ -52,18 +53,18 @@ def attend(
     """Output and LSE of one attention.
 
     Args:
-        query: [B, Hq, Nq, D], any strides; key: [B, Hkv, Nk, D]; value: [B, Hkv, Nk, Dv]; one floating point dtype.
-        captures, scalars, numbers: what the plan names, in its order.
-        plan: what :meth:`Plan.encode` wrote.
+        query: [B, Hq, Nq, D], any strides; key: [B, Hkv, Nk, D]; value: [B, Hkv, Nk, Dv]; one floating-point dtype.
+        captures, scalars, numbers: in the plan's order.
+        plan: the result of :meth:`Plan.encode`.
 
     Returns:
-        out [B, Hq, Nq, Dv] in q's dtype, in the plan's memory order; lse [B, Hq, Nq] float32, natural logarithm,
-        -inf where a row keeps nothing.
+        out [B, Hq, Nq, Dv] in query's dtype and the plan's memory order; lse [B, Hq, Nq] float32, natural logarithm,
+        -inf for queries without keys.
 
     Raises:
-        PlanError: the plan is not one of this version.
-        TargetError: it names a target that there is not, or that cannot run on this device.
-        ValueError: shapes or counts do not fit.
+        PlanError: the plan was not written by this version.
+        TargetError: the plan names a target that does not exist, or cannot run on this device.
+        ValueError: shapes or counts do not match.
     """
     _check_shapes(query, key, value)
     decoded = Plan.decode(plan).at(key.shape[2])
@@ -77,7 +78,7 @@ def attend(
 
 
 def attend_fake(query, key, value, captures, scalars, numbers, plan):
-    """Shapes and strides of :func:`attend`, for any symbolic sizes."""
+    """Empty outputs of :func:`attend` with its shapes and strides, for any symbolic sizes."""
     return allocate_output(Plan.decode(plan), query, value)
 
 
@@ -119,7 +120,7 @@ def _check_shapes(query: Tensor, key: Tensor, value: Tensor) -> None:
 
 
 def target_of(plan: Plan, query: Tensor, value: Tensor) -> Target:
-    """What runs a plan on these tensors. Raises TargetError: the plan names a target that cannot."""
+    """The target that runs a plan on these tensors. Raises TargetError if the plan names one that cannot."""
 
     def why_not(target: Target) -> Refusal | None:
         return target.why_not(plan.spec, query.dtype, query.shape[3], value.shape[3])
@@ -153,7 +154,7 @@ def _backward(ctx, grad_out, grad_lse):
         grads = torch.ops.effattn.attend_backward(
             grad_out, grad_lse, query, key, value, out, lse, captures, ctx.scalars, ctx.numbers, ctx.plan
         )
-    # torch asks for a list where the input was a list of tensors, and an empty list counts as one
+    # autograd expects a list for each argument that is a list of tensors, and an empty list counts as one
     return *grads, [None] * len(captures), *([] if not given else None for given in (ctx.scalars, ctx.numbers)), None
 
 

@@ -1,4 +1,4 @@
-"""Lists of blocks, as FlexAttention's block masks hold them, as one table of booleans.
+"""The block lists of FlexAttention's block masks as a boolean table.
 
 listed_blocks(counts, indices, full_counts, full_indices, key, block) -> listed
 """
@@ -19,14 +19,14 @@ SCHEMA = (
 def listed_blocks(
     counts: Tensor, indices: Tensor, full_counts: Tensor | None, full_indices: Tensor | None, key: Tensor, block: int
 ) -> Tensor:
-    """Whether a block of keys is in one of the lists of a block of queries.
+    """Whether a key block is in one of the lists of a query block.
 
     Args:
-        counts: [B, H, rows], how many entries of each list count.
-        indices: [B, H, rows, any], numbers of blocks of keys.
-        full_counts, full_indices: the same for blocks in which no element is masked; None: there are no such lists.
-        key: [B, H, Nk, D], of which only the length is looked at.
-        block: keys of a block.
+        counts: [B, H, rows], the length of each list.
+        indices: [B, H, rows, any], indices of key blocks.
+        full_counts, full_indices: the same for full blocks; None if there are no such lists.
+        key: [B, H, Nk, D]; only its length is used.
+        block: keys per block.
 
     Returns:
         [B, H, rows, ceil(Nk / block)] bool.
@@ -39,7 +39,7 @@ def listed_blocks(
 
 
 def as_blocks(counts: Tensor, indices: Tensor, columns: int) -> Tensor:
-    """[B, H, rows, columns]: whether a block is in the list. What does not count, or lies outside, is left out."""
+    """[B, H, rows, columns]: whether a block is listed. Entries past the count or out of range are ignored."""
     counted = torch.arange(indices.shape[-1], device=counts.device) < counts[..., None]
     inside = counted & (indices >= 0) & (indices < columns)
     dense = torch.zeros(*indices.shape[:-1], columns + 1, dtype=torch.bool, device=counts.device)

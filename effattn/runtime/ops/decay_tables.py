@@ -1,12 +1,11 @@
-"""Tables of decay that a model keeps as buffers: whether they hold what one rate per head gives.
+"""Validates the decay tables in a model's buffers against one rate per head.
 
     checked_decay(log_decay, rising, falling, triangles) -> log_decay
 
 Lightning attention in blocks (arXiv 2405.17381, algorithm 1) multiplies queries by ``decay^(r + 1)``, keys by
-``decay^(C - 1 - r)`` and scores by ``decay^(i - j)``. Where these factors are data, ``effattn::linear`` is the same
-function only while they are powers of one number. That is looked at in every call, because buffers can be written at
-any time: a table that is no power makes the op raise on the CPU, and fail an assertion on the device elsewhere, without
-waiting for it.
+``decay^(C - 1 - r)`` and scores by ``decay^(i - j)``. If these factors are data, ``effattn::linear`` is the same
+function only while they are powers of one number. Every call validates this, since buffers can be written at any time.
+If a table does not fit, the op raises on the CPU; on other devices an assertion fails there, without synchronising.
 """
 
 from __future__ import annotations
@@ -27,22 +26,22 @@ _CHANGED = (
     "the decay tables of a linear attention are no longer powers of one rate per head, as they were when it was "
     "compiled: call torch._dynamo.reset(), and the model runs as the user wrote it"
 )
-_OF_EXP = 2 * torch.finfo(torch.float32).eps  # what a device's exp() may be off by
+_OF_EXP = 2 * torch.finfo(torch.float32).eps  # assumed error of a device's exp()
 
 
 def checked_decay(
     log_decay: Tensor, rising: Sequence[Tensor], falling: Sequence[Tensor], triangles: Sequence[Tensor]
 ) -> Tensor:
-    """A copy of ``log_decay`` once the tables have been held against it.
+    """A copy of ``log_decay``, after the tables have been validated against it.
 
     Args:
         log_decay: [H] float32, at most 0.
         rising: tables of H * C elements, ``exp((r + 1) * log_decay)``.
         falling: tables of H * C elements, ``exp((C - 1 - r) * log_decay)``.
-        triangles: tables [..., H, C, C], ``exp((i - j) * log_decay)`` for j <= i and 0 beyond.
+        triangles: tables [..., H, C, C], ``exp((i - j) * log_decay)`` for j <= i and 0 for later keys.
 
     Raises:
-        DecayChanged: they are not that, on the CPU.
+        DecayChanged: on the CPU, if they do not hold these values.
     """
     fits = follow(log_decay, rising, falling, triangles)
     if not on_host(fits):
@@ -59,7 +58,7 @@ def checked_decay_fake(log_decay, rising, falling, triangles):
 def follow(
     log_decay: Tensor, rising: Sequence[Tensor], falling: Sequence[Tensor], triangles: Sequence[Tensor]
 ) -> Tensor:
-    """Whether all tables follow ``log_decay``, up to rounding in their own type; a 0-d boolean."""
+    """Whether all tables follow ``log_decay``, up to rounding in their own dtype: 0-d bool."""
     heads, rates = log_decay.shape[0], log_decay.double()[:, None]
     fits = (log_decay <= 0).all()
     for up, tables in ((True, rising), (False, falling)):
@@ -70,16 +69,16 @@ def follow(
             fits = fits & ((low <= table) & (table <= high)).all()
     for table in triangles:
         size = table.shape[-1]
-        table = table.reshape(heads, size, size).flip(1)  # last row first: the bounds of each start one further
+        table = table.reshape(heads, size, size).flip(1)  # last row first: each row's bounds start one element later
         place = torch.arange(size - 1, -1, -1, device=table.device)
-        beyond = (0, size - 1)  # later keys have no weight, not even a small one
+        beyond = (0, size - 1)  # later keys must have weight 0
         low, high = (F.pad(one, beyond).unfold(1, size, 1) for one in _bounds(rates * place, table.dtype))
         fits = fits & ((low <= table) & (table <= high)).all()
     return fits
 
 
 def _bounds(exponent: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """What ``exp(exponent)`` may be in ``dtype``: rate times distance may have been rounded, and the power itself."""
+    """The interval of ``exp(exponent)`` in ``dtype``: both rate times distance and the power may have been rounded."""
     expected, kind = torch.exp(exponent), torch.finfo(dtype)
     slack = (kind.eps * (1 - exponent) + _OF_EXP) * expected + kind.tiny
     wide = torch.promote_types(dtype, torch.float32)

@@ -1,4 +1,4 @@
-"""Attention through a feature map: phi(q) . phi(k) for exp(q . k), divided by the sum of the row's weights."""
+"""Attention with a feature map: phi(q) . phi(k) instead of exp(q . k), divided by the sum of a query's weights."""
 
 from __future__ import annotations
 
@@ -32,18 +32,18 @@ def feature_attention(
     layout: str = "bhnd",
     target: str | None = None,
 ) -> Tensor:
-    """Normalised linear attention, with ``window`` only before a window of so many keys, in which there is a softmax.
+    """Normalised linear attention; with ``window`` a softmax over the last keys, and features only for the keys before.
 
     Args:
         query: [B, Hq, N, D]; key: [B, Hk, Nk, D]; value: [B, Hk, Nk, Dv], with positions already encoded.
         feature_map: a name in :data:`~effattn.lowering.forms.feature_maps.FEATURE_MAPS`.
-        of_query, of_key: its parameters for queries and for keys.
-        eps: added to the sum of a row's weights, without a window.
-        terraced, gamma, scale: of the window, as in :func:`~effattn.runtime.ops.window_hybrid.window_hybrid`; the scale
-            is 1 / sqrt(D) if None.
+        of_query, of_key: parameters of the map for queries and for keys.
+        eps: added to the sum of a query's weights, without a window.
+        terraced, gamma, scale: of the window, see :func:`~effattn.runtime.ops.window_hybrid.window_hybrid`. ``scale``
+            None is 1 / sqrt(D).
 
     Returns:
-        [B, Hq, N, Dv]; 0 where a query has no weight on any key. Causal, the last query stands at the last key.
+        [B, Hq, N, Dv]; 0 for queries without weight on any key. If causal, the last query is at the last key.
 
     Raises:
         ValueError: a window without causality.
@@ -67,7 +67,7 @@ def feature_attention(
 def _with_window(
     query: Tensor, key: Tensor, value: Tensor, phi: FeatureMap, of_query: Parameters, of_key: Parameters, meaning: tuple
 ) -> Tensor:
-    """As :func:`_with_other_lengths`, whose rows stand at the last keys; rows before the first key are 0."""
+    """The window op for any lengths: the last query is at the last key; queries before the first key give 0."""
     earlier = key.shape[2] - query.shape[2]
     rows = query[:, :, max(-earlier, 0) :]
     if earlier > 0:
@@ -79,7 +79,7 @@ def _with_window(
 def _with_other_lengths(
     features: tuple[Tensor, Tensor], value: Tensor, earlier: int, eps: float, layout: str, target: str | None
 ) -> Tensor:
-    """Causal attention of the last rows over ``earlier`` more keys; with fewer keys the first rows see none."""
+    """Causal attention of the last queries over ``earlier`` more keys; with fewer keys, the first queries see none."""
     query, key = features
     if earlier > 0:
         query = F.pad(query, (0, 0, earlier, 0))

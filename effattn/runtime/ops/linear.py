@@ -1,12 +1,12 @@
-"""The ops of linear attention: ``torch.ops.effattn.linear`` for many tokens, ``linear_step`` for the next few.
+"""The ops of linear attention: ``torch.ops.effattn.linear`` for many tokens, ``linear_step`` for decode.
 
     linear(query, key, value, log_decay, initial_state, scale, causal, normalised, eps, layout, target)
         -> (out, final_state)
     linear_step(query, key, value, state, log_decay, scale, normalised, eps, target) -> (out, new_state)
 
-What they compute stands in :mod:`effattn.runtime.reference.linear`. All that they mean is in their arguments. A state
-is float32 and, normalised, has the running sum of keys as its last column. The gradient of ``linear`` reaches query,
-key, value and the initial state, also through the final state; decay has none and is refused where it needs one.
+:mod:`effattn.runtime.reference.linear` defines what they compute. States are float32; normalised, their last column is
+the running sum of keys. ``linear`` is differentiable in query, key, value and the initial state, also through the final
+state, but not in decay.
 """
 
 from __future__ import annotations
@@ -61,21 +61,21 @@ def linear(
     """Linear attention over many tokens.
 
     Args:
-        query: [B, Hq, N, F]; key: [B, Hk, Nk, F]; value: [B, Hk, Nk, Dv], any strides, one dtype; Hq a multiple of Hk,
-            Nk = N if causal. Features that a feature map made, where there is one.
-        log_decay: [Hq] float32, logarithm of each head's decay, at most 0; None: nothing is forgotten. Only causal.
+        query: [B, Hq, N, F]; key: [B, Hk, Nk, F]; value: [B, Hk, Nk, Dv], any strides, one dtype; Hq a multiple of Hk;
+            Nk = N if causal. Query and key are features if there is a feature map.
+        log_decay: [Hq] float32, logarithm of each head's decay, at most 0; None: no decay. Causal only.
         initial_state: [B, Hq, F, Dv] float32, [B, Hq, F, Dv + 1] if normalised; None: zero.
         scale: of query . key.
-        normalised: divide by the sum of the row's weights plus ``eps``.
+        normalised: divide by the sum of a query's weights plus ``eps``.
         layout: memory order of the output, "bhnd" or "bnhd".
         target: a name in ``TARGETS`` of :mod:`effattn.runtime.targets.choice`, or None: by device.
 
     Returns:
-        out [B, Hq, N, Dv] in the dtype of query, final state in the shape of an initial one. Float64 inputs have
+        out [B, Hq, N, Dv] in query's dtype, and the final state in the shape of the initial one. float64 inputs have
         float64 states.
 
     Raises:
-        ValueError: shapes, dtypes or arguments do not fit.
+        ValueError: shapes, dtypes or arguments do not match.
     """
     _check(query, key, value, log_decay, initial_state, normalised, causal)
     _check_names(layout, target)
@@ -98,7 +98,7 @@ def linear_fake(
     layout="bhnd",
     target=None,
 ):
-    """Shapes and strides of :func:`linear`, for any symbolic sizes."""
+    """Empty outputs of :func:`linear` with its shapes and strides, for any symbolic sizes."""
     return allocate(layout, query, (*query.shape[:3], value.shape[3])), _state_like(query, value, normalised)
 
 
@@ -118,13 +118,13 @@ def linear_backward(
     layout: str = "bhnd",
     target: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of query, key, value (their dtypes, order ``layout``) and of the initial state ([0] without one)."""
+    """Gradients of query, key, value (in their dtypes and order ``layout``) and of the initial state ([0] if none)."""
     grads = (
         allocate(layout, query, query.shape),
         allocate(layout, key, key.shape),
         allocate(layout, value, value.shape),
     )
-    widest = max(query.shape[3], value.shape[3] + normalised)  # each of the three calls has other features
+    widest = max(query.shape[3], value.shape[3] + normalised)  # the three calls have different numbers of features
     of_state = run_backward(
         _target(target, query.dtype, query.device, widest, widest),
         grad_out,
@@ -176,10 +176,10 @@ def linear_step(
     eps: float = 0.0,
     target: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The next few tokens after ``state``, one after the other; the work does not depend on how many came before.
+    """The next few tokens after ``state``, one by one. The cost does not depend on the number of earlier tokens.
 
-    Arguments as in :func:`linear`; out [B, Hq, N, Dv] and the state after it, a tensor of its own: ``state`` is not
-    written. Prefilling N tokens and stepping once is prefilling N + 1. There is no gradient.
+    Arguments as in :func:`linear`. Returns out [B, Hq, N, Dv] and the new state; ``state`` is not written. Prefilling N
+    tokens and stepping once equals prefilling N + 1. Not differentiable.
     """
     _check(query, key, value, log_decay, state, normalised, True)
     _check_names("bhnd", target)
@@ -246,7 +246,7 @@ def _check_names(layout: str, target: str | None) -> None:
 def _target(
     wanted: str | None, dtype: torch.dtype, device: torch.device, features: int, value_dim: int
 ) -> LinearTarget:
-    """What runs on such tensors."""
+    """The target for such tensors."""
     return serving(wanted, device.type, lambda target: target.linear.why_not(dtype, features, value_dim)).linear
 
 

@@ -1,10 +1,9 @@
-"""Masks that a model keeps as buffers: whether they hold the triangle that they held when the model was compiled.
+"""Validates a causal mask in a buffer against the triangle it held when the model was compiled.
 
     is_causal_buffer(table, rows, diagonal, inside, outside) -> bool, 0-d
 
-``table`` is [..., R, C]; row r holds ``inside`` up to column ``rows[r] + diagonal`` and ``outside`` beyond. Buffers
-can be written at any time, so it is looked at in every call, in the part that the call reads, without waiting for the
-device.
+``table`` is [..., R, C]. Row r holds ``inside`` up to column ``rows[r] + diagonal`` and ``outside`` after it. Buffers
+can be written at any time, so every call validates the part that it reads, without synchronising.
 """
 
 from __future__ import annotations
@@ -19,11 +18,11 @@ CHANGED = (
     "a mask in a buffer of the model is no longer the triangle that it was when the model was compiled: "
     "call torch._dynamo.reset() after writing to it"
 )
-_AT_ONCE = 1 << 24  # elements that are compared together
+_AT_ONCE = 1 << 24  # most elements compared at a time
 
 
 def is_causal_buffer(table: Tensor, rows: Tensor | None, diagonal: int, inside: float, outside: float) -> Tensor:
-    """Whether every row is ``inside`` up to its last column and ``outside`` beyond; a 0-d boolean."""
+    """Whether every row is ``inside`` up to its last column and ``outside`` after it: 0-d bool."""
     height, width = table.shape[-2:]
     place = torch.arange(height, device=table.device) if rows is None else rows.to(table.device)
     column = torch.arange(width, device=table.device)

@@ -1,4 +1,4 @@
-"""Ops of the namespace ``effattn``, registered once a process."""
+"""Registration of ops in the namespace ``effattn``, once per process."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 @dataclass(frozen=True)
 class Op:
-    """What torch has to know of one op."""
+    """The definition of one op for torch.library."""
 
     schema: str  # arguments and results, without the name
     kernel: Callable
@@ -20,7 +20,7 @@ class Op:
 
 
 def register(ops: Mapping[str, Op]) -> torch.library.Library | None:
-    """Define ops by name; keep what is returned as long as they are needed. None if this process has them already."""
+    """Define ops by name. Keep the returned library alive; None if this process has already defined them."""
     if hasattr(torch.ops.effattn, next(iter(ops))):
         return None
     library = torch.library.Library("effattn", "FRAGMENT")

@@ -1,10 +1,10 @@
-"""Softmax in a window and linear attention before it (LoLCATs, arXiv 2410.10254), ``torch.ops.effattn.window_linear``.
+"""Softmax in a window and linear attention before it (LoLCATs, arXiv 2410.10254): ``torch.ops.effattn.window_linear``.
 
     window_linear(query, key, value, of_query, of_key, gamma, window, terraced, scale, layout, target) -> (out, total)
 
-The window is a matrix product of a block of rows with its own block of keys and the one before, through ATen on any
-device; what lies before it is ``effattn::linear`` over keys that stand later by as much. What it computes stands in
-:mod:`effattn.runtime.reference.hybrid`.
+In the window, each query block is multiplied with its own key block and the one before, in ATen on any device. The keys
+before the window are handled by ``effattn::linear`` on keys shifted to later positions.
+:mod:`effattn.runtime.reference.hybrid` defines what it computes.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from effattn.runtime.ops.registry import Op, register
 from effattn.runtime.targets.memory_order import allocate
 from effattn.runtime.targets.window_blocks import Rest, Window
 
-EPS = 1e-6  # of the linear op's quotient, which is multiplied by its denominator again
+EPS = 1e-6  # eps of the linear op, whose quotient is multiplied by the denominator again
 _MEANING = "int window, bool terraced=False, Scalar scale=1.0, str layout='bhnd', str? target=None"
 _TENSORS = "Tensor query, Tensor key, Tensor value, Tensor of_query, Tensor of_key, Tensor gamma"
 
@@ -36,23 +36,23 @@ def window_hybrid(
     layout: str = "bhnd",
     target: str | None = None,
 ) -> Tensor:
-    """Causal attention over a window of keys by a softmax and over all keys before it by features.
+    """Causal attention with a softmax over a window of keys and features for all keys before it.
 
     Args:
-        query: [B, Hq, N, D]; key: [B, Hk, N, D]; value: [B, Hk, N, Dv], one floating point dtype; Hq a multiple of Hk.
-        of_query: [B, Hq, N, F]; of_key: [B, Hk, N, F]: their features, not negative, in the same dtype.
-        gamma: weight of the greatest score in the window, [Hq] floating point or one for all heads, above 0.
-        window: keys of the window, the row's own included; terraced: also those up to the beginning of the block of
-            ``window`` keys before the row's own, blocks counted from the first key.
+        query: [B, Hq, N, D]; key: [B, Hk, N, D]; value: [B, Hk, N, Dv], one floating-point dtype; Hq a multiple of Hk.
+        of_query: [B, Hq, N, F]; of_key: [B, Hk, N, F]: features, nonnegative, in the same dtype.
+        gamma: weight of the greatest score in the window, [Hq] floating point or one number, above 0.
+        window: keys of the window, including the query's own. terraced: the window begins at the start of the block of
+            ``window`` keys before the query's own; blocks are counted from the first key.
         scale: of query . key in the softmax.
         layout: memory order of the output, "bhnd" or "bnhd"; target: of the linear op.
 
     Returns:
-        [B, Hq, N, Dv] in the dtype of query. Computed in float32 (float64 for float64 inputs), but for the linear op's
-        products, which are in the dtype of the features. With N keys within the window it is softmax attention.
+        [B, Hq, N, Dv] in query's dtype. Computed in float32 (float64 for float64 inputs), except for the products of
+        the linear op, which are in the features' dtype. Equals softmax attention if the window holds all keys.
 
     Raises:
-        ValueError: shapes or dtypes do not fit, or ``window`` is not positive.
+        ValueError: shapes or dtypes do not match, or ``window`` is not positive.
     """
     if not isinstance(gamma, Tensor):
         gamma = torch.full((query.shape[1],), gamma, dtype=torch.float32, device=query.device)
@@ -63,7 +63,7 @@ def window_hybrid(
 def window_linear(
     query, key, value, of_query, of_key, gamma, window, terraced=False, scale=1.0, layout="bhnd", target=None
 ):
-    """As :func:`window_hybrid`; also the sum of each row's weights, [B, Hq, N, 1] float32 (or float64)."""
+    """The op of :func:`window_hybrid`; also returns the sum of each query's weights, [B, Hq, N, 1] float32/float64."""
     _check(query, key, value, of_query, of_key, gamma, window)
     wide = torch.promote_types(query.dtype, torch.float32)
     out, total = window_linear_fake(query, key, value, of_query, of_key, gamma, window, layout=layout)
@@ -80,7 +80,7 @@ def window_linear(
 def window_linear_fake(
     query, key, value, of_query, of_key, gamma, window, terraced=False, scale=1.0, layout="bhnd", target=None
 ):
-    """Shapes and strides of :func:`window_linear`, for any symbolic sizes."""
+    """Empty outputs of :func:`window_linear` with its shapes and strides, for any symbolic sizes."""
     wide = torch.promote_types(query.dtype, torch.float32)
     out = allocate(layout, query, (*query.shape[:3], value.shape[3]))
     return out, query.new_empty((*query.shape[:3], 1), dtype=wide)
@@ -89,10 +89,10 @@ def window_linear_fake(
 def _before_window(
     of_query: Tensor, of_key: Tensor, value: Tensor, wide: torch.dtype, window: int, terraced: bool, target: str | None
 ) -> tuple[Tensor, Tensor]:
-    """Sums over the keys before the window of weights with and without value: [B, Hq, N, Dv], [B, Hq, N, 1]."""
+    """Sums over the keys before the window, weights times value and weights alone: [B, Hq, N, Dv], [B, Hq, N, 1]."""
     keys, values = (_later(tensor, _shift(window, terraced)) for tensor in (of_key, value))
     means = torch.ops.effattn.linear(of_query, keys, values, None, None, 1.0, True, True, EPS, "bhnd", target)[0]
-    # the op rounds to its dtype, where a sum of many weights would lose digits or overflow: it is taken here
+    # summed here, because the op rounds to its dtype, in which the sum of many weights would lose digits or overflow
     grouped = of_query.unflatten(1, (of_key.shape[1], -1)).to(wide)
     sums = (grouped * keys.to(wide).cumsum(dim=2)[:, :, None]).sum(dim=-1, keepdim=True).flatten(1, 2)
     far = means.to(wide) * (sums + EPS)
@@ -106,7 +106,7 @@ def window_linear_backward(
     grad, query, key, value, of_query, of_key, gamma, out, total, window, terraced=False, scale=1.0, layout="bhnd",
     target=None,
 ):  # fmt: skip
-    """Gradients of the six tensors, in their shapes and dtypes, from that of ``out``."""
+    """Gradients of the six tensors, in their shapes and dtypes, from the gradient of ``out``."""
     given = (query, key, value, of_query, of_key)
     if query.shape[2] == 0:
         return (*(torch.zeros_like(tensor) for tensor in given), torch.zeros_like(gamma))
@@ -115,7 +115,7 @@ def window_linear_backward(
     alone = -(by_value * out.to(wide)).sum(dim=-1, keepdim=True)
     factor = gamma.to(wide)[:, None, None]
     softmax = Window(query.to(wide) * scale, key.to(wide), value.to(wide), window, terraced)
-    # in the window weights have the factor: their gradient without it is that of the factor, times the factor
+    # weights in the window contain the factor, so their gradient without it is the gradient of the factor times it
     q, k, v, of_factor = softmax.gradients(factor * by_value, factor * alone)
     fq, fk, far_v = _before_window_backward(by_value, alone, of_query, of_key, value, window, terraced, target)
     of_gamma = of_factor / gamma.to(wide)
@@ -133,11 +133,11 @@ def _before_window_backward(
     terraced: bool,
     target,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Of the features of query and key, and of value: through the linear op with a column of ones beside value."""
+    """Gradients of both features and value: the linear op with a column of ones in value."""
     wide, shift, length = by_value.dtype, _shift(window, terraced), of_query.shape[2]
     dtype = (
         torch.float32 if of_query.dtype == torch.float16 else of_query.dtype
-    )  # gradients of sums may be small or great
+    )  # gradients of sums may be very small or large
     values = torch.cat([value, torch.ones_like(value[..., :1])], dim=3)
     operands = (of_query.to(dtype), *(_later(tensor, shift).to(dtype) for tensor in (of_key, values)))
     both = torch.cat([by_value, alone], dim=3).to(dtype)
@@ -158,12 +158,12 @@ def window_linear_backward_fake(grad, query, key, value, of_query, of_key, gamma
 
 
 def _shift(window: int, terraced: bool) -> int:
-    """By how many tokens keys stand later, so that a row sees what lies before its window; see :class:`Rest`."""
+    """By how many tokens keys are shifted, so that a query sees only keys before its window; see :class:`Rest`."""
     return 2 * window if terraced else window
 
 
 def _later(tensor: Tensor, tokens: int) -> Tensor:
-    """[B, H, N, D] with so many zeros before it, and as many less at its end."""
+    """[B, H, N, D] shifted to later positions by ``tokens``: zeros first, the end cut off."""
     return F.pad(tensor, (0, 0, tokens, 0))[:, :, : tensor.shape[2]]
 
 

@@ -1,1 +1,1 @@
-"""What runs a plan: generated kernels, ATen in blocks, SDPA's own kernels."""
+"""Targets, which run plans: generated Triton kernels, ATen in blocks, SDPA's kernels."""

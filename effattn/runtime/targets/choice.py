@@ -18,7 +18,7 @@ WhyNot = Callable[[Target], Refusal | None]
 
 
 def named(name: str) -> Target:
-    """Raises TargetError: there is no target of this name."""
+    """The target of this name. Raises TargetError if there is none."""
     if name not in TARGETS:
         raise TargetError(f"there is no target {name!r}; there are {', '.join(map(repr, TARGETS))}")
     return TARGETS[name]
@@ -30,7 +30,7 @@ def asked_for(wanted: str | None, device: str) -> Target:
 
 
 def chosen(wanted: str | None, device: str, why_not: WhyNot) -> tuple[Target, Refusal | None]:
-    """The target that runs a call, and, if that is not the one asked for, why.
+    """The target that runs a call, and why it is not the requested one, if so.
 
     Args:
         wanted: a name in ``TARGETS``; None: that of the device type.
@@ -48,7 +48,7 @@ def why_not_there(wanted: str | None, device: str) -> Refusal | None:
 
 
 def serving(wanted: str | None, device: str, why_not: WhyNot) -> Target:
-    """The target that runs a call now, with one warning if it is not the one asked for.
+    """The target that runs a call. Warns once if it is not the requested one.
 
     Raises:
         TargetError: the named target does not exist, or cannot run on this device type.

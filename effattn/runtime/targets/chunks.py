@@ -1,9 +1,8 @@
-"""Which keys each chunk of rows visits, and which of them without asking the predicate.
+"""The keys that each chunk of queries visits, and which of them need no mask.
 
-Works on the host from a :class:`~effattn.lowering.iteration.tile_ranges.TileRanges`: a chunk of rows gets sorted runs
-of keys, each *full* (every row of every batch and head keeps every key of it, as far as structure goes) or not. Data
-that bounds depend on is read only if it lies in host memory; elsewhere the bound is taken as unknown, so nothing ever
-waits for a device.
+Runs on the host, from a :class:`~effattn.lowering.iteration.tile_ranges.TileRanges`. A chunk of queries gets sorted
+runs of keys. A run is *full* if every query of every batch and head structurally keeps all its keys. Captured tensors
+that bounds depend on are read only if they are in host memory; otherwise the bound is unknown, so nothing synchronises.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ Interval = tuple[int, int]
 
 @dataclass(frozen=True)
 class Run:
-    """Keys ``start <= k < stop``; ``full``: the structural condition holds for all of them in every row."""
+    """Keys ``start <= k < stop``. ``full``: the structural condition holds for all of them and every query."""
 
     start: int
     stop: int
@@ -36,7 +35,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Chunk:
-    """Rows ``start <= q < stop`` and the keys that any of them may keep, ascending and disjoint."""
+    """Queries ``start <= q < stop`` and the keys that any of them may keep, ascending and disjoint."""
 
     start: int
     stop: int
@@ -76,7 +75,7 @@ class Walker:
         symbols: Mapping[str, Any],
         captures: Mapping[str, Tensor],
     ):
-        """``shape`` is (B, Hq, Nq, Nk); ``symbols`` holds the scalars, ``captures`` the tensors that the rule names."""
+        """``shape`` is (B, Hq, Nq, Nk); ``symbols`` has the scalars, ``captures`` the captured tensors of the rule."""
         batch, heads, self.q_len, self.k_len = shape
         self.tile_ranges = tile_ranges_of(rule)
         self.captures = captures
@@ -89,7 +88,7 @@ class Walker:
         }
 
     def chunks(self, rows: int) -> Iterator[Chunk]:
-        """All rows in chunks of at most ``rows``, cut where the rows' block changes if the rule counts in blocks."""
+        """All queries in chunks of at most ``rows``, cut at block boundaries if the rule counts in blocks."""
         start = 0
         while start < self.q_len:
             stop = min(start + rows, self.q_len)
@@ -102,7 +101,7 @@ class Walker:
             start = stop
 
     def runs(self, start: int, stop: int) -> tuple[Run, ...]:
-        """The keys that rows ``start <= q < stop`` visit."""
+        """The keys that queries ``start <= q < stop`` visit."""
         ranges, first, last = self.tile_ranges, start, stop - 1
         needed, full = self._band(ranges.lower, ranges.upper, first, last)
         if not ranges.choice:
@@ -118,7 +117,7 @@ class Walker:
         return tuple(sorted(runs, key=lambda run: run.start))
 
     def _choices(self, first: int, last: int) -> Iterator[tuple[list[Interval], list[Interval]]]:
-        """For each alternative of the choice: intervals that some row may keep, and that all rows keep."""
+        """For each alternative of the choice: intervals that some query may keep, and that all queries keep."""
         ranges = self.tile_ranges
         if ranges.near_lower is not None:
             needed, full = self._band(ranges.near_lower, ranges.near_upper, first, last)
@@ -132,7 +131,7 @@ class Walker:
             if low is None or high is None:
                 yield [(0, self.k_len)], []
                 return
-            # a few blocks of rows: every block at a power of two from any of them
+            # a few query blocks: the key blocks at power-of-two distances from any of them
             nearest, furthest = low[0] // block, high[1] // block
             blocks = set()
             distance = 1
@@ -143,7 +142,7 @@ class Walker:
             yield parts, parts if nearest == furthest else []
 
     def _band(self, lower: tuple, upper: tuple, first: int, last: int) -> tuple[Interval, Interval]:
-        """(keys that some row keeps, keys that every row keeps) of ``lower(q) <= k < upper(q)``."""
+        """(keys that some query keeps, keys that every query keeps) of ``lower(q) <= k < upper(q)``."""
         needed = [0, self.k_len]
         full = [0, self.k_len]
         for bound in lower:
@@ -157,7 +156,7 @@ class Walker:
         return (needed[0], needed[1]), (full[0], full[1])
 
     def _at(self, bound: Any, row: int) -> Interval | None:
-        """(least, greatest) value of a bound at a row, over all batches and heads; None where only a device knows."""
+        """(min, max) of a bound at a query, over all batches and heads; None if it is only known on the device."""
         names = names_of_loads(bound)
         if not names and not depends_on_head(bound):
             value = evaluate_integer(bound, {**self.symbols, "q": row})
@@ -175,7 +174,7 @@ def clip(part: Interval, to: Interval) -> Interval:
 
 
 def union(parts: list[Interval]) -> list[Interval]:
-    """Sorted, disjoint, not touching, without empty ones."""
+    """Sorted, disjoint, non-adjacent and non-empty intervals."""
     merged: list[Interval] = []
     for start, stop in sorted(part for part in parts if part[0] < part[1]):
         if merged and start <= merged[-1][1]:
@@ -186,7 +185,7 @@ def union(parts: list[Interval]) -> list[Interval]:
 
 
 def subtract(parts: list[Interval], holes: list[Interval]) -> list[Interval]:
-    """What of ``parts`` no hole covers; both as :func:`union` returns them."""
+    """The parts of ``parts`` outside ``holes``; both as returned by :func:`union`."""
     left = []
     for start, stop in parts:
         for low, high in holes:

@@ -1,4 +1,4 @@
-"""Where a batch row's text begins, for forms that keep the first keys of padded text: from the mask, in every call."""
+"""The first key of each text, for forms that keep the first keys of padded text: from the mask, in every call."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from effattn.runtime.algebra import bindings, evaluate
 def with_first_keys(
     plan: Plan, key: Tensor, captures: Sequence[Tensor], scalars: Sequence[int], numbers: Sequence[float]
 ) -> Sequence[Tensor]:
-    """``captures`` as :meth:`Plan.at` gave the plan: with the tensor that no caller passes, if its form reads it.
+    """``captures`` with the tensor ``FIRST_KEY``, if the plan from :meth:`Plan.at` reads it.
 
     ``key``: [B, Hkv, Nk, D], for its sizes and device.
     """
@@ -37,10 +37,10 @@ def with_first_keys(
 
 
 def first_keys(allowed: Tensor) -> Tensor:
-    """The first key of each row of ``allowed``, bool [B, Nk]: int32 [B], without waiting for a device.
+    """The first key of each row of ``allowed``, bool [B, Nk]: int32 [B], without synchronising.
 
-    Nk where the allowed keys are not consecutive, or none is: distances would count what lies between, so that a form
-    which keeps ``k < first + sinks`` then keeps every key.
+    Nk if the allowed keys are not consecutive, or there are none: distances would count the gap, so a form that keeps
+    ``k < first + sinks`` then keeps every key.
     """
     k_len = allowed.shape[1]
     places = torch.arange(k_len, device=allowed.device)

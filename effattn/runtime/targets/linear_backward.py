@@ -1,8 +1,8 @@
-"""Gradients of linear attention: the forward three times, on other operands (arXiv 2405.17381, appendix).
+"""Gradients of linear attention: the forward three times, with other operands (arXiv 2405.17381, appendix).
 
-With L(q, k, v) the causal map and <- time reversal: dQ = L(dO, V, K), dK = <-L(V, dO, Q), dV = <-L(K, Q, dO), all
-with the same decay and scale. Nothing is kept from the forward but its inputs and, normalised, its output. A normaliser
-is a column of ones beside value: its column of dO is ``-(dO . out) / z``, the others are ``dO / z``.
+With L(q, k, v) the causal map and <- time reversal: dQ = L(dO, V, K), dK = <-L(V, dO, Q), dV = <-L(K, Q, dO), all with
+the same decay and scale. Only the inputs of the forward are saved and, if normalised, its output. A normaliser is a
+column of ones in value: its column of dO is ``-(dO . out) / z``, the others are ``dO / z``.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ def run_backward(
     normalised: bool,
     eps: float,
 ) -> Tensor | None:
-    """Fill ``grads`` of query, key and value; returns that of the initial state, None if there was none.
+    """Fill ``grads`` of query, key and value. Returns the gradient of the initial state, None if there is none.
 
-    ``target`` is a module with ``run`` as in :mod:`effattn.runtime.targets.portable.linear`; ``out`` is what the
-    forward gave.
+    ``target`` is a module with ``run`` as in :mod:`effattn.runtime.targets.portable.linear`; ``out`` is the forward's
+    output.
     """
     grad_out = torch.zeros_like(out) if grad_out is None else grad_out
     if normalised:
@@ -84,7 +84,7 @@ def _of_both(
     causal: bool,
     eps: float,
 ) -> Tensor:
-    """The gradient of numerator and normaliser side by side, [B, H, N, Dv + 1], from that of their quotient."""
+    """The gradients of numerator and normaliser, concatenated to [B, H, N, Dv + 1], from that of their quotient."""
     weight = query.new_empty((*query.shape[:3], 1), dtype=state_dtype(query))
     sums = None if state is None else state[..., -1:].contiguous()
     target.run(query, key, value[..., -1:], log_decay, sums, weight, scale=scale, causal=causal)
@@ -97,7 +97,7 @@ def _of_both(
 def _add_final_state(
     grad: Tensor, key: Tensor, value: Tensor, rates: Tensor | None, keys: _PerHead, values: _PerHead
 ) -> None:
-    """S = sum_j decay^(N-1-j) k_j v_j^T: its gradient reaches every key and value."""
+    """Gradients of keys and values through the final state S = sum_j decay^(N-1-j) k_j v_j^T."""
     heads, length = grad.shape[1], key.shape[2]
     key, value = (tensor.repeat_interleave(heads // key.shape[1], dim=1).to(grad.dtype) for tensor in (key, value))
     aged: Any = 1.0
@@ -109,7 +109,7 @@ def _add_final_state(
 
 
 class _PerHead:
-    """A gradient of each query head, to be summed over the heads of a group; the target itself without groups."""
+    """A gradient per query head, summed over the heads of a group at the end. Without groups it is the result."""
 
     def __init__(self, target: Tensor, heads: int):
         batch, kv_heads, length, width = target.shape

@@ -1,4 +1,4 @@
-"""The dense fast path: where a plan is plain or causal attention, PyTorch's own fused kernels that return LSE."""
+"""The dense fast path: PyTorch's fused kernels that return the LSE, for plans that are full or causal attention."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from effattn.lowering.device import HOST, device_type
 from effattn.runtime.algebra import bindings, evaluate, evaluate_integer
 from effattn.runtime.targets.chunks import depends_on_head, names_of_loads, tile_ranges_of
 
-MAX_HEAD_DIM = 256  # beyond it SDPA has no kernel that avoids N x N scores
-MAX_HEADS = 65535  # its kernels are launched with heads as the second or third dimension of a grid
-FLASH, CUDNN = 1, 3  # what torch._fused_sdp_choice answers: values of torch.nn.attention.SDPBackend
-ALIGNMENT = 16  # bytes that its kernels on a GPU load at once
-MANY_ROWS = 256  # on a CPU, with fewer rows, expanding grouped heads costs more than it saves
+MAX_HEAD_DIM = 256  # beyond it, no SDPA kernel avoids N x N scores
+MAX_HEADS = 65535  # heads are the second or third dimension of the kernels' grid
+FLASH, CUDNN = 1, 3  # results of torch._fused_sdp_choice: values of torch.nn.attention.SDPBackend
+ALIGNMENT = 16  # bytes per load of the GPU kernels
+MANY_ROWS = 256  # on a CPU with fewer queries, expanding grouped heads costs more than it saves
 
 
 def sdpa_path(
@@ -33,9 +33,9 @@ def sdpa_path(
     scalars: Sequence[int],
     numbers: Sequence[float],
 ) -> tuple[Tensor, Tensor] | None:
-    """Output and LSE from SDPA's own flash or cuDNN kernel, or None where the plan is more than they compute.
+    """Output and LSE from SDPA's flash or cuDNN kernel; None if these do not compute the plan.
 
-    They take a score ``c * s`` and a rule that, at these lengths, keeps everything, or is ``k <= q`` with Nq == Nk.
+    They compute a score ``c * s`` and a rule that, at these lengths, keeps every key, or is ``k <= q`` with Nq == Nk.
     """
     if plan.sparsity.select is not None or 0 in query.shape or 0 in key.shape or query.shape[3] != value.shape[3]:
         return None
@@ -46,7 +46,7 @@ def sdpa_path(
     symbols |= {"Nq": query.shape[2], "Nk": key.shape[2]}
     scale = constant_scale(plan.spec.score, symbols)
     kind = dense_kind(plan.spec.rule, symbols)
-    # they mask before they scale: a scale that is not positive would make +inf or NaN of -inf
+    # the kernels mask before they scale, so a scale that is not positive would turn -inf into +inf or NaN
     if scale is None or scale <= 0 or kind is None:
         return None
     dtype = query.dtype
@@ -60,18 +60,18 @@ def sdpa_path(
 
 
 def lies_well(sizes: Sequence[Any], strides: Sequence[Any], start: Any, itemsize: int) -> bool:
-    """Whether SDPA's kernels on a GPU take a tensor [B, H, N, D] as it lies in memory, or no copy is any better.
+    """Whether SDPA's GPU kernels accept a tensor [B, H, N, D] with these strides, or a copy would not help.
 
-    Numbers of a row are next to each other and each row begins at a multiple of 16 bytes. A tensor of one row has a
-    step to the next one, too, and they look at it: that of a transposed key of one row is 1. Others they refuse, with
-    an error, or SDPA falls back to N x N scores. User code may hand them to a product all the same.
+    The last dimension must be contiguous, and each row must begin at a multiple of 16 bytes. The stride of a dimension
+    with one row counts too: that of a transposed key with one row is 1. Other tensors cause an error, or SDPA falls
+    back to N x N scores; user code may still multiply them.
 
     Args:
-        sizes, strides, start: of numbers; sympy terms where they are symbolic.
+        sizes, strides, start: in elements; sympy terms if symbolic.
     """
     *steps, along = strides
     if sizes[-1] * itemsize % ALIGNMENT != 0:
-        return True  # a width that SDPA pads or leaves to its other kernels
+        return True  # SDPA pads this width or uses its other kernels
     taken = [step for step, size in zip(steps[:2], sizes, strict=False) if size != 1]
     return along == 1 and all(step * itemsize % ALIGNMENT == 0 for step in (*taken, steps[2], start))
 
@@ -108,7 +108,7 @@ def _on_host(query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: flo
 
 
 def widened_for_lse(plan: Plan, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Operands of the CPU flash kernel: in half precision its LSE is off by 1e-4, good for no more than a gradient."""
+    """Operands of the CPU flash kernel. Its LSE is off by 1e-4 in half precision, which only suffices for gradients."""
     if not plan.dispatch.lse_is_read or query.dtype not in (torch.bfloat16, torch.float16):
         return query, key, value
     return query.float(), key.float(), value.float()
@@ -149,21 +149,21 @@ def needs_alignment(device: str) -> bool:
 
 
 def in_layout(out: Tensor, layout: str) -> Tensor:
-    """``out`` [B, H, N, D] in a memory order of plans; copied only if it is in another one."""
+    """``out`` [B, H, N, D] in a plan's memory order; copied only if needed."""
     if layout == "bnhd":
         return out.transpose(1, 2).contiguous().transpose(1, 2)
     return out.contiguous()
 
 
 def constant_scale(score: Any, symbols: dict[str, Any]) -> float | None:
-    """c if the score is ``c * s``, c known on the host."""
+    """c if the score is ``c * s`` with c known on the host, else None."""
     factor, bias = scale_and_bias(score)
     return None if factor is None or bias != 0 else float(evaluate(factor, symbols, {}, torch.float64, HOST))
 
 
 @lru_cache(maxsize=1024)
 def scale_and_bias(score: Any) -> tuple[Any | None, Any]:
-    """(c, bias) if the score is ``c * s + bias``, c without indices and data and bias without s; else (None, 0)."""
+    """(c, bias) if the score is ``c * s + bias``, c free of indices and captures, bias free of s; else (None, 0)."""
     bias, product = sympy.sympify(score).as_independent(expr.s, as_Add=True)
     factor, rest = product.as_independent(expr.s, as_Add=False)
     if rest != expr.s or factor.has(*expr.INDICES) or expr.loads_of(factor):
@@ -173,7 +173,7 @@ def scale_and_bias(score: Any) -> tuple[Any | None, Any]:
 
 @lru_cache(maxsize=1024)
 def _dense_bounds(rule: Any) -> tuple[tuple[Any, ...], tuple[tuple[Any, bool], ...]] | None:
-    """Lower bounds, and upper ones with whether each is ``q + constant``; None if the rule is more than these."""
+    """(lower bounds, upper bounds with whether each is ``q + constant``); None if the rule has other conditions."""
     ranges = tile_ranges_of(rule)
     bounds = (*ranges.lower, *ranges.upper)
     if ranges.choice or ranges.residual != sympy.true or any(map(names_of_loads, bounds)):
@@ -184,7 +184,7 @@ def _dense_bounds(rule: Any) -> tuple[tuple[Any, ...], tuple[tuple[Any, bool], .
 
 
 def dense_kind(rule: Any, symbols: dict[str, Any]) -> Literal["all", "causal"] | None:
-    """Whether a rule, at the lengths in ``symbols``, keeps every key or is ``k <= q`` on a square; None: neither."""
+    """Whether a rule, at the lengths in ``symbols``, keeps every key or is ``k <= q`` with Nq == Nk; None: neither."""
     if (bounds := _dense_bounds(rule)) is None:
         return None
     lower, upper = bounds

@@ -1,6 +1,6 @@
-"""The protocol of a target: a module that runs plans and says beforehand which it does not support.
+"""The protocol of a target: a module that runs plans and says which calls it does not support.
 
-``TARGETS`` in :mod:`effattn.runtime.targets.choice` lists them.
+``TARGETS`` in :mod:`effattn.runtime.targets.choice` lists the targets.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""The softmax in the window and products of features beside it: a block of rows with blocks of keys, through ATen.
+"""The softmax in the window and the products of features next to it: query blocks with key blocks, in ATen.
 
-Rows are [B, Hk, blocks, G x window, D], keys [B, Hk, blocks, n, D]: the heads of a group share a block of keys.
+Queries are [B, Hk, blocks, G x window, D], keys [B, Hk, blocks, n, D]: the heads of a group share a key block.
 """
 
 from __future__ import annotations
@@ -11,26 +11,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-ELEMENTS = 2**26  # scores of one piece
+ELEMENTS = 2**26  # most scores of one piece
 
 
 def whole(tensor: Tensor, window: int) -> Tensor:
-    """[B, H, N, D] in blocks, the last one filled with zeros: [B, H, blocks, window, D]."""
+    """[B, H, N, D] in blocks, zero-padded: [B, H, blocks, window, D]."""
     return F.pad(tensor, (0, 0, 0, -tensor.shape[2] % window)).unflatten(2, (-1, window))
 
 
 def rows_in_blocks(tensor: Tensor, kv_heads: int, window: int) -> Tensor:
-    """[B, Hq, N, D] as [B, Hk, blocks, G x window, D]."""
+    """[B, Hq, N, D] to [B, Hk, blocks, G x window, D]."""
     return whole(tensor, window).unflatten(1, (kv_heads, -1)).transpose(2, 3).flatten(3, 4)
 
 
 def in_rows(blocks: Tensor, window: int, length: int) -> Tensor:
-    """What :func:`rows_in_blocks` took apart: [B, Hq, N, D]."""
+    """The inverse of :func:`rows_in_blocks`: [B, Hq, N, D]."""
     return blocks.unflatten(3, (-1, window)).transpose(2, 3).flatten(1, 2).flatten(2, 3)[:, :, :length]
 
 
 def before(blocks: Tensor, many: int) -> Tensor:
-    """[B, H, blocks, ...] with the block so many before at the place of each, zeros at first."""
+    """[B, H, blocks, ...] with each block replaced by the one ``many`` before it, zeros first."""
     return torch.cat([torch.zeros_like(blocks[:, :, :many]), blocks], dim=2)[:, :, : blocks.shape[2]]
 
 
@@ -40,12 +40,12 @@ def after(blocks: Tensor, many: int) -> Tensor:
 
 
 class Window:
-    """Weights ``e^(q k - greatest)`` of the keys in the window, without and with value."""
+    """Weights ``e^(q k - greatest)`` of the keys in the window."""
 
     def __init__(self, query: Tensor, key: Tensor, value: Tensor, window: int, terraced: bool):
-        """Arguments as of :func:`effattn.runtime.ops.window_hybrid.window_hybrid`, in the dtype to compute in.
+        """Arguments as in :func:`effattn.runtime.ops.window_hybrid.window_hybrid`, in the dtype of the computation.
 
-        The scale is in ``query``.
+        ``query`` is already scaled.
         """
         self.window, self.terraced, self.length = window, terraced, query.shape[2]
         self.rows = rows_in_blocks(query, key.shape[1], window)
@@ -54,20 +54,20 @@ class Window:
         self.values = torch.cat([before(values, 1), values], dim=3)
 
     def sums(self) -> tuple[Tensor, Tensor]:
-        """Weights times value and weights, summed: [B, Hq, N, Dv], [B, Hq, N, 1]."""
+        """Sums of weights times value, and of weights: [B, Hq, N, Dv], [B, Hq, N, 1]."""
         both = [(weights @ values, weights.sum(dim=-1, keepdim=True)) for _, _, _, values, weights, _ in self._pieces()]
         with_value, alone = (torch.cat(parts, dim=2) for parts in zip(*both, strict=True))
         return in_rows(with_value, self.window, self.length), in_rows(alone, self.window, self.length)
 
     def gradients(self, of_values: Tensor, of_weights: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Of query, key, value and of a factor on both sums by head [Hq], from the gradients of what ``sums`` gives."""
+        """Gradients of query, key, value and of a factor per head [Hq] on both sums, from those of :meth:`sums`."""
         kv_heads = self.keys.shape[1]
         given, alone = (rows_in_blocks(tensor, kv_heads, self.window) for tensor in (of_values, of_weights))
         parts = []
         for piece, rows, keys, values, weights, greatest in self._pieces():
             of_scores = (given[:, :, piece] @ values.mT + alone[:, :, piece]) * weights
             of_factor = of_scores.sum(dim=-1, keepdim=True)
-            # the greatest score is subtracted from all: its own gradient is less by all of them
+            # the greatest score is subtracted from all others, so its gradient loses the sum of theirs
             of_scores = of_scores - of_factor * greatest / greatest.sum(dim=-1, keepdim=True)
             parts.append((of_scores @ keys, of_scores.mT @ rows, weights.mT @ given[:, :, piece], of_factor))
         of_query, of_key, of_value, of_factor = (torch.cat(part, dim=2) for part in zip(*parts, strict=True))
@@ -75,12 +75,12 @@ class Window:
         return in_rows(of_query, self.window, self.length), self._folded(of_key), self._folded(of_value), factors
 
     def _folded(self, blocks: Tensor) -> Tensor:
-        """Each block's part as own and as the one before, added: [B, Hk, N, D]."""
+        """The gradients of each block as own block and as the one before, added: [B, Hk, N, D]."""
         earlier, own = blocks.split(self.window, dim=3)
         return (own + after(earlier, 1)).flatten(2, 3)[:, :, : self.length]
 
     def _pieces(self) -> Iterator[tuple[slice, Tensor, Tensor, Tensor, Tensor, Tensor]]:
-        """(blocks, their rows, keys, values, weights, where the greatest scores are)."""
+        """(blocks, their queries, keys, values, weights, positions of the greatest scores)."""
         batch, kv_heads, blocks, height, _ = self.rows.shape
         step = max(ELEMENTS // max(batch * kv_heads * height * 2 * self.window, 1), 1)
         for first in range(0, blocks, step):
@@ -92,21 +92,22 @@ class Window:
             yield piece, rows, keys, values, (scores - top).exp(), scores == top
 
     def _seen(self, piece: slice) -> Tensor:
-        """Which keys of a block and the one before lie in the window of its rows: bool [blocks, window, 2 window]."""
+        """Which keys of a block and the one before are in the window of its queries: bool [blocks, window, 2
+        window]."""
         device, window = self.rows.device, self.window
         row, column = torch.arange(window, device=device)[:, None], torch.arange(2 * window, device=device)
         seen = column <= row + window
         if not self.terraced:
             seen = seen & (column > row)
         block = torch.arange(self.rows.shape[2], device=device)[piece, None, None]
-        return seen & ((block > 0) | (column >= window))  # the first block has none before it
+        return seen & ((block > 0) | (column >= window))  # the first block has no block before it
 
 
 class Rest:
-    """Products of features with those keys, of the block two before the rows', that lie behind the row in their block.
+    """Products of features with the keys, two blocks before the query's, that come after the query's offset in a block.
 
-    A terraced window begins with a block: of the block before it, rows that see keys later by two blocks see only those
-    up to their own place.
+    A terraced window begins at a block boundary. With keys shifted by two blocks, the linear op covers that block only
+    up to the query's own offset; this adds the keys after it.
     """
 
     def __init__(self, of_query: Tensor, of_key: Tensor, value: Tensor, window: int):
@@ -115,13 +116,13 @@ class Rest:
         self.keys, self.values = (before(whole(tensor, window), 2) for tensor in (of_key, value))
 
     def sums(self) -> tuple[Tensor, Tensor]:
-        """As :meth:`Window.sums`."""
+        """See :meth:`Window.sums`."""
         weights = self._behind(self.rows @ self.keys.mT)
         with_value, alone = weights @ self.values, weights.sum(dim=-1, keepdim=True)
         return in_rows(with_value, self.window, self.length), in_rows(alone, self.window, self.length)
 
     def gradients(self, of_values: Tensor, of_weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Of the features of query and key, and of value."""
+        """Gradients of the features of query and key, and of value."""
         given, alone = (rows_in_blocks(tensor, self.keys.shape[1], self.window) for tensor in (of_values, of_weights))
         weights = self._behind(self.rows @ self.keys.mT)
         of_products = self._behind(given @ self.values.mT + alone)

@@ -1,6 +1,6 @@
-"""The portable target: any plan on any device, through ATen, chunk by chunk.
+"""The portable target: any plan on any device, in ATen, chunk by chunk.
 
-Memory grows with Nq + Nk, never with their product.
+Memory grows with Nq + Nk, not with their product.
 """
 
 from typing import Any

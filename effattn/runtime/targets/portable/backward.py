@@ -1,4 +1,4 @@
-"""Gradients of any plan whose score can be differentiated in s: recomputed chunk by chunk, through ATen."""
+"""Gradients of any plan whose score is differentiable in s: recomputed chunk by chunk in ATen."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from effattn.runtime.targets.memory_order import allocate
 from effattn.runtime.targets.portable.call import Call, Piece
 from effattn.runtime.targets.portable.derivative import derivative
 
-LIVE_BLOCKS = 4  # blocks of scores that are alive at once: scores, weights and the gradients of both
+LIVE_BLOCKS = 4  # blocks of scores in memory at a time: scores, weights and both gradients
 
 
 def run_backward(
@@ -28,9 +28,9 @@ def run_backward(
     scalars: Sequence[int] = (),
     numbers: Sequence[float] = (),
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of query, key and value; ``out`` and ``lse`` are what the forward returned.
+    """Gradients of query, key and value; ``out`` and ``lse`` are the forward's results.
 
-    Rows that keep nothing give nothing back, but under ``empty_rows="mean"``, where each is the mean of all values.
+    Queries without keys have zero gradients, except with ``empty_rows="mean"``, where each is the mean of all values.
     """
     call = Call(plan, query, key, value, captures, scalars, numbers, live_blocks=LIVE_BLOCKS)
     grad_out = torch.zeros_like(out) if grad_out is None else grad_out
@@ -47,12 +47,12 @@ def run_backward(
             query_grad_rows.zero_()
             continue
         grad_rows = call.rows(grouped_grad, piece).to(call.dtype)
-        # a row's weights sum to one, so its scores' gradients sum to what came through LSE
+        # a query's weights sum to one, so the gradients of its scores sum to the gradient of its LSE
         correction = (grad_rows * call.rows(grouped_out, piece).to(call.dtype)).sum(dim=-1)
         if through_lse is not None:
             correction = correction - call.rows(through_lse, piece)
         empty = call.rows(grouped_lse, piece) == -torch.inf
-        correction = correction.masked_fill(empty, 0.0)  # such a row's output may be NaN
+        correction = correction.masked_fill(empty, 0.0)  # the output of such a query may be NaN
         of_query, of_key, of_value = _piece(call, piece, grad_rows, correction, empty)
         query_grad_rows.copy_(of_query)
         _add_visited(grad_key, of_key, piece)
@@ -71,7 +71,7 @@ def run_backward(
 def _piece(
     call: Call, piece: Piece, grad_rows: Tensor, correction: Tensor, empty: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of one piece's query rows [b, hkv, G, rows, D] and of the keys and values that it visits."""
+    """Gradients of one piece: queries [b, hkv, G, rows, D], and the keys and values that it visits."""
     query = call.rows(call.query, piece).to(call.dtype)
     key, value = (call.visited(tensor, piece).to(call.dtype) for tensor in (call.key, call.value))
     score, symbols = call.scores(piece, query, key)
@@ -86,7 +86,7 @@ def _piece(
         of_raw = of_score.mul_(call.only_scale)
     else:
         slope = call.evaluate(derivative(call.plan.spec.score), symbols)
-        # a masked score may have any slope, even an infinite one
+        # the slope of a masked score may be anything, even infinite
         of_raw = torch.where(weights == 0, 0.0, of_score * slope)
     of_raw = of_raw.flatten(2, 3)
     of_query = (of_raw @ key).unflatten(2, shape)
@@ -95,7 +95,7 @@ def _piece(
 
 
 def _add_visited(total: Tensor, part: Tensor, piece: Piece) -> None:
-    """Add the gradient of the visited keys [b, hkv, n, D] where they stand in ``total`` [B, Hkv, Nk, D]."""
+    """Add the gradient of the visited keys [b, hkv, n, D] to their places in ``total`` [B, Hkv, Nk, D]."""
     heads, column = total[piece.batches, piece.kv_heads], 0
     for start, stop in piece.chunk.slices():
         heads[:, :, start:stop] += part[:, :, column : column + stop - start]

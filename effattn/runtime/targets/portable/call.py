@@ -1,4 +1,4 @@
-"""One call of a plan in pieces that fit in memory: chunks of rows, the keys that they visit, scores and masks."""
+"""One call of a plan in pieces that fit in memory: chunks of queries, the keys they visit, scores and masks."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from effattn.runtime.algebra import Span, bindings, evaluate
 from effattn.runtime.targets.chunks import Chunk, Walker, tile_ranges_of
 from effattn.runtime.targets.sdpa import scale_and_bias
 
-SCORES = 2**24  # most elements of the blocks of scores that are alive at once: 64 MiB in float32
+SCORES = 2**24  # most elements of the blocks of scores in memory at a time: 64 MiB in float32
 ROWS = 128
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A part of one call that is computed at once: some batches, some kv heads, one chunk of rows."""
+    """A part of one call that is computed at a time: some batches, some kv heads, one chunk of queries."""
 
     batches: slice
     kv_heads: slice
@@ -30,7 +30,7 @@ class Piece:
 
 
 class Call:
-    """One call of a plan: its tensors in head-grouped views, its names bound, its pieces."""
+    """One call of a plan: tensors viewed with grouped heads, values of names, and pieces."""
 
     def __init__(
         self,
@@ -56,22 +56,22 @@ class Call:
         self.walker = Walker(
             plan.spec.rule, (self.batch, self.heads, self.q_len, self.k_len), self.names, self.captures
         )
-        # the score as scale * s + bias, scale None where it is not of this kind
+        # the score as scale * s + bias; scale is None if it is another function
         factor, self.bias = scale_and_bias(plan.spec.score)
         lengths = {"Nq": self.q_len, "Nk": self.k_len}
         self.scale = None if factor is None else float(self.evaluate(factor, {**self.names, **lengths}))
-        self.only_scale = self.scale if self.bias == 0 else None  # c where the score is c * s
+        self.only_scale = self.scale if self.bias == 0 else None  # c if the score is c * s
 
     def takes_flash_kernel(self) -> bool:
-        """Whether PyTorch's CPU flash kernel computes this: it adds a mask, and takes one head dimension."""
+        """Whether PyTorch's CPU flash kernel computes this: scale * s plus a mask, and equal head dimensions."""
         return on_host(self.query) and self.scale is not None and self.head_dim == self.value_dim
 
     def by_group(self, tensor: Tensor) -> Tensor:
-        """[B, Hq, Nq, ...] as [B, Hkv, G, Nq, ...]."""
+        """[B, Hq, Nq, ...] viewed as [B, Hkv, G, Nq, ...]."""
         return tensor.unflatten(1, (self.kv_heads, self.groups))
 
     def pieces(self) -> Iterator[Piece]:
-        """The whole call in pieces whose scores fit the budget."""
+        """The call in pieces whose scores fit the budget."""
         if self.batch * self.heads * self.q_len == 0:
             return
         for chunk in self.walker.chunks(self._rows()):
@@ -84,13 +84,13 @@ class Call:
                     yield Piece(slice(b, b + batches), slice(h, h + heads), chunk)
 
     def _rows(self) -> int:
-        """As many rows at once as fit with one head; the first or the last rows visit the most keys."""
+        """Queries per chunk, so that one head fits. The first or the last queries visit the most keys."""
         ends = (0, min(ROWS, self.q_len)), (max(self.q_len - ROWS, 0), self.q_len)
         widest = max(sum(run.stop - run.start for run in self.walker.runs(*rows)) for rows in ends)
         return max(min(ROWS, self.budget // max(self.groups * widest, 1)), 1)
 
     def rows(self, grouped: Tensor, piece: Piece) -> Tensor:
-        """A piece of a tensor of :meth:`by_group`."""
+        """A piece of a tensor from :meth:`by_group`."""
         return grouped[piece.batches, piece.kv_heads, :, piece.chunk.start : piece.chunk.stop]
 
     def visited(self, tensor: Tensor, piece: Piece) -> Tensor:
@@ -100,7 +100,7 @@ class Call:
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 
     def indices(self, piece: Piece) -> dict[str, Any]:
-        """Values of every symbol but ``s`` and ``k``, to broadcast against [b, hkv, G, rows, n]."""
+        """Values of every symbol but ``s`` and ``k``; they broadcast against [b, hkv, G, rows, n]."""
         batches = range(self.batch)[piece.batches]
         heads = range(self.kv_heads)[piece.kv_heads]
         return {
@@ -144,9 +144,9 @@ class Call:
         return score, symbols
 
     def additive(self, piece: Piece) -> Tensor | None:
-        """What is added to ``scale * s``: bias, and -inf where the rule does not hold. None for nothing at all.
+        """The summand of ``scale * s``: the bias, and -inf where the rule does not hold. None if there is neither.
 
-        [b or 1, hkv or 1, G or 1, rows, n], 1 where neither bias nor rule depends on it.
+        [b or 1, hkv or 1, G or 1, rows, n]; 1 where neither bias nor rule depends on the dimension.
         """
         symbols = self.indices(piece)
         conditions = self._conditions(piece, symbols)
@@ -163,7 +163,7 @@ class Call:
         return added
 
     def empty_rows(self, piece: Piece, added: Tensor | None) -> Tensor | None:
-        """Which rows keep nothing, by what :meth:`additive` returned: bool [b, hkv, G, rows], or None for no row."""
+        """Queries without keys, from the result of :meth:`additive`: bool [b, hkv, G, rows]; None if there are none."""
         structural = self.bias == 0 and self.tile_ranges.residual == sympy.true
         certain = structural and any(run.full for run in piece.chunk.runs)
         if added is None or certain:
@@ -171,7 +171,8 @@ class Call:
         return added.amax(dim=-1) == -torch.inf
 
     def _conditions(self, piece: Piece, symbols: dict[str, Any]) -> list[tuple[slice, Tensor | bool]]:
-        """What must hold, by columns of the visited keys; the structure is asked only where it is not known."""
+        """Conditions by columns of the visited keys. The structural condition is evaluated only in runs that need
+        it."""
         conditions, column = [], 0
         for run in piece.chunk.runs:
             width = run.stop - run.start
@@ -186,7 +187,7 @@ class Call:
 
 
 def _mask(score: Tensor, conditions: list[tuple[slice, Tensor | bool]]) -> None:
-    """-inf where a condition does not hold, in place."""
+    """Set scores to -inf where a condition does not hold, in place."""
     for columns, kept in conditions:
         if isinstance(kept, Tensor):
             score[..., columns].masked_fill_(~kept, -torch.inf)

@@ -1,4 +1,4 @@
-"""The derivative of a score expression with respect to the raw score s, as another expression."""
+"""The derivative of a score expression with respect to the raw score s, as an expression."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from effattn.ir.expr import Where
 
 @lru_cache(maxsize=1024)
 def derivative(score: Any) -> Any:
-    """d score / d s. At a tie of Min or Max the first argument in sympy's order gets all of it."""
+    """d score / d s. At a tie of Min or Max, the first argument in sympy's order gets the whole gradient."""
     term = sympy.sympify(score)
     if not term.has(expr.s) or isinstance(term, sympy.sign):
         return sympy.Integer(0)
@@ -24,7 +24,7 @@ def derivative(score: Any) -> Any:
         return Where(condition, derivative(x), derivative(y))
     if isinstance(term, (sympy.Min, sympy.Max)):
         return _of_extreme(term)
-    # the chain rule by hand: sympy's own diff does not go through a boolean condition
+    # the chain rule by hand, because sympy's diff does not handle boolean conditions
     names = [sympy.Dummy(real=True) for _ in term.args]
     outer = term.func(*names)
     inner = dict(zip(names, term.args, strict=True))

@@ -1,4 +1,4 @@
-"""Output and LSE of any plan, through ATen, piece by piece."""
+"""Output and LSE of any plan, in ATen, piece by piece."""
 
 from __future__ import annotations
 
@@ -50,22 +50,22 @@ def run(
 
 
 def by_products(call: Call, piece: Piece) -> tuple[Tensor, Tensor, Tensor | None]:
-    """One piece as two matrix products and a softmax: (out [b, hkv, G, rows, Dv], lse, which rows are empty)."""
+    """One piece as two products and a softmax: (out [b, hkv, G, rows, Dv], lse, which queries have no keys)."""
     query, key = call.rows(call.query, piece).to(call.dtype), call.visited(call.key, piece).to(call.dtype)
     score, _ = call.scores(piece, query, key)
     top = score.amax(dim=-1)
     weights = score.softmax(dim=-1)
     out = (weights.flatten(2, 3) @ call.visited(call.value, piece).to(call.dtype)).unflatten(2, weights.shape[2:4])
-    # the greatest weight is exp(top - lse): no pass of exp and sum of our own
+    # the greatest weight is exp(top - lse), which saves another pass of exp and sum
     return out, top - weights.amax(dim=-1).log(), top == -torch.inf
 
 
 def by_flash_kernel(call: Call, piece: Piece) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The same by PyTorch's CPU flash kernel; bias and mask are added to its scores."""
+    """One piece by PyTorch's CPU flash kernel; bias and mask are its additive mask."""
     query, key, value = call.rows(call.query, piece), call.visited(call.key, piece), call.visited(call.value, piece)
     shape = query.shape
     added = call.additive(piece)
-    # the groups become rows: k and v are not expanded, and the kernel takes larger tiles of more rows
+    # groups become rows, so that k and v are not expanded and the kernel has larger tiles
     query = query.flatten(2, 3)
     mask = None if added is None else added.expand(-1, -1, shape[2], -1, -1).flatten(2, 3)
     query, key, value = widened_for_lse(call.plan, query, key, value)
@@ -77,7 +77,7 @@ def by_flash_kernel(call: Call, piece: Piece) -> tuple[Tensor, Tensor, Tensor | 
 
 
 def empty_output(spec: AttentionSpec, value: Tensor, dtype: torch.dtype) -> Tensor:
-    """What a row that keeps nothing gets: [B, Hkv, 1, 1, Dv]."""
+    """The output of a query without keys: [B, Hkv, 1, 1, Dv]."""
     batch, kv_heads, _, dim = value.shape
     if spec.empty_rows == "mean":
         return value.mean(dim=2, dtype=dtype)[:, :, None, None]

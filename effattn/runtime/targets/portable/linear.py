@@ -1,7 +1,7 @@
-"""Linear attention on any device, through ATen, chunk by chunk: no N x N values, states in float32.
+"""Linear attention on any device, in ATen, chunk by chunk: nothing is N x N, and states are float32.
 
-Lightning-2's split (arXiv 2405.17381, algorithm 1): inside a chunk the N x N definition, between chunks the state.
-Decay only ever appears as a power within one chunk, which cannot overflow where decay is at most 1.
+As in Lightning-2 (arXiv 2405.17381, algorithm 1): the N x N definition inside a chunk, the state between chunks. Decay
+appears only as a power within one chunk, which cannot overflow since decay is at most 1.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-CHUNK = 128  # tokens; the exponents of decay stay below it
-ELEMENTS = 2**24  # of all intermediate values of one piece
+CHUNK = 128  # tokens
+ELEMENTS = 2**24  # most elements of the intermediate values of one piece
 
 
 def run(
@@ -33,11 +33,11 @@ def run(
     """Fill ``out`` and return the state after the last token.
 
     Args:
-        query: [B, H or H / G, N, F]; key: [B, H or H / G, Nk, F]; value: [B, as key, Nk, Dv], any strides: either side
-            may have fewer heads than the other, which are then shared by groups. Nk = N if causal.
-        log_decay: [H] float32; state: [B, H, F, Dv (+ 1 with ``ones``)], what came before the first token.
-        out: [B, H, N, Dv], any floating point type.
-        ones: a column of ones stands beside value, and the output is divided by what it gives, plus ``eps``.
+        query: [B, H or H / G, N, F]; key: [B, H or H / G, Nk, F]; value: [B, as key, Nk, Dv], any strides. Either side
+        may have fewer heads, which groups then share. Nk = N if causal.
+        log_decay: [H] float32; state: [B, H, F, Dv (+ 1 with ``ones``)], the state before the first token.
+        out: [B, H, N, Dv], any floating-point dtype.
+        ones: value gets a column of ones, and the output is divided by its result plus ``eps``.
         reverse: time runs from the last token to the first.
 
     Returns:
@@ -75,7 +75,8 @@ def describe(site: Any, causal: bool, decay: bool, normalised: bool) -> str:
 
 
 def _pieces(length: int, most: int) -> Iterator[tuple[int, int, int]]:
-    """(first token, chunks, tokens of a chunk): whole chunks, as many at once as fit, then the short one at the end."""
+    """(first token, chunks, tokens per chunk): whole chunks, as many at a time as fit, then the short one at the
+    end."""
     whole = length // CHUNK
     for first in range(0, whole, most):
         yield first * CHUNK, min(most, whole - first), CHUNK
@@ -84,7 +85,7 @@ def _pieces(length: int, most: int) -> Iterator[tuple[int, int, int]]:
 
 
 def _piece(q: Tensor, k: Tensor, v: Tensor, rates: Tensor | None, memory: Tensor) -> tuple[Tensor, Tensor]:
-    """Some chunks of one size: q, k [B, H, chunks, C, F], v [B, H, chunks, C, Dv] -> output like v, next state."""
+    """Some chunks of one size: q, k [B, H, chunks, C, F], v [B, H, chunks, C, Dv] to (output like v, next state)."""
     size = q.shape[3]
     weights = q @ k.mT
     if rates is None:
@@ -110,7 +111,7 @@ def _piece(q: Tensor, k: Tensor, v: Tensor, rates: Tensor | None, memory: Tensor
 def _both_directions(
     query: Tensor, key: Tensor, value: Tensor, memory: Tensor, out: Tensor, scale: float, ones: bool, eps: float
 ) -> Tensor:
-    """One state for every row: the sum over all keys."""
+    """One state for all queries: the sum over all keys."""
     heads, dtype = memory.shape[1], memory.dtype
     step = max(1, ELEMENTS // max(1, memory.shape[0] * heads * sum(memory.shape[2:])))
     for start in range(0, key.shape[2], step):
@@ -123,7 +124,7 @@ def _both_directions(
 
 
 def _chunks(tensor: Tensor, heads: int, count: int, reverse: bool, dtype: torch.dtype) -> Tensor:
-    """[B, H or H / G, n, D] as [B, H, count, n / count, D]; the copy lives as long as this piece."""
+    """[B, H or H / G, n, D] to [B, H, count, n / count, D], a copy."""
     tensor = tensor.flip(2) if reverse else tensor
     tensor = tensor.to(dtype).repeat_interleave(heads // tensor.shape[1], dim=1)
     return tensor.unflatten(2, (count, tensor.shape[2] // count))
@@ -139,5 +140,5 @@ def _finished(found: Tensor, scale: float, ones: bool, eps: float) -> Tensor:
 
 
 def state_dtype(query: Tensor) -> torch.dtype:
-    """States are float32, whatever the inputs: in bfloat16 a sum of ones stops growing at 256."""
+    """States are float32 whatever the inputs: in bfloat16 a sum of ones stops growing at 256."""
     return torch.float64 if query.dtype == torch.float64 else torch.float32

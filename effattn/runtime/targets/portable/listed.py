@@ -1,4 +1,4 @@
-"""Attention over a block list through ATen: a block of rows and the heads of one list at a time."""
+"""Attention over a block list in ATen: a query block and the heads of one list at a time."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ from effattn.runtime.targets.sdpa import widened_for_lse
 
 @dataclass(frozen=True)
 class Part:
-    """Rows ``start <= q < stop`` of the query heads ``heads`` (all of one list) of one batch row, and their keys."""
+    """Queries ``start <= q < stop`` of the query heads ``heads`` (all of one list) of one batch, and their keys."""
 
     batch: int
     heads: slice
     kv_heads: slice
     start: int
     stop: int
-    keys: Tensor  # int64 [n], those at positions of the rows first
-    taken: Tensor  # bool [heads or 1, n]: which of them each head visits
-    partial: int  # how many of the first keys causality has to be tested on
+    keys: Tensor  # int64 [n], keys at the queries' own positions first
+    taken: Tensor  # bool [heads or 1, n]: the keys that each head visits
+    partial: int  # number of leading keys that need the causal mask
 
 
 def run(
@@ -61,12 +61,12 @@ def run(
 
 
 def parts(listed: BlockList, call: Call) -> Iterator[Part]:
-    """The call cut so that the rows and heads of each part read the same list."""
+    """The call in parts whose queries and heads read the same list."""
     lists = listed.kv_indices.shape[1]
     per_list, counted = call.heads // lists, listed.kv_num_blocks.shape[1] // lists
     within = torch.arange(listed.unit, device=call.device)
     width = listed.kv_indices.shape[3]
-    on_host = device_type(call.device.type).on_host  # elsewhere a look at the counts would wait for the device
+    on_host = device_type(call.device.type).on_host  # on other devices, reading the counts would synchronise
     for batch in range(call.batch):
         for index in range(lists):
             heads = slice(index * per_list, (index + 1) * per_list)
@@ -94,11 +94,11 @@ def parts(listed: BlockList, call: Call) -> Iterator[Part]:
 
 
 def attend_part(call: Call, part: Part) -> tuple[Tensor, Tensor]:
-    """(out [heads, rows, Dv], lse [heads, rows]) of one part; lse is -inf in rows that keep nothing."""
+    """(out [heads, rows, Dv], lse [heads, rows]) of one part; lse is -inf for queries without keys."""
     heads, rows = part.heads.stop - part.heads.start, part.stop - part.start
     query = call.query.flatten(1, 2)[part.batch, part.heads, part.start : part.stop]
     key, value = (tensor[part.batch, part.kv_heads][:, part.keys] for tensor in (call.key, call.value))
-    # heads of one key head become rows of one product
+    # the heads of one key head become rows of one product
     query = query.reshape(key.shape[0], -1, call.head_dim)
     compute = by_flash_kernel if call.takes_flash_kernel() and len(part.keys) else by_products
     out, lse = compute(call, part, query, key, value)
@@ -106,7 +106,7 @@ def attend_part(call: Call, part: Part) -> tuple[Tensor, Tensor]:
 
 
 def by_flash_kernel(call: Call, part: Part, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    """By PyTorch's CPU flash kernel; bias and mask are added to its scores."""
+    """PyTorch's CPU flash kernel; bias and mask are its additive mask."""
     symbols = indices(call, part)
     kept = rule(call, part, symbols)
     added = torch.zeros(kept.shape, dtype=call.dtype)
@@ -122,7 +122,7 @@ def by_flash_kernel(call: Call, part: Part, query: Tensor, key: Tensor, value: T
 
 
 def by_products(call: Call, part: Part, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    """As two products and a softmax, whatever the score."""
+    """Two products and a softmax, for any score."""
     query, key, value = (tensor.to(call.dtype) for tensor in (query, key, value))
     symbols = indices(call, part)
     kept = rule(call, part, symbols)
@@ -135,7 +135,7 @@ def by_products(call: Call, part: Part, query: Tensor, key: Tensor, value: Tenso
 
 
 def indices(call: Call, part: Part) -> dict[str, Any]:
-    """Values of the symbols but ``s`` and ``k``, to broadcast against [heads, rows, n]."""
+    """Values of the symbols but ``s`` and ``k``; they broadcast against [heads, rows, n]."""
     return {
         **call.names,
         "Nq": call.q_len,
@@ -147,7 +147,7 @@ def indices(call: Call, part: Part) -> dict[str, Any]:
 
 
 def rule(call: Call, part: Part, symbols: dict[str, Any]) -> Tensor:
-    """Which pairs are kept: bool [heads, rows, n]. Causality is tested on these alone."""
+    """The pairs that are kept: bool [heads, rows, n]. The causal mask is evaluated only on leading keys."""
     heads, rows = part.heads.stop - part.heads.start, part.stop - part.start
     kept = part.taken[:, None, :].expand(heads, -1, -1).repeat(1, rows, 1)
     kept[..., : part.partial] &= call.evaluate(call.tile_ranges.structural, {**symbols, "k": part.keys[: part.partial]})

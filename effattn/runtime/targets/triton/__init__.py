@@ -1,4 +1,4 @@
-"""The Triton target: kernels generated for each specialisation, on GPUs that Triton compiles for."""
+"""The Triton target: a kernel generated per specialisation, on GPUs that Triton supports."""
 
 import torch
 
@@ -17,7 +17,7 @@ alone = True
 
 
 def describe(plan: Plan, site: Site) -> str:
-    """Path of the generated source that runs a plan at a site, written now if it was not there."""
+    """Path of the generated source that runs a plan at a site. Writes the file if it does not exist."""
     sizes, dtype = site.layout, getattr(torch, site.dtype)
     widths = int(sizes.head_dim), int(sizes.value_dim)
     spec = spec_of(plan.complete, dtype, site.hints.q_len, sizes.groups, *widths, torch.device(site.device))
@@ -25,7 +25,7 @@ def describe(plan: Plan, site: Site) -> str:
 
 
 def forget() -> None:
-    """Choose kernels anew for every call."""
+    """Clear the launch caches."""
     CALLS.clear()
     BACKWARD_CALLS.clear()
 

@@ -18,7 +18,7 @@ from effattn.runtime.targets.triton.specialise import spec_of
 
 @dataclass(frozen=True)
 class _Call:
-    given: Plan  # as in a call forward
+    given: Plan  # see the forward's _Call
     launch: Callable[..., Known]
     known: Known | None = None
 

@@ -1,4 +1,4 @@
-"""A plan and tensors in, output and LSE out, through a kernel generated for that case."""
+"""Runs a plan by a kernel generated for the call."""
 
 from __future__ import annotations
 
@@ -47,19 +47,19 @@ def run(
     Args:
         query: [B, Hq, Nq, D], any strides. float32, float16 or bfloat16.
         key: [B, Hkv, Nk, D]; value: [B, Hkv, Nk, Dv]; Hq is a multiple of Hkv.
-        captures, scalars, numbers: in the order in which the plan names them.
-        config, kind, splits: instead of what the tables choose; for measurements.
+        captures, scalars, numbers: in the plan's order.
+        config, kind, splits: override the tables, for measurements.
 
     Returns:
-        out [B, Hq, Nq, Dv] in the dtype of query and the memory order of ``plan.dispatch.layout``, and the natural
-        logarithm of the sum of exponentials [B, Hq, Nq] float32, contiguous, -inf for a row without keys.
+        out [B, Hq, Nq, Dv] in query's dtype and the memory order ``plan.dispatch.layout``, and the LSE (natural
+        logarithm) [B, Hq, Nq] float32, contiguous, -inf for queries without keys.
 
     Raises:
-        UnsupportedCall: dtypes, sizes or expressions that kernels do not serve.
+        UnsupportedCall: kernels do not support the dtypes, sizes or expressions.
     """
     tensors = (query, key, value, *captures)
     given = [float(number) for number in numbers]
-    # a plan is known by its place in memory, which the call keeps for it: to hash its expressions takes longer
+    # the plan's id, since hashing its expressions is slow; the call keeps the plan alive, so the id stays unique
     launch_key = (id(plan), config, kind, splits, tf32(), *map(tensor_key, tensors), *map(width, scalars))
     return CALLS.run(
         launch_key,
@@ -69,7 +69,7 @@ def run(
 
 
 def _started(call: _Call, query, key, value, captures, scalars, numbers):
-    """(out, LSE) of a call, and what its launcher knows."""
+    """(out, LSE) of a call, and what its launcher found out."""
     out = query.new_empty(call.shape)
     if call.transposed:
         out = out.transpose(1, 2)
@@ -93,17 +93,17 @@ def _started(call: _Call, query, key, value, captures, scalars, numbers):
 
 @dataclass(frozen=True)
 class _Call:
-    """What calls with the same plan, shapes, strides, dtypes and alignment share."""
+    """The common part of calls with the same plan, shapes, strides, dtypes and alignment."""
 
     plan: Plan
-    given: Plan  # as it was passed: while it lives here, no other plan gets its place in memory
-    shape: tuple[int, ...]  # of the output as it lies in memory
+    given: Plan  # the plan that was passed; kept alive so that its id stays unique
+    shape: tuple[int, ...]  # of the output in memory order
     lse_shape: tuple[int, ...]
     transposed: bool
     launch: Callable[..., Known] | None = None  # None: nothing to compute
-    widened: dict[str, Any] | None = None  # what is asked of the same call in float32
+    widened: dict[str, Any] | None = None  # arguments of the same call in float32
     narrowed: bool = False
-    splits: tuple[int, ...] = ()  # one number for decoding
+    splits: tuple[int, ...] = ()  # one number for decode
     known: Known | None = None
 
 
@@ -113,7 +113,7 @@ CALLS = LaunchCache()
 def _prepared(
     plan: Plan, query, key, value, captures, scalars, config: Tiles | None, kind: Kind | None, splits: int | None
 ):
-    """Checks a call and chooses its kernel; see :func:`run`."""
+    """Check a call and choose its kernel; see :func:`run`."""
     given = plan
     batches, heads, q_len, head_dim = query.shape
     kv_heads, k_len, value_dim = key.shape[1], key.shape[2], value.shape[3]
@@ -133,7 +133,7 @@ def _prepared(
     spec = spec_of(plan, query.dtype, q_len, groups, head_dim, value_dim, device, kind, config)
     spec = replace(spec, wide=far(*query.shape[:3], *key.shape[:3], *scalars))
     if kind == "decode" and batches == 1:
-        spec = replace(spec, key_ranges=False)  # one short row is seldom padded: not worth a second kernel
+        spec = replace(spec, key_ranges=False)  # a single sequence is rarely padded: not worth a second kernel
     if spec.tiles.descriptors and not (describable(tensors[1]) and describable(tensors[2])):
         spec = replace(spec, tiles=replace(spec.tiles, descriptors=False))
     parts: tuple[int, ...] = ()

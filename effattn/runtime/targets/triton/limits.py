@@ -20,17 +20,17 @@ from effattn.lowering.kernels.spec import DTYPES, MAX_HEAD_DIM, KernelSpec, Tile
 
 
 class UnsupportedCall(EffattnError):
-    """A call that the Triton target cannot serve; :func:`why_not` says so beforehand."""
+    """A call that the Triton target does not support; :func:`why_not` says so in advance."""
 
 
 @lru_cache(maxsize=1)
 def triton_is_importable() -> bool:
-    """Whether there is a Triton to import; does not import it."""
+    """Whether Triton can be imported; does not import it."""
     return importlib.util.find_spec("triton") is not None
 
 
 def why_not_on(device: str) -> Refusal | None:
-    """Why generated kernels cannot run on a device type, and what to do; None if they can."""
+    """Why generated kernels cannot run on a device type, with a hint; None if they can."""
     if not triton_is_importable():
         hint = 'pip install triton, or leave target="triton" out'
         return Refusal(Why.NO_TRITON, "Triton is not installed", hint)
@@ -51,7 +51,7 @@ def why_not_on(device: str) -> Refusal | None:
 
 
 def why_not(spec: AttentionSpec, dtype: torch.dtype, head_dim: int, value_dim: int) -> Refusal | None:
-    """Why kernels cannot serve such calls; None if they can."""
+    """Why kernels do not support such calls; None if they do."""
     name = str(dtype).removeprefix("torch.")
     if name not in DTYPES:
         return Refusal(Why.DTYPE, f"kernels exist for {', '.join(DTYPES)}, not {name}")
@@ -90,7 +90,7 @@ def check(plan: Plan, query, key, value, captures) -> None:
 
 @lru_cache(maxsize=4096)
 def _plain_indices(spec: AttentionSpec) -> tuple[tuple[str, int, str | int], ...]:
-    """(load, dimension, index symbol or constant) wherever a load is indexed so simply that kernels test no bounds."""
+    """(capture, dimension, index symbol or constant) for loads whose index kernels do not check."""
     found: set[tuple[str, int, str | int]] = set()
     for load in expr.loads_of(spec.score, spec.rule):
         for dim, index in enumerate(load.indices):

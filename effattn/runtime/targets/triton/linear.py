@@ -1,4 +1,4 @@
-"""Linear attention by generated Triton kernels: how a sequence is cut into parts, and which kernel serves a call."""
+"""Linear attention by generated Triton kernels: the parts of a sequence, and the kernel for a call."""
 
 from __future__ import annotations
 
@@ -38,13 +38,13 @@ from effattn.runtime.launching import (
     too_narrow,
 )
 
-PROGRAMS = 4  # for each multiprocessor; with 8, parts are shorter and 32,768 tokens took 1.1 times as long on an H100
-LEAST_SPAN = 1024  # tokens of a part: its state is read and written as if it were 256 of them
+PROGRAMS = 4  # per multiprocessor; with 8, parts are shorter and 32,768 tokens took 1.1 times as long on an H100
+LEAST_SPAN = 1024  # least tokens of a part; reading and writing its state costs as much as 256 tokens
 
 
 @dataclass(frozen=True)
 class LinearKernel:
-    """Generated kernels: their source, where a copy of it stands, and the module with ``launch`` in it."""
+    """Generated kernels: their source, the path of its copy on disk, and the module with ``launch``."""
 
     spec: LinearSpec
     source: str
@@ -54,7 +54,7 @@ class LinearKernel:
 
 @lru_cache(maxsize=1024)
 def load(spec: LinearSpec) -> LinearKernel:
-    """Generate the kernels of ``spec`` and make them callable; once per process and spec."""
+    """The kernels of ``spec``, generated once per process."""
     source = generate(spec)
     path = keep_source(file_name(spec, source), source)
     return LinearKernel(spec, source, path, module_from(source, path))
@@ -62,12 +62,12 @@ def load(spec: LinearSpec) -> LinearKernel:
 
 @dataclass(frozen=True)
 class _Call:
-    """What calls with the same shapes, strides, dtypes and alignment share."""
+    """The common part of calls with the same shapes, strides, dtypes and alignment."""
 
     launch: Callable[..., Known]
     span: int
     parts: int
-    states: tuple[int, ...]  # shape of the room to work in
+    states: tuple[int, ...]  # shape of the workspace
     known: Known | None = None
 
 
@@ -75,7 +75,7 @@ _CALLS = LaunchCache()
 
 
 def forget() -> None:
-    """Choose kernels anew for every call."""
+    """Clear the launch cache."""
     _CALLS.clear()
 
 
@@ -95,9 +95,9 @@ def run(
     tiles: LinearTiles | None = None,
     span: int | None = None,
 ) -> Tensor:
-    """As :func:`effattn.runtime.targets.portable.linear.run`.
+    """See :func:`effattn.runtime.targets.portable.linear.run`.
 
-    ``tiles`` and ``span`` instead of what is chosen, to measure.
+    ``tiles`` and ``span`` override the choice, for measurements.
     """
     kind: LinearKind = "chunks" if causal else "whole"
     traits = (causal and reverse, ones, tiles, span)
@@ -117,7 +117,7 @@ def run_step(
     ones: bool = False,
     eps: float = 0.0,
 ) -> Tensor:
-    """A few tokens after ``state``, in float32 throughout; as :func:`run`."""
+    """A few tokens after ``state``, in float32; arguments as in :func:`run`."""
     kind: LinearKind = "step" if query.shape[2] <= STEP_TOKENS else "chunks"
     return _run(kind, (False, ones, None, None), query, key, value, log_decay, state, out, scale, eps)
 
@@ -173,7 +173,7 @@ def _prepared(
     decay: bool,
     has_state: bool,
 ) -> _Call:
-    """Chooses kernel and parts for such calls."""
+    """Choose kernel and parts for a call."""
     reverse, ones, tiles, span = traits
     heads = max(query.shape[1], key.shape[1])
     groups = (heads // query.shape[1], heads // key.shape[1])
@@ -202,7 +202,7 @@ def specialise(
     device: torch.device,
     tiles: LinearTiles | None = None,
 ) -> LinearSpec:
-    """The specialisation that serves such calls on ``device``."""
+    """The specialisation for such calls on ``device``."""
     name = str(dtype).removeprefix("torch.")
     bits = 32 if name == "float32" else 16
     tiles = tiles or linear_configs.choose(kind, architecture(device), bits, features, value_dim, ones)
@@ -214,9 +214,9 @@ def specialise(
 
 
 def span_for(programs: int, length: int, chunk: int, multiprocessors: int) -> int:
-    """Tokens of one part, a multiple of ``chunk``: parts enough that all multiprocessors have work to the end.
+    """Tokens per part, a multiple of ``chunk``, so that parts keep all multiprocessors busy. Depends on sizes only.
 
-    ``programs`` is how many there are for each part. From sizes alone, never from device data.
+    ``programs``: number of programs per part.
     """
     parts = -(-PROGRAMS * multiprocessors // max(1, programs))
     parts = max(1, min(parts, -(-length // LEAST_SPAN)))
@@ -224,7 +224,7 @@ def span_for(programs: int, length: int, chunk: int, multiprocessors: int) -> in
 
 
 def why_not(dtype: torch.dtype, features: int, value_dim: int) -> Refusal | None:
-    """Why kernels cannot serve such calls; None if they can."""
+    """Why kernels do not support such calls; None if they do."""
     name = str(dtype).removeprefix("torch.")
     if name not in DTYPES:
         return Refusal(Why.DTYPE, f"kernels of linear attention exist for {', '.join(DTYPES)}, not {name}")
@@ -236,7 +236,7 @@ def why_not(dtype: torch.dtype, features: int, value_dim: int) -> Refusal | None
 
 
 def describe(site: Site, causal: bool, decay: bool, normalised: bool) -> str:
-    """Path of the generated source that runs a site, written now if it was not there."""
+    """Path of the generated source that runs a site. Writes the file if it does not exist."""
     dtype, sizes, device = getattr(torch, site.dtype), site.layout, torch.device(site.device)
     widths = int(sizes.head_dim), int(sizes.value_dim)
     kind: LinearKind = "chunks" if causal else "whole"

@@ -1,4 +1,4 @@
-"""Which kernel serves a call: its kind, its tiles, and over how many programs keys are split."""
+"""The kernel for a call: its kind, its tiles, and the number of programs over which keys are split."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from effattn.runtime.launching import architecture, tf32
 
 MAX_SPLITS = 128
 KEYS_PER_SPLIT = 256  # a split with fewer keys costs more to combine than it saves
-WAVES = 2  # programs that share one multiprocessor: all run at once, and no few are left for the end
-MAX_DESCRIPTOR_DIM = 256  # widest side of a box that the copy engine takes
+WAVES = 2  # programs per multiprocessor: all run at the same time, with no short last wave
+MAX_DESCRIPTOR_DIM = 256  # largest box side of a tensor descriptor
 
 
 def kind_of(plan: Plan, q_len: int, groups: int) -> Kind:
-    """Few query rows go to the kernel that splits keys over programs, if its tiles fit the plan's ranges."""
+    """The kind of kernel. A call with few queries splits keys over programs, if the plan's tile ranges allow it."""
     if plan.sparsity.select is not None:
         return "listed"
     if q_len > DECODE_QUERIES or q_len * groups > DECODE_ROWS:
@@ -51,7 +51,7 @@ def spec_of(
     kind: Kind | None = None,
     config: Tiles | None = None,
 ) -> KernelSpec:
-    """The specialisation that serves calls of this kind on ``device``."""
+    """The specialisation for calls of this kind on ``device``."""
     kind = kind or kind_of(plan, q_len, groups)
     rows = padded(q_len * groups if kind == "decode" else 0)
     return specialise(plan, kind, dtype, head_dim, value_dim, groups, rows, architecture(device), config, tf32())
@@ -70,7 +70,7 @@ def specialise(
     config: Tiles | None,
     tf32: bool,
 ) -> KernelSpec:
-    """The specialisation that a call needs. ``rows``: padded rows of a decode tile, otherwise 16."""
+    """The specialisation for a call. ``rows``: padded rows of a decode tile, otherwise 16."""
     name = str(dtype).removeprefix("torch.")
     bits = 32 if name == "float32" else 16
     tiles = config or configs.choose(kind, plan, arch, bits, head_dim, value_dim, rows)
@@ -82,13 +82,13 @@ def specialise(
 
 
 def splits_for(pairs: int, k_len: int, multiprocessors: int) -> int:
-    """How many programs share the keys of one (batch, key head) pair: from sizes alone, never from device data."""
+    """Number of programs that share the keys of one (batch, key head) pair; depends on sizes only."""
     wanted = max(1, WAVES * multiprocessors // max(1, pairs))
     return max(1, min(wanted, MAX_SPLITS, -(-k_len // KEYS_PER_SPLIT)))
 
 
 def describable(tensor: torch.Tensor) -> bool:
-    """Whether a tensor descriptor can stand for ``tensor``: 16-byte alignment, a contiguous last dimension."""
+    """Whether a tensor descriptor supports ``tensor``: 16-byte alignment and a contiguous last dimension."""
     steps = [stride for size, stride in zip(tensor.shape[:3], tensor.stride()[:3], strict=True) if size > 1]
     aligned = all(stride > 0 and stride * tensor.element_size() % 16 == 0 for stride in steps)
     whole = tensor.numel() > 0 and padded(tensor.shape[3]) <= MAX_DESCRIPTOR_DIM
