@@ -1,4 +1,4 @@
-"""What the passes share: one graph being compiled, what was found out about it, and what a pass is."""
+"""Shared by all passes: the graph being compiled, the results so far, and the base class of passes."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class PassRecord:
     name: str
     seconds: float
     changed: bool
-    nodes: tuple[int, int]  # before and after it
-    difference: str = ""  # of the graph's code, as a unified diff; only where it was asked for
+    nodes: tuple[int, int]  # before and after
+    difference: str = ""  # unified diff of the graph's code, if requested
 
     def __str__(self) -> str:
         before, after = self.nodes
@@ -45,7 +45,7 @@ class Outcome:
     assumed: list[Assumed] = field(default_factory=list)  # of tensors that the model keeps, in every call
     erased: int = 0
     passes: list[PassRecord] = field(default_factory=list)
-    seconds: dict[str, float] = field(default_factory=dict)  # of the whole: "passes" and "rest"
+    seconds: dict[str, float] = field(default_factory=dict)  # in total: "passes" and "rest"
 
     @property
     def changed(self) -> bool:
@@ -58,12 +58,12 @@ class Compilation:
 
     gm: fx.GraphModule
     policy: Policy
-    inputs: Sequence[Any] = ()  # the tensors that the graph is compiled for; tables and masks in buffers are looked at
-    strict: bool = False  # what a pass does not expect is raised, and not one site's refusal
+    inputs: Sequence[Any] = ()  # the tensors of the first call; tables and masks in buffers are read
+    strict: bool = False  # raise unexpected exceptions, instead of refusing the site
     target: str | None = None
     keep_canonical: bool = False
     outcome: Outcome = field(default_factory=Outcome)
-    taken: set[fx.Node] = field(default_factory=set)  # nodes that were replaced, or are observed
+    taken: set[fx.Node] = field(default_factory=set)  # nodes that were replaced or are observed
     _view: GraphView | None = None
 
     @property
@@ -72,13 +72,13 @@ class Compilation:
 
     @property
     def view(self) -> GraphView:
-        """The graph as it is now; made once between two changes."""
+        """The current graph; cached between changes."""
         if self._view is None:
             self._view = GraphView(self.gm.graph)
         return self._view
 
     def forget_view(self) -> None:
-        """The graph was changed."""
+        """Call after the graph changed."""
         self._view = None
 
 
@@ -98,20 +98,20 @@ class Pass:
     optional: ClassVar[bool] = False
 
     def apply(self, work: Compilation) -> bool:
-        """Do it; whether the graph was changed, so that views of it are stale."""
+        """Run the pass. Returns whether the graph changed, which makes views stale."""
         raise NotImplementedError
 
     def undo(self, work: Compilation) -> bool:
-        """Put back what no site used, when all passes have run; the last pass comes first. As ``apply``."""
+        """Restore what no site used, after all passes, last pass first. Returns as ``apply``."""
         return False
 
 
 class RunWithout(Exception):
-    """What an optional pass did turned out to be of no use: the graph is compiled again without it."""
+    """An optional pass turned out to be useless: the graph is compiled again without it."""
 
     def __init__(self, unwanted: type[Pass]):
         super().__init__(unwanted.name)
         self.unwanted = unwanted
 
 
-MakesPass = Callable[[], Pass]  # a class of passes, or a function that makes one with arguments
+MakesPass = Callable[[], Pass]  # a class of passes, or a function that creates one

@@ -1,1 +1,1 @@
-"""From a candidate to the finished site: what its scores mean, and what keeps it from being one."""
+"""From a draft to the finished site: what its scores mean, and whether an op can compute it."""

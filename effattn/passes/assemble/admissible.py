@@ -18,9 +18,10 @@ SUPPORTED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def check_recorded(view: GraphView, candidate: Candidate) -> None:
-    """Under vmap, grad and jvp Dynamo records tensors of torch.func, of which an op would see the inside.
+    """Refuse tensors of torch.func and tensor subclasses.
 
-    Subclasses of Tensor that hold others inside would each have to say what the op means for them.
+    Under vmap, grad and jvp Dynamo records torch.func's wrappers, whose inside an op would see. Subclasses that hold
+    other tensors would each have to define what the op means for them.
     """
     nodes = candidate.nodes
     tensors = (nodes.replaced, *(operand.node for operand in nodes.operands.values()))
@@ -35,7 +36,7 @@ def check_recorded(view: GraphView, candidate: Candidate) -> None:
 
 
 def check_gradients(view: GraphView, candidate: Candidate) -> None:
-    """The op's gradient reaches query and key whenever they need one: the user's must do so too."""
+    """The op's gradient reaches query and key whenever they need one, so user code's must do so too."""
     nodes = candidate.nodes
     if not view.gradient_flows(view.time[nodes.replaced]):
         return
@@ -55,7 +56,7 @@ def check_operands(view: GraphView, candidate: Candidate, layout: Layout) -> Non
             reason = f"{name} is written between the scores and the output (by {spelled(writers[0])})"
             raise Refused(Why.MEMORY, reason, at=writers[0])
         size = layout.batch if operand.dims[0] is None else operand.shape(view)[operand.dims[0]]
-        if is_broadcast(view, size, layout.batch) is not False:  # one batch for all has no dimension
+        if is_broadcast(view, size, layout.batch) is not False:  # operands without a batch have been expanded
             raise Refused(Why.BATCH, f"{name} has a batch of {size} where the scores have {layout.batch}")
     if nodes.query.groups != 1 or (nodes.query.dims[1] and nodes.query.heads_in(view) != layout.heads):
         raise Refused(Why.HEADS, "the query has fewer heads than the scores")
@@ -86,7 +87,7 @@ def check_operands(view: GraphView, candidate: Candidate, layout: Layout) -> Non
 
 
 def _check_lengths(view: GraphView, candidate: Candidate) -> None:
-    """Scores that are put together of several products have more rows or keys than one of them."""
+    """Refuse scores that are concatenated from several products, and so have more queries or keys than one of them."""
     nodes = candidate.nodes
     if nodes.scores is None:
         return

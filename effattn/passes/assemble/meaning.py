@@ -25,7 +25,7 @@ from effattn.passes.masks import split as masks
 from effattn.passes.masks.magnitude import not_overflowing, not_vanishing
 from effattn.passes.symbolic import CaptureSource
 
-MAX_TERMS = 400  # operations in score and predicate together; more is no mask that a person wrote
+MAX_TERMS = 400  # most operations in score and predicate; larger ones are not masks that people write
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def _score_and_mask(view: GraphView, candidate: Candidate, layout: Layout) -> Me
     lengths = in_lengths(layout)
     position = masks.query_position(predicate, lengths)
     if position is None and predicate == sympy.true and layout.q_len == 1 and _appended(view, candidate.nodes.key):
-        position = q + Nk - 1  # a decode step without a mask: the query is the last of the keys
+        position = q + Nk - 1  # decode without a mask: the query is at the last key
     _check_numbers_beside(view, candidate, score, predicate, lengths)
     dtype = _score_dtype(view, candidate)
     notes: tuple[str, ...] = ()
@@ -91,7 +91,7 @@ def _score_and_mask(view: GraphView, candidate: Candidate, layout: Layout) -> Me
 
 
 def _after_softmax(candidate: Candidate, layout: Layout, predicate, empty: EmptyRows) -> EmptyRows:
-    """What a row without keys gives once weights were divided by hand, zeroed, or shared with a sink."""
+    """The output of queries without keys after manual division, zeroing of weights, or a sink."""
     if candidate.nan_when_empty and empty == "mean":
         empty = "nan"
     for zeroed in candidate.zeroed:
@@ -111,9 +111,9 @@ def _check_large_numbers(view: GraphView, candidate: Candidate, score) -> None:
 
 
 def _check_numbers_beside(view: GraphView, candidate: Candidate, score, predicate, lengths: Layout) -> None:
-    """Rows of nothing but large numbers depend on how user code computes: they must have other keys.
+    """Refuse large finite summands or factors of scores if some query may have no other keys.
 
-    Scores have no digits left beside such a number, and on the way it may become infinite, or 0.
+    Beside such a number scores lose their digits, or it may overflow or vanish, so the result would depend on rounding.
     """
     scores = candidate.nodes.scores
     half = scores is not None and view.held(scores.node).dtype in (torch.float16, torch.bfloat16)
@@ -152,7 +152,7 @@ def _check_expressions(score, predicate) -> None:
 
 
 def _score_dtype(view: GraphView, candidate: Candidate) -> str:
-    """The least exact type that scores and masks pass through."""
+    """The least exact dtype in which scores and masks are computed."""
     nodes = candidate.nodes
     held = {view.held(node).dtype for node in (nodes.query.node, nodes.anchor.all_input_nodes[0], nodes.replaced)}
     least = next((dtype for dtype in (torch.float16, torch.bfloat16) if dtype in held), torch.float32)
@@ -160,9 +160,9 @@ def _score_dtype(view: GraphView, candidate: Candidate) -> str:
 
 
 def _masks_that_are_data(view: GraphView, score, captures: dict[str, CaptureSource]) -> frozenset[str]:
-    """Loads added to the score that may hold -inf or another fill, for each key: a float mask that the caller passes.
+    """Captured tensors in the score that may hold a fill for some keys, such as a float mask passed by the caller.
 
-    A bias that a layer computes (of relative positions, say) is taken to be finite.
+    A bias computed by a layer (relative positions) is assumed to be finite.
     """
     huge = any(_is_huge(number) for number in score.atoms(sympy.Number))
     found = {load for load in expr.loads_of(score) if load.has(k)}
@@ -170,9 +170,9 @@ def _masks_that_are_data(view: GraphView, score, captures: dict[str, CaptureSour
 
 
 def _may_mask(view: GraphView, node: fx.Node) -> bool:
-    """Whether floats of an input that is no parameter, or a fill, reach ``node`` through arithmetic and views.
+    """Whether a fill, or floats of an input that is not a parameter, reach ``node`` through arithmetic and views.
 
-    One number alone does not come out of a product of tensors as a mask: it is a scale or a limit of an operand.
+    A 0-d input of a product is not counted: it is a scale or a limit of an operand.
     """
     waiting = [(node, False)]
     seen = set(waiting)
@@ -200,7 +200,7 @@ def _is_huge(value: Any) -> bool:
 
 
 def _appended(view: GraphView, key: Operand) -> bool:
-    """Whether the last row of the keys was just put behind older ones, as a growing cache does."""
+    """Whether the last key was just concatenated to older ones, as in a growing cache."""
     call = view.call(key.node)
     if call is None or call.name != "cat" or not isinstance(call.get("dim", 0), int) or key.apart:
         return False

@@ -111,7 +111,7 @@ def _layout(view: GraphView, candidate: Candidate) -> Layout:
 
 
 def _with_operands_expanded(candidate: Candidate) -> Candidate:
-    """Where all batches share a query, key or value, or all heads a query (learned queries), it is expanded: a view."""
+    """Expand (a view) a query, key or value shared by the batch, and a query shared by all heads (learned queries)."""
     operands, full, heads = candidate.nodes.operands, candidate.space.batch, candidate.space.heads
     shared = {name: operand for name, operand in operands.items() if operand.dims[0] is None}
     if full != 1 and shared:
@@ -129,7 +129,7 @@ def _with_operands_expanded(candidate: Candidate) -> Candidate:
 
 
 def _output_layout(view: GraphView, nodes: MatchedNodes, place: Placement) -> str:
-    """Memory order to write: heads inside rows if that is what the replaced node had, or what its users undo."""
+    """The memory order of the output: "bnhd" if the replaced node had it, or if its users transpose to it."""
     tensor = view.held(nodes.replaced)
     if tensor.dim() == 4 and place.is_identity:
         if (anchor := view.call(nodes.anchor)) is not None and anchor.name != "softmax":

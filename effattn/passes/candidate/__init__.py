@@ -1,1 +1,1 @@
-"""What is known of an attention while it is being put together, and why it may be left alone."""
+"""Facts about an attention while it is being matched, and the reasons for leaving one alone."""

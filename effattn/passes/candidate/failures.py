@@ -1,4 +1,4 @@
-"""A failure is one site's, never its graph's: whatever is raised about one attention becomes its refusal."""
+"""An exception at one attention becomes the refusal of that attention; the rest of the graph is not affected."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from effattn.passes.symbolic.reader import Unreadable
 
 
 def refusal_of(error: Exception) -> Refusal:
-    """Why an attention is left alone over whose treatment ``error`` was raised."""
+    """The refusal for an exception raised at an attention."""
     if isinstance(error, Refused):
         return error.refusal
     if isinstance(error, Unreadable):
@@ -34,10 +34,10 @@ def refusal_of(error: Exception) -> Refusal:
 
 @contextmanager
 def left_alone(node: fx.Node, missed: list[Missed], strict: bool) -> Iterator[None]:
-    """What is raised inside leaves the attention at ``node`` alone: the reason goes to ``missed``.
+    """Leave the attention at ``node`` alone if the body raises; the reason is appended to ``missed``.
 
     Raises:
-        OptionError: what the user asked for cannot be had. With ``strict`` also all else that is no refusal.
+        OptionError: the user's request cannot be met. With ``strict``, any exception that is not a refusal.
     """
     try:
         yield

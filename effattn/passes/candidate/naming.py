@@ -1,6 +1,6 @@
-"""Names of a site: graph symbols become Nq and Nk, captures and numbers are called by what they are used for.
+"""Names in a site: symbolic lengths become Nq and Nk, captured tensors and numbers are named by their use.
 
-Sites that compute the same have the same names, so that layers share a kernel.
+Sites that compute the same function get the same names, so layers share a kernel.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from effattn.passes.symbolic import CaptureSource
 
 
 def with_lengths(term, layout: Layout):
-    """Graph symbols that are the lengths of query and key written as Nq and Nk."""
+    """``term`` with the symbolic lengths of query and key written as Nq and Nk."""
     replaced: dict[Any, Any] = {}
     if isinstance(layout.q_len, sympy.Symbol):
         replaced[layout.q_len] = Nq
@@ -55,7 +55,7 @@ def scalars_of(view: GraphView, end: int, score, predicate) -> list[tuple[Any, S
 
 
 def size_source(view: GraphView, symbol, end: int) -> SizeSource:
-    """Where a node at ``end`` finds the number that ``symbol`` is. Raises: Refused: nowhere."""
+    """The source of ``symbol`` for a node at ``end``. Raises Refused if there is none."""
     for node, time in view.time.items():
         held = view.value(node)
         if time >= end:
@@ -69,13 +69,13 @@ def size_source(view: GraphView, symbol, end: int) -> SizeSource:
 
 
 def number_names(score, predicate) -> dict[str, str]:
-    """Names of floats known at run time, the same in every layer so that layers share one kernel."""
+    """Names of floats known at run time; equal in every layer, so that layers share a kernel."""
     found = sorted(symbol.name for symbol in expr.free_symbols(score, predicate) if _is_number(symbol))
     return {name: "scale" + (str(number + 1) if number else "") for number, name in enumerate(found)}
 
 
 def capture_names(score, predicate, captures: dict[str, CaptureSource]) -> dict[str, str]:
-    """Short names by what a load is used for: padding, document, offset, slopes, mask, bias."""
+    """Short names by use: padding, document, offset, slopes, mask, bias."""
     names: dict[str, str] = {}
     for load in expr.loads_of(predicate, score):
         if load.name in names:
@@ -91,7 +91,7 @@ def capture_names(score, predicate, captures: dict[str, CaptureSource]) -> dict[
 
 
 def own_names(roles: list[str], captures: list[CaptureSource]) -> tuple[str, ...]:
-    """The user's own names of captures used for ``roles``; the role where there is none, or one that misleads."""
+    """User code's names of captured tensors; the name in ``roles`` if there is none or it would mislead."""
     taken: set[str] = {symbol.name for symbol in (*expr.INDICES, expr.s, Nq, Nk)}
     found: list[str] = []
     for role, source in zip(roles, captures, strict=True):
@@ -122,7 +122,7 @@ def renamed(term, names: dict[str, str], numbers: dict[str, str]):
         return None
     swap: dict[Any, Any] = {expr.number(old): expr.number(new) for old, new in numbers.items()}
     term = sympy.sympify(term).xreplace(swap)
-    # from the inside: an index may hold a load as well
+    # from the inside, since an index may contain a load
     return term.replace(
         lambda part: isinstance(part, expr.Load),
         lambda part: part.func(sympy.Symbol(names[part.name]), *part.indices),

@@ -1,7 +1,7 @@
-"""Query, key and value: from what a product reads back to the tensors that a kernel can take.
+"""Query, key and value: from a product back to the tensors that the op takes.
 
-Views, grouped-head expansion and constant factors between a projection and the product are folded: the operand is
-the node nearest to the inputs whose dimensions are still plainly batch, head, row and head_dim.
+Views, expansion of grouped heads and constant factors between a projection and the product are folded. The operand is
+the node nearest to the inputs whose dimensions are still clearly batch, head, row and head_dim.
 """
 
 from __future__ import annotations
@@ -23,42 +23,42 @@ from effattn.passes.symbolic.heads import Digit, digit, how_many, in_order, in_s
 from effattn.passes.symbolic.reader import Index
 from effattn.passes.symbolic.views import permutation, reinterprets, reshape_index
 
-row = sympy.Symbol("row", integer=True, nonnegative=True)  # a query row or a key column, as the operand needs
-depth = sympy.Symbol("d", integer=True, nonnegative=True)  # along head_dim
+row = sympy.Symbol("row", integer=True, nonnegative=True)  # index of a query or key, depending on the operand
+depth = sympy.Symbol("d", integer=True, nonnegative=True)  # index along head_dim
 
 
 @dataclass(frozen=True)
 class Operand:
-    """A tensor node and how to see it as [B, H, N, D].
+    """A tensor node, and how it becomes [B, H, N, D].
 
-    ``dims`` gives for batch, head, row and depth the dimension of the node: None where it has no batch, none to
-    several of heads, and one or several of depth, the slowest varying first. ``picks`` fixes other dimensions at an
-    index, ``some`` takes the heads of a dimension from one on in steps: (dimension, first, step, how many). ``groups``
-    is the number of query heads per head of this operand. All of them count the dimensions that there are when those of
-    ``apart`` are two: (dimension, size of the second one), one after the other.
+    ``dims``: the node's dimensions of batch (None if it has none), heads (none, one or several), row, and depth (one or
+    several); several are listed slowest first. ``picks``: (dimension, index) of dimensions that are indexed. ``some``:
+    (dimension, first, step, count) of dimensions from which some heads are taken. ``groups``: query heads per head of
+    the operand. All of these count dimensions after those in ``apart``, (dimension, size of the inner one), have been
+    split in two, in this order.
     """
 
     node: fx.Node
     dims: tuple[int | None, tuple[int, ...], int, tuple[int, ...]]
     picks: tuple[tuple[int, int], ...]
     groups: int
-    factor: Any  # the constant that was multiplied in on the way
-    time: int  # when the user's code reads it
+    factor: Any  # constant factor that was folded
+    time: int  # at which user code reads it
     folded: tuple[str, ...] = ()
-    batch: Any = None  # what it is expanded to where all batches share it: an int, or (node, dimension)
-    heads: int | None = None  # the same for heads
+    batch: Any = None  # expanded batch size if the batch shares it: an int, or (node, dimension)
+    heads: int | None = None  # expanded number of heads if all heads share it
     some: tuple[tuple[int, int, int, int], ...] = ()
     apart: tuple[tuple[int, int], ...] = ()
 
     def shape(self, view: GraphView) -> list[Any]:
-        """Sizes of the dimensions that ``dims`` counts."""
+        """Sizes of the dimensions after splitting those in ``apart``."""
         sizes = list(view.shape(self.node))
         for dim, size in self.apart:
             sizes[dim : dim + 1] = [sizes[dim] / size, sympy.Integer(size)]
         return sizes
 
     def heads_in(self, view: GraphView) -> Any:
-        """How many heads of the node are the operand's."""
+        """The number of the node's heads that belong to the operand."""
         sizes, taken = self.shape(view), {dim: count for dim, _, _, count in self.some}
         return sympy.Mul(*[taken.get(dim, sizes[dim]) for dim in self.dims[1]])
 
@@ -79,9 +79,9 @@ def trace(
 ) -> Operand | None:
     """The operand behind ``node``, read at ``time`` with ``index`` in the symbols b, h, row and d.
 
-    Casts from ``dtype`` to a wider type are looked through: the scores are computed in float32 in any case.
-    ``whole``: an expansion of heads is not folded, as a query has to have all of them.
-    Where no node has a dimension for each of batch, heads and depth, one is taken whose dimensions are cut in two.
+    Casts from ``dtype`` to a wider dtype are skipped, since scores are computed in float32 anyway. ``whole``:
+    expansions of heads are kept; a query needs all heads. If no node has separate dimensions for batch, heads and
+    depth, a node whose dimensions can be split is taken.
     """
     found = _traced(view, reader, node, index, time, dtype, whole, apart=False)
     return found or _traced(view, reader, node, index, time, dtype, whole, apart=True)
@@ -98,7 +98,7 @@ def _traced(
         if found is not None and not (whole and best is not None and _lacks_heads(reader, found)):
             best = found
         if view.writes_between(node, view.time[node], time):
-            return best  # what the node was made from is not what it holds now
+            return best  # the node's value no longer follows from its definition
         call = view.call(node)
         if call is None or view.writes(node) or view.cuts_gradient(node, time):
             return best
@@ -118,13 +118,13 @@ def _lacks_heads(reader: Reader, operand: Operand) -> bool:
 
 
 def heads_beside_batch(view: GraphView, reader: Reader, node: fx.Node, index: Index, dtype: Any) -> int | None:
-    """How many heads the dimension at index b holds beside the batch, as a view on the way to the inputs tells."""
+    """The number of heads merged with the batch in the dimension at index b, from a view between it and the inputs."""
     while True:
         for dim, entry in enumerate(index):
             if isinstance(entry, expr.Modulo) and entry.args[0] == expr.b and entry.args[1].is_Integer:
                 return int(entry.args[1])
             if entry == expr.b and dim == 1 and index[0] == 0 and (size := view.shape(node)[1]).is_Integer:
-                return int(size)  # [1, H, N, D]: a batch of one
+                return int(size)  # [1, H, N, D]: batch size 1
         call = view.call(node)
         if call is None or view.writes(node) or (step := _step(view, reader, call, index, dtype)) is None:
             return None
@@ -132,7 +132,7 @@ def heads_beside_batch(view: GraphView, reader: Reader, node: fx.Node, index: In
 
 
 def _step(view: GraphView, reader: Reader, call: Call, index: Index, dtype: torch.dtype | None):
-    """One operation towards the inputs: (node, index there, factor, what was folded)."""
+    """One operation towards the inputs: (node, its index, factor, what was folded); None if it cannot be folded."""
     source = call.get("input")
     if call.name in ("mul", "div"):
         return _scaled(view, reader, call, index)
@@ -186,7 +186,7 @@ def _scaled(view: GraphView, reader: Reader, call: Call, index: Index):
 
 
 def _number(view: GraphView, reader: Reader, value: Any, time: int) -> Any:
-    """A factor that is a number, also one that the user's code holds in a tensor of no dimensions."""
+    """A factor that is a number, possibly in a 0-d tensor; None otherwise."""
     if not isinstance(value, fx.Node):
         return value
     tensor = view.tensor(value)
@@ -206,7 +206,7 @@ def only_new_dims(item: Any) -> bool:
 
 
 def _cut(reader: Reader, index: Index, shape: Index) -> tuple[Index, Index, tuple[tuple[int, int], ...]]:
-    """(index, sizes, ``apart`` of an operand): a dimension for each part of ``h + 3 * b`` and ``d + 8 * h``."""
+    """(index, sizes, ``apart``) with a dimension for each part of merged indices such as ``h + 3 * b``."""
     entries, sizes, apart = list(map(sympy.sympify, index)), list(shape), []
     dim = 0
     while dim < len(entries):
@@ -226,7 +226,7 @@ def _cut(reader: Reader, index: Index, shape: Index) -> tuple[Index, Index, tupl
 def _clean(
     view: GraphView, reader: Reader, node: fx.Node, index: Index, factor, time: int, folded, cut: bool
 ) -> Operand | None:
-    """The operand if every dimension of ``node`` is plainly one of batch, head (or its group), row, depth."""
+    """The operand if every dimension of ``node`` is clearly batch, head (or its group), row or depth; else None."""
     tensor = view.tensor(node)
     if tensor is None or not tensor.dtype.is_floating_point:
         return None
@@ -267,7 +267,7 @@ def _clean(
 
 
 def emit(graph: fx.Graph, operand: Operand, annotate) -> fx.Node:
-    """Nodes that turn the operand into [B, H, N, D]; ``annotate(node)`` records its fake value."""
+    """Insert nodes that turn the operand into [B, H, N, D]; ``annotate(node)`` records its fake value."""
     node = operand.node
     batch, heads, length, depths = operand.dims
     keep = [*([] if batch is None else [batch]), *heads, length, *depths]

@@ -1,4 +1,4 @@
-"""Where the op's [B, H, Nq, Dv] result goes: the steps that give it the shape of the node it replaces."""
+"""From the op's result [B, H, Nq, Dv] to the shape of the node it replaces."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from effattn.passes.symbolic.heads import Digit, digit, in_order, sizes_of
 
 @dataclass(frozen=True)
 class Placement:
-    """First drop size-1 dimensions, then split heads and depth, permute, merge neighbours, put in size-1 dimensions."""
+    """In order: drop size-1 dimensions, split heads and depth, permute, merge neighbours, insert size-1 dimensions."""
 
     drops: tuple[int, ...]
-    heads: tuple[int, ...]  # sizes of the dimensions that heads lie in; () if it is at most one
-    widths: tuple[int, ...]  # the same for the value's own dimensions
+    heads: tuple[int, ...]  # sizes of the dimensions of heads; () if there is at most one
+    widths: tuple[int, ...]  # the same for value_dim
     order: tuple[int, ...]
-    merges: tuple[int, ...]  # dimensions that are merged with the next
+    merges: tuple[int, ...]  # dimensions to merge with the next one
     new: tuple[int, ...]
 
     @property
@@ -47,8 +47,8 @@ class Placement:
 
 
 def placement(index: tuple[Any, ...], heads, q_len, value_dim) -> Placement | None:
-    """The placement for a result whose dimension i is indexed by ``index[i]``, a term in b, h, q and d."""
-    axes: list[Any] = []  # b, q, or (h or depth, a digit of it), as they follow each other in the result
+    """The placement for a result whose dimension i has the index ``index[i]``, a term in b, h, q and d."""
+    axes: list[Any] = []  # b, q, or (h or depth, a digit of it), in the order of the result
     merges: list[int] = []
     new: list[int] = []
     for dim, entry in enumerate(sympy.expand(entry) for entry in index):
@@ -81,7 +81,7 @@ def placement(index: tuple[Any, ...], heads, q_len, value_dim) -> Placement | No
 
 
 def _sorted(axes: list[Any], number: Any, limit: Any) -> list[Digit] | None:
-    """The digits of ``number`` among ``axes``, the slowest varying first; None if they are not all of it."""
+    """The digits of ``number`` among ``axes``, slowest first; None if they do not make up the whole number."""
     digits = [axis[1] for axis in axes if isinstance(axis, tuple) and axis[0] is number]
     order = in_order(digits, limit)
     if order is None or (digits and digits[order[-1]].divisor != 1):

@@ -1,4 +1,4 @@
-"""What matching hands on: a site, and the graph nodes that the rewriting needs and nobody else looks at."""
+"""The result of matching: a site, and the graph nodes that the rewriting needs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from effattn.passes.graph.provenance import code_line, location, module_path
 from effattn.passes.masks.split import FILL
 from effattn.passes.symbolic import CaptureSource, Reader
 
-FOUND_AS = "effattn_found_as"  # in a node's meta: what the user called, where a pass wrote the node
+FOUND_AS = "effattn_found_as"  # meta key: the call in user code from which a pass made the node
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ class Match:
 
 @dataclass(frozen=True)
 class Missed:
-    """A softmax or SDPA that is left alone, and why."""
+    """A softmax or SDPA call that is left alone, and why."""
 
     name: str
     location: str
@@ -104,12 +104,12 @@ class Missed:
 
     @classmethod
     def at(cls, node: fx.Node, refusal: Refusal) -> Missed:
-        """Called by the module that ``node`` is computed in."""
+        """Named by the module that computes ``node``."""
         return cls(module_path(node) or node.name, location(node), refusal)
 
 
 class Refused(Exception):
-    """Raised inside matching to leave one softmax alone; carries the reason. ``at``: the node that the reason names."""
+    """Leaves one softmax alone; carries the reason. ``at``: the node named in the reason."""
 
     def __init__(self, rule: Why, reason: str, hint: str = "", at: fx.Node | None = None):
         super().__init__(reason)
@@ -117,7 +117,7 @@ class Refused(Exception):
 
 
 def require_fixed(heads: Any, *widths: Any) -> None:
-    """Heads and their widths are compiled into kernels.
+    """Require static numbers of heads and widths, which are compiled into kernels.
 
     Raises:
         Refused: one of them is symbolic.
@@ -132,7 +132,7 @@ def require_fixed(heads: Any, *widths: Any) -> None:
 
 @dataclass(frozen=True)
 class Zeroed:
-    """Where ``node`` makes weights zero: a boolean in b, h, q, k. ``nan_too``: set to zero, not multiplied by it."""
+    """``node`` zeroes weights where ``where`` (in b, h, q, k) holds. ``nan_too``: by filling, not by multiplying."""
 
     where: Any
     node: fx.Node

@@ -1,6 +1,6 @@
-"""Uses of a tensor that read its shape, dtype or device, and none of its values: ``bias.type_as(weights)``.
+"""Uses of a tensor that read only its shape, dtype or device: ``bias.type_as(weights)``.
 
-They do not keep weights alive: what goes leaves a stand-in of the same metadata, one zero that is expanded.
+These do not keep weights alive: an erased node leaves a stand-in with the same metadata, an expanded zero.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from effattn.passes.graph.dead_code import only_a_value
 from effattn.passes.graph.insertion import Inserter
 from effattn.passes.graph.view import GraphView
 
-# operation -> the place of the argument of which only the metadata is read; as methods, and as functions of torch
+# operation -> position of the argument of which it reads only metadata; methods, and functions of torch
 _READERS: dict[Any, int] = {
     **dict.fromkeys(("type_as", "view_as", "reshape_as", "expand_as", "to"), 1),
     **dict.fromkeys(("new_zeros", "new_ones", "new_full", "new_empty", "new_tensor", "size", "dim", "numel"), 0),
 }
 _LIKE = ("zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "randn_like", "randint_like")
-_IN_ITS_ORDER = tuple(getattr(torch, name) for name in _LIKE)  # what they make has the memory order of what they read
+_IN_ITS_ORDER = tuple(getattr(torch, name) for name in _LIKE)  # their result has the memory order of the argument
 _READERS |= dict.fromkeys(_IN_ITS_ORDER, 0)
 _ATTRIBUTES = ("shape", "dtype", "device", "ndim")
 
 
 def reads_metadata_only(user: fx.Node, node: fx.Node) -> bool:
-    """Whether nothing that ``user`` computes depends on the values in ``node``."""
+    """Whether the result of ``user`` does not depend on the values of ``node``."""
     if user.target is getattr:
         return user.args[1] in _ATTRIBUTES
     place = _READERS.get(user.target) if user.op in ("call_function", "call_method") else None
@@ -46,7 +46,7 @@ def reads_metadata_only(user: fx.Node, node: fx.Node) -> bool:
 
 
 def reads_no_values(view: GraphView, user: fx.Node, node: fx.Node) -> bool:
-    """As :func:`reads_metadata_only`, also where ``user`` is a view or cast of which only the metadata is read."""
+    """Like :func:`reads_metadata_only`, also for views and casts of which only metadata is read."""
     if reads_metadata_only(user, node):
         return True
     passes_on = bool(user.users) and only_a_value(view, user) and not view.writes(user)
@@ -54,8 +54,8 @@ def reads_no_values(view: GraphView, user: fx.Node, node: fx.Node) -> bool:
 
 
 def require_stand_in(view: GraphView, node: fx.Node) -> None:
-    """Raises: Refused: nothing can stand in for ``node``: it lies in memory in an order of its own, or its size is
-    no sum of products of lengths."""
+    """Raises Refused if nothing can stand in for ``node``: its memory order is used and is not contiguous, or its size
+    is not made of sums and products of lengths."""
     ordered = any(user.target in _IN_ITS_ORDER for user in node.users)
     if ordered and not view.held(node).is_contiguous():
         raise Refused(Why.WEIGHTS, f"the memory order of {node.name} is used, and it is not the plain one")
@@ -67,10 +67,10 @@ def require_stand_in(view: GraphView, node: fx.Node) -> None:
 
 
 def leave_stand_ins(view: GraphView, replaced: list[fx.Node], weights: set[str]) -> tuple[int, list[fx.Node]]:
-    """Give those who read only the metadata of nodes that can go something else to read.
+    """Give readers of metadata a stand-in for nodes that are about to be erased.
 
-    Only of nodes that ``replaced`` was made of, or that are made of the nodes named in ``weights``, and that nobody
-    else reads. Returns how many nodes were written, and those that may go now.
+    Only nodes that ``replaced`` was computed from, or that are computed from the nodes named in ``weights``, and that
+    have no other users. Returns (number of inserted nodes, nodes that may be erased now).
     """
     going, written = set(replaced), 0
     unread: list[fx.Node] = []
@@ -102,7 +102,7 @@ def _made_of(view: GraphView, names: set[str]) -> set[fx.Node]:
 
 
 def _goes(view: GraphView, node: fx.Node, going: set[fx.Node]) -> bool:
-    """Whether only nodes that go and readers of metadata use ``node``, and something can stand in for it."""
+    """Whether ``node`` is used only by erased nodes and readers of metadata, and a stand-in is possible."""
     if not only_a_value(view, node) or view.tensor(node) is None:
         return False
     readers = [user for user in node.users if user not in going]
@@ -131,7 +131,7 @@ def _is_emitted(size: Any) -> bool:
 
 
 def _size(view: GraphView, insert: Inserter, size: Any, end: int) -> Any:
-    """The number that ``size`` is, as an int or a node."""
+    """The value of ``size`` as an int or a node."""
     if size.is_Integer:
         return int(size)
     if size.is_Symbol:

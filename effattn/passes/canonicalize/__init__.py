@@ -1,1 +1,1 @@
-"""Before matching: what users write in many ways is brought into one, and put back where no site used it."""
+"""Before matching: brings different spellings to one form, and restores those that no site used."""

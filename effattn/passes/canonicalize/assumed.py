@@ -1,4 +1,4 @@
-"""What a rewritten graph assumes of tensors that a model keeps: a triangle in a buffer, a decay in tables."""
+"""Assumptions of a rewritten graph about a model's buffers: a causal mask, a decay table."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from torch import fx
 
 @dataclass(frozen=True)
 class Assumed:
-    """What some inputs of a graph held when it was compiled, and has to hold in every call."""
+    """What some inputs held when a graph was compiled, and must hold in every call."""
 
-    what: str  # as a user is told: "a mask in a buffer (bias)"
-    inputs: tuple[int, ...]  # their places among the inputs
-    holds: Callable[..., bool]  # of all inputs of a call; may wait for the device
+    what: str  # for messages: "a mask in a buffer (bias)"
+    inputs: tuple[int, ...]  # positions among the inputs
+    holds: Callable[..., bool]  # of all inputs of a call; may synchronise with the device
 
 
 def places_of(graph: fx.Graph, wanted: set[fx.Node]) -> tuple[int, ...]:
-    """Which inputs of ``graph`` the nodes in ``wanted`` are computed from; tensors only."""
+    """Positions of the tensor inputs of ``graph`` that the nodes in ``wanted`` are computed from."""
     sources, waiting = set(wanted), list(wanted)
     while waiting:
         new = [source for source in waiting.pop().all_input_nodes if source not in sources]

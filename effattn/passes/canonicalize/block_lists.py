@@ -1,12 +1,12 @@
-"""Block masks that are made outside of the graph: their lists of blocks as one table that the score can read.
+"""Block masks made outside the graph: their block lists become a table that the score can read.
 
-FlexAttention's kernels visit only what is listed, whatever mask_mod says, and a later call may bring other lists with
-the same mask_mod. No guard would see that, and to look at lists costs a wait for the device. So they take part as data,
-``mask_mod & listed[b, h, q // rows, k // columns]``: a table with one boolean for each pair of blocks, which several
-layers share. Which tiles a kernel visits still follows from mask_mod.
+FlexAttention's kernels visit only listed blocks, whatever mask_mod says, and a later call may bring other lists with
+the same mask_mod. No guard would notice, and reading the lists would synchronise with the device. So they become data,
+``mask_mod & listed[b, h, q // rows, k // columns]``: one boolean per pair of blocks, shared by layers. Which tiles a
+kernel visits still follows from mask_mod.
 
-A block that is listed as full is taken for listed, and mask_mod is applied in it too, as PyTorch's code without kernels
-does; ``create_block_mask`` lists no block as full in which it would change anything.
+Blocks listed as full count as listed, and mask_mod is applied in them too, as in PyTorch's eager implementation.
+``create_block_mask`` lists no block as full in which that would change anything.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from effattn.passes.match.block_mask import TABLE, BlockMask
 
 
 class TabulateBlockLists(Pass):
-    """One table for the lists of every block mask that is an input; those that no site reads are taken out again."""
+    """Inserts one table for the lists of every block mask that is an input; removes those that no site reads."""
 
     name = "tabulate block lists"
     optional = True
@@ -36,7 +36,7 @@ class TabulateBlockLists(Pass):
 
 
 def decompose(graph: fx.Graph) -> list[fx.Node]:
-    """Put a table before every call whose lists are inputs; the nodes that were put in."""
+    """Insert a table before every call whose lists are inputs; returns the inserted nodes."""
     tables: dict[tuple, fx.Node] = {}
     for node in list(graph.nodes):
         call = canonical(node)
@@ -54,12 +54,12 @@ def decompose(graph: fx.Graph) -> list[fx.Node]:
             insert = Inserter(graph, node)
             with graph.inserting_before(node):
                 tables[known] = insert.call(TABLE, *mask.lists, key, mask.kv_block)
-            tables[known]._rename("blocks")  # as the report shows it
+            tables[known]._rename("blocks")  # the name in the report
     return list(tables.values())
 
 
 def restore_unused(graph: fx.Graph, tables: list[fx.Node]) -> bool:
-    """Erase the tables that nobody reads after all."""
+    """Erase tables without users."""
     unread = [table for table in tables if not table.users and table in set(graph.nodes)]
     for table in unread:
         graph.erase_node(table)

@@ -1,8 +1,8 @@
-"""Checkpointed parts of a model: laid open for the passes, and closed again, so that they are still recomputed.
+"""Checkpoints of a model: inlined for the passes, and outlined again, so that they are still recomputed.
 
-Dynamo puts what ``torch.utils.checkpoint`` runs into a graph of its own, where a mask is an input and what it means
-stands outside. Laid open, its nodes stand in the graph around it, with the number of their region in ``meta``; what
-the passes insert inherits that. Closed, a region is a checkpoint again, whose inputs are what the attention reads now.
+Dynamo puts the function of ``torch.utils.checkpoint`` into a separate graph, where a mask is an input and its meaning
+is outside. Inlined, its nodes are in the outer graph, with the number of their region in ``meta``, which inserted nodes
+inherit. Outlined, a region is a checkpoint again, whose inputs are what the attention reads now.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from effattn.passes.compilation import Compilation, Pass
 from effattn.passes.graph.insertion import REGION
 from effattn.passes.graph.view import CHECKPOINT
 
-SELECTIVE = "_checkpoint_context_fn"  # in the meta of a body: the user chose which operators are kept
+SELECTIVE = "_checkpoint_context_fn"  # in the meta of a body: a selective checkpoint
 
 
 @dataclass(frozen=True)
 class Region:
-    """One checkpoint as the user wrote it."""
+    """One checkpoint in user code."""
 
     number: int
     kwargs: dict[str, Any]
@@ -33,7 +33,7 @@ class Region:
 
 
 class InlineCheckpoints(Pass):
-    """Checkpoints are inlined, and made checkpoints again."""
+    """Inlines checkpoints, and outlines them again."""
 
     name = "inline checkpoints"
     optional = True
@@ -48,7 +48,7 @@ class InlineCheckpoints(Pass):
 
 
 def inline(gm: fx.GraphModule) -> list[Region]:
-    """Replace every checkpoint by what it runs, in place; those that are not plain are left closed."""
+    """Replace every plain checkpoint by its body, in place. Others are left alone."""
     regions: list[Region] = []
     for node in list(gm.graph.nodes):
         body = _plain_body(gm, node)
@@ -60,10 +60,10 @@ def inline(gm: fx.GraphModule) -> list[Region]:
 
 
 def outline(gm: fx.GraphModule, regions: list[Region]) -> None:
-    """Make the nodes of each region a checkpoint again, with all that was inserted between them.
+    """Make the nodes of each region a checkpoint again, including nodes inserted between them.
 
     Raises:
-        RewriteError: nodes of two regions stand between each other, or one would have to give more than tensors.
+        RewriteError: regions overlap, or one would have to return something that is not a tensor.
     """
     for region in regions:
         span = _span(gm.graph, region)
@@ -73,7 +73,7 @@ def outline(gm: fx.GraphModule, regions: list[Region]) -> None:
 
 
 def _plain_body(gm: fx.GraphModule, node: fx.Node) -> fx.GraphModule | None:
-    """The body of a checkpoint whose inputs and outputs are the call's own; None for any other node."""
+    """The body of a plain checkpoint, with no inputs or outputs besides the call's; None for other nodes."""
     if node.target is not CHECKPOINT or not isinstance(node.args[0], fx.Node):
         return None
     body = getattr(gm, str(node.args[0].target), None)
@@ -82,7 +82,7 @@ def _plain_body(gm: fx.GraphModule, node: fx.Node) -> fx.GraphModule | None:
     if any(isinstance(value, fx.Node) for value in node.kwargs.values()):
         return None
     inner = list(body.graph.nodes)
-    if any(one.op in ("get_attr", "call_module") for one in inner):  # graphs within it
+    if any(one.op in ("get_attr", "call_module") for one in inner):  # nested graphs
         return None
     outputs = inner[-1].args[0]
     if sum(one.op == "placeholder" for one in inner) != len(node.args) - 1 or not isinstance(outputs, (tuple, list)):

@@ -1,6 +1,6 @@
-"""Before matching: calls that hide a whole attention in one node are written out, and weights that nobody reads go.
+"""Before matching: decomposes calls that hide an attention in one node, and erases unread weights.
 
-Everything else is left as the user wrote it: the vocabulary already gives every spelling one name.
+Nothing else is changed: the vocabulary already gives every spelling one name.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from effattn.passes.graph.view import GraphView
 
 
 def _decompose_softmin(write: Inserter, node: fx.Node) -> None:
-    """``softmin(x)`` is ``softmax(-x)``, in PyTorch too."""
+    """``softmin(x)`` is ``softmax(-x)``, as in PyTorch."""
     given = dict(zip(("input", "dim", "_stacklevel", "dtype"), node.args, strict=False)) | node.kwargs
     if not isinstance(given.get("dim"), int):
         raise Refused(Why.ARGUMENTS, "softmin without a constant dim")
@@ -33,7 +33,7 @@ def _decompose_softmin(write: Inserter, node: fx.Node) -> None:
     node.replace_all_uses_with(result)
 
 
-# a function that Dynamo keeps whole -> what writes it out and gives its users the parts
+# function that Dynamo keeps whole -> function that decomposes it
 RULES: dict[Any, Callable[[Inserter, fx.Node], None]] = {
     F.softmin: _decompose_softmin,
     F.multi_head_attention_forward: multihead.decompose,
@@ -43,7 +43,7 @@ RULES: dict[Any, Callable[[Inserter, fx.Node], None]] = {
 
 
 class DecomposeCompound(Pass):
-    """Compound calls are written out and unread weights erased."""
+    """Decomposes compound calls and erases unread weights."""
 
     name = "decompose compound calls"
     optional = True
@@ -55,7 +55,7 @@ class DecomposeCompound(Pass):
 
 
 def normalize(gm: fx.GraphModule) -> tuple[int, list[Missed]]:
-    """Expand compound calls in place, erase unread weights: how many nodes, and calls left alone, with the reason."""
+    """Decompose compound calls in place and erase unread weights. Returns (number of changes, calls left alone)."""
     missed: list[Missed] = []
     sources: list[fx.Node] = []
     expanded = 0
@@ -77,6 +77,6 @@ def normalize(gm: fx.GraphModule) -> tuple[int, list[Missed]]:
         gm.graph.erase_node(node)
         expanded += 1
     unused = [source for source in dict.fromkeys(sources) if not source.users]
-    if unused:  # a mask that the causal hint makes superfluous
+    if unused:  # a mask that is not needed with is_causal
         erase_orphans(GraphView(gm.graph), unused)
     return expanded + erase_unused_weights(gm.graph), missed

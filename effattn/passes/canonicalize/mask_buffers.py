@@ -1,10 +1,10 @@
-"""Masks in buffers: the triangle that a GPT keeps for its longest text is written out, and held against the buffer.
+"""Masks in buffers: a causal mask that a model such as GPT-2 keeps in a buffer becomes a comparison of positions.
 
-A buffer is data, so a mask in it would have to be read pair by pair. What it holds is known while compiling; where that
-is a triangle, the part that the model cuts out is written as positions compared, which is read like any other mask. The
-assumption is looked at in every call (:mod:`effattn.runtime.ops.mask_tables`), and where a buffer is written later the
-graph is compiled again with the mask as data (:mod:`effattn.compiler.assumptions`). Inputs of a call are left as they
-are: other calls may bring others.
+A buffer is data, so its mask would have to be read pair by pair. But its values are known at compile time. If it is a
+triangle, the part that the model slices is written as a comparison of positions, which is read like any other mask.
+Every call validates this (:mod:`effattn.runtime.ops.mask_tables`). If the buffer is written later, the graph is
+compiled again with the mask as data (:mod:`effattn.compiler.assumptions`). Masks that are arguments of the model are
+left alone, since other calls may pass others.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Triangle:
 
 @dataclass(frozen=True)
 class WrittenOut:
-    """A part of a buffer, the same written as positions, and what holds one against the other."""
+    """A part of a buffer, the comparison that replaces it, and the node that checks it."""
 
     buffer: fx.Node
     triangle: Triangle
@@ -49,7 +49,7 @@ class WrittenOut:
 
 
 class DecomposeMaskBuffers(Pass):
-    """Triangles in buffers are written out as positions; where no site reads them, the buffer is read again."""
+    """Replaces triangles in buffers by comparisons of positions; restores the buffer where no site reads them."""
 
     name = "decompose mask buffers"
     optional = True
@@ -66,7 +66,7 @@ class DecomposeMaskBuffers(Pass):
 
 
 def decompose(view: GraphView, inputs: Sequence[Any]) -> list[WrittenOut]:
-    """Write out every part of a buffer with a triangle that the graph reads; ``view`` is stale if there is one."""
+    """Replace every part of a buffer with a triangle that the graph reads. ``view`` is stale if there is one."""
     buffers = [node for node in view.graph.nodes if node.op == "placeholder" and _may_be_mask(node)]
     known = Known(view, inputs)
     found: list[WrittenOut] = []
@@ -88,7 +88,7 @@ def decompose(view: GraphView, inputs: Sequence[Any]) -> list[WrittenOut]:
 def _write(
     graph: fx.Graph, buffer: fx.Node, part: fx.Node, readers: list[fx.Node], dims: tuple, triangle: Triangle
 ) -> WrittenOut:
-    """``part`` of a buffer as compared positions, for ``readers``."""
+    """``part`` of a buffer as a comparison of positions, for ``readers``."""
     held = part.meta["example_value"]
     insert = Inserter(graph, part)
     with graph.inserting_before(readers[0] if part.op == "placeholder" else part.next):
@@ -124,7 +124,7 @@ def _write(
 
 
 def restore_unused(graph: fx.Graph, written: list[WrittenOut], relied_on: bool) -> None:
-    """Where the model still reads a mask, it reads its buffer again. Checks stay if some site was replaced."""
+    """Restore the buffer for masks that the model still reads. Checks stay if some site was replaced."""
     present = set(graph.nodes)
     for one in written:
         alive = [node for node in one.inserted if node in present]
@@ -138,7 +138,7 @@ def restore_unused(graph: fx.Graph, written: list[WrittenOut], relied_on: bool) 
 
 
 def assumed(graph: fx.Graph, written: list[WrittenOut]) -> list[Assumed]:
-    """What a graph in which sites were replaced assumes of its buffers."""
+    """The assumptions about buffers of a graph in which sites were replaced."""
     triangles = {one.buffer: one.triangle for one in written}
     return [_assumed(buffer, triangle, *places_of(graph, {buffer})) for buffer, triangle in triangles.items()]
 
@@ -165,7 +165,7 @@ def _may_be_mask(node: fx.Node) -> bool:
 
 
 def _triangle(table: torch.Tensor) -> Triangle | None:
-    """What the table holds, if it is a triangle of two values."""
+    """The triangle of two values in the table, or None."""
     table = table.reshape(table.shape[-2:])
     if min(table.shape) < 2:
         return None
@@ -179,7 +179,7 @@ def _triangle(table: torch.Tensor) -> Triangle | None:
 
 
 def _dims(part: fx.Node, buffer: fx.Node) -> tuple[Any, slice] | None:
-    """(rows, columns) that ``part`` cuts out of the last two dimensions; None if it does anything else to them."""
+    """(rows, columns) that ``part`` takes from the last two dimensions; None if it changes them in another way."""
     shape, item = buffer.meta["example_value"].shape, part.args[1]
     items = list(item) if isinstance(item, tuple) else [item]
     places = [n for n, one in enumerate(items) if one is Ellipsis]
@@ -196,7 +196,7 @@ def _dims(part: fx.Node, buffer: fx.Node) -> tuple[Any, slice] | None:
     rows, columns = cast(tuple[Any, Any], tuple(items[-2:]))
     if not _aligned(columns, shape[-1]):
         return None
-    if isinstance(rows, fx.Node):  # one row for each position, as in a decode step
+    if isinstance(rows, fx.Node):  # one row per position, as in decode
         held = rows.meta.get("example_value")
         one_each = isinstance(held, torch.Tensor) and held.dim() == 1 and held.dtype in (torch.int64, torch.int32)
         return (rows, columns) if one_each else None
@@ -204,7 +204,7 @@ def _dims(part: fx.Node, buffer: fx.Node) -> tuple[Any, slice] | None:
 
 
 def _aligned(cut: Any, size: int) -> bool:
-    """Whether a slice surely starts at the place that its start says."""
+    """Whether a slice is known to begin at its ``start``."""
     if not isinstance(cut, slice) or cut.step not in (None, 1):
         return False
     start = cut.start

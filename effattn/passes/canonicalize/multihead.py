@@ -1,8 +1,8 @@
-"""nn.MultiheadAttention and the fused encoder layer, written out as the nodes that they are made of.
+"""Decomposes nn.MultiheadAttention and the fused encoder layer.
 
-Dynamo keeps ``F.multi_head_attention_forward`` as one node with its projections inside. What is written here computes
-the same values: the same projections, masks merged as the function merges them, SDPA where the function calls SDPA and
-a plain softmax where it makes one (``need_weights``), so that rows without keys give what they gave before.
+Dynamo keeps ``F.multi_head_attention_forward`` as one node, including projections. The decomposition computes the same
+values: the same projections, masks merged as in the function, SDPA where the function calls SDPA and a plain softmax
+where it computes one (``need_weights``), so queries without keys give the same as before.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _LAYER = inspect.Signature(
         for argument in torch.ops.aten._transformer_encoder_layer_fwd.default._schema.arguments
     ]
 )
-# options that add keys or take projected ones: rare, and not worth a rule of their own
+# rare options that add keys or take projected ones; not supported
 _EXOTIC = {
     "bias_k": "a bias is added as one more key",
     "bias_v": "a bias is added as one more value",
@@ -44,10 +44,10 @@ _EXOTIC = {
 
 
 def decompose(insert: Inserter, node: fx.Node) -> None:
-    """Replace the uses of a ``multi_head_attention_forward`` node by its parts.
+    """Replace the uses of a ``multi_head_attention_forward`` node by its decomposition.
 
     Raises:
-        Refused: an option that changes more than this; the reason says which.
+        Refused: an unsupported option; the reason names it.
     """
     bound = _SIGNATURE.bind(*node.args, **node.kwargs)
     bound.apply_defaults()
@@ -82,7 +82,7 @@ def _check(call: dict[str, Any], outputs: dict[int, fx.Node], node: fx.Node) -> 
 
 
 def _attention(insert: Inserter, call: dict[str, Any]) -> fx.Node:
-    """[L, B, E], or [L, E] for inputs without a batch: the function's first output."""
+    """The function's first output: [L, B, E], or [L, E] for inputs without a batch."""
     query, key, value = (call[name] for name in ("query", "key", "value"))
     attn_mask, padding = call["attn_mask"], call["key_padding_mask"]
     batched = _value(query).dim() == 3
@@ -110,7 +110,7 @@ def _attention(insert: Inserter, call: dict[str, Any]) -> fx.Node:
 
 
 def _packed(insert: Inserter, query, key, value, weight, bias) -> list[fx.Node]:
-    """The three projections of ``weight`` [3E, E]; inputs that are one tensor are projected together."""
+    """The three projections by ``weight`` [3E, E]; inputs that are one tensor are projected together."""
     width = _value(query).shape[-1]
     if query is key is value:
         return _chunks(insert, insert.call(F.linear, query, weight, bias), 3, -1)
@@ -135,15 +135,15 @@ def _separate(insert: Inserter, call: dict[str, Any], query, key, value) -> list
 
 
 def _heads(insert: Inserter, projected: fx.Node, heads: int) -> fx.Node:
-    """[N, B, E] as [B, heads, N, E / heads]."""
+    """[N, B, E] to [B, heads, N, E / heads]."""
     width = _value(projected).shape[-1]
     return insert.method("permute", insert.method("unflatten", projected, -1, (heads, width // heads)), 1, 2, 0, 3)
 
 
 def _merged(insert: Inserter, attn_mask, padding, heads: int, dtype: torch.dtype) -> fx.Node | None:
-    """Both masks as one that SDPA takes and that broadcasts to [B, heads, L, S].
+    """Both masks as one for SDPA, which broadcasts to [B, heads, L, S].
 
-    Boolean masks of the function are True where a key is hidden, those of SDPA where it is seen.
+    The function's boolean masks are True where a key is masked, those of SDPA where it is allowed.
     """
     masks = []
     if attn_mask is not None:
@@ -166,7 +166,7 @@ def _as_floats(insert: Inserter, hidden: fx.Node, dtype: torch.dtype) -> fx.Node
 
 
 def _softmax(insert: Inserter, query, key, value, mask: fx.Node | None) -> fx.Node:
-    """Attention as the function computes it when it must return weights: a row without keys is NaN."""
+    """Attention as the function computes it when it returns weights: a query without keys gives NaN."""
     scale = math.sqrt(1.0 / _value(query).shape[-1])
     turned = insert.method("transpose", key, -2, -1)
     scores = insert.call(torch.matmul, insert.call(operator.mul, query, scale), turned)
@@ -186,7 +186,7 @@ def _softmax(insert: Inserter, query, key, value, mask: fx.Node | None) -> fx.No
 def decompose_encoder_layer(insert: Inserter, node: fx.Node) -> None:
     """Replace ``torch._transformer_encoder_layer_fwd``, the inference path of nn.TransformerEncoderLayer.
 
-    Its masks hide where they are not zero, floating point ones too, and a row without keys is NaN.
+    Its masks, also floating-point ones, mask where they are not zero; a query without keys gives NaN.
 
     Raises:
         Refused: its inputs are not plain tensors, or autocast is on.
@@ -194,7 +194,7 @@ def decompose_encoder_layer(insert: Inserter, node: fx.Node) -> None:
     bound = _LAYER.bind(*node.args, **node.kwargs)
     bound.apply_defaults()
     call = bound.arguments
-    if is_autocast(node, _value(call["src"]).device):  # its fake value then lies: results are not of the dtype of src
+    if is_autocast(node, _value(call["src"]).device):  # the recorded fake value then has the wrong dtype
         raise Refused(
             Why.DTYPE,
             "the fused encoder layer runs under autocast, where it rounds more than its parts do",
@@ -210,7 +210,7 @@ def decompose_encoder_layer(insert: Inserter, node: fx.Node) -> None:
 
 
 def _encoder_layer(insert: Inserter, call: dict[str, Any]) -> fx.Node:
-    """[B, N, E] -> [B, N, E]."""
+    """[B, N, E] to [B, N, E]."""
 
     def norm(x: fx.Node, number: int) -> fx.Node:
         weight, bias = call[f"norm_weight_{number}"], call[f"norm_bias_{number}"]
@@ -243,13 +243,13 @@ def _encoder_layer(insert: Inserter, call: dict[str, Any]) -> fx.Node:
 
 
 def _seen(insert: Inserter, mask: fx.Node, mask_type: int) -> fx.Node:
-    """Which keys are seen, from the layer's mask: 0 [N, N], 1 padding [B, N], 2 [B, heads, N, N]."""
+    """Allowed keys from the layer's mask; type 0: [N, N], 1: padding [B, N], 2: [B, heads, N, N]."""
     seen = insert.call(torch.eq, mask, 0)
     return insert.call(operator.getitem, seen, (slice(None), None, None, slice(None))) if mask_type == 1 else seen
 
 
 def leave_native(insert: Inserter, node: fx.Node) -> None:
-    """``torch._native_multi_head_attention``, which Dynamo does not make from nn.MultiheadAttention."""
+    """Refuse ``torch._native_multi_head_attention``, which Dynamo does not make from nn.MultiheadAttention."""
     raise Refused(Why.FUSED_CALL, "torch._native_multi_head_attention hides its attention", "use nn.MultiheadAttention")
 
 
@@ -269,7 +269,7 @@ def _chunks(insert: Inserter, node: fx.Node, count: int, dim: int) -> list[fx.No
 
 
 def _outputs(node: fx.Node) -> dict[int, fx.Node]:
-    """The users of a node that returns a tuple, by the element that they take."""
+    """The users of a node that returns a tuple, by index."""
     found: dict[int, fx.Node] = {}
     for user in node.users:
         if user.target is not operator.getitem or not isinstance(user.args[1], int) or user.args[1] in found:
@@ -280,7 +280,7 @@ def _outputs(node: fx.Node) -> dict[int, fx.Node]:
 
 @contextmanager
 def as_recorded(node: fx.Node) -> Iterator[None]:
-    """Grad mode as it was when Dynamo recorded ``node``, so that inserted values tell the truth."""
+    """Set grad mode as when Dynamo recorded ``node``, so that inserted fake values are right."""
     value = node.meta["example_value"]
     out = value[0] if isinstance(value, tuple) else value
     with torch.set_grad_enabled(out.requires_grad):

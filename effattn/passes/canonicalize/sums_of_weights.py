@@ -1,7 +1,7 @@
-"""Weights that are added before the product with value: ``(a1 - x * a2) @ v`` is written as ``a1 @ v - x * (a2 @ v)``.
+"""Weights that are added before the product with value: ``(a1 - x * a2) @ v`` becomes ``a1 @ v - x * (a2 @ v)``.
 
-So Differential Transformer (arXiv 2410.05258, section 2.1) is two attentions over one value. Where one of them turns
-out to be none, the graph stays as it was: two products cost more than one.
+Differential Transformer (arXiv 2410.05258, section 2.1) thus is two attentions over one value. If one of the parts does
+not become a site, the original graph is used, since two products cost more than one.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from effattn.passes.graph.view import GraphView
 from effattn.passes.graph.vocabulary import Call, is_dead_dropout
 from effattn.passes.symbolic.views import reinterprets
 
-# what weights pass through between a softmax and a sum
+# operations allowed between a softmax and a sum
 _PASSED = ("identity", "dropout", "reshape", "transpose", "permute", "select", "getitem")
 _SIGNS = {"add": 1, "sub": -1}
 
 
 @dataclass(frozen=True)
 class _Term:
-    """One summand: ``sign * factor * weights``; no factor: None."""
+    """One summand: ``sign * factor * weights``; ``factor`` None is 1."""
 
     weights: fx.Node
     factor: Any = None
@@ -36,7 +36,7 @@ class _Term:
 
 
 class DistributeSums(Pass):
-    """Products of sums of weights are taken apart; where a part becomes no site, the graph is compiled without it."""
+    """Distributes products of sums of weights. If a part does not become a site, the graph is compiled without it."""
 
     name = "distribute sums of weights"
     optional = True
@@ -52,10 +52,10 @@ class DistributeSums(Pass):
 
 
 def decompose(view: GraphView) -> list[fx.Node]:
-    """Distribute every product of a sum of weights, in place; the nodes that have to become sites.
+    """Distribute every product of a sum of weights, in place. Returns the nodes that have to become sites.
 
-    A softmax that is still used after all is one of them: it then costs as much as it did. Where there are none, the
-    graph and ``view`` are as before.
+    They include a softmax that still has users, since it would then cost as much as before. If there are none, the
+    graph and ``view`` are unchanged.
     """
     products: list[fx.Node] = []
     shared: list[fx.Node] = []
@@ -72,7 +72,7 @@ def decompose(view: GraphView) -> list[fx.Node]:
 
 
 def _terms_of(view: GraphView, node: fx.Node) -> list[_Term]:
-    """The summands of the weights that ``node`` multiplies with value; [] if it does nothing of the kind."""
+    """The summands of the weights that ``node`` multiplies with value; [] if it does not multiply a sum."""
     call, product = view.call(node), contraction(view, node)
     if call is None or call.name != "matmul" or product is None or view.writes(node):
         return []
@@ -93,7 +93,7 @@ def _summands(view: GraphView, node: fx.Node, time: int) -> list[_Term]:
         return []
     found: list[_Term] = []
     if call.get("input") is call.get("other"):
-        return []  # twice the same: no two softmaxes
+        return []  # the same weights twice
     for name, sign in (("input", 1), ("other", _SIGNS[call.name])):
         part = call.get(name)
         if not isinstance(part, fx.Node) or view.tensor(part) is None or view.shape(part) != view.shape(node):
@@ -106,7 +106,7 @@ def _summands(view: GraphView, node: fx.Node, time: int) -> list[_Term]:
 
 
 def _scaled(view: GraphView, term: _Term, like: fx.Node, time: int) -> _Term | None:
-    """The term with a factor taken off its weights; None if it has one that cannot be."""
+    """The term with a factor split off its weights; None if it has one that cannot be."""
     call = view.call(term.weights)
     if call is None or call.name != "mul":
         return term
@@ -122,7 +122,7 @@ def _scaled(view: GraphView, term: _Term, like: fx.Node, time: int) -> _Term | N
 
 
 def _is_factor(view: GraphView, factor: Any, read: int, time: int) -> bool:
-    """Whether a factor is the same for all keys of a row, and still the same at ``time``."""
+    """Whether a factor is the same for all keys of a query, and unchanged at ``time``."""
     if isinstance(factor, (int, float)):
         return True
     if not isinstance(factor, fx.Node) or view.tensor(factor) is None:
@@ -131,7 +131,7 @@ def _is_factor(view: GraphView, factor: Any, read: int, time: int) -> bool:
 
 
 def from_softmax(view: GraphView, node: fx.Node) -> list[Call]:
-    """The softmax that weights come from, and the views and casts after it; [] if they come from none."""
+    """The softmax that weights come from, and the views and casts after it; [] if there is none."""
     chain: list[Call] = []
     while (call := view.call(node)) is not None:
         chain.insert(0, call)
@@ -144,9 +144,9 @@ def from_softmax(view: GraphView, node: fx.Node) -> list[Call]:
 
 
 def _with_own_softmax(view: GraphView, term: _Term) -> _Term:
-    """The term with a softmax of its own, where it takes some heads of one: a softmax of some heads of the scores.
+    """The term with its own softmax, if it takes some heads of one: a softmax of these heads' scores.
 
-    In the published code the two are neighbouring heads: ``w = softmax(s).view(b, h, 2, n, n); w[:, :, 0]``.
+    In the published code the two are adjacent heads: ``w = softmax(s).view(b, h, 2, n, n); w[:, :, 0]``.
     """
     call, *chain = from_softmax(view, term.weights)
     if not any(link.name in ("getitem", "select") for link in chain):
@@ -169,7 +169,7 @@ def _with_own_softmax(view: GraphView, term: _Term) -> _Term:
             for link in chain:
                 if _is_cast(link):
                     weights = _again(insert, link, weights)
-        except RuntimeError:  # scores that lie in memory in another order than weights, and a view of them
+        except RuntimeError:  # the scores' memory order does not allow the view
             insert.undo()
             return term
     return _Term(weights, term.factor, term.sign)
@@ -180,7 +180,7 @@ def _is_cast(call: Call) -> bool:
 
 
 def _keeps_rows(view: GraphView, call: Call) -> bool:
-    """Whether a view leaves the last two dimensions, queries and keys, alone."""
+    """Whether a view leaves the last two dimensions, queries and keys, unchanged."""
     before, after = view.shape(call.get("input")), view.shape(call.node)
     if len(after) < 2 or before[-2:] != after[-2:]:
         return False
@@ -195,20 +195,21 @@ def _keeps_rows(view: GraphView, call: Call) -> bool:
 
 
 def _again(insert: Inserter, call: Call, source: fx.Node) -> fx.Node:
-    """The same call of another tensor."""
+    """The same call on another tensor."""
     args, kwargs = fx.map_arg((call.node.args, call.node.kwargs), lambda n: source if n is call.get("input") else n)
     return insert.annotate(insert.graph.create_node(call.node.op, call.node.target, args, kwargs))
 
 
 def _moves(view: GraphView, node: fx.Node, time: int) -> bool:
-    """Whether what ``node`` computes may as well be computed at ``time``."""
+    """Whether ``node`` may be computed at ``time`` instead."""
     if view.writes(node) or view.cuts_gradient(node, time):
         return False
     return not any(view.writes_between(part, view.time[node], time) for part in (node, *node.all_input_nodes))
 
 
 def _distributed(graph: fx.Graph, node: fx.Node, terms: list[_Term]) -> list[fx.Node]:
-    """Writes one product for each term and their sum in the place of ``node``; the products, [] if it cannot be."""
+    """Insert one product per term and their sum instead of ``node``. Returns the products, [] if that is not
+    possible."""
     value = node.args[1] if len(node.args) > 1 else node.kwargs.get("other", node.kwargs.get("mat2"))
     insert = Inserter(graph, node)
     products: list[fx.Node] = []
@@ -224,7 +225,7 @@ def _distributed(graph: fx.Graph, node: fx.Node, terms: list[_Term]) -> list[fx.
                     total = part if term.sign > 0 else insert.call(operator.neg, part)
                 else:
                     total = insert.call(operator.add if term.sign > 0 else operator.sub, total, part)
-    except RuntimeError:  # dtypes that only autocast brings together
+    except RuntimeError:  # dtypes that need autocast
         total = None
     if total is None or difference(node.meta["example_value"], total.meta["example_value"]):
         insert.undo()

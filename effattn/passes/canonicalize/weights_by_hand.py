@@ -1,7 +1,7 @@
-"""A product of weights and value that is written out: ``(w[..., None] * v[:, :, None]).sum(-2)`` becomes an einsum.
+"""A product of weights and value written by hand: ``(w[..., None] * v[:, :, None]).sum(-2)`` becomes an einsum.
 
-Every pair of a query and a key has head_dim numbers there, which no product holds. Where it turns out to be no
-attention, the graph stays as it was.
+The multiplication has head_dim numbers per pair of query and key, which a product avoids. If it does not become a site,
+the original graph is used.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from effattn.passes.match.products import product_above
 
 
 class ContractWeights(Pass):
-    """Sums of weights times value are written as products; where one becomes no site, the graph is compiled without."""
+    """Writes sums of weights times value as products. If one does not become a site, the graph is compiled without."""
 
     name = "contract weights and value"
     optional = True
@@ -38,7 +38,7 @@ class ContractWeights(Pass):
 
 
 def contract(view: GraphView) -> list[fx.Node]:
-    """Write every sum of weights times value as a product, in place; the products."""
+    """Write every sum of weights times value as a product, in place. Returns the products."""
     found = {node: times for node in view.graph.nodes if (times := _weighed(view, node)) is not None}
     products = {node: product for node, times in found.items() if (product := _contracted(view, node, times))}
     if products:
@@ -47,7 +47,7 @@ def contract(view: GraphView) -> list[fx.Node]:
 
 
 def _weighed(view: GraphView, node: fx.Node) -> Call | None:
-    """The multiplication of ``sum(weights * value, dim)``; None if ``node`` is none."""
+    """The multiplication in ``sum(weights * value, dim)``; None if ``node`` is not such a sum."""
     call = view.call(node)
     if call is None or call.name != "sum" or call.get("keepdim", False) is not False or call.get("dtype") is not None:
         return None
@@ -67,7 +67,7 @@ def _weighed(view: GraphView, node: fx.Node) -> Call | None:
 
 
 def _are_weights(view: GraphView, node: fx.Node) -> bool:
-    """Whether they come from a softmax over something that was multiplied: no router's."""
+    """Whether they come from a softmax of a product, unlike a router's weights."""
     chain = from_softmax(view, node)
     return bool(chain) and isinstance(chain[0].get("input"), fx.Node) and product_above(view, chain[0].get("input"))
 
@@ -86,7 +86,7 @@ def _contracted(view: GraphView, node: fx.Node, times: Call) -> fx.Node | None:
                 terms.append(labels)
             out = "".join(letter for place, letter in enumerate(ascii_lowercase[: len(full)]) if place != dim)
             product = insert.call(torch.einsum, f"{terms[0]},{terms[1]}->{out}", *parts)
-    except RuntimeError:  # dtypes that only a multiplication brings together
+    except RuntimeError:  # dtypes that einsum does not promote
         insert.undo()
         return None
     summed = all(ascii_lowercase[dim] in labels for labels in terms)
@@ -98,7 +98,7 @@ def _contracted(view: GraphView, node: fx.Node, times: Call) -> fx.Node | None:
 
 
 def _without_ones(view: GraphView, insert: Inserter, part: fx.Node, full: tuple[Any, ...]) -> tuple[fx.Node, str]:
-    """A factor without the dimensions that are there to be broadcast, and a letter for each of the others."""
+    """A factor without its broadcast dimensions, and a letter for each of the others."""
     sizes = view.shape(part)
     letters = ascii_lowercase[len(full) - len(sizes) : len(full)]
     ones = [n for n, (size, wide) in enumerate(zip(sizes, full[-len(sizes) :], strict=True)) if size == 1 != wide]

@@ -1,1 +1,1 @@
-"""One form for each site, with the reason."""
+"""Chooses one form per site, with the reason."""

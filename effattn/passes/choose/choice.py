@@ -1,4 +1,4 @@
-"""One form per site, with the reason: what the policy allows, what the form's rules admit, what is cheapest to run."""
+"""One form per site, with the reason: allowed by the policy, accepted by the form's rules, and cheapest to run."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class Choice:
 
 
 class ChooseForms(Pass):
-    """Every match gets a form and a route."""
+    """Chooses a form and a route for every match."""
 
     name = "choose forms"
     fills = "choices"
@@ -99,10 +99,10 @@ def check_target(site: Site, target: str | None) -> None:
 
 
 def choose(match: Match, policy: Policy, *, strict: bool, target: str | None) -> Choice:
-    """What is done with one match.
+    """The choice for one match.
 
     Raises:
-        FormRefused: with ``strict``, a form that the policy names does not apply at a site that its rule matches.
+        FormRefused: with ``strict``, a form of the policy does not apply at a site that its rule matches.
     """
     site = match.site
     found = policy.match(site)
@@ -133,10 +133,10 @@ def _considered(site: Site, name: str, params: Params, strict: bool, min_length:
     """Whether a form applies at a site.
 
     Raises:
-        FormRefused: it does not, and with ``strict`` that is an error.
+        FormRefused: with ``strict``, it does not.
     """
     keys = site.layout.fixed_keys
-    if not FORMS[name].softmax and keys is not None and keys < min_length:  # its op cannot look at lengths
+    if not FORMS[name].softmax and keys is not None and keys < min_length:  # its op cannot depend on the length
         reason = f"this graph is of {keys:,} keys, and min_length is {min_length:,}"
         return Considered(name, False, (Refusal(Why.SHORT, reason),))
     if site.op is Op.SOFTMAX:
@@ -158,11 +158,11 @@ def _refused(considered: list[Considered]) -> list[str]:
 def _cheapest(match: Match, policy: Policy, rule: PolicyRule, strict: bool, target: str | None) -> Choice:
     """The cheapest form at every length, as one plan that decides when the op runs."""
     site = match.site
-    length = max(rule.min_length, 1)  # which form it is, is decided when the op runs
+    length = max(rule.min_length, 1)  # the form is decided when the op runs
     considered = [_considered(site, name, rule.params_of(name), strict, length) for name in rule.preference]
     accepted = [one.form for one in considered if one.accepted]
     dense = exact_route(site, match.nodes)[0] != "op"
-    also: list[str] = []  # why no form with an op of its own was chosen
+    also: list[str] = []  # why a form with its own op was not chosen
     if not all(FORMS[name].softmax for name in accepted):
         choice = _own_op(match, policy, rule, accepted, dense, considered, target)
         if isinstance(choice, Choice):
@@ -198,7 +198,7 @@ def _own_op(
     considered: list[Considered],
     target: str | None,
 ) -> Choice | str:
-    """The choice of a form with an op of its own, where it is the cheapest at this graph's one length; or why not."""
+    """A form with its own op, if it is cheapest at this graph's one length; otherwise the reason why not."""
     site, keys = match.site, match.site.layout.fixed_keys
     assert keys is not None
     found = cheapest(site, {name: rule.params_of(name) for name in accepted}, dense)

@@ -54,7 +54,7 @@ def _grouped(site: Site) -> str:
 
 
 def _one_small_row(site: Site) -> bool:
-    """Whether nothing is to be saved, as in attention over the layers of a model, whose heads are tokens."""
+    """Whether nothing can be saved, as in attention over a model's layers, whose heads are tokens."""
     sizes = site.layout
     keys = sizes.fixed_keys
     few = sizes.q_len == 1 and keys is not None and keys <= int(sizes.head_dim)
@@ -62,7 +62,7 @@ def _one_small_row(site: Site) -> bool:
 
 
 def sdpa_takes(site: Site) -> bool:
-    """Whether SDPA without a mask tensor computes the site: no mask or top-left causal, a plain scale, equal widths."""
+    """Whether SDPA without a mask tensor computes the site: no mask or causal, plain scale, equal head dimensions."""
     plain = site.spec.predicate == sympy.true or (
         site.spec.predicate == sympy.Le(expr.k, expr.q) and sympy.expand(site.layout.q_len - site.layout.k_len) == 0
     )
@@ -71,7 +71,7 @@ def sdpa_takes(site: Site) -> bool:
 
 
 def is_opaque(site: Site) -> bool:
-    """Whether mask or bias is a tensor that holds a value for every (q, k): there is nothing to save by reading it."""
+    """Whether mask or bias is a tensor with a value for every (q, k), so that reading it saves nothing."""
     pairs = (
         load for load in expr.loads_of(site.spec.predicate, site.spec.score) if load.has(expr.q) and load.has(expr.k)
     )
@@ -98,18 +98,18 @@ OP_RULES = (
 
 
 def cannot_lower(site: Site, form: str) -> tuple[Refusal, ...]:
-    """Reasons that lie in the op and not in the form. Exact sites that SDPA takes do not come here."""
+    """Refusals by the op rather than the form. Not called for exact sites that SDPA computes."""
     refusals = (rule.refusal(site, FORMS[form].params()) for rule in OP_RULES)
     return tuple(refusal for refusal in refusals if refusal is not None)
 
 
 def plan_of(site: Site, form: str, params: Params, min_length: int, target: str | None) -> Plan:
-    """The plan that an op needs for this site and form; on the portable target where kernels cannot serve it."""
+    """The plan for a site and form; on the portable target if the requested target does not support it."""
     spec = replace(site.spec, keep=FORMS[form].keep(params, site))
     sparsity = Sparsity(FORMS[form].selector(params, site))
     widths = int(site.layout.head_dim), int(site.layout.value_dim)
     dtype = getattr(torch, site.dtype)
-    asked = asked_for(target, site.device)  # where it cannot run at all, the user or the log is told
+    asked = asked_for(target, site.device)  # a target that cannot run here at all is reported elsewhere
     if asked.why_not_on(site.device) is None and asked.why_not(spec.complete, dtype, *widths) is not None:
         target = ANYWHERE
     return Plan(form, spec, sparsity, Dispatch(min_length, None, target, site.output_layout, lse_is_read=False))

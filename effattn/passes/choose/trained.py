@@ -1,4 +1,4 @@
-"""Trained weights that a form takes from a file, for the layer of a site."""
+"""Trained weights of a form, from a file, for the layer of a site."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from effattn.lowering.forms.linear import LinearParams
 
 
 def weights_of(site: Site, params: LinearParams) -> LayerWeights:
-    """What the file holds for the layer of a site; nothing for a map without parameters, or a form without a file.
+    """The weights for the layer of a site; empty for a map without parameters or a form without a file.
 
     Raises:
-        WeightsError: the file is not what the map needs.
+        WeightsError: the file does not have the weights that the map needs.
     """
     if not params.weights or not (FEATURE_MAPS[params.feature_map].trained or params.window):
         return LayerWeights({}, {})
@@ -27,7 +27,7 @@ def weights_of(site: Site, params: LinearParams) -> LayerWeights:
 
 
 def no_weights(site: Site, params: Any, min_length: int) -> tuple[Refusal, ...]:
-    """Why a site cannot be given to the form although its rules hold; with ``min_length`` its length must be known."""
+    """Refusals for missing weights, or with ``min_length`` for an unknown length, although the form's rules accept."""
     if min_length and site.layout.fixed_keys is None:
         return (
             Refusal(

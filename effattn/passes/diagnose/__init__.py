@@ -1,1 +1,1 @@
-"""The true reason of a softmax that is left alone."""
+"""Better reasons for softmaxes that are left alone."""

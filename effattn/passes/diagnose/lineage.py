@@ -1,4 +1,4 @@
-"""What lies between two products: the operations that make weights of scores, whether they can be read or not."""
+"""The operations between two products, whether they can be read or not."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from effattn.passes.graph.contraction import Contraction, contraction
 from effattn.passes.graph.provenance import is_state
 from effattn.passes.graph.view import GraphView
 
-_FURTHEST = 64  # operations between a product and what is made of it
-# products with weights: what comes out of one is no product of queries and keys, whatever lies above it
+_FURTHEST = 64  # most operations between a product and what is made of it
+# products with weights; their results are not products of queries and keys
 LAYERS = (F.linear, F.embedding, F.conv1d, F.conv2d, F.conv3d, F.bilinear, torch.addmm)
 
 
 def nearest_products(
     view: GraphView, node: fx.Node, through: Iterable[Callable] = (), until: Callable[[fx.Node], bool] | None = None
 ) -> tuple[list[Contraction], set[fx.Node]] | None:
-    """(the products that ``node`` is computed from, all that lies below them). ``through``: layers to look through.
+    """(the nearest products above ``node``, all nodes in between). ``through``: layers to pass.
 
-    None where a node for which ``until`` holds is among that.
+    None if ``until`` holds for one of these nodes.
     """
     products: list[Contraction] = []
     below: set[fx.Node] = set()
@@ -44,7 +44,7 @@ def nearest_products(
 
 
 def made_of(view: GraphView, source: fx.Node, below: set[fx.Node]) -> list[fx.Node]:
-    """Those of ``below`` that are computed from ``source``, in the graph's order."""
+    """The nodes of ``below`` that are computed from ``source``, in graph order."""
     found = {source}
     for node in sorted(below, key=view.time.__getitem__):
         if not found.isdisjoint(node.all_input_nodes):
@@ -53,7 +53,7 @@ def made_of(view: GraphView, source: fx.Node, below: set[fx.Node]) -> list[fx.No
 
 
 def computed(view: GraphView, node: fx.Node) -> bool:
-    """Whether a tensor depends on what the model is given, and not on its parameters and buffers alone."""
+    """Whether a tensor depends on the model's inputs, not only on parameters and buffers."""
     waiting, seen = [node], {node}
     while waiting:
         node = waiting.pop()
@@ -66,14 +66,14 @@ def computed(view: GraphView, node: fx.Node) -> bool:
 
 
 def scores_each_pair(view: GraphView, product: Contraction) -> bool:
-    """Whether each row of one operand meets each row of the other, and a layer's weights are neither of them."""
+    """Whether each row of one operand meets each row of the other, and neither is a layer's weight."""
     left, right = set(product.left_labels), set(product.right_labels)
     own = [(set(product.out_labels) & one) - other for one, other in ((left, right), (right, left))]
     return all(own) and computed(view, product.left) and computed(view, product.right)
 
 
 def users_of_weights(view: GraphView, weights: fx.Node) -> Iterator[tuple[fx.Node, fx.Node]]:
-    """(node, user) for what is done with weights, through arithmetic and views up to products, sums and choices."""
+    """(node, user) for all uses of weights, through arithmetic and views up to products, sums and selections."""
     waiting, seen = [weights], {weights}
     while waiting and len(seen) < _FURTHEST:
         node = waiting.pop(0)

@@ -1,7 +1,7 @@
-"""Attention whose weights are no softmax: a sigmoid, a choice, a softmax in chunks. It is left alone; this says why.
+"""Reasons for attention whose weights are not a softmax: a sigmoid, a top-k choice, a softmax in chunks.
 
-From each product of two tensors one operand is followed upward to another product. Whatever lies between is looked at
-by its name only: the first row of ``KINDS`` that it is in gives the reason.
+From each product of two tensors, one operand is followed upwards to another product. The operations in between are
+compared by name only; the first row of ``KINDS`` that contains one gives the reason.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ CHOOSING = frozenset(
 
 @dataclass(frozen=True)
 class Kind:
-    """Operations by name, and what weights are that they make of scores."""
+    """Operations by name, and the reason if weights are made of scores by one of them."""
 
     names: frozenset[str]
     reason: str  # {}: the operation
     why: Why = Why.NO_SOFTMAX
-    divided: str = ""  # the reason where a sum of the weights is made as well; "": the same
+    divided: str = ""  # the reason if a sum of the weights is computed too; "": the same
     hint: str = ""
-    unless: frozenset[str] = frozenset()  # with one of these it may be a part of them
+    unless: frozenset[str] = frozenset()  # does not apply together with one of these
 
 
 _UNLIKE = "{} instead of a softmax: the weights are not normalised over keys"
@@ -62,9 +62,9 @@ KINDS = (
 
 
 def why_no_softmax(view: GraphView, node: fx.Node, told: Container[fx.Node]) -> Refusal | None:
-    """Why the attention that ends in the product ``node`` is left alone; None if it ends none, or one of ``told``.
+    """Why the attention that ends in the product ``node`` is left alone; None if it does not end one.
 
-    ``told``: softmaxes and products of which the report tells already.
+    ``told``: softmaxes and products that the report already covers.
     """
     product = contraction(view, node)
     if product is None or node in told:
@@ -102,7 +102,7 @@ def _is_softmax(view: GraphView, node: fx.Node) -> bool:
 
 
 def _are_keys(view: GraphView, scores: Contraction, keys: object) -> bool:
-    """Whether a dimension of the scores that only one operand has is as long as what is summed over."""
+    """Whether a dimension of the scores that only one operand has is as long as the dimension summed over."""
     left, right = set(scores.left_labels), set(scores.right_labels)
     shape = view.shape(scores.node)
     return any(
@@ -113,7 +113,7 @@ def _are_keys(view: GraphView, scores: Contraction, keys: object) -> bool:
 
 
 def name_of(node: fx.Node) -> str:
-    """An operation's name, whether a function or method, in place or not."""
+    """The name of a function or method, without underscores of in-place variants."""
     if isinstance(node.target, torch._ops.HigherOrderOperator):
         return str(node.target)
     return str(getattr(node.target, "__name__", node.target)).strip("_")

@@ -1,6 +1,6 @@
-"""The true reason of a softmax that is left alone: what its scores and weights are, beyond where reading them stopped.
+"""Better reasons for softmaxes that are left alone: what their scores and weights are, beyond where reading stopped.
 
-A row of ``DIAGNOSES`` looks at softmaxes that failed one of its rules, and gives a truer refusal, or None.
+A row of ``DIAGNOSES`` examines softmaxes that failed one of its rules, and gives a better refusal, or None.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Softmax:
     scores: fx.Node
     dim: int
     products: tuple[Contraction, ...]  # nearest above the scores
-    below: frozenset[fx.Node]  # what lies between
+    below: frozenset[fx.Node]  # nodes in between
 
     @property
     def size(self) -> Any:
@@ -47,7 +47,7 @@ class Softmax:
 
 
 def truer(view: GraphView, call: Call, refusal: Refusal) -> Refusal:
-    """The refusal of a softmax, or a truer one."""
+    """The refusal of a softmax, or a better one."""
     scores = call.get("input")
     if not isinstance(scores, fx.Node) or not isinstance(call.get("dim"), int) or not view.shape(scores):
         return refusal
@@ -62,7 +62,7 @@ def truer(view: GraphView, call: Call, refusal: Refusal) -> Refusal:
 
 
 def _mixed_before(softmax: Softmax) -> Refused | None:
-    """``einsum("bhqk,hg->bgqk", scores, mixing)``: an operand of the nearest product holds query and key already."""
+    """``einsum("bhqk,hg->bgqk", scores, mixing)``: an operand of the nearest product already has query and key."""
     for mixing in softmax.products:
         for side, other in (("left", "right"), ("right", "left")):
             node, labels = mixing.operand(side)
@@ -75,7 +75,7 @@ def _mixed_before(softmax: Softmax) -> Refused | None:
 
 
 def _mixed_after(softmax: Softmax) -> Refused | None:
-    """A product, layer or convolution of weights that sums over their heads."""
+    """A product, layer or convolution of weights that sums over heads."""
     view, node, order = softmax.view, softmax.node, list(range(len(softmax.view.shape(softmax.node))))
     if not any(scores_each_pair(view, product) for product in softmax.products):
         return None
@@ -86,7 +86,7 @@ def _mixed_after(softmax: Softmax) -> Refused | None:
             side = "left" if product.left is node else "right"
             labels = product.operand(side)[1]
             over, out = {order[labels.index(label)] for label in product.sums}, set(product.out_labels)
-            rows = [dim for dim in range(len(order)) if dim != softmax.dim][-1]  # the query's, if heads stand in front
+            rows = [dim for dim in range(len(order)) if dim != softmax.dim][-1]  # queries, if heads come first
             mixes = not over & {softmax.dim, rows} and labels[order.index(softmax.dim)] in out
             return Refused(Why.TALKING_HEADS, reason, at=user) if mixes else None
         if user.target in (F.linear, F.conv2d, F.conv1d):
@@ -104,7 +104,7 @@ def _mixed_after(softmax: Softmax) -> Refused | None:
 
 
 def _router(softmax: Softmax) -> Refused | None:
-    """Scores of what the model is given with rows of a parameter: of experts, of classes, of clusters."""
+    """Scores of inputs with rows of a parameter: experts, classes, clusters."""
     for product in softmax.products:
         shape = dict(zip(product.out_labels, softmax.view.shape(product.node), strict=True))
         for side, other in (("left", "right"), ("right", "left")):
@@ -121,7 +121,7 @@ def _router(softmax: Softmax) -> Refused | None:
 
 
 def _mixture(softmax: Softmax) -> Refused | None:
-    """A choice among tensors that the code puts side by side: the outputs of layers, of experts."""
+    """A weighted mean of stacked tensors: outputs of layers or experts."""
     for product in softmax.products:
         for side in ("left", "right"):
             node = product.operand(side)[0]
@@ -137,7 +137,7 @@ def _mixture(softmax: Softmax) -> Refused | None:
 
 
 def chosen_by(nodes: list[fx.Node]) -> Refused | None:
-    """The refusal of a mask or bias that ``nodes`` make of the scores, if one of them compares scores."""
+    """The refusal of a mask or bias that ``nodes`` compute from the scores, if one of them compares scores."""
     for node in nodes:
         if name_of(node) in CHOOSING:
             return Refused(Why.CHOSEN_KEYS, f"keys are chosen by the scores themselves ({spelled(node)})", at=node)
@@ -145,7 +145,7 @@ def chosen_by(nodes: list[fx.Node]) -> Refused | None:
 
 
 def require_free_of_scores(view: GraphView, term: Any, captures: dict[str, CaptureSource], product: fx.Node) -> None:
-    """Raises: Refused: data that the score reads is chosen by the scores: they would be computed a second time."""
+    """Raises Refused if a captured tensor is selected by the scores, which would then be computed twice."""
     for name in {load.name for load in expr.loads_of(term)} & set(captures):
         _, below = nearest_products(view, captures[name].node) or ([], set())
         if (refused := chosen_by(made_of(view, product, below))) is not None:
@@ -164,7 +164,7 @@ def _chosen_by_weights(softmax: Softmax) -> Refused | None:
 
 
 def _pairwise(softmax: Softmax) -> Refused | None:
-    """Distances, and sums of query and key (additive attention): a value for each pair, but no product."""
+    """Distances, and sums of query and key (additive attention): a value per pair, but no product."""
     view = softmax.view
     found = nearest_products(view, softmax.scores, through=(F.linear,))
     if found is None or not _meets_value(softmax):
@@ -217,7 +217,7 @@ def _no_value(softmax: Softmax) -> Refused | None:
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """A truer reason for softmaxes that failed one of ``rules``."""
+    """A better reason for softmaxes that failed one of ``rules``."""
 
     name: str
     rules: frozenset[Why]

@@ -1,1 +1,1 @@
-"""From an anchor, a softmax or an SDPA call, outward to query, key, value and the result: a candidate."""
+"""From an anchor (a softmax or SDPA call) outwards to query, key, value and the result: a candidate."""

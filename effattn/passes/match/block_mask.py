@@ -1,9 +1,9 @@
-"""What a flex_attention call carries besides its mods: lists of blocks, and the code that makes them.
+"""What a flex_attention call has besides its mods: block lists, and the code that makes them.
 
-Lists that ``create_block_mask`` makes inside the graph say nothing that mask_mod does not say. Lists that are inputs
-may say more, in this call or a later one: they take part as data (:mod:`effattn.passes.canonicalize.block_lists`).
-Where they hide more than mask_mod when the graph is compiled (``BlockMask.from_kv_blocks``), the call is left alone:
-FlexAttention's own kernels skip what is not listed, and the op would visit it.
+Lists made by ``create_block_mask`` inside the graph follow from mask_mod. Lists that are inputs may hide more keys, in
+this or a later call, so they become part of the mask as data (:mod:`effattn.passes.canonicalize.block_lists`). If they
+hide more than mask_mod when the graph is compiled (``BlockMask.from_kv_blocks``), the call is left alone:
+FlexAttention's kernels skip blocks that are not listed, and the op would visit them.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from effattn.passes.symbolic import Reader
 from effattn.runtime.algebra import evaluate
 from effattn.runtime.ops.block_lists import as_blocks
 
-NO_BLOCKS = 1 << 30  # the block size of a call without a mask
+NO_BLOCKS = 1 << 30  # block size of a call without a block mask
 SAMPLE = 1 << 22  # entries of the mask that are compared with the lists
 TABLE = torch.ops.effattn.listed_blocks.default
-MADE_BY = "in create_block_mask"  # in the stack trace of lists that are made inside the graph
+MADE_BY = "in create_block_mask"  # in the stack trace of lists made inside the graph
 
 
 _compared: WeakKeyDictionary[GraphView, set[tuple]] = WeakKeyDictionary()
@@ -38,10 +38,10 @@ _compared: WeakKeyDictionary[GraphView, set[tuple]] = WeakKeyDictionary()
 
 @dataclass(frozen=True)
 class BlockMask:
-    """The tuple that ``BlockMask.as_tuple()`` gives to the operator.
+    """The operator's argument from ``BlockMask.as_tuple()``.
 
-    For each row of blocks [B, H, rows]: how many blocks hold some allowed entry, which ones, and which are allowed
-    throughout (None: none is known to be).
+    For each row of blocks, [B, H, rows]: the number and the indices of blocks with allowed entries, and of full blocks
+    (None if full blocks are not known).
     """
 
     counts: Any
@@ -54,7 +54,7 @@ class BlockMask:
 
     @staticmethod
     def of(call: Call) -> BlockMask:
-        """Raises: Refused: the call carries something else."""
+        """Raises Refused if the argument has an unknown layout."""
         parts = call.get("block_mask")
         if not isinstance(parts, tuple) or len(parts) < 13 or not isinstance(parts[-1], fx.Node):
             raise Refused(Why.BLOCK_MASK, "the block mask of the call has an unknown layout")
@@ -74,10 +74,10 @@ class BlockMask:
         return (self.counts, self.indices, self.full_counts, self.full_indices)
 
     def restrict(self, view: GraphView, allowed: Any, reader: Reader, time: int) -> Any:
-        """What the lists leave of ``allowed``, which is what mask_mod says.
+        """``allowed``, the predicate of mask_mod, restricted to the listed blocks.
 
         Raises:
-            Refused: they hide more than mask_mod already in the first call, or may, and are not known as data.
+            Refused: the lists hide more than mask_mod in the first call, or may do so and cannot be read as data.
         """
         if not self.has_lists:
             return allowed
@@ -98,7 +98,7 @@ class BlockMask:
         return allowed
 
     def _listed(self, view: GraphView, reader: Reader, sizes: tuple, time: int) -> Any:
-        """Whether the blocks of query and key are listed, read from the table that was put in before matching."""
+        """Whether the blocks of query and key are listed, read from the table that was inserted before matching."""
         tables = [node for node in self.counts.users if node.target is TABLE and node.args[:4] == self.lists]
         tables = [node for node in tables if node.args[5] == self.kv_block and view.time[node] < time]
         tables = [node for node in tables if equal(view, view.shape(node.args[4])[2], reader.sizes[k])]
@@ -106,7 +106,7 @@ class BlockMask:
         if not tables or written:
             raise Refused(Why.BLOCK_MASK, "its lists of blocks may hide keys that mask_mod allows")
         place: list[Any] = []
-        for index, size in zip((b, h), sizes, strict=True):  # FlexAttention's kernels take the remainder
+        for index, size in zip((b, h), sizes, strict=True):  # FlexAttention's kernels index modulo the size
             place.append(index if equal(view, size, reader.sizes[index]) else expr.Modulo(index, size))
         sides = ((q, self.q_block), (k, self.kv_block))
         place += [expr.FloorDiv(index, reader.extent(block)) for index, block in sides]
@@ -121,7 +121,7 @@ class BlockMask:
 
 
 def _compare_once(mask: BlockMask, view: GraphView, allowed: Any, reader: Reader) -> None:
-    """Layers share their block mask."""
+    """Compare once for layers that share a block mask."""
     known = _compared.setdefault(view, set())
     key = (*mask.lists, allowed)
     if key not in known:
@@ -130,7 +130,7 @@ def _compare_once(mask: BlockMask, view: GraphView, allowed: Any, reader: Reader
 
 
 def _compare(mask: BlockMask, view: GraphView, allowed: Any, reader: Reader) -> None:
-    """Hold the lists of the first call against mask_mod, on some rows of blocks, where their values are known."""
+    """Compare the lists of the first call with mask_mod, on some rows of blocks, if their values are known."""
     names = ("counts", "indices", "full_counts", "full_indices", "q_block", "kv_block")
     counts, indices, full_counts, full_indices, q_block, kv_block = (_real(getattr(mask, name)) for name in names)
     sources = {load.name: reader.captures[load.name].node for load in expr.loads_of(allowed)}
@@ -177,12 +177,12 @@ def _compare(mask: BlockMask, view: GraphView, allowed: Any, reader: Reader) -> 
 
 
 def _spread(size: int, at_most: int, device: torch.device) -> torch.Tensor:
-    """Some of the numbers below ``size``, the last one among them."""
+    """Some of the numbers below ``size``, including the last."""
     return torch.linspace(size - 1, 0, max(1, min(size, at_most)), device=device).long()
 
 
 def _real(value: Any) -> Any:
-    """The tensor or number with which the graph's first call is made; None if it is not known."""
+    """The tensor or number in the graph's first call; None if it is unknown."""
     if not isinstance(value, fx.Node):
         return value
     try:
@@ -195,7 +195,7 @@ def _real(value: Any) -> Any:
 
 
 def _hint(view: GraphView, term: Any) -> int:
-    """The size that was seen while tracing."""
+    """The size while tracing."""
     values = {}
     for node in view.graph.nodes:
         for value in (view.value(node), *getattr(view.tensor(node), "shape", ())):

@@ -1,9 +1,9 @@
-"""Linear attention as a loop over blocks of tokens with a state between them, as Dynamo unrolls it.
+"""Linear attention as a loop over blocks of tokens with a state between them, unrolled by Dynamo.
 
     out_i = ((q_i k_i^T) * D_i) v_i + (q_i * A_i) S_i        S_(i+1) = S_i * b_i + (k_i * E_i)^T v_i
 
-or token by token, ``S_(i+1) = S_i * b + k_i^T v_i`` and ``out_i = q_i S_(i+1)``, and the outputs side by side. What the
-factors D, A, E and b hold is not looked at here: only who is multiplied with whom.
+or token by token, ``S_(i+1) = S_i * b + k_i^T v_i`` and ``out_i = q_i S_(i+1)``. The outputs are concatenated. This
+module only finds which tensors are multiplied; the values of the factors D, A, E and b are not examined here.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _FROM_STATE, _TO_STATE = "bhid,bhde->bhie", "bhjd,bhje->bhde"
 
 @dataclass(frozen=True)
 class Update:
-    """``after = before * decay + (key * falling)^T value``; ``falling`` is None where key is not scaled."""
+    """``after = before * decay + (key * falling)^T value``; ``falling`` is None if key is not scaled."""
 
     after: fx.Node
     before: fx.Node
@@ -34,20 +34,20 @@ class Update:
     value: fx.Node
     decay: fx.Node
     falling: fx.Node | None
-    made: frozenset[fx.Node]  # nodes that compute nothing else
+    made: frozenset[fx.Node]  # nodes that compute only this
 
 
 @dataclass(frozen=True)
 class Block:
-    """One turn of the loop. A turn of a single token reads the state after it and has neither table."""
+    """One iteration of the loop. An iteration over a single token reads the state after it and has no tables."""
 
     query: fx.Node
     key: fx.Node
     value: fx.Node
-    before: fx.Node  # the state from which it starts
+    before: fx.Node  # the state at its start
     rising: fx.Node | None  # A
     triangle: fx.Node | None  # D
-    update: Update | None  # None after the last block, if nobody wants the state that it leaves
+    update: Update | None  # None after the last block, if its state is not used
     made: frozenset[fx.Node]
 
 
@@ -114,7 +114,7 @@ def _turn(view: GraphView, part: fx.Node) -> Block | None:
 
 
 def _update(view: GraphView, state: fx.Node, turn: Block | None) -> Update | None:
-    """How ``state`` is made of the one before ``turn`` and of its own keys; ``turn`` None: of any single token."""
+    """How ``state`` is made from the state before ``turn`` and its keys; ``turn`` None: from any single token."""
     for kept, added in _both_orders(view, state, "add"):
         product = _spells(view, added, _TO_STATE)
         if product is None:
@@ -144,12 +144,12 @@ def _both_orders(view: GraphView, node: fx.Node, name: str) -> Iterator[tuple[fx
 
 
 def _factor(view: GraphView, product: fx.Node, tensor: fx.Node) -> fx.Node | None:
-    """What ``tensor`` is multiplied with."""
+    """The other factor of ``product`` besides ``tensor``; None if it is not such a product."""
     return next((other for one, other in _both_orders(view, product, "mul") if one is tensor), None)
 
 
 def _spells(view: GraphView, node: fx.Node, equation: str) -> tuple[fx.Node, fx.Node, frozenset[fx.Node]] | None:
-    """(left, right, nodes in between) if ``node`` is the product of two tensors that ``equation`` says."""
+    """(left, right, nodes in between) if ``node`` is the product of two tensors given by ``equation``."""
     product = contraction(view, node)
     if product is None or (call := view.call(node)) is None or call.name == "baddbmm" or call.get("out") is not None:
         return None
@@ -167,7 +167,7 @@ def _spells(view: GraphView, node: fx.Node, equation: str) -> tuple[fx.Node, fx.
 
 
 def _levels(view: GraphView, node: fx.Node, labels: tuple[str, ...]) -> Iterator[tuple[fx.Node, tuple[str, ...], Any]]:
-    """An operand as it is and as it was before it was transposed: (node, labels, transposes in between)."""
+    """An operand and what it was before each transpose: (node, labels, transposes in between)."""
     passed: tuple[fx.Node, ...] = ()
     while True:
         yield node, labels, passed

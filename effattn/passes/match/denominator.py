@@ -1,6 +1,6 @@
-"""What a softmax by hand divides by: the sum of its exponentials, and what may stand beside that.
+"""The denominator of a softmax written by hand: the sum of its exponentials, and a sink that may be added to it.
 
-    e = exp(x - m);  e / (e.sum(-1) + exp(-m))        # one more in the denominator: a sink of score 0, whatever m is
+    e = exp(x - m);  e / (e.sum(-1) + exp(-m))        # a sink with score 0, whatever m is
     e = exp(x - m);  e / (e.sum(-1) + exp(sink - m))
     e = exp(x);      e / (e.sum(-1) + 1)
 
@@ -25,10 +25,10 @@ from effattn.passes.symbolic import CaptureSource
 
 
 def denominator(view: GraphView, divisor: Any, exponential: Call, dim: int, end: int) -> dict[str, Any] | None:
-    """What the softmax ``exponential / divisor`` has beside scores and ``dim``; None if it is no softmax over ``dim``.
+    """Facts about the softmax ``exponential / divisor`` over ``dim``; None if it is not one.
 
-    ``sink``: one more score of each row. ``input``, ``read_by``: the scores that the sink belongs to. ``nan_rows``: a
-    row without keys is NaN in spite of a sink. ``refused``: it is nearly a softmax, and why it is none.
+    ``sink``: one more score per query. ``input``, ``read_by``: the scores that the sink is added to. ``nan_rows``: a
+    query without keys gives NaN in spite of the sink. ``refused``: it is almost a softmax; says why it is not.
     """
     try:
         added = sum_of(view, divisor, exponential.node, dim, end)
@@ -42,7 +42,7 @@ def denominator(view: GraphView, divisor: Any, exponential: Call, dim: int, end:
     if before_shift(view, scores, dim, when)[0] is scores:
         return {"sink": math.log(added)} if added > 0 else None
     if 0 < added < torch.finfo(view.held(divisor).dtype).eps / 4:
-        return {}  # the sum is 1 or more: nothing changes
+        return {}  # the sum is at least 1, so nothing changes
     reason = f"{added:g} is added to the sum of the weights, which do not sum to 1 then"
     return {
         "refused": Refused(
@@ -55,7 +55,8 @@ def denominator(view: GraphView, divisor: Any, exponential: Call, dim: int, end:
 
 
 def _one_more(view: GraphView, divisor: Any, exponential: Call, dim: int) -> dict[str, Any] | None:
-    """``e.sum(dim, keepdim=True) + exp(-m)`` with ``e = exp(x - m)``, or ``exp(sink - m)`` for ``exp(-m)``."""
+    """``e.sum(dim, keepdim=True) + exp(-m)`` with ``e = exp(x - m)``, or with ``exp(sink - m)`` instead of
+    ``exp(-m)``."""
     total, shifted = view.call(divisor), view.call(exponential.get("input"))
     if total is None or total.name != "add" or total.get("alpha", 1) != 1 or view.writes(divisor):
         return None
@@ -81,7 +82,7 @@ def _one_more(view: GraphView, divisor: Any, exponential: Call, dim: int) -> dic
 
 
 def _column(view: GraphView, more: Any, shift: fx.Node, shape: tuple, dim: int) -> tuple[Any, list[fx.Node]]:
-    """(the sink's score, the nodes that say so) of ``exp(-m)`` or ``exp(sink - m)``; None if it is neither."""
+    """(the sink's score, the nodes in ``more``) of ``exp(-m)`` or ``exp(sink - m)``; (None, []) for anything else."""
     exponential = view.call(more)
     if exponential is None or exponential.name != "exp":
         return None, []
@@ -107,7 +108,7 @@ def _column(view: GraphView, more: Any, shift: fx.Node, shape: tuple, dim: int) 
 
 
 def _nan_rows(view: GraphView, shift: fx.Node, dim: int) -> bool | None:
-    """Whether the shift of a row is -inf where all its scores are, so that the row is NaN; None: it is not known."""
+    """Whether the shift is -inf for queries whose scores are all -inf, which makes them NaN; None if unknown."""
     call = view.call(shift)
     while call is not None and call.name in ("identity", "getitem"):
         if call.name == "getitem" and call.get("index") != 0:

@@ -1,8 +1,8 @@
-"""Find attention: from each softmax or SDPA call outward by data flow.
+"""Finds attention: from each softmax or SDPA call outwards by data flow.
 
-No template is compared. From a softmax the scores are read symbolically down to one product of query and key, and
-the weights are followed through views and casts to their product with value. What stands between does not matter as
-long as it can be read; what cannot be read is left alone, with the reason.
+There are no templates. From a softmax, the scores are read symbolically down to one product of query and key, and the
+weights are followed through views and casts to their product with value. Any code in between is accepted if it can be
+read; otherwise the softmax is left alone, with the reason.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def find(view: GraphView, strict: bool = False) -> tuple[list[Match], list[Misse
     readers: Readers = {}
     found: dict[fx.Node, Match] = {}
     missed: dict[fx.Node, list[Missed]] = defaultdict(list)
-    told: set[fx.Node] = set()  # anchors and products that the report tells of
+    told: set[fx.Node] = set()  # anchors and products that the report covers
     parts: set[fx.Node] = set()  # other products of what was found
     for anchor in anchors.ANCHORS:
         for node in view.graph.nodes:
@@ -67,7 +67,7 @@ def find(view: GraphView, strict: bool = False) -> tuple[list[Match], list[Misse
                 elif one.rule not in anchor.unspoken:
                     told.add(node)
                     missed[node].append(Missed.at(node, one))
-    others: dict[tuple[str, str, Refusal], Missed] = {}  # all turns of a loop as one
+    others: dict[tuple[str, str, Refusal], Missed] = {}  # one entry for all iterations of a loop
     for node in view.graph.nodes:
         with left_alone(node, missed[node], strict):
             if (refusal := why_no_softmax(view, node, told)) is not None:
@@ -79,7 +79,7 @@ def find(view: GraphView, strict: bool = False) -> tuple[list[Match], list[Misse
 
 
 def _match(view: GraphView, anchor: Anchor, what: Any, readers: Readers) -> Match | Refusal:
-    """The first reading of an anchor that makes a site, or why the first that applies does not."""
+    """The match of the first draft that can be assembled, or the refusal of the first that applies."""
     refusals: list[Refusal] = []
     for read in anchor.readings:
         try:
@@ -98,7 +98,7 @@ def _named(match: Match, number: int) -> Match:
 
 
 def _hides_attention(node: fx.Node) -> bool:
-    """Whether a higher-order operator has attention in the graphs that it runs."""
+    """Whether a higher-order operator has attention in its graphs."""
     if node.target is torch.ops.higher_order.flex_attention:
         return False
     return any(mentions_attention(body) for body in bodies_of(node))
@@ -111,7 +111,7 @@ def _inside(node: fx.Node) -> Missed:
 
 
 def _is_operator(node: fx.Node) -> bool:
-    """Whether a node is a softmax or SDPA of ATen, as programs are made of that torch.export made."""
+    """Whether a node is an ATen softmax or SDPA, as in programs from torch.export."""
     if not isinstance(node.target, torch._ops.OpOverload) or node.target.namespace != "aten":
         return False
     return "softmax" in node.target.__name__ or "scaled_dot_product" in node.target.__name__
@@ -130,7 +130,7 @@ def may_hold_attention(graph: fx.Graph) -> bool:
 
 
 def mentions_attention(graph: fx.Graph) -> bool:
-    """A quick look for anything that could be attention, so that other graphs cost nothing."""
+    """A quick check for anything that may be attention, so that other graphs cost nothing."""
     names = ("softmax", "attention", "transformer_encoder_layer")
     return any(
         any(name in str(getattr(node.target, "__name__", node.target)) for name in names) or _hides_attention(node)

@@ -1,4 +1,4 @@
-"""What weights without a softmax mean: ``scale * s * decay^(q - k)`` for the keys up to the query, and 0 beyond."""
+"""The meaning of weights without a softmax: ``scale * s * decay^(q - k)`` for k <= q, and 0 for later keys."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def interpret(weights: Any) -> LinearSpec:
         Refused: it is attention with a causal mask or decay, but not one that the op computes; the reason says why.
             By Why.NOT_ATTENTION: it is anything else.
     """
-    weights = sympy.sympify(weights).replace(expr.Group, lambda inside: inside)  # only places are subtracted below
+    weights = sympy.sympify(weights).replace(expr.Group, lambda inside: inside)  # only positions are subtracted below
     if not weights.has(q, k):
         return LinearSpec(_constant(_per_score(weights, not_attention("a product that nothing masks"))), None, False)
     past, future = (_at(weights, where) for where in (q - _AGE, q + 1 + _AGE))
@@ -49,7 +49,7 @@ def interpret(weights: Any) -> LinearSpec:
 
 
 def _at(weights: Any, key: Any) -> Any:
-    """The weights of a key at a place relative to the query, its conditions decided."""
+    """The weights at key position ``key``, with conditions decided."""
     return sympy.expand(weights.xreplace({k: key}), power_base=False, power_exp=False, log=False, multinomial=False)
 
 
@@ -58,12 +58,12 @@ def _masks_some(weights: Any) -> bool:
 
 
 def _at_most_zero_beyond(future: Any) -> bool:
-    """Whether the weight of a later key is 0 but for the sign of data: exp(-inf * slope)."""
+    """Whether the weight of a later key is 0 except for the sign of data: exp(-inf * slope)."""
     return future.has(sympy.oo) or future.has(-sympy.oo)
 
 
 def _per_score(term: Any, otherwise: Refused) -> Any:
-    """c where ``term`` is ``c * s``."""
+    """c if ``term`` is ``c * s``."""
     factor = term.xreplace({s: sympy.Integer(1)})
     if not term.has(s) or sympy.expand(term - factor * s) != 0:
         raise otherwise
@@ -71,7 +71,7 @@ def _per_score(term: Any, otherwise: Refused) -> Any:
 
 
 def _split(factor: Any) -> tuple[Any, Any]:
-    """(rate, scale) where ``factor`` is ``scale * exp(rate * age)``."""
+    """(rate, scale) if ``factor`` is ``scale * exp(rate * age)``."""
     exponent, scale = sympy.Integer(0), sympy.Integer(1)
     for part in sympy.Mul.make_args(factor):
         if isinstance(part, sympy.exp):

@@ -14,12 +14,12 @@ from effattn.passes.graph.vocabulary import is_dead_dropout, one_dim
 
 
 def divided(view: GraphView, weights: fx.Node, dim: int, time: int) -> tuple[fx.Node, float | None, int]:
-    """(weights before the division, what is added to their sum, when they are read) from ``w / (w.sum(dim) + eps)``.
+    """(weights before the division, eps, time at which they are read) of ``w / (w.sum(dim) + eps)``.
 
-    The node itself, None and ``time`` where nothing is divided by its sum.
+    The node itself, None and ``time`` if it is not divided by its sum.
 
     Raises:
-        Refused: the sum is limited instead of added to.
+        Refused: the sum is clamped instead.
     """
     node = weights
     while (call := view.call(node)) is not None:
@@ -38,7 +38,7 @@ def divided(view: GraphView, weights: fx.Node, dim: int, time: int) -> tuple[fx.
 
 
 def divided_later(view: GraphView, product: Contraction, side: str) -> tuple[fx.Node, float] | None:
-    """(the quotient, what is added to the sum) where the product's one user is ``(w @ v) / (w.sum(-1) + eps)``."""
+    """(the quotient, eps) if the only user of the product is ``(w @ v) / (w.sum(-1) + eps)``."""
     weights, labels = product.operand(side)
     if not product.keeps_rows(side) or len(product.node.users) != 1:
         return None
@@ -51,9 +51,9 @@ def divided_later(view: GraphView, product: Contraction, side: str) -> tuple[fx.
 
 
 def sum_of(view: GraphView, divisor: Any, weights: fx.Node, dim: int, time: int) -> float | None:
-    """eps where ``divisor``, read at ``time``, is the sum of ``weights`` plus eps, with the dimension ``dim`` kept.
+    """eps if ``divisor``, read at ``time``, is the sum of ``weights`` over ``dim`` (kept) plus eps.
 
-    None where it is not, or where the gradient stops on the way.
+    None otherwise, or if the gradient is stopped in between.
     """
     eps = 0.0
     rank = len(view.shape(weights))
@@ -81,7 +81,7 @@ def sum_of(view: GraphView, divisor: Any, weights: fx.Node, dim: int, time: int)
 
 
 def _appends_one(view: GraphView, call: Any, rank: int, dim: int) -> bool:
-    """``x.unsqueeze(-1)`` or ``x[..., None]`` where the sum dropped the last dimension."""
+    """``x.unsqueeze(-1)`` or ``x[..., None]`` after a sum that dropped the last dimension."""
     source = call.get("input")
     if not isinstance(source, fx.Node) or dim != rank - 1 or view.tensor(source) is None:
         return False

@@ -1,4 +1,4 @@
-"""What every match of attention looks for: a product of query and key, its index, the operands behind it, the value."""
+"""Shared by all matching: the product of query and key, its index, the operands behind it, and the value."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from effattn.passes.symbolic.reader import generic_index
 def traced(
     view: GraphView, node: fx.Node, index: tuple, time: int, name: str, sizes: tuple, dtype=None, whole: bool = False
 ) -> Operand:
-    """The operand behind ``node``. Raises: Refused: its dimensions are not plainly batch, head, row and depth."""
+    """The operand behind ``node``. Raises Refused if its dimensions are not clearly batch, head, row and depth."""
     batch, heads, length, width = sizes
     bounds = Reader(view, {b: batch, h: heads, row: length, depth: width})
     found = trace(view, bounds, node, index, time, dtype, whole=whole or name == "query")
@@ -49,7 +49,7 @@ def traced(
 
 
 def folded_alike(view: GraphView, read: Callable[[bool], tuple[Any, ...]]) -> tuple[Any, ...]:
-    """What ``read(whole)`` gives, query, key and value first: heads are folded back if they can be in key and value."""
+    """``read(whole)``, with query, key and value first. Heads are folded back only if key and value both allow it."""
     found = read(False)
     return found if found[1].heads_in(view) == found[2].heads_in(view) else read(True)
 
@@ -71,8 +71,8 @@ def query_key_product(
     time: int,
     kind: type[Reader] = Reader,
 ) -> tuple[Contraction, int, frozenset[int]]:
-    """The product that the scores are made of; of the dimensions of the scores the query row, and those beside it
-    that the query has and the key has not."""
+    """(the product that the scores are made of, the scores' query dimension, the other dimensions of the scores that
+    only the query has)."""
     shape = view.shape(scores)
     symbols = [sympy.Symbol(f"g{n}", integer=True, nonnegative=True) for n in range(len(shape))]
     sizes = dict(zip(symbols, shape, strict=True))
@@ -113,9 +113,9 @@ def query_key_product(
 
 
 def _query_row(rows: list[int], symbols: list, shape: tuple, dim: int, term, reader: Reader) -> int:
-    """Which dimension is the query's row, where all heads share one key: rows and heads are the query's alone.
+    """The query dimension, if all heads share one key: query positions and heads are then both the query's alone.
 
-    It is the one that the mask compares with the keys, else one whose length is not fixed, else the last one.
+    It is the dimension that the mask compares with the keys, or else one of symbolic length, or else the last.
     """
     compared = [
         atom
@@ -130,11 +130,11 @@ def _query_row(rows: list[int], symbols: list, shape: tuple, dim: int, term, rea
 def _main_product(
     view: GraphView, candidates: list[tuple[Contraction, int, bool]], time: int
 ) -> tuple[Contraction, int]:
-    """The product that a kernel computes: the widest one of a row and a column. Others are added as data.
+    """The product that the kernel computes: the widest one of a query and a key. Others are captured and added.
 
-    In attention with relative positions the others depend on rows and distances, or are gathered at them; where each
-    pair has a vector of its own (wav2vec2-bert), only heads are the query's alone, which stand further in front. Data
-    that is written to before ``time`` would have to be copied: such a product is preferred.
+    With relative positions, the others depend on queries and distances, or are gathered at distances. If each pair has
+    a vector of its own (wav2vec2-bert), only heads are the query's alone, and these are further to the front. A product
+    that is written before ``time`` is preferred, since capturing it would need a copy.
     """
     plain = [(product, rows) for product, rows, is_plain in candidates if is_plain]
     if len(candidates) == 1:
@@ -153,7 +153,7 @@ def _main_product(
 
 
 def _no_product(view: GraphView, reader: Reader, term) -> Refused:
-    """What keeps the scores from being read down to a product, if there is one above them."""
+    """The reason why the scores cannot be read down to a product, if there is one above them."""
     between = "between the product of query and key and softmax"
     for name in [load.name for load in expr.loads_of(term) if load.name not in reader.raw]:
         node = reader.captures[name].node
@@ -189,7 +189,7 @@ def _mixing(view: GraphView, reader: Reader, term, key) -> Refused | None:
 
 
 def product_above(view: GraphView, node: fx.Node) -> bool:
-    """Whether a product of two computed tensors lies above ``node``, with no layer in between."""
+    """Whether a product of two computed tensors is above ``node``, with no layer in between."""
     waiting, seen = [node], {node}
     while waiting:
         node = waiting.pop()
@@ -228,14 +228,14 @@ def scores_at(
             node = reader.raw[other.name].node
             if (call := view.call(node)) is not None and call.name == "baddbmm":
                 raise Refused(Why.SEVERAL_PRODUCTS, "the scores add several products, one of them by baddbmm", at=node)
-            swap[other] = reader.as_data(node, view.time[node] + 1).at(other.indices)  # before anyone writes to it
+            swap[other] = reader.as_data(node, view.time[node] + 1).at(other.indices)  # before it is written
     return term.xreplace(swap), ours[0].indices
 
 
 def _with_data_added(view: GraphView, reader: Reader, scores: fx.Node, time: int) -> Reading:
-    """``x + mask``, or ``x + mask + bias`` in that order, with all that is added as data.
+    """``x + mask``, or ``x + mask + bias`` in that order, with the summands captured.
 
-    Raises: Refused: the last operation is no sum, in float32, of the scores and a tensor that does not depend on them.
+    Raises Refused if the last operation is not a float32 sum of the scores and a tensor that does not depend on them.
     """
     node, time = before_casts(view, scores, time)
     call, shape = view.call(node), view.shape(node)
@@ -250,7 +250,7 @@ def _with_data_added(view: GraphView, reader: Reader, scores: fx.Node, time: int
     if sum(masks) != 1:
         raise Refused(Why.NO_MASK, "what is added to the scores last depends on them")
     readings[masks.index(True)] = reader.as_data(parts[masks.index(True)], view.time[node])
-    with contextlib.suppress(Refused):  # what was added before that
+    with contextlib.suppress(Refused):  # earlier summands
         readings[masks.index(False)] = _grouped(
             _with_data_added(view, reader, parts[masks.index(False)], view.time[node])
         )
@@ -279,9 +279,9 @@ def sides(product: Contraction, inside: tuple) -> tuple[str, str] | None:
 
 
 def operand_index(view: GraphView, node: fx.Node, labels: tuple, at: dict[str, Any], rename: dict) -> tuple:
-    """The index of an operand; dimensions of size 1 are broadcast."""
+    """The index of an operand. Dimensions of size 1 are broadcast."""
     sizes = view.shape(node)
-    own = (*rename, depth)  # the row and head_dim of the operand itself are never broadcast
+    own = (*rename, depth)  # the operand's own row and head_dim are never broadcast
     return tuple(
         sympy.Integer(0) if size == 1 and at[label] not in own else sympy.sympify(at[label]).xreplace(rename)
         for label, size in zip(labels, sizes, strict=True)
@@ -293,13 +293,13 @@ def adds_nothing(call: Call) -> bool:
 
 
 def head_dim_of(view: GraphView, product: Contraction) -> Any:
-    """How many numbers a product adds up for each of its elements."""
+    """The number of summands of each element of the product."""
     sizes = view.shape(product.left)
     return sympy.Mul(*(sizes[product.left_labels.index(label)] for label in product.sums))
 
 
 def depths_of(view: GraphView, product: Contraction) -> dict[str, Any]:
-    """The index of each dimension that is summed over, as a digit of the depth. Raises: Refused: a size is symbolic."""
+    """The index of each summed dimension as a digit of depth. Raises Refused if a size is symbolic."""
     sizes = [view.shape(product.left)[product.left_labels.index(label)] for label in product.sums]
     require_fixed(1, *sizes[1:])
     return dict(zip(product.sums, digits_of(depth, sizes), strict=True))

@@ -1,13 +1,12 @@
-"""Attention sinks as gpt-oss has them: more columns of the softmax, with scores of their own and no value.
+"""Attention sinks, as in gpt-oss: extra columns of the softmax with a score and no value.
 
     weights = softmax(cat([scores, sink], -1))[..., :-1]
     weights = softmax(cat([sinks, scores], -1))[..., n:]
-    weights = softmax(pad(scores, (0, 1)), -1)[..., :-1]         # one more in the denominator: a sink of score 0
+    weights = softmax(pad(scores, (0, 1)), -1)[..., :-1]         # a sink with score 0
 
-Several are one whose score is the logarithm of the sum of their exponentials. The other weights are those of a softmax
-without the columns, times ``sigmoid(lse - sink)`` with the logarithm of the sum
-of their exponentials: attention as ever, and one factor for each row. (OpenAI, gpt-oss-120b & gpt-oss-20b model card,
-arXiv 2508.10925, section 2.2; Agarwal et al.)
+Several sinks equal one whose score is their logsumexp. The remaining weights equal those of a softmax without sinks,
+times ``sigmoid(lse - sink)``: ordinary attention and one factor per query. (OpenAI, gpt-oss-120b & gpt-oss-20b model
+card, arXiv 2508.10925, section 2.2; Agarwal et al.)
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ from effattn.passes.symbolic import CaptureSource
 
 
 class Columns(NamedTuple):
-    """How many columns stand before those of the keys, and how many after them."""
+    """The number of sink columns before and after those of the keys."""
 
     before: Any
     after: Any
@@ -36,20 +35,20 @@ class Columns(NamedTuple):
 
 @dataclass(frozen=True)
 class Scores:
-    """What a softmax is taken of: the scores without the sink's column, and when they are read."""
+    """The argument of a softmax: scores without sink columns, and the time at which they are read."""
 
     node: fx.Node
     time: int
     sink: CaptureSource | float | None = None
-    shifted: bool = False  # the largest was taken off by the user
-    columns: Columns | None = None  # the sinks that stand beside the scores, whose weights have to be dropped
-    nan_rows: bool = False  # a row without keys is NaN in spite of the sink
+    shifted: bool = False  # user code subtracted the maximum
+    columns: Columns | None = None  # sink columns beside the scores, whose weights must be dropped
+    nan_rows: bool = False  # a query without keys gives NaN in spite of the sink
 
 
 def scores_of(view: GraphView, softmax: Call, dim: int) -> Scores:
-    """The scores before the largest was taken off (which changes no weight) and before a sink joined them.
+    """The scores before the maximum was subtracted (which changes no weight) and before a sink was added.
 
-    Raises: Refused: a sink joined them twice, as a column and in the sum that divides.
+    Raises Refused if there are two sinks: a column, and a summand of the denominator.
     """
     found = _before_column(view, softmax, dim)
     if softmax.get("sink") is None:
@@ -74,7 +73,7 @@ def _before_column(view: GraphView, softmax: Call, dim: int) -> Scores:
 
 
 def _sink(view: GraphView, call: Call, dim: int, columns: Columns) -> tuple[fx.Node, int, CaptureSource | float] | None:
-    """(scores, when they are read, sink) of a call that joins ``columns`` of sinks to scores; None if it does not."""
+    """(scores, time, sink) of a call that adds ``columns`` of sinks to scores; None for other calls."""
     rank, time, many = len(view.shape(call.node)), view.time[call.node], max(columns)
     if call.name == "pad":
         value, sizes = call.get("value", 0) or 0, call.get("pad")
@@ -90,7 +89,7 @@ def _sink(view: GraphView, call: Call, dim: int, columns: Columns) -> tuple[fx.N
 
 
 def _dropped(view: GraphView, node: fx.Node, dim: int) -> Columns | None:
-    """The columns that the first slice of the weights drops, all of them on one side."""
+    """The columns that the first slice of the weights drops, if they are all on one side."""
     while len(node.users) == 1:
         (user,) = node.users
         call = view.call(user)
@@ -105,7 +104,7 @@ def _dropped(view: GraphView, node: fx.Node, dim: int) -> Columns | None:
 
 
 def dropped_columns(view: GraphView, call: Call, dim: int) -> Columns | None:
-    """The columns that a call drops of weights: ``weights[..., :-1]``, ``weights[..., n:]``; None if it drops none."""
+    """The columns that a slice of weights drops: ``weights[..., :-1]``, ``weights[..., n:]``; None for other calls."""
     source = call.get("input")
     if call.name not in ("getitem", "narrow") or view.tensor(source) is None or view.tensor(call.node) is None:
         return None
@@ -131,13 +130,13 @@ def dropped_columns(view: GraphView, call: Call, dim: int) -> Columns | None:
 
 
 def require_plain(index: tuple[Any, ...], plain: tuple[Any, ...]) -> None:
-    """Raises: Refused: the scores with a sink are laid out in another way than [B, H, Nq, Nk]."""
+    """Raises Refused if scores with a sink are not laid out as [B, H, Nq, Nk]."""
     if index != plain:
         raise Refused(Why.SINK, "scores with a sink column are not [batch, heads, queries, keys]")
 
 
 def before_shift(view: GraphView, node: fx.Node, dim: int, time: int) -> tuple[fx.Node, int]:
-    """``x`` of ``x - x.max(dim, keepdim=True).values``, and when it is read."""
+    """(x, time at which it is read) of ``x - x.max(dim, keepdim=True).values``; the node itself for anything else."""
     call = _unchanged(view, node, time)
     if call is None or call.name != "sub" or call.get("alpha", 1) != 1:
         return node, time
@@ -145,7 +144,7 @@ def before_shift(view: GraphView, node: fx.Node, dim: int, time: int) -> tuple[f
     if not isinstance(source, fx.Node) or not isinstance(largest, fx.Node):
         return node, time
     values = _unchanged(view, largest, view.time[node])
-    if values is not None and values.name == "identity":  # detached: the weights do not depend on it
+    if values is not None and values.name == "identity":  # detach(), which is allowed: weights do not depend on it
         largest = values.get("input")
         values = _unchanged(view, largest, view.time[values.node])
     if values is not None and values.name == "getitem" and values.get("index") == 0:
@@ -160,7 +159,7 @@ def before_shift(view: GraphView, node: fx.Node, dim: int, time: int) -> tuple[f
 
 
 def before_casts(view: GraphView, node: fx.Node, time: int) -> tuple[fx.Node, int]:
-    """What was cast to a type that holds all its values, and when it is read."""
+    """The tensor before casts to wider dtypes, and the time at which it is read."""
     while (call := _unchanged(view, node, time)) is not None:
         source = call.get("input")
         casts = call.casts or call.name == "identity"
@@ -175,7 +174,7 @@ def before_casts(view: GraphView, node: fx.Node, time: int) -> tuple[fx.Node, in
 
 
 def _unchanged(view: GraphView, node: Any, time: int) -> Call | None:
-    """The call that made ``node``, if the node still holds what it made at ``time``."""
+    """The call of ``node``, if the node has not been written by ``time``."""
     if not isinstance(node, fx.Node) or view.writes(node) or view.writes_between(node, view.time[node], time):
         return None
     return view.call(node)

@@ -1,4 +1,4 @@
-"""Attention weights on their way from the softmax to the product with value."""
+"""Follows attention weights from the softmax to the product with value."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from effattn.passes.symbolic.views import permutation, reinterprets, reshape_ind
 
 @dataclass(frozen=True)
 class Weighted:
-    """The end of the way: the product with value, and what became of the weights before."""
+    """The product with value, and what happened to the weights before it."""
 
     replaced: fx.Node
     product: Contraction
@@ -42,11 +42,11 @@ class Weighted:
 def follow_weights(
     view: GraphView, softmax: fx.Node, index: tuple, reader: Reader, columns: Columns | None
 ) -> Weighted:
-    """From the softmax through casts and views to the product with value.
+    """Follow the weights from the softmax through casts and views to the product with value.
 
-    ``columns``: those that have to be dropped on the way, as they are the weights of sinks.
+    ``columns``: weights of sinks, which must be dropped in between.
 
-    Raises: Refused: something else stands in between, or uses the weights.
+    Raises Refused if another operation is in between, or the weights have other users.
     """
     node, factor, nan_is_zero = softmax, sympy.Integer(1), False
     zeroed: list[Zeroed] = []
@@ -54,7 +54,7 @@ def follow_weights(
         users = _who_read_values(view, node)
         if users and (call := _zeroing_in_place(view, reader, users[0], node)) is not None:
             zeroed.append(Zeroed(_mask_at(reader, call, index, view.shape(node)), call.node))
-            users = [*users[0].users, *users[1:]]  # what was written to has two names from here on
+            users = [*users[0].users, *users[1:]]  # after the write, the tensor is known by two nodes
             node = call.node if call.node.users else node
         if (cleared := _nan_set_to_zero(view, reader, node, users)) is not None:
             users, nan_is_zero = [cleared], True
@@ -77,7 +77,7 @@ def follow_weights(
         if columns is not None and k in index and dropped_columns(view, call, index.index(k)) == columns:
             columns = None
         elif call.name == "reshape" or (call.name == "getitem" and only_new_dims(call.get("index"))):
-            # where an element of the view lies in the weights: read backwards
+            # from the element of the view back to the element of the weights
             moved = (
                 None if reinterprets(view, call) else reshape_index(reader, view.shape(user), view.shape(node), index)
             )
@@ -101,7 +101,7 @@ def follow_weights(
 
 
 def _require_plain_product(view: GraphView, product: Contraction, weights: fx.Node, columns: Columns | None) -> None:
-    """Raises: Refused: the product is not that of weights and value alone."""
+    """Raises Refused if the product is not of weights and value alone."""
     node = product.node
     if columns is not None:
         raise Refused(Why.SINK, "the weights of the sink columns are not dropped before the product with value")
@@ -133,9 +133,9 @@ def _nan_set_to_zero(view: GraphView, reader: Reader, node: fx.Node, users: list
 
 
 def _multiplied(view: GraphView, reader: Reader, call: Call, node: fx.Node, index: tuple) -> Any:
-    """What a call that fills, chooses or multiplies makes of weights: a number as their factor, or where they are zero.
+    """The effect of a fill, where() or multiplication on weights: a number (their factor), or a Zeroed.
 
-    None if it is another call, or none of both.
+    None for other calls and other effects.
     """
     shape = view.shape(node)
     if view.shape(call.node) != shape:
@@ -163,7 +163,7 @@ def _multiplied(view: GraphView, reader: Reader, call: Call, node: fx.Node, inde
 
 
 def _who_read_values(view: GraphView, node: fx.Node) -> list[fx.Node]:
-    """The users of weights, in order, but for those that read only their shape, dtype or device."""
+    """The users of weights, in order, except those that read only shape, dtype or device."""
     users = sorted(node.users, key=lambda user: view.time[user])
     values = [user for user in users if not reads_no_values(view, user, node)]
     if len(values) < len(users):
@@ -172,7 +172,7 @@ def _who_read_values(view: GraphView, node: fx.Node) -> list[fx.Node]:
 
 
 def _used_elsewhere(view: GraphView, users: list[fx.Node]) -> Refused:
-    """Who else uses the weights; if it is what comes after the graph, why the graph ends."""
+    """The refusal for other users of the weights; if the graph ends there, with the reason for that."""
     values = [user for user in users if contraction(view, user) is not None]
     others = [user for user in users if user not in values[:1]]  # the first is the attention itself
     returned = [user for user in others if user.op == "output"]

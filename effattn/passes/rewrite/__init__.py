@@ -1,1 +1,1 @@
-"""Sites into ops; each whole or not at all."""
+"""Replaces sites by ops; each is replaced as a whole or not at all."""

@@ -1,8 +1,8 @@
-"""What was left alone stays as the user wrote it: Inductor's patterns of attention pass it by.
+"""Keeps Inductor's attention patterns away from attention that was left alone.
 
-They look for a product, a softmax and a product, and do not ask over which dimension the softmax goes, how the key was
-turned, or what a row without keys gets: what effattn refuses for such a reason they replace all the same. A dimension
-that is added to the weights and dropped again keeps them off; it is a view, which Inductor folds into its index.
+They match a product, a softmax and a product, without checking the softmax's dimension, how the key was transposed, or
+what queries without keys give, so they would replace attention that effattn refuses for such reasons. A dimension that
+is added to the weights and dropped again prevents the match. It is a view, which Inductor folds into its indexing.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from effattn.errors import RewriteError
 from effattn.passes.graph.insertion import Inserter
 from effattn.passes.graph.vocabulary import canonical
 
-# what makes weights of scores; a softmax that is written out ends in the exponential that patterns look for
+# operations that make weights of scores; in a softmax written by hand patterns look for the exponential
 _WEIGHTS = {"softmax", "log_softmax", "exp"}
 
 
 def keep_as_written(gm: fx.GraphModule) -> int:
-    """Hide the softmaxes of ``gm`` and the graphs in it from Inductor's patterns; how many there were."""
+    """Hide the softmaxes of ``gm`` and its subgraphs from Inductor's patterns. Returns their number."""
     hidden = 0
     for module in gm.modules():
         if not isinstance(module, fx.GraphModule):
@@ -35,7 +35,7 @@ def keep_as_written(gm: fx.GraphModule) -> int:
 
 
 def _hide(graph: fx.Graph, node: fx.Node) -> bool:
-    readers = [user for user in node.users if user.op != "output"]  # an output stays what it was, not a view of it
+    readers = [user for user in node.users if user.op != "output"]  # outputs must not become views
     if not readers or not isinstance(node.meta.get("example_value"), torch.Tensor):
         return False
     with graph.inserting_after(node):

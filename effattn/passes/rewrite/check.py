@@ -1,4 +1,4 @@
-"""The graph between passes: well formed, every new node with a value, every write still there."""
+"""Checks the graph after the passes: well formed, fake values for new nodes, no write lost."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from effattn.passes.graph.view import GraphView
 
 
 def check(graph: fx.Graph, original: fx.Graph) -> None:
-    """Refuse a graph that a pass left in a wrong state.
+    """Check a graph after a pass.
 
     Raises:
-        RewriteError: a node lacks its fake value, inputs changed, an output has another dtype, shape or device, or a
-            write to an input's memory disappeared.
+        RewriteError: a node has no fake value, inputs changed, an output's dtype, shape or device changed, or a write
+        to an input is missing.
     """
     graph.lint()
     for node in graph.nodes:
@@ -36,7 +36,7 @@ def check(graph: fx.Graph, original: fx.Graph) -> None:
 
 
 def _check_outputs(graph: fx.Graph, original: fx.Graph) -> None:
-    """Every output is what it was, as far as fake values tell; sizes that are symbols were compared where replaced."""
+    """Compare the fake values of all outputs. Symbolic sizes were compared when nodes were replaced."""
     before, after = (pytree.tree_leaves(side.output_node().args) for side in (original, graph))
     if len(before) != len(after):
         raise RewriteError(f"the graph has {len(after)} outputs, expected {len(before)}")

@@ -1,4 +1,4 @@
-"""A softmax site as linear attention: feature maps of query and key into the graph, their weights as constants."""
+"""A softmax site as linear attention: inserts feature maps of query and key, with their weights as constants."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from effattn.passes.choose.trained import weights_of
 
 
 def apply_feature_map(x: Tensor, name: str, names: tuple[str, ...], values: tuple[Tensor, ...]) -> Tensor:
-    """phi(x), [B, H, N, D] -> [B, H, N, F]; ``names`` are those of the parameters ``values``."""
+    """phi(x), [B, H, N, D] to [B, H, N, F]; ``names`` are the names of the parameters ``values``."""
     return FEATURE_MAPS[name](x, dict(zip(names, values, strict=True)))
 
 
 def features_op(
     writer: Any, site: Site, params: LinearParams, operands: list[fx.Node], scale: Any, target: str | None
 ) -> fx.Node:
-    """The output of the op, [B, H, N, Dv], from query, key and value; ``scale``: of the softmax in a window, if any."""
+    """The op's output, [B, H, N, Dv], from query, key and value. ``scale``: of the softmax in a window, if any."""
     weights = weights_of(site, params)
     mapped = []
     for operand, given in zip(operands[:2], (weights.query, weights.key), strict=True):
@@ -49,7 +49,7 @@ def _constant(writer: Any, value: Tensor, like: fx.Node) -> fx.Node:
     name = f"effattn_weights_{sum(1 for _ in module.buffers())}"
     module.register_buffer(name, value.to(like.meta["example_value"].device))
     sources = getattr(module, "_param_name_to_source", None)
-    if isinstance(sources, dict):  # AOTAutograd asks where each buffer of Dynamo's module comes from
+    if isinstance(sources, dict):  # AOTAutograd needs a source for each buffer of Dynamo's module
         sources[name] = ConstantSource(name)
     node = writer.graph.get_attr(name)
     node.meta["example_value"] = writer.mode.from_tensor(getattr(module, name))

@@ -1,4 +1,4 @@
-"""Linear attention into the graph: the op, with its decay computed from what the user's code computes it from."""
+"""Inserts the op of linear attention; its decay is computed from the user's own tensors."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def _cast(writer: Writer, node: fx.Node, dtype: torch.dtype) -> fx.Node:
 
 
 def rate_of(writer: Writer, match: Match) -> fx.Node | None:
-    """The logarithm of each head's decay, [H] float32, as nodes that read the user's own tensors."""
+    """The logarithm of each head's decay, [H] float32, computed from the user's own tensors."""
     site = match.site
     if site.linear is None or site.linear.rate is None:
         return None
@@ -71,7 +71,7 @@ def rate_of(writer: Writer, match: Match) -> fx.Node | None:
 
 
 def _per_head(writer: Writer, node: fx.Node, load: expr.Load, heads: int) -> fx.Node:
-    """The elements of a tensor that a load reads, one for each head, float32: [H], or 0-d if all heads read one.
+    """The elements that a load reads, one per head, float32: [H], or 0-d if all heads read the same.
 
     Raises:
         Refused: the load depends on more than the head.
@@ -89,7 +89,7 @@ def _per_head(writer: Writer, node: fx.Node, load: expr.Load, heads: int) -> fx.
 
 
 class _Nodes:
-    """Terms of one number per head as nodes: [H] float32, or 0-d where they do not depend on the head."""
+    """The algebra whose values are nodes: [H] float32, or 0-d if they do not depend on the head."""
 
     CALLS: ClassVar[dict[str, Callable[..., Any]]] = {
         "add": operator.add,

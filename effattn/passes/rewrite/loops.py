@@ -20,10 +20,10 @@ from effattn.runtime.ops.decay_tables import follow  # importing it registers to
 
 
 def checked(writer: Writer, loop: Loop, rate: fx.Node | None) -> fx.Node | None:
-    """The rate as a node that looks at the tables in every call.
+    """The rate, as a node that validates the tables in every call.
 
     Raises:
-        Refused: the tables are no powers of the rate now, or cannot be looked at.
+        Refused: the tables are not powers of the rate, or their values are unknown.
     """
     tables = (list(loop.rising), list(loop.falling), list(loop.triangles))
     if rate is None or not any(tables):
@@ -40,11 +40,11 @@ def checked(writer: Writer, loop: Loop, rate: fx.Node | None) -> fx.Node | None:
 
 
 def assumed_decays(graph: fx.Graph) -> list[Assumed]:
-    """What a rewritten graph assumes of the tables that its rates were held against."""
+    """The assumptions of a rewritten graph about the decay tables."""
     op = torch.ops.effattn.checked_decay.default
     if not graph.find_nodes(op="call_function", target=op):
         return []
-    kept = copy.deepcopy(graph)  # whatever becomes of the graph
+    kept = copy.deepcopy(graph)  # later passes may change the graph
     view = GraphView(kept)
     return [_assumed(view, check) for check in kept.find_nodes(op="call_function", target=op)]
 
@@ -61,7 +61,7 @@ def _assumed(view: GraphView, check: fx.Node) -> Assumed:
 
 
 def same_shape(before: torch.Tensor, after: torch.Tensor) -> bool:
-    """Whether one may take the place of the other, as far as the guards tell that Dynamo made."""
+    """Whether shape, dtype and device are equal, as far as Dynamo's guards show."""
     if before.dim() != after.dim():
         return False
     same = all(same_size(one, other) for one, other in zip(before.shape, after.shape, strict=True))

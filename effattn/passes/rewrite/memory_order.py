@@ -1,4 +1,4 @@
-"""Memory order of what replaces a node: the user's code may rely on it, with ``view`` for one."""
+"""Memory order of replacements: user code may rely on strides, for example with ``view``."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _LOOKS_AT_STRIDES = ("as_strided", "as_strided_", "stride", "is_contiguous", "st
 
 
 def in_order_of(view: GraphView, inserter: Inserter, old: fx.Node, new: fx.Node) -> fx.Node:
-    """``new``, or a copy of it with the strides of ``old`` if these differ and anybody can tell."""
+    """``new``, or a copy with the strides of ``old`` if they differ and the difference may be observed."""
     before, after = old.meta["example_value"], new.meta["example_value"]
     if _strides(before) == _strides(after) or not _relied_on(view, inserter, old, after):
         return new
@@ -28,14 +28,14 @@ def in_order_of(view: GraphView, inserter: Inserter, old: fx.Node, new: fx.Node)
 
 
 def _strides(value: torch.Tensor) -> list[Any]:
-    """Strides of the dimensions in which there is a step to take."""
+    """Strides of the dimensions that have more than one element."""
     return [as_sympy(stride) for size, stride in zip(value.shape, value.stride(), strict=True) if as_sympy(size) != 1]
 
 
 def _relied_on(view: GraphView, inserter: Inserter, old: fx.Node, after: torch.Tensor) -> bool:
-    """Whether other strides would be seen: outside the graph, by a custom kernel, or by a view that they forbid.
+    """Whether other strides could be observed: outside the graph, by a custom kernel, or by a view that they forbid.
 
-    They are followed through views, and through all that gives its result the order of what it is computed from.
+    Follows strides through views, and through operations whose result has the memory order of their input.
     """
     values: dict[fx.Node, Any] = {old: after.detach()}  # an operation in place may change what it is given
     waiting = [old]

@@ -1,4 +1,4 @@
-"""The tap: before every site a call that sees what its op would receive. Nothing is replaced, the model stays dense."""
+"""Inserts a call before every site that observes the op's arguments. Nothing is replaced; the model stays dense."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from effattn.passes.rewrite.sites import op_arguments
 
 
 class ObserveSites(Pass):
-    """Insert ``observe(number, query, key, value, captures, scalars, numbers)`` where each site stands.
+    """Insert ``observe(number, query, key, value, captures, scalars, numbers)`` at each site.
 
-    ``number`` is the place among the matches; the rest is what ``effattn::attend`` takes: query [B, Hq, Nq, D], key
+    ``number`` is the index of the match. The others are the arguments of ``effattn::attend``: query [B, Hq, Nq, D], key
     [B, Hkv, Nk, D] and value [B, Hkv, Nk, Dv] after rotary embeddings, grouped heads not expanded, in the dtype of the
-    attention's result. The graph must run as Python: ``observe`` is no op.
+    attention's result. The graph must run in Python, since ``observe`` is not an op.
     """
 
     name = "observe sites"

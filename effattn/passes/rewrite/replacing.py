@@ -1,4 +1,4 @@
-"""Replacing sites in a graph, each whole or not at all; used by every pass that writes ops."""
+"""Replacement of sites in a graph, each as a whole or not at all. Used by every pass that inserts ops."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from effattn.passes.graph.view import GraphView
 from effattn.passes.rewrite.memory_order import in_order_of
 from effattn.passes.symbolic import CaptureSource
 
-Pairs = Sequence[tuple[fx.Node, fx.Node]]  # (node, what takes its place)
+Pairs = Sequence[tuple[fx.Node, fx.Node]]  # (node, replacement)
 
 
 @dataclass(frozen=True)
@@ -36,13 +36,13 @@ class Emitted:
 
 
 class Rewriting:
-    """The replacements of one pass. What was replaced is erased by ``finish``; until then the view stays true."""
+    """The replacements of one pass. ``finish`` erases replaced nodes; until then the view stays valid."""
 
     def __init__(self, work: Compilation):
         self.view, self.saved = work.view, SavedCaptures(work.view)
         self.known = Known(work.view, work.inputs)
         self._left_alone = partial(left_alone, missed=work.outcome.missed, strict=work.strict)
-        self.replaced: dict[fx.Node, fx.Node] = {}  # by what
+        self.replaced: dict[fx.Node, fx.Node] = {}  # node -> replacement
         self._before, self._inserted = len(work.graph.nodes), 0
 
     @contextmanager
@@ -65,14 +65,14 @@ class Rewriting:
         keeps_result: bool = False,
         alike: Callable[[torch.Tensor, torch.Tensor], bool] = lambda old, new: False,
     ) -> None:
-        """Let everybody read the second of each pair instead of the first.
+        """Make all users of the first node of each pair use the second.
 
         Args:
-            keeps_result: the gradient needs the result; it is copied where the graph changes it later.
-            alike: whether a replacement fits although its shape is spelled differently.
+            keeps_result: the gradient needs the result, so it is copied if the graph writes it later.
+            alike: whether a replacement fits although its shape is a different expression.
 
         Raises:
-            RewriteError: a replacement does not have the shape, dtype or device of what it replaces.
+            RewriteError: a replacement has another shape, dtype or device.
         """
         finished: list[tuple[fx.Node, fx.Node]] = []
         for old, new in pairs:
@@ -88,20 +88,20 @@ class Rewriting:
             self.replaced[old] = new
 
     def leave_stand_ins(self, weights: set[str]) -> list[fx.Node]:
-        """As :func:`effattn.passes.candidate.stand_ins.leave_stand_ins`; the nodes that may go now."""
+        """See :func:`effattn.passes.candidate.stand_ins.leave_stand_ins`; returns the nodes that may be erased."""
         written, unread = leave_stand_ins(self.view, list(self.replaced), weights)
         self._inserted += written
         return unread
 
     def finish(self, orphans: Sequence[fx.Node] = ()) -> int:
-        """Erase what nobody reads any more; the number of nodes that disappeared."""
+        """Erase nodes that are no longer used. Returns the number of erased nodes."""
         self.saved.erase_unused()
         erase_orphans(self.view, [*self.replaced, *orphans])
         return self._before + self._inserted + len(self.saved.copies) - len(self.view.graph.nodes)
 
 
 class Writer(Inserter):
-    """Inserts the replacement of one site. What it reads of another site is what took that one's place."""
+    """Inserts the replacement of one site. It reads the replacements of other sites."""
 
     def __init__(self, rewriting: Rewriting, like: fx.Node):
         super().__init__(rewriting.view.graph, like)
@@ -109,7 +109,7 @@ class Writer(Inserter):
         self.known = rewriting.known
 
     def now(self, node: fx.Node) -> fx.Node:
-        """The node that holds what ``node`` held when it was matched."""
+        """The node that now has the value ``node`` had when it was matched."""
         return self.replaced.get(node, node)
 
     def operands(self, nodes: MatchedNodes) -> list[fx.Node]:
@@ -122,12 +122,12 @@ class Writer(Inserter):
         return node if node.meta["example_value"].dtype == dtype else self.method("to", node, dtype)
 
     def load(self, source: CaptureSource, time: int) -> fx.Node:
-        """What a load reads, as it was when the user's code read it, for a reader at ``time``."""
+        """A captured tensor as user code read it, for a reader at ``time``."""
         return self.now(self.saved.at(source, time))
 
 
 class SavedCaptures:
-    """Loads as the user's code read them. Where memory is written in between, a copy is taken before the write."""
+    """Captured tensors as user code read them. If memory is written in between, a copy is made before the write."""
 
     def __init__(self, view: GraphView):
         self.view = view
@@ -148,7 +148,7 @@ class SavedCaptures:
         return self.copies[key]
 
     def erase_unused(self) -> None:
-        """Copies for sites that were left alone after all go."""
+        """Erase copies for sites that were left alone after all."""
         for key, copy in list(self.copies.items()):
             if not copy.users:
                 self.view.graph.erase_node(copy)

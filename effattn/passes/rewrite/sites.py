@@ -1,4 +1,4 @@
-"""The rewriting: op nodes in, the nodes that they orphan out."""
+"""The rewriting: inserts ops and erases the nodes that they make unused."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from effattn.runtime.targets.sdpa import lies_well, needs_alignment
 
 
 class RewriteSites(Pass):
-    """Every choice that is not "keep" is applied; one that fails leaves its attention alone."""
+    """Applies every choice except "keep". One that fails leaves its attention alone."""
 
     name = "rewrite sites"
     needs = ("choices",)
@@ -78,7 +78,7 @@ def _sdpa(writer: Writer, choice: Choice) -> Emitted:
     query, key, value = (_as_kernels_read(writer, node) for node in writer.operands(choice.match.nodes))
     scale = _scale(choice)
     if not isinstance(scale, float) or scale <= 0:
-        # SDPA fixes a number of the graph, and its kernels mask, and find the largest score, before they scale
+        # SDPA makes a number of the graph a constant, and its kernels mask and take the maximum before they scale
         query, scale = writer.call(operator.mul, query, scale), 1.0
     kwargs: dict[str, Any] = {"is_causal": site.spec.predicate != sympy.true, "scale": scale}
     if needs_all_heads(site):
@@ -89,18 +89,18 @@ def _sdpa(writer: Writer, choice: Choice) -> Emitted:
 
 
 def _as_kernels_read(writer: Writer, node: fx.Node) -> fx.Node:
-    """``node``, or a copy of it where SDPA's kernels do not take it as it lies."""
+    """``node``, or a copy if SDPA's kernels do not accept its strides."""
     held = node.meta["example_value"]
     if not needs_alignment(held.device.type):
         return node
     sizes, strides = ([as_sympy(number) for number in numbers] for numbers in (held.shape, held.stride()))
     if lies_well(sizes, strides, as_sympy(held.storage_offset()), held.element_size()):
         return node
-    return writer.method("clone", node, memory_format=torch.contiguous_format)  # contiguous() would not look at one row
+    return writer.method("clone", node, memory_format=torch.contiguous_format)  # contiguous() ignores size-1 strides
 
 
 def _scale(choice: Choice) -> Any:
-    """The factor of a score that is a plain multiple of query . key: a number, or the node that holds it."""
+    """The factor of a score that is a multiple of query . key: a number, or the node that holds it."""
     site = choice.match.site
     scale = plain_scale(site.spec.score)
     return (
@@ -138,7 +138,8 @@ def _when(writer: Writer, nodes: MatchedNodes) -> int:
 
 
 def op_arguments(writer: Writer, match: Match) -> tuple[Any, ...]:
-    """What ``effattn::attend`` takes at a site, all but the plan: query, key, value, captures, scalars, numbers."""
+    """The arguments of ``effattn::attend`` at a site without the plan: query, key, value, captures, scalars,
+    numbers."""
     captures = [writer.load(source, _when(writer, match.nodes)) for source in match.captures]
     scalars = [_length(writer, source) for source in match.scalars]
     return (*writer.operands(match.nodes), captures, scalars, list(match.numbers))

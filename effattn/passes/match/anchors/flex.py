@@ -1,9 +1,9 @@
-"""The anchor ``flex_attention``: its score_mod and mask_mod are graphs of their own, and are read like any other.
+"""The anchor ``flex_attention``. Its score_mod and mask_mod are graphs and are read like any other.
 
-    out = softmax over k with mask_mod(b, h, q, k) of score_mod(scale * q.k, b, h, q, k), times v; 0 for an empty row
+    out = softmax over k of score_mod(scale * q.k, b, h, q, k) where mask_mod(b, h, q, k), times v; 0 without keys
     lse = log2 of the sum of exp of the same scores
 
-A captured tensor is read in the outer graph, so that what the user computed it from is seen too.
+Captured tensors are read in the outer graph, so that the code that computes them is read too.
 """
 
 from __future__ import annotations
@@ -78,12 +78,12 @@ def from_flex(view: GraphView, call: Call, readers: Readers) -> Candidate:
         space=space,
         term=Where(allowed, term, -sympy.oo),
         out_index=(b, h, q, depth),
-        autocast=view.held(out).dtype != view.held(query).dtype,  # it casts query, key and value alike
+        autocast=view.held(out).dtype != view.held(query).dtype,  # autocast casts query, key and value alike
     )
 
 
 def _outputs(call: Call) -> tuple[fx.Node, fx.Node | None]:
-    """The nodes that take the output and, if it is used, the LSE."""
+    """The nodes of the output and, if it is used, of the LSE."""
     taken: dict[int, fx.Node] = {}
     for user in call.node.users:
         if user.target is not operator.getitem or not isinstance(user.args[1], int) or user.args[1] in taken:
@@ -104,15 +104,15 @@ def _element(kind: Kind, term: Any) -> Reading:
 
 
 def _captured(reader: Reader, value: Any, time: int) -> Reading | Any:
-    """A captured tensor as the outer graph sees it; numbers as they are."""
+    """A captured tensor as a reading in the outer graph; a number as it is."""
     return reader.read(value, time) if reader.view.tensor(value) is not None else value
 
 
 def _read_mod(view: GraphView, outer: Reader, mod: fx.Node, given: list, name: str) -> Reading:
-    """What a mod returns for ``given``: readings of its tensor inputs in order, numbers as they are.
+    """The reading of a mod's result. ``given``: readings of its tensor inputs in order, and numbers.
 
     Raises:
-        Refused: it contains an operation without symbolic meaning; the reason names it.
+        Refused: it contains an operation that cannot be read; the reason names it.
     """
     body = view.graph.owning_module.get_submodule(str(mod.target))  # type: ignore[union-attr]
     if not isinstance(body, fx.GraphModule):
@@ -138,7 +138,7 @@ def _read_mod(view: GraphView, outer: Reader, mod: fx.Node, given: list, name: s
 
 
 class _ModReader(Reader):
-    """Reads the body of a mod; its inputs mean what they were given."""
+    """Reads the body of a mod, with readings for its inputs."""
 
     everything = True
 
@@ -153,7 +153,7 @@ class _ModReader(Reader):
         return super().dtype_of_capture(name) or self._outer.dtype_of_capture(name)
 
     def computes_in(self, dtype: torch.dtype, *values: Any) -> torch.dtype:
-        """Positions are int32 in the graph of a mod, and int64 where PyTorch runs it without compiling."""
+        """Positions are int32 in the graph of a mod, but int64 where PyTorch runs the mod in eager mode."""
         if dtype != torch.int32 or self._casts:
             return dtype
         outside = (value.xreplace(dict.fromkeys(expr.loads_of(value), sympy.Integer(0))) for value in values)

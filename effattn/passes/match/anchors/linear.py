@@ -1,7 +1,7 @@
-"""Find attention without a softmax: ``((q k^T) * M) v``, with M a decay mask or a triangle, or with a normaliser.
+"""Finds attention without a softmax: ``((q k^T) * M) v`` with M a decay mask or a triangle, or with a normaliser.
 
-From each product of two tensors one operand is followed upward to another product; what lies between is read as a
-term in the indices, as scores are. Whatever made query and key (SiLU, a feature map) is not looked at.
+From each product of two tensors, one operand is followed upwards to another product. What lies between is read as a
+term in the indices, like scores. The code that computes query and key (SiLU, a feature map) is not read.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ from effattn.passes.symbolic import CaptureSource
 from effattn.passes.symbolic.decay import DecayReader
 from effattn.passes.symbolic.reader import Unreadable
 
-# what may stand between the product of query and key and that of weights and value
+# operations allowed between the product of query and key and the product of weights and value
 _BETWEEN = {
     *("mul", "div", "where", "masked_fill", "tril", "to", "type_as", "dropout", "identity", "reshape", "transpose"),
     *("permute", "expand"),
 }
 _MASKS = {"mul", "div", "where", "masked_fill", "tril"}
-_FURTHEST = 12  # operations between the two
+_FURTHEST = 12  # most operations between them
 
 
 def weighted(view: GraphView, node: fx.Node) -> Start | None:
@@ -118,7 +118,7 @@ def from_weighted(view: GraphView, start: tuple[Contraction, str], readers: Read
 
 
 def _check_used_nowhere_else(view: GraphView, product: fx.Node, replaced: fx.Node) -> None:
-    """Scores and weights must serve this attention alone: otherwise they are computed all the same."""
+    """Refuse scores or weights with other users, since these would still have to be computed."""
     inside: set[fx.Node] = {replaced}
     waiting = [replaced]
     while waiting:

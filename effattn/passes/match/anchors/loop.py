@@ -1,8 +1,8 @@
-"""Lightning attention written as a loop over blocks (MiniMax in transformers), as one site.
+"""Lightning attention as a loop over blocks (MiniMax in transformers), matched as one site.
 
-:mod:`effattn.passes.match.blocks` says who is multiplied with whom. Here blocks must be all tokens in their order, and
-the state must decay by ``exp(rate * tokens)`` from block to block: that gives the rate. The other factors are tables.
-Whether they hold the powers of that rate is not in the graph: it is looked at when rewriting and in every call
+:mod:`effattn.passes.match.blocks` finds which tensors are multiplied. Here the blocks must cover all tokens in order,
+and the state must decay by ``exp(rate * tokens)`` from block to block, which gives the rate. The other factors are
+tables of data. The rewriting and every call validate that they hold the powers of that rate
 (:mod:`effattn.runtime.ops.decay_tables`).
 """
 
@@ -32,7 +32,7 @@ _FULL = slice(None)
 
 @dataclass(frozen=True)
 class _Rate:
-    """``exp(factor * slopes * tokens)`` is what a state is multiplied with after so many tokens."""
+    """A state is multiplied by ``exp(factor * slopes * tokens)`` after ``tokens`` tokens."""
 
     slopes: fx.Node
     factor: Any
@@ -51,8 +51,8 @@ def joined_turns(view: GraphView, node: fx.Node) -> Start | None:
 def same_size(one: Any, other: Any) -> bool:
     """Whether two sizes are equal.
 
-    How many blocks there are, Dynamo guarded when it unrolled the loop, but it draws no conclusion about the last
-    one's end: asking for it adds the same guard in other words, and no compilation.
+    Dynamo guarded the number of blocks when it unrolled the loop, but it does not derive the end of the last block from
+    that. Comparing them here adds an equivalent guard, and causes no recompilation.
     """
     if sympy.expand(as_sympy(one) - as_sympy(other)) == 0:
         return True
@@ -133,7 +133,7 @@ def _whole(view: GraphView, parts: list[fx.Node], name: str) -> fx.Node:
 
 
 def _slice(view: GraphView, node: fx.Node) -> tuple[fx.Node, Any, Any] | None:
-    """(tensor, start, stop) if ``node`` is a run of rows of a tensor [B, H, N, D]."""
+    """(tensor, start, stop) if ``node`` is a slice of rows of a tensor [B, H, N, D]."""
     call = view.call(node)
     source = None if call is None else call.get("input")
     if call is None or not isinstance(source, fx.Node) or len(view.shape(source)) != 4:
@@ -172,7 +172,7 @@ def _one_rate(view: GraphView, turns: list[Block]) -> _Rate:
 
 
 def _rate(view: GraphView, turn: Block) -> _Rate:
-    """The rate at which a state decays: ``exp(factor * slopes * tokens)``, slopes one number per head."""
+    """The rate at which a state decays: ``exp(factor * slopes * tokens)``, with one slope per head."""
     assert turn.update is not None
     call = view.call(turn.update.decay)
     if call is None or call.name != "exp":
@@ -203,7 +203,7 @@ def _rate(view: GraphView, turn: Block) -> _Rate:
 
 
 def _per_head(view: GraphView, slopes: fx.Node, heads: Any) -> tuple[Any, ...]:
-    """The index of a head in slopes that are broadcast to states [B, H, F, D]."""
+    """The index of a head in slopes that broadcast to states [B, H, F, D]."""
     shape = view.shape(slopes)
     if len(shape) > 4 or any(size != 1 for n, size in enumerate(reversed(shape)) if n != 2):
         raise Refused(Why.DECAY, f"decay is not one number per head: {list(shape)}")
@@ -231,7 +231,7 @@ def _check_tables(view: GraphView, turns: list[Block]) -> None:
 
 
 def _tables(view: GraphView, turns: list[Block]) -> tuple[tuple[fx.Node, ...], ...]:
-    """The tables that the loop reads, (rising, falling, triangles): of those cut out of one, each cut once."""
+    """The tables that the loop reads, (rising, falling, triangles); equal slices of a table only once."""
     kinds: tuple[dict[Any, fx.Node], ...] = ({}, {}, {})
     for turn in turns:
         falling = None if turn.update is None else turn.update.falling
@@ -243,7 +243,7 @@ def _tables(view: GraphView, turns: list[Block]) -> tuple[tuple[fx.Node, ...], .
     return tuple(tuple(kind.values()) for kind in kinds)
 
 
-# -- what must not happen in between ----------------------------------------------------------------------------------
+# -- writes and other uses --------------------------------------------------------------------------------------------
 
 
 def _initial(view: GraphView, state: fx.Node, joined: fx.Node, shape: tuple) -> fx.Node | None:
@@ -260,7 +260,7 @@ def _initial(view: GraphView, state: fx.Node, joined: fx.Node, shape: tuple) -> 
 
 
 def _check_memory(view: GraphView, turns: list[Block], made: frozenset[fx.Node], rate: _Rate, joined: fx.Node) -> None:
-    """Nothing that the loop reads or makes is written before its outputs are joined."""
+    """Refuse writes to anything that the loop reads or makes before its outputs are concatenated."""
     end = view.time[joined]
     if any(view.writes(node) for node in (*made, joined)):
         raise Refused(Why.MEMORY, "the loop writes in place")
@@ -285,7 +285,7 @@ def _check_used_nowhere_else(view: GraphView, made: frozenset[fx.Node], joined: 
 
 
 def _needs_grad(view: GraphView, read: tuple[fx.Node | None, ...], made: frozenset[fx.Node], joined: fx.Node) -> bool:
-    """Whether the output needs a gradient. The op's reaches everything from every output: so must the user's."""
+    """Whether the output needs a gradient. The op's gradient reaches every input, so user code's must do so too."""
     modes = {view.gradient_flows(view.time[node]) for node in (*made, joined)}
     if len(modes) > 1:
         raise Refused(Why.GRADIENT, "the gradient is stopped inside the loop")

@@ -1,11 +1,9 @@
-"""A softmax that the user wrote out: ``exp(x - max) / sum(exp(x - max))``, ``exp(x - logsumexp(x))``,
-``log_softmax(x).exp()``.
+"""Softmax written by hand: ``exp(x - max) / sum(exp(x - max))``, ``exp(x - logsumexp(x))``, ``log_softmax(x).exp()``.
 
-The division may also come after the product with value. The sum may have one more in it, ``sum + exp(-max)``: a sink.
+The division may come after the product with value. The sum may contain a sink: ``sum + exp(-max)``.
 
-It is the anchor of an attention like any other softmax. Without the shift by the largest, a row of which every key is
-masked is 0 / 0 whatever number masks; and where exp() leaves the range of its type, the user's result is not finite,
-and ours is.
+It is an anchor like any other softmax. Without subtracting the maximum, a query whose keys are all masked gives 0 / 0
+whatever the fill is, and where exp() overflows the user's result is not finite while the op's is.
 """
 
 from __future__ import annotations
@@ -27,7 +25,7 @@ from effattn.passes.match.products import adds_nothing
 
 
 def written_softmax(view: GraphView, node: fx.Node) -> Start | None:
-    """The softmax that a division or an exponential spells, as a call of its node; None if it spells none."""
+    """The softmax that a division or exponential computes, as a call of its node; None if it is not one."""
     call = view.call(node)
     if call is None or call.name not in ("div", "exp") or view.writes(node):
         return None
@@ -39,7 +37,7 @@ def written_softmax(view: GraphView, node: fx.Node) -> Start | None:
 
 
 def _quotient(view: GraphView, call: Call) -> Call | None:
-    """``e / e.sum(dim, keepdim=True)`` with ``e = exp(x)``, or the same after the product: ``(e @ v) / e.sum(...)``."""
+    """``e / e.sum(dim, keepdim=True)`` with ``e = exp(x)``, or divided after the product: ``(e @ v) / e.sum(...)``."""
     above, divisor = call.get("input"), call.get("other")
     if call.get("rounding_mode") is not None or not all(isinstance(node, fx.Node) for node in (above, divisor)):
         return None
@@ -50,7 +48,7 @@ def _quotient(view: GraphView, call: Call) -> Call | None:
     if multiplied is not None and multiplied.name == "baddbmm" and not adds_nothing(multiplied):
         return None
     for side in ("left", "right"):
-        if product.keeps_rows(side):  # so that the divisor has one number for each row of the product
+        if product.keeps_rows(side):  # the divisor has one number per row of the product
             return _divided_later(view, call, product.node, product.operand(side)[0])
     return None
 
@@ -72,7 +70,7 @@ def _of_exponential(view: GraphView, call: Call, above: fx.Node) -> Call | None:
 
 
 def _divided_later(view: GraphView, call: Call, product: fx.Node, weights: fx.Node) -> Call | None:
-    """``product`` is that of ``weights``, cast or not, and value; nobody else may read any of what lies between."""
+    """``product`` multiplies ``weights``, possibly cast, with value; nothing else may use the nodes in between."""
     chain, node = [product], weights
     while (cast := view.call(node)) is not None and (cast.name == "to" or cast.name.startswith("cast_")):
         chain.append(node)
@@ -121,7 +119,7 @@ def _of_logarithm(view: GraphView, call: Call) -> Call | None:
 
 
 def may_hold_written_softmax(graph: fx.Graph) -> bool:
-    """A quick look for an exponential, so that other graphs cost nothing."""
+    """A quick check for an exponential, so that other graphs cost nothing."""
     calls = (node for node in graph.nodes if node.op.startswith("call_"))
     return any(str(getattr(node.target, "__name__", node.target)) in ("exp", "exp2") for node in calls)
 

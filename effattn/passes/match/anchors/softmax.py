@@ -37,9 +37,9 @@ from effattn.passes.symbolic.pointwise import distribute
 
 
 def with_heads_apart(view: GraphView, call: Call, readers: Readers) -> Candidate:
-    """A softmax over scores [B * H, Nq, Nk], batch and heads told apart by what query or key were before.
+    """A softmax of scores [B * H, Nq, Nk], with batch and heads told apart by earlier views of query or key.
 
-    Raises: Refused: also where the scores have another shape, or nothing tells them apart.
+    Raises Refused also if the scores have another shape, or no view tells batch and heads apart.
     """
     return from_softmax(view, call, readers, apart=True)
 
@@ -55,7 +55,7 @@ def with_mask_as_data(view: GraphView, call: Call, readers: Readers) -> Candidat
 def from_softmax(
     view: GraphView, call: Call, readers: Readers, apart: bool = False, mask_is_data: bool = False
 ) -> Candidate:
-    """``apart``: batch and heads are one dimension. ``mask_is_data``: what is added last is not looked into."""
+    """``apart``: batch and heads are one dimension. ``mask_is_data``: the last summand of the scores is captured."""
     scores = call.get("input")
     if not isinstance(scores, fx.Node) or view.tensor(scores) is None or not isinstance(call.get("dim"), int):
         raise Refused(Why.ARGUMENTS, "softmax without a constant dim over a tensor")
@@ -123,7 +123,7 @@ def from_softmax(
 
 
 def _to_value(view: GraphView, call: Call, index: tuple, reader: Reader, columns: Columns | None) -> Weighted:
-    """As :func:`follow_weights`; where the sum divides the product, the quotient is what is replaced."""
+    """Like :func:`follow_weights`; if the product is divided by the sum, the quotient is what is replaced."""
     if call.get("product") is None or (product := contraction(view, call.get("product"))) is None:
         return follow_weights(view, call.node, index, reader, columns)
     if columns is not None:
