@@ -20,6 +20,9 @@ class Refusal:
     rules: frozenset[str]
     right: Callable[[Case], bool]
 
+    def allows(self, case: Case, missed: MissedReport) -> bool:
+        return self.right(case) and (not self.rules or missed.rule in self.rules)
+
 
 def _because(right: Callable[[Case], bool], *rules: Why) -> Refusal:
     return Refusal(frozenset(rules), right)
@@ -28,7 +31,8 @@ def _because(right: Callable[[Case], bool], *rules: Why) -> Refusal:
 def rows_may_be_empty(case: Case) -> bool:
     """Whether the user's mask, seen without values, may hide a whole row."""
     mask = MASKS[case.mask]
-    not_known_here = "lengths" in mask.data or mask.rounds or (mask.at_most and case.shapes != "static")
+    given = any(name == "lengths" or name.endswith("triangle") for name in mask.data)  # their values are not seen
+    not_known_here = given or mask.only_values_tell or (mask.at_most and case.shapes != "static")
     return case.core in ("written", "sdpa") and (mask.rows_may_be_empty or not_known_here)
 
 
@@ -51,17 +55,19 @@ def _all_exponentials_may_be_0(case: Case) -> bool:
     return case.softmax == "by hand" and _finite_fill(case)
 
 
+# not every multiple of the heads is a whole batch, for all that the graph tells
+WHOLE_BATCHES = _because(
+    lambda case: case.layout == "[N, BH, D]" and case.batches == "other",
+    Why.OPERANDS, Why.SIZES, Why.HEADS, Why.SINK, Why.NO_PRODUCT,
+)  # fmt: skip
+
 REFUSALS = (
     _because(lambda case: "float64" in (case.dtype, case.softmax), Why.DTYPE, Why.NO_PRODUCT),
     _because(lambda case: case.changes_its_mask),
     _because(lambda case: case.keys == 1, Why.NOT_ATTENTION),  # nothing depends on which key it is
     # views cannot tell rows from heads
     _because(lambda case: case.queries == case.heads * case.groups == 1),
-    # not every multiple of the heads is a whole batch, for all that the graph tells
-    _because(
-        lambda case: case.layout == "[N, BH, D]" and case.batches == "other",
-        Why.OPERANDS, Why.SIZES, Why.HEADS, Why.SINK,
-    ),
+    WHOLE_BATCHES,
     # positions are int32 in FlexAttention's graph, and int64 where it runs eagerly
     _because(lambda case: case.mod == "large factors", Why.MOD),
     _because(lambda case: _finite_fill(case) and _adds_data(case), Why.ROWS_WITHOUT_KEYS),
@@ -82,7 +88,7 @@ def problem(case: Case, sites: int, missed: list[MissedReport], graphs: int) -> 
     if sites + len(missed) != graphs:
         return f"{sites} sites and {len(missed)} refusals of one attention: {_told(missed)}"
     for one in missed:
-        if not any(row.right(case) and (not row.rules or one.rule in row.rules) for row in REFUSALS):
+        if not any(row.allows(case, one) for row in REFUSALS):
             return f"not found: {_told([one])}"
     return ""
 
@@ -97,6 +103,7 @@ def _hostile(case: Case, sites: int, missed: list[MissedReport], graphs: int) ->
         return ""
     if row.refusal is None:
         right = sites == row.sites * graphs and not missed
+        right = right or (not sites and bool(missed) and all(WHOLE_BATCHES.allows(case, one) for one in missed))
         return "" if right else f"{sites} sites instead of {row.sites}, refused: {_told(missed)}"
     if sites:
         return f"found, and should not be: {sites} sites, refused: {_told(missed)}"

@@ -85,7 +85,7 @@ INTEGERS: dict[str, Mask] = {
     "int8: ids wrap around": Mask(
         lambda i, j, given: (given["int8 ids"][:, :, None] - given["int8 ids"][:, None] < 90)[:, None],
         lambda b, h, i, j, given, n: given["int8 ids"][b, i] - given["int8 ids"][b, j] < 90,
-        ("int8 ids",), square=True,
+        ("int8 ids",), square=True, only_values_tell=True,
     ),
     "shifted": Mask(
         lambda i, j, given: (i >> 1) == (j >> 1), lambda b, h, i, j, given, n: i // 2 == j // 2,
@@ -94,7 +94,7 @@ INTEGERS: dict[str, Mask] = {
     "floats beyond 2**24": Mask(
         lambda i, j, given: (i + FAR).float() >= (j + FAR).float(),
         lambda b, h, i, j, given, n: (i + FAR).astype(np.float32) >= (j + FAR).astype(np.float32),
-        rounds=True,
+        only_values_tell=True,
     ),
     "negative, divided": Mask(
         lambda i, j, given: (i - j - 9) // 4 % 3 != 0,

@@ -21,4 +21,4 @@ class Mask:
     rows_may_be_empty: bool = False
     square: bool = False
     at_most: bool = False  # no more queries than keys
-    rounds: bool = False  # positions, as floats that do not have them all: only values tell what it hides
+    only_values_tell: bool = False  # what it hides: positions as floats that do not have them all, numbers that wrap
