@@ -167,14 +167,14 @@ def _tolerance(match: Match, largest: float) -> float:
 
 
 def _largest(scores: torch.Tensor, threshold: float) -> float:
-    """The largest absolute value of what is the largest of its row: other scores count only if they are near it."""
+    """The largest absolute value of any row's maximum: smaller scores count only if they are near it."""
     highest = scores.amax(dim=-1)
     highest = highest[highest.isfinite() & (highest > threshold)]
     return highest.abs().max().item() if highest.numel() else 0.0
 
 
 def _bound(query: Any, key: Any, sdpa: dict) -> float:
-    """A bound of SDPA's scores, which nobody sees: by the lengths of query and key."""
+    """An upper bound of SDPA's scores, which are not observable, from the norms of query and key."""
     scale = sdpa.get("scale")
     scale = query.shape[-1] ** -0.5 if scale is None else abs(scale)
     lengths = [x.detach().double().nan_to_num(0.0, 0.0, 0.0).norm(dim=-1).max().item() for x in (query, key)]
@@ -182,7 +182,7 @@ def _bound(query: Any, key: Any, sdpa: dict) -> float:
 
 
 def _far_below(scores: torch.Tensor) -> torch.Tensor:
-    """Which scores have no weight because others of their row are larger by what a fill is at least."""
+    """Scores without weight: below the row's maximum by at least a fill value."""
     return scores - scores.amax(dim=-1, keepdim=True) <= masks.FILL
 
 
@@ -212,7 +212,7 @@ def _sizes(match: Match, query: Any, key: Any) -> dict[str, int]:
 
 
 def _scores_of_user(match: Match, query: Any, key: Any, sdpa: dict) -> torch.Tensor:
-    """The user's scores, or the mask that SDPA adds to them, as numbers in the shape of the scores."""
+    """The user's scores, or the mask that SDPA adds to them, as numbers of the scores' shape."""
     if match.nodes.sdpa is None:
         return query
     mask, causal = sdpa.get("attn_mask"), sdpa.get("is_causal", False)

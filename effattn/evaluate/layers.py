@@ -146,7 +146,7 @@ class Layers:
         )
 
     def _unchanged(self, captured: Captured) -> list[FormAtSite]:
-        """Attention without a softmax is its own function under every policy."""
+        """The forms at a site without a softmax: its own function under every policy."""
         chosen = [choose(captured.match, policy, strict=False, target=None) for policy in self.setting.policies]
         return [
             FormAtSite(

@@ -1,4 +1,4 @@
-"""Attention without a softmax: what its weights are, and what they are divided by."""
+"""Attention without a softmax: its weights and their normalisation."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ State = Literal["none", "carried", "stepped"]
 class LinearSpec:
     """out[q] = sum over k of weight(q, k) * value[k], with weight = scale * s * exp(rate * (q - k)).
 
-    With ``normalised`` the sum is divided by that of the weights, plus ``eps``.
+    ``normalised``: the sum is divided by the sum of weights plus ``eps``.
     """
 
     scale: float
-    rate: Any | None  # a term in h and in captured tensors of one number per head; None: no decay
-    causal: bool  # for k <= q alone
+    rate: Any | None  # decay, a term in h and captured tensors with one number per head; None: no decay
+    causal: bool  # only keys k <= q have a weight
     normalised: bool = False
     eps: float = 0.0
-    state: State = "none"  # enters or leaves a loop over blocks of tokens; "stepped": a loop over tokens after a state
+    state: State = "none"  # "carried": enters or leaves a loop over blocks; "stepped": a loop over single tokens
 
     @property
     def weight(self) -> Any:
-        """The weight of a key that has one, as a term in s and the indices."""
+        """The weight of an allowed key, as a term in s and the indices."""
         scale = sympy.Integer(1) if self.scale == 1 else sympy.Float(self.scale)
         return scale * s * (1 if self.rate is None else sympy.exp(self.rate * (q - k)))
 
     @property
     def predicate(self) -> Any:
-        """Which keys have a weight."""
+        """The allowed keys."""
         return sympy.Le(k, q) if self.causal else sympy.true

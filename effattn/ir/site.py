@@ -71,7 +71,7 @@ class Site:
     path: str = ""  # module path as in named_modules(): decoder.layers.3.self_attn
     module_classes: tuple[str, ...] = ()  # class names, outermost first
     location: str = ""  # file:line in the user's code
-    linear: LinearSpec | None = None  # what stands for a softmax of the score; None: a softmax
+    linear: LinearSpec | None = None  # attention without a softmax; None: a softmax of the score
     sink: bool = False  # one more column in the softmax, with a score but no value
     reads: tuple[str, ...] = ()  # user code's names of ``captures``, in order: attention_mask for padding
     notes: tuple[str, ...] = field(default=())  # remarks for the report: grouped heads folded back, opaque mask, ...

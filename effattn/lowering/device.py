@@ -80,7 +80,7 @@ CPU = Device("CPU", 0.15e12, 0.15e12, 0.02e12, 1e-5, "assumed", 0.6, 0.5, 0.5)
 
 
 def device_named(name: str) -> Device:
-    """The row for torch's name of a device (``torch.cuda.get_device_name()``), or of the type that the host is of."""
+    """The row for a device name (``torch.cuda.get_device_name()``) or, for the host, for the CPU."""
     if name == HOST:
         return CPU
     return next((device for device in DEVICES if name.startswith(device.name)), OTHER_GPU)

@@ -40,9 +40,9 @@ class Outcome:
     matches: list[Match] = field(default_factory=list)
     missed: list[Missed] = field(default_factory=list)
     choices: list[Choice] = field(default_factory=list)
-    original: fx.Graph | None = None  # the graph as Dynamo made it; None if nothing was looked for
-    canonical: fx.Graph | None = None  # as it was matched; only on request, and only where it is not the original
-    assumed: list[Assumed] = field(default_factory=list)  # of tensors that the model keeps, in every call
+    original: fx.Graph | None = None  # the graph as Dynamo made it; None: it cannot hold attention
+    canonical: fx.Graph | None = None  # the matched graph, on request; None: the original
+    assumed: list[Assumed] = field(default_factory=list)  # what every call checks of the model's own tensors
     erased: int = 0
     passes: list[PassRecord] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)  # in total: "passes" and "rest"
@@ -83,13 +83,13 @@ class Compilation:
 
 
 class Pass:
-    """One step of the pipeline. An instance serves one graph, and may keep what ``undo`` needs.
+    """One step of the pipeline. An instance serves one graph and may keep what ``undo`` needs.
 
     Attributes:
-        name: a verb, as the report and ``EFFATTN_DEBUG=passes`` show it.
-        fills: the field of the outcome that it fills, if it does.
-        needs: fields that passes before it in the list must fill.
-        optional: without it fewer sites are found, and those are right: where it fails, the others run without it.
+        name: a verb, shown in the report and by ``EFFATTN_DEBUG=passes``.
+        fills: the field of the outcome that it fills, if any.
+        needs: fields that earlier passes must fill.
+        optional: without it fewer sites are found, but no wrong ones; if it fails, the other passes still run.
     """
 
     name: ClassVar[str]

@@ -14,7 +14,7 @@ SDPA = "torch.nn.functional.scaled_dot_product_attention"
 
 
 def described(choice: Choice) -> str | None:
-    """What runs a choice, None: nothing of ours; a file is written now if it was not there."""
+    """The op or kernel file that runs a choice, written now if it is missing. None: the user's code runs."""
     return _RUN[choice.route](choice)
 
 

@@ -1,1 +1,1 @@
-"""From a draft to the finished site: what its scores mean, and whether an op can compute it."""
+"""From a candidate to a site: what its scores mean, and whether an op can compute it."""

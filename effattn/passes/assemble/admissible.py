@@ -1,4 +1,4 @@
-"""What keeps a candidate from being computed by an op: each check raises Refused with its reason."""
+"""Checks whether an op can compute a candidate; each raises Refused with its reason."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a candidate computes: score and predicate in closed form, and what a row gives that may attend to nothing."""
+"""What a candidate computes: score and mask in closed form, and the output of queries without keys."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ class Meaning:
     predicate: Any
     position: Any | None
     empty_rows: EmptyRows
-    threshold: float = masks.FILL  # scores at or below it are masked
+    threshold: float = masks.FILL  # scores at or below it are masked out
     linear: LinearSpec | None = None
     notes: tuple[str, ...] = ()
 
 
 def meaning(view: GraphView, candidate: Candidate, layout: Layout) -> Meaning:
-    """What a candidate computes, lengths as they are called in sites."""
+    """The meaning of a candidate, in the names that sites use for lengths."""
     linear = candidate.linear
     if linear is None:
         return _score_and_mask(view, candidate, layout)
@@ -52,10 +52,11 @@ def meaning(view: GraphView, candidate: Candidate, layout: Layout) -> Meaning:
 
 
 def _score_and_mask(view: GraphView, candidate: Candidate, layout: Layout) -> Meaning:
-    """Score and mask taken apart; a note where fills stay in the score.
+    """The meaning of attention with a softmax, with score and mask separated. A note says where fills stay in the
+    score.
 
     Raises:
-        Refused: they cannot be, or not in a way that gives what the user's arithmetic gives.
+        Refused: they cannot be separated, or the result would differ from the user's.
     """
     try:
         found = masks.split(candidate.term)
@@ -101,7 +102,7 @@ def _after_softmax(candidate: Candidate, layout: Layout, predicate, empty: Empty
         empty = "zero" if zeroed.nan_too or empty == "mean" else empty
     if candidate.nan_is_zero and empty == "nan":
         empty = "zero"
-    return empty if candidate.nodes.sink is None or empty == "nan" else "zero"  # the sink takes all of the weight
+    return empty if candidate.nodes.sink is None or empty == "nan" else "zero"  # a sink takes all weight without keys
 
 
 def _check_large_numbers(view: GraphView, candidate: Candidate, score) -> None:

@@ -1,4 +1,4 @@
-"""From a candidate to a site: checked, read, named."""
+"""Makes a site from a candidate: checks it, separates score and mask, and names captured tensors and numbers."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from effattn.passes.graph.view import GraphView, as_sympy, hint
 
 
 def assemble(view: GraphView, candidate: Candidate) -> Match:
-    """The finished match; its site is named after its module.
+    """The match of a candidate; its site is named after its module.
 
     Raises:
-        Refused: the candidate cannot be computed by an op; the reason says why.
+        Refused: no op computes the candidate; the reason says why.
     """
     check_recorded(view, candidate)
     layout = _layout(view, candidate)
@@ -44,7 +44,7 @@ def assemble(view: GraphView, candidate: Candidate) -> Match:
     used = list(dict.fromkeys(load.name for load in expr.loads_of(score, predicate)))
     captures = tuple(sources[name] for name in used)
     device = view.held(nodes.query.node).device
-    for name, source in zip(used, captures, strict=True):  # PyTorch takes 0-d tensors from the CPU, a kernel cannot
+    for name, source in zip(used, captures, strict=True):  # PyTorch accepts 0-d CPU tensors here, a kernel cannot
         if getattr(view.tensor(source.node), "device", None) != device:
             raise Refused(Why.DEVICE, f"{name} ({source.node.name}) is on another device than the query")
     scalars = scalars_of(view, end, score, predicate)

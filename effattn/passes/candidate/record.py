@@ -31,44 +31,44 @@ class SizeSource:
 
 @dataclass(frozen=True)
 class ScoreSpace:
-    """The scores of one attention: their sizes, how their dimensions are indexed, and who reads them."""
+    """The scores of one attention: their sizes, the index of each dimension, and the reader for their terms."""
 
     batch: Any
     heads: Any
     q_len: Any
     k_len: Any
-    index: tuple[Any, ...]  # of the dimensions of the scores, in b, h, q, k
+    index: tuple[Any, ...]  # one term in b, h, q, k per dimension of the scores
     reader: Reader
 
 
 @dataclass(frozen=True)
 class Loop:
-    """What linear attention that is written as a loop has beside query, key, value and rate."""
+    """What linear attention written as a loop has besides query, key, value and rate."""
 
-    initial: fx.Node | None  # the state before the first token, None if it is zero
-    final: fx.Node | None  # the node of the state after the last
-    rising: tuple[fx.Node, ...] = ()  # tables of decay, as in effattn::checked_decay
+    initial: fx.Node | None  # the state before the first token; None: zero
+    final: fx.Node | None  # the state after the last token; None: unused
+    rising: tuple[fx.Node, ...] = ()  # decay tables, as in effattn::checked_decay
     falling: tuple[fx.Node, ...] = ()
     triangles: tuple[fx.Node, ...] = ()
 
 
 @dataclass(frozen=True)
 class MatchedNodes:
-    """The graph side of an attention, as its anchor names it. Only checks, rewriting and verify read it."""
+    """The graph nodes of an attention. Only checks, rewriting and verify read them."""
 
-    anchor: fx.Node  # the node of the softmax, SDPA call or weights: names and locations come from it
+    anchor: fx.Node  # the softmax, SDPA call or weights; gives the site its name and location
     replaced: fx.Node
     query: Operand
     key: Operand
     value: Operand
     _: KW_ONLY
-    scores: CaptureSource | None = None  # what the softmax is taken of, before a sink and any shift, or weights
-    sdpa: Mapping[str, Any] | None = None  # SDPA's arguments by name, where the scores are those of an SDPA call
-    before: fx.Node | None = None  # where the replacement goes, if not where ``replaced`` is
-    lse: fx.Node | None = None  # the node of the LSE in base 2, if it is used
-    sink: CaptureSource | float | None = None  # more scores of each row, [B, H, Nq, n]: take weight, have no value
+    scores: CaptureSource | None = None  # the softmax's input before sink and shift; weights if there is no softmax
+    sdpa: Mapping[str, Any] | None = None  # the arguments of the SDPA call by name; None: it is not SDPA
+    before: fx.Node | None = None  # where the replacement is inserted; None: before ``replaced``
+    lse: fx.Node | None = None  # the LSE in base 2; None: unused
+    sink: CaptureSource | float | None = None  # sink scores [B, H, Nq, n]: they take weight and have no value
     loop: Loop | None = None
-    products: tuple[fx.Node, ...] = ()  # that it is made of, beside ``replaced``: no attention of their own
+    products: tuple[fx.Node, ...] = ()  # other products that belong to it, not to be read as attention of their own
 
     @property
     def operands(self) -> dict[str, Operand]:
@@ -76,22 +76,22 @@ class MatchedNodes:
 
     @property
     def is_plain_sdpa(self) -> bool:
-        """Already SDPA without a mask: its own kernels run."""
+        """Whether it is already SDPA without a mask, which runs SDPA's own kernels."""
         return self.sdpa is not None and self.sdpa.get("attn_mask") is None
 
 
 @dataclass(frozen=True)
 class Match:
-    """A site that can be replaced, and where the graph holds what its spec names, in the same order."""
+    """A site that can be replaced, and the graph nodes of what its spec names, in the spec's order."""
 
     site: Site
     nodes: MatchedNodes
-    scores_index: tuple[Any, ...]  # as in its ScoreSpace
+    scores_index: tuple[Any, ...]  # as ``ScoreSpace.index``
     placement: Placement
     captures: tuple[CaptureSource, ...]
     scalars: tuple[SizeSource, ...]
     numbers: tuple[fx.Node, ...]
-    threshold: float = FILL  # scores above it are allowed, at or below it masked
+    threshold: float = FILL  # scores at or below it are masked out
 
 
 @dataclass(frozen=True)
@@ -141,17 +141,17 @@ class Zeroed:
 
 @dataclass(frozen=True)
 class Candidate:
-    """An attention as an anchor reads it, before anything is checked."""
+    """An attention as it was read from an anchor, before any check."""
 
     nodes: MatchedNodes
     found_as: str
     space: ScoreSpace
-    out_index: tuple[Any, ...]  # of the dimensions of what is replaced, in b, h, q and depth
-    term: Any = None  # the scores before softmax, with s for the raw score
-    linear: LinearSpec | None = None  # what stands for them where there is no softmax
-    zero_when_empty: bool = True  # SDPA gives 0 for a row without keys where a softmax of -inf gives NaN
-    nan_when_empty: bool = False  # such a row is 0 / 0, whatever masks it
-    zeroed: tuple[Zeroed, ...] = ()  # where weights become zero after softmax
-    nan_is_zero: bool = False  # weights that are NaN become zero
-    autocast: bool = False  # the product of query and key already ran in the result's type
+    out_index: tuple[Any, ...]  # one term in b, h, q and depth per dimension of the replaced tensor
+    term: Any = None  # the scores before the softmax, with s for the raw score
+    linear: LinearSpec | None = None  # the weights, where there is no softmax
+    zero_when_empty: bool = True  # queries without keys give 0, as in SDPA; False: NaN, as in a softmax of -inf
+    nan_when_empty: bool = False  # queries without keys are 0 / 0, whatever masks them
+    zeroed: tuple[Zeroed, ...] = ()  # where weights are set to zero after the softmax
+    nan_is_zero: bool = False  # NaN weights are set to zero
+    autocast: bool = False  # the product of query and key already ran in the dtype of the result
     notes: tuple[str, ...] = ()

@@ -1,4 +1,4 @@
-"""The space of scores: which of their dimensions are batch, heads, queries and keys, and one reader for all alike."""
+"""The space of scores: which dimensions are batch, heads, queries and keys, with one reader per space."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from effattn.passes.graph.view import GraphView
 from effattn.passes.symbolic import Reader
 from effattn.passes.symbolic.heads import digits_of
 
-Readers = dict[tuple, Reader]  # of one graph, by what they read
-Leading = tuple[tuple[Any, ...], Any, Any]  # (index of each dimension of batch and heads in b and h, batch, heads)
+Readers = dict[tuple, Reader]  # the readers of one graph, by space
+Leading = tuple[tuple[Any, ...], Any, Any]  # (index of each batch or head dimension in b and h, batch size, heads)
 
 
 def score_space(
@@ -28,13 +28,13 @@ def score_space(
     products: bool = False,
     kind: type[Reader] = Reader,
 ) -> ScoreSpace:
-    """The space of scores of ``shape``, whose dimensions ``rows`` are those of queries and keys.
+    """The space of scores of ``shape``. ``rows``: the dimensions of queries and keys.
 
     Args:
-        leading: of the other dimensions; None: as :func:`batch_index` has it.
+        leading: of the other dimensions; default: :func:`batch_index`.
         alone: dimensions that the query has and the key has not.
         products: the reader stops at products.
-        kind: of reader.
+        kind: the class of the reader.
     """
     q_dim, k_dim = (dim % len(shape) for dim in rows)
     rest = [dim for dim in range(len(shape)) if dim not in (q_dim, k_dim)]
@@ -48,10 +48,10 @@ def score_space(
 
 
 def batch_index(sizes: Sequence[Any], alone: Sequence[bool] = ()) -> Leading:
-    """Of the dimensions beside queries and keys one is b, the others together are h.
+    """Index the dimensions other than queries and keys: one is b, the others together are h.
 
-    b is the one of symbolic size, else the first. ``alone``: whether the query has a dimension and the key has not;
-    these vary fastest, so that a group of query heads shares a key.
+    b is the only one of symbolic size, otherwise the first. ``alone``: for each dimension, whether the query has it and
+    the key has not; these vary fastest, so that a group of query heads shares a key head.
     """
     if not sizes:
         return (), sympy.Integer(1), sympy.Integer(1)

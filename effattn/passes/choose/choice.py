@@ -47,11 +47,11 @@ class Considered:
 
 @dataclass(frozen=True)
 class Choice:
-    """What will be done with a site.
+    """What is done with a site.
 
     ``route``: "keep" leaves the node as it is, "sdpa" writes an SDPA call without a mask, "op" writes
-    ``effattn::attend`` with ``plan``, "features" writes feature maps and ``effattn::linear``. At a site without a
-    softmax "linear" writes that op, and the form is "exact": the user's own function.
+    ``effattn::attend`` with ``plan``, "features" writes feature maps and ``effattn::linear``. "linear" writes
+    ``effattn::linear`` at a site without a softmax; its form is "exact", as the function is the user's own.
     """
 
     match: Match
@@ -61,7 +61,7 @@ class Choice:
     reason: str
     plan: Plan | None
     considered: tuple[Considered, ...]
-    target: str | None = None  # of an op without a plan
+    target: str | None = None  # the target of an op without a plan
 
     @property
     def exact(self) -> bool:

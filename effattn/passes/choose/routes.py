@@ -1,4 +1,4 @@
-"""How a form is computed at a site: SDPA's own kernels, an op with its plan, or as it is written, with the reason."""
+"""How a form is computed at a site (SDPA's own kernels, an op with its plan, or the user's code), and why."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ Route = Literal["keep", "sdpa", "op", "features", "linear"]
 
 
 def linear_route(_site: Site, _nodes: MatchedNodes) -> tuple[Route, str]:
-    """How attention without a softmax is computed."""
+    """The route of attention without a softmax, and its reason."""
     return "linear", "the graph spells linear attention: the same function, in chunks with a state between them"
 
 
 def exact_route(site: Site, nodes: MatchedNodes) -> tuple[Route, str]:
-    """How exact attention is computed at a site, and why."""
+    """The route of exact attention at a site, and its reason."""
     if nodes.is_plain_sdpa and not nodes.key.folded and not needs_all_heads(site):
         return "keep", "already an SDPA call without a mask: its own fast kernels run"
     if _one_small_row(site):
@@ -54,7 +54,7 @@ def _grouped(site: Site) -> str:
 
 
 def _one_small_row(site: Site) -> bool:
-    """Whether nothing can be saved, as in attention over a model's layers, whose heads are tokens."""
+    """Whether there is nothing to save, as in attention over a model's layers, whose heads are tokens."""
     sizes = site.layout
     keys = sizes.fixed_keys
     few = sizes.q_len == 1 and keys is not None and keys <= int(sizes.head_dim)
@@ -78,7 +78,7 @@ def is_opaque(site: Site) -> bool:
     return any(all(not (index.has(expr.q) and index.has(expr.k)) for index in load.indices) for load in pairs)
 
 
-# how the user's own function is computed, by its kind
+# the route of the user's own function, by the kind of site
 EXACT: dict[Op, Callable[[Site, MatchedNodes], tuple[Route, str]]] = {Op.SOFTMAX: exact_route, Op.LINEAR: linear_route}
 OP_RULES = (
     Rule(

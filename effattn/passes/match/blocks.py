@@ -52,7 +52,7 @@ class Block:
 
 
 def turns_of(view: GraphView, node: fx.Node) -> list[Block | None] | None:
-    """The turns whose outputs ``node`` puts side by side if the last is one of such a loop; None for others of them."""
+    """The turns whose outputs ``node`` concatenates (None for outputs of other code), if the last one is a turn."""
     call = view.call(node)
     if call is None or call.name != "cat" or len(view.shape(node)) != 4 or call.get("dim", 0) not in (2, -2):
         return None
@@ -61,10 +61,10 @@ def turns_of(view: GraphView, node: fx.Node) -> list[Block | None] | None:
 
 
 def linked(view: GraphView, turns: list[Block | None]) -> list[Block]:
-    """The turns with the states that they leave.
+    """The turns, each with the state that it leaves.
 
     Raises:
-        Refused: one does not start from the state that the one before it leaves.
+        Refused: a turn does not start from the state that the turn before it leaves.
     """
     found: list[Block] = []
     for number, turn in enumerate(turns):

@@ -31,7 +31,7 @@ from effattn.passes.symbolic.reader import Unreadable
 
 
 class MatchAttention(Pass):
-    """Every anchor becomes a match or has its reason."""
+    """Makes every anchor a match, or reports why it is none."""
 
     name = "match attention"
     fills = "matches"
@@ -44,15 +44,16 @@ class MatchAttention(Pass):
 
 
 def find(view: GraphView, strict: bool = False) -> tuple[list[Match], list[Missed]]:
-    """Every attention of the graph, in order, and what is not one, or is left alone.
+    """Find every attention of the graph, in order, and what looks like attention but is left alone.
 
-    Raises: with ``strict``, what is no refusal (:mod:`effattn.passes.candidate.failures`).
+    Raises:
+        Exception: with ``strict``, any that is no refusal (:mod:`effattn.passes.candidate.failures`).
     """
     readers: Readers = {}
     found: dict[fx.Node, Match] = {}
     missed: dict[fx.Node, list[Missed]] = defaultdict(list)
-    told: set[fx.Node] = set()  # anchors and products that the report covers
-    parts: set[fx.Node] = set()  # other products of what was found
+    told: set[fx.Node] = set()  # anchors and products that the report already covers
+    parts: set[fx.Node] = set()  # the other products of matches
     for anchor in anchors.ANCHORS:
         for node in view.graph.nodes:
             with left_alone(node, missed[node], strict):
@@ -79,7 +80,7 @@ def find(view: GraphView, strict: bool = False) -> tuple[list[Match], list[Misse
 
 
 def _match(view: GraphView, anchor: Anchor, what: Any, readers: Readers) -> Match | Refusal:
-    """The match of the first draft that can be assembled, or the refusal of the first that applies."""
+    """The match of the first candidate that can be assembled, or the first refusal that applies."""
     refusals: list[Refusal] = []
     for read in anchor.readings:
         try:
@@ -123,7 +124,7 @@ def _as_operator(node: fx.Node) -> Missed:
 
 
 def may_hold_attention(graph: fx.Graph) -> bool:
-    """A quick look, so that graphs without attention cost nothing: for its names, or for two products."""
+    """A cheap check for names of attention or two products, so that other graphs cost nothing."""
     calls = (node for node in graph.nodes if node.op.startswith("call_"))
     names = [str(getattr(node.target, "__name__", node.target)).strip("_") for node in calls]
     return mentions_attention(graph) or sum(name in ("matmul", "bmm", "einsum", "mm") for name in names) > 1

@@ -22,8 +22,8 @@ def interpret(weights: Any) -> LinearSpec:
     """The meaning of ``weights``, a term in s and the indices.
 
     Raises:
-        Refused: it is attention with a causal mask or decay, but not one that the op computes; the reason says why.
-            By Why.NOT_ATTENTION: it is anything else.
+        Refused: it is attention with a causal mask or decay that the op does not compute, or (``Why.NOT_ATTENTION``)
+            no attention at all.
     """
     weights = sympy.sympify(weights).replace(expr.Group, lambda inside: inside)  # only positions are subtracted below
     if not weights.has(q, k):
@@ -96,15 +96,15 @@ def _constant(scale: Any) -> float:
 
 
 def not_attention(what: str) -> Refused:
-    """Of two products in a row: any may come here."""
+    """The refusal of two products in a row that are no attention: any model code may have them."""
     return Refused(Why.NOT_ATTENTION, what)
 
 
 def decay_of(view: GraphView, reader: Reader, rate: Any, end: int) -> Any:
-    """A rate with index 0 wherever a load has one element: the batch of a tensor of slopes [1, H, 1, 1].
+    """The rate as one number per head: loads use index 0 in dimensions of size 1, as in slopes [1, H, 1, 1].
 
     Raises:
-        Refused: a node at ``end`` would need its gradient.
+        Refused: a captured tensor of the rate needs a gradient at ``end``.
     """
     swap = {}
     for load in expr.loads_of(rate):

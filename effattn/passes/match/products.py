@@ -211,9 +211,9 @@ def scores_at(
     product: Contraction,
     mask_is_data: bool = False,
 ):
-    """The scores with s for the product, and the product's own index.
+    """The scores as a term in which s is the product, and the index at which they read the product.
 
-    ``mask_is_data``: what is added last is read as the tensor that it is, so that it is added as the user adds it.
+    ``mask_is_data``: the last summand is captured as a tensor instead of being read.
     """
     reader = space.reader
     reading = _with_data_added(view, reader, scores, time) if mask_is_data else reader.read(scores, time)
@@ -314,7 +314,7 @@ def query_and_key(
     dtype,
     whole: bool = False,
 ) -> list[Operand]:
-    """Query and key of the product whose sides are ``roles``, at the index ``inside`` of its result."""
+    """Query and key as (B, H, N, D) operands, from the product whose result is read at the index ``inside``."""
     width, lengths = head_dim_of(view, product), (space.q_len, space.k_len)
     at = {**dict(zip(product.out_labels, inside, strict=True)), **depths_of(view, product)}
     operands = []
@@ -330,7 +330,7 @@ def query_and_key(
 def value_of(
     view: GraphView, product: Contraction, weights: fx.Node, index: tuple, space: ScoreSpace, whole: bool = False
 ) -> tuple[Operand, tuple[Any, ...]]:
-    """(value, index of the product's result) for ``weights`` that have ``index`` and are an operand of ``product``."""
+    """Value as an operand, and the index of the product's result. ``index``: that of ``weights``, its other operand."""
     side = "left" if product.left is weights else "right"
     labels = product.operand(side)[1]
     node, value_labels = product.operand("right" if side == "left" else "left")

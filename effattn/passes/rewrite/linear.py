@@ -24,7 +24,7 @@ from effattn.passes.rewrite.replacing import Emitted, Writer
 
 
 def linear(writer: Writer, choice: Choice) -> Emitted:
-    """The op of linear attention; of a loop also the state that it leaves, where the graph computes it."""
+    """Write the op of linear attention, with the state after a loop where the graph computes it."""
     site, spec, nodes = choice.match.site, choice.match.site.linear, choice.match.nodes
     assert spec is not None
     loop = nodes.loop or Loop(None, None)

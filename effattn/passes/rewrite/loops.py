@@ -1,4 +1,4 @@
-"""A loop over blocks: its rate of decay held against its tables, now and in every call."""
+"""Compares the decay rate of a loop over blocks with its tables, at rewriting and in every call."""
 
 from __future__ import annotations
 

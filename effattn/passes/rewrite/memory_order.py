@@ -37,7 +37,7 @@ def _relied_on(view: GraphView, inserter: Inserter, old: fx.Node, after: torch.T
 
     Follows strides through views, and through operations whose result has the memory order of their input.
     """
-    values: dict[fx.Node, Any] = {old: after.detach()}  # an operation in place may change what it is given
+    values: dict[fx.Node, Any] = {old: after.detach()}  # detached: in-place operations may change it
     waiting = [old]
     while waiting:
         node = waiting.pop(0)
@@ -48,7 +48,7 @@ def _relied_on(view: GraphView, inserter: Inserter, old: fx.Node, after: torch.T
                 return True
             try:
                 values[user] = _evaluate(inserter, user, values)
-            except Exception:  # whatever it is that other strides forbid
+            except Exception:  # an operation may reject these strides in any way
                 return True
             if _differ(values[user], user.meta.get("example_value")):
                 waiting.append(user)
@@ -56,7 +56,7 @@ def _relied_on(view: GraphView, inserter: Inserter, old: fx.Node, after: torch.T
 
 
 def _differ(after: Any, before: Any) -> bool:
-    """Whether results of one operation lie in memory in different orders."""
+    """Whether results of one operation have different strides."""
     pairs = zip(tree_leaves(after), tree_leaves(before), strict=False)
     return any(
         _strides(one) != _strides(other)

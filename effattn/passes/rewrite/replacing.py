@@ -28,10 +28,10 @@ Pairs = Sequence[tuple[fx.Node, fx.Node]]  # (node, replacement)
 
 @dataclass(frozen=True)
 class Emitted:
-    """What was written for one site."""
+    """The nodes written for one site."""
 
     result: fx.Node  # [B, H, Nq, Dv]
-    also: Pairs = ()  # beside what the site replaces
+    also: Pairs = ()  # further replacements
     alike: Callable[[torch.Tensor, torch.Tensor], bool] = lambda old, new: False  # as in ``Rewriting.replace``
 
 
@@ -47,7 +47,8 @@ class Rewriting:
 
     @contextmanager
     def at(self, nodes: MatchedNodes) -> Iterator[Writer]:
-        """A writer of what takes the place of a site; if the body raises, the site is left alone as it was."""
+        """A writer for the replacement of a site. If the body raises, its nodes are removed and the site is left
+        alone."""
         with self._left_alone(nodes.replaced), self.view.graph.inserting_before(nodes.before or nodes.replaced):
             writer = Writer(self, nodes.replaced)
             try:
@@ -113,7 +114,7 @@ class Writer(Inserter):
         return self.replaced.get(node, node)
 
     def operands(self, nodes: MatchedNodes) -> list[fx.Node]:
-        """Query, key and value as [B, H, N, D] in the dtype of the result (autocast may have cast it)."""
+        """Query, key and value as [B, H, N, D], in the dtype of the result, to which autocast may have cast them."""
         dtype = nodes.replaced.meta["example_value"].dtype
         return [self._operand(operand, dtype) for operand in nodes.operands.values()]
 

@@ -48,7 +48,7 @@ class RewriteSites(Pass):
                     pairs = [(nodes.replaced, _placed(writer, choice.match, emitted.result)), *emitted.also]
                     rewriting.replace(writer, pairs, keeps_result=keeps_result, alike=emitted.alike)
                     applied.append(choice)
-        # what is kept as it was decomposed is without its mask, projected once
+        # a decomposed call that is kept reads without its mask and as one projection
         work.taken.update(one.match.nodes.replaced for one in applied if FOUND_AS in one.match.nodes.replaced.meta)
         work.taken.update(rewriting.replaced)
         outcome.choices = applied
@@ -60,7 +60,7 @@ class RewriteSites(Pass):
 
 
 def _placed(writer: Writer, match: Match, result: fx.Node) -> fx.Node:
-    """The result of an op as what the site replaces."""
+    """The result of an op, in the shape and memory order of the node that the site replaces."""
     factor = match.nodes.value.factor
     result = result if factor == 1 else writer.call(operator.mul, result, float(factor))
     return match.placement.emit(writer.graph, result, writer.annotate)
@@ -122,7 +122,7 @@ def _op(writer: Writer, choice: Choice) -> Emitted:
 
 
 def _beside_sink(writer: Writer, both: fx.Node, out: fx.Node, nodes: MatchedNodes) -> fx.Node:
-    """``out`` with the weight that a sink leaves to the keys of each row."""
+    """``out`` times the weight that the sink leaves to the keys of each query."""
     sink: Any = nodes.sink
     if isinstance(sink, CaptureSource):
         sink = writer.method("float", writer.load(sink, _when(writer, nodes)))

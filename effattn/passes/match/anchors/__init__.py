@@ -1,4 +1,4 @@
-"""The anchors, in the order in which they are tried. A new one is a file here and a line in ``ANCHORS``."""
+"""The anchors, in the order in which they are tried. To add one, add a file here and a line in ``ANCHORS``."""
 
 from effattn.passes.match.anchors.anchor import Anchor
 from effattn.passes.match.anchors.flex import FLEX

@@ -1,4 +1,4 @@
-"""What an anchor is: where an attention is looked for, and how it is read from there. One file for each kind."""
+"""The definition of an anchor: where to look for attention, and how to read it from there."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ from effattn.passes.graph.view import GraphView
 
 @dataclass(frozen=True)
 class Start:
-    """A node at which an attention may be found."""
+    """A node from which attention may be read."""
 
-    what: Any  # what is read from there: a call, a product, the turns of a loop
-    tells: frozenset[fx.Node] = frozenset()  # nodes of which nothing else is told, whatever becomes of this
+    what: Any  # what the readings get: a call, a product, the turns of a loop
+    tells: frozenset[fx.Node] = frozenset()  # nodes that need no report of their own, matched or not
 
 
-# (graph, what a start holds, readers of this graph) -> candidate; raises Refused
+# (graph, Start.what, readers of this graph) -> candidate; raises Refused
 Read = Callable[[GraphView, Any, Readers], Candidate]
 
 
 @dataclass(frozen=True)
 class Anchor:
-    """One way in which attention is written.
+    """One way to write attention.
 
     Attributes:
-        start: what stands at a node, if an attention may be read from there.
-        readings: tried in this order; the first whose candidate becomes a site is taken.
-        again: by the rule that refuses them all, what is tried then.
-        truer: a refusal, or a truer one.
-        unspoken: rules by which it is refused without a word, as most of what looks like it is something else.
+        start: returns a start if attention may be read from a node.
+        readings: tried in order; the first whose candidate becomes a site is used.
+        again: another reading, by the rule of the refusal that remains when all readings are refused.
+        truer: returns a refusal, or one that is closer to the cause.
+        unspoken: rules whose refusals are not reported, because most code that looks like this is no attention.
     """
 
     name: str
@@ -47,7 +47,7 @@ class Anchor:
 
 
 def called(name: str) -> Callable[[GraphView, fx.Node], Start | None]:
-    """Starts at every call that the vocabulary names so."""
+    """Starts at every call to which the vocabulary gives this name."""
 
     def start(view: GraphView, node: fx.Node) -> Start | None:
         call = view.call(node)

@@ -35,7 +35,7 @@ def from_flex(view: GraphView, call: Call, readers: Readers) -> Candidate:
     """The candidate of a ``flex_attention`` node.
 
     Raises:
-        Refused: a mod cannot be read, an output is used that the op does not give, or the block lists of the mask
+        Refused: a mod cannot be read, an output is used that the op does not compute, or the block lists of the mask
             hide keys that mask_mod allows.
     """
     query, key, value = (call.get(name) for name in ("query", "key", "value"))

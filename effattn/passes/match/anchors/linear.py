@@ -42,7 +42,7 @@ _FURTHEST = 12  # most operations between them
 
 
 def weighted(view: GraphView, node: fx.Node) -> Start | None:
-    """A product of which one operand comes from another product through a mask or a factor."""
+    """A product of which one operand is the result of another product after masks or factors."""
     product = contraction(view, node)
     if product is None or product.summed is None or view.writes(node):
         return None
@@ -67,9 +67,10 @@ def _leads_to_product(view: GraphView, node: fx.Node) -> bool:
 
 
 def from_weighted(view: GraphView, start: tuple[Contraction, str], readers: Readers) -> Candidate:
-    """The candidate of a product and the side on which its weights are.
+    """The candidate of a product and the side of its weights.
 
-    Raises: Refused: by Why.NOT_ATTENTION also where the two products are no attention at all.
+    Raises:
+        Refused: the op does not compute it, or (``Why.NOT_ATTENTION``) the two products are no attention.
     """
     product, side = start
     weights, labels = product.operand(side)

@@ -40,7 +40,7 @@ class _Rate:
 
 
 def joined_turns(view: GraphView, node: fx.Node) -> Start | None:
-    """Outputs side by side, the last of which is a turn of such a loop."""
+    """A concatenation of outputs, the last of which is a turn of such a loop."""
     turns = turns_of(view, node)
     if turns is None:
         return None
@@ -60,9 +60,10 @@ def same_size(one: Any, other: Any) -> bool:
 
 
 def from_turns(view: GraphView, start: tuple[fx.Node, list[Block | None]], readers: Readers) -> Candidate:
-    """The candidate of outputs side by side and the turns that they come from.
+    """The candidate of concatenated outputs and the turns that compute them.
 
-    Raises: Refused: they are not all tokens in their order, or the state does not decay by one rate per head.
+    Raises:
+        Refused: they are not all tokens in order, or the state does not decay by one rate per head.
     """
     joined, turns = start[0], linked(view, start[1])
     query, key, value = (_whole(view, [getattr(turn, name) for turn in turns], name) for name in _OPERANDS)

@@ -1,4 +1,4 @@
-"""From an SDPA call to a candidate: its arguments say all, masks and operands are read as expressions."""
+"""From an SDPA call to a candidate, with mask and operands read as expressions."""
 
 from __future__ import annotations
 

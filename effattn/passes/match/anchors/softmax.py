@@ -1,4 +1,4 @@
-"""From a softmax to a candidate: scores are read down to the product of query and key, weights followed to value."""
+"""From a softmax to a candidate: reads scores down to the product of query and key, and follows weights to value."""
 
 from __future__ import annotations
 
@@ -39,15 +39,17 @@ from effattn.passes.symbolic.pointwise import distribute
 def with_heads_apart(view: GraphView, call: Call, readers: Readers) -> Candidate:
     """A softmax of scores [B * H, Nq, Nk], with batch and heads told apart by earlier views of query or key.
 
-    Raises Refused also if the scores have another shape, or no view tells batch and heads apart.
+    Raises:
+        Refused: also if the scores have another shape, or no view tells batch and heads apart.
     """
     return from_softmax(view, call, readers, apart=True)
 
 
 def with_mask_as_data(view: GraphView, call: Call, readers: Readers) -> Candidate:
-    """What is added to the scores last is not looked into: it is added as the user adds it.
+    """A softmax whose scores have a last summand (a mask or bias) that is captured as a tensor instead of being read.
 
-    Raises: Refused: also where nothing is added last.
+    Raises:
+        Refused: also if nothing is added to the scores.
     """
     return from_softmax(view, call, readers, mask_is_data=True)
 
@@ -55,7 +57,7 @@ def with_mask_as_data(view: GraphView, call: Call, readers: Readers) -> Candidat
 def from_softmax(
     view: GraphView, call: Call, readers: Readers, apart: bool = False, mask_is_data: bool = False
 ) -> Candidate:
-    """``apart``: batch and heads are one dimension. ``mask_is_data``: the last summand of the scores is captured."""
+    """``apart``: batch and heads are one dimension. ``mask_is_data``: capture the last summand of the scores."""
     scores = call.get("input")
     if not isinstance(scores, fx.Node) or view.tensor(scores) is None or not isinstance(call.get("dim"), int):
         raise Refused(Why.ARGUMENTS, "softmax without a constant dim over a tensor")
@@ -134,9 +136,10 @@ def _to_value(view: GraphView, call: Call, index: tuple, reader: Reader, columns
 def _heads_beside_batch(
     view: GraphView, readers: Readers, found: Scores, rows: tuple[int, int], product: Contraction
 ) -> Leading:
-    """The one leading dimension of the scores, as batch and the heads that it holds.
+    """The one leading dimension of the scores, split into batch and heads.
 
-    Raises: Refused: no view of query or key tells.
+    Raises:
+        Refused: no view of query or key shows the split.
     """
     shape = view.shape(found.node)
     (size,) = (extent for n, extent in enumerate(shape) if n not in rows)
