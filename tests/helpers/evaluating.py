@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import architectures
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from effattn.evaluate.show.progress import Silent
 from effattn.policy import Policy
@@ -14,19 +15,7 @@ WINDOW = {"window": 37, "sinks": 5}
 
 
 def llama(layers: int = 2) -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=99,
-        max_position_embeddings=CONTEXT,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
-    return LlamaForCausalLM(config).eval()
+    return architectures.llama(num_hidden_layers=layers, max_position_embeddings=CONTEXT, pad_token_id=None)
 
 
 def policy(form: str, name: str | None = None, **params) -> Policy:

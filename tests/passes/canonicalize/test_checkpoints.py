@@ -6,6 +6,7 @@ import functools
 
 import pytest
 import torch
+from architectures import llama
 from comparing import assert_close
 from compiled import compiled
 from torch import nn
@@ -72,8 +73,8 @@ def test_a_mask_from_outside_is_read(dynamic):
 
 def test_gradients_and_the_second_computation(monkeypatch):
     module, runs = Model(), []
-    chosen = attend_ops._target
-    monkeypatch.setattr(attend_ops, "_target", lambda *args: runs.append(args) or chosen(*args))
+    chosen = attend_ops.target_of
+    monkeypatch.setattr(attend_ops, "target_of", lambda *args: runs.append(args) or chosen(*args))
     expected = gradients(module, module)
     fast = torch.compile(module, backend="effattn", options={"strict": True})
     for got, want in zip(gradients(module, fast), expected, strict=True):
@@ -148,19 +149,7 @@ def test_what_is_not_replaced_is_as_dynamo_made_it():
 
 
 def test_transformers_gradient_checkpointing():
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(
-        vocab_size=99,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-    )
-    torch.manual_seed(0)
-    config._attn_implementation = "eager"
-    module = LlamaForCausalLM(config).train()
+    module = llama("eager").train()
     module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     ids = torch.randint(0, 99, (2, 20), generator=torch.Generator().manual_seed(1))
     given = {"input_ids": ids, "labels": ids, "use_cache": False, "attention_mask": torch.ones_like(ids)}
@@ -170,7 +159,7 @@ def test_transformers_gradient_checkpointing():
         return torch.autograd.grad(run(**given).loss, list(module.parameters()))
 
     expected = step(module)
-    settings = {"strict": True}
+    settings = {"strict": True, "inner_backend": "eager"}
     torch._dynamo.reset()
     with collect.listening() as heard:
         found = step(torch.compile(module, backend="effattn", options=settings))
