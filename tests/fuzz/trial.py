@@ -148,7 +148,7 @@ def _look_at(case: Case, trial: Trial, heard: list[collect.Collected]) -> None:
     sites = [site for one in heard for graph in one.graphs for site in graph.sites]
     missed = [missed for one in heard for graph in one.graphs for missed in graph.missed]
     trial.sites = len(sites)
-    trial.forms = sorted({site.form + (" kept" if "left as it was" in site.reason else "") for site in sites})
+    trial.forms = sorted({site.form + (" kept" if site.rules else "") for site in sites})
     trial.predicates = [site.predicate for site in sites]
     trial.reasons = [one.reason for one in missed]
     if wrong := problem(case, len(sites), missed, len(heard)):

@@ -50,6 +50,7 @@ class SiteReport:
     reads: dict[str, str] = field(default_factory=dict)  # captured tensor to its name in user code
     predicate_shown: str = ""  # with the names in user code: attention_mask[b, k] for padding[b, k]
     score_shown: str = ""
+    rules: tuple[str, ...] = ()  # of effattn.ir.refusal.Why: those that keep exact attention from being replaced
 
 
 @dataclass(frozen=True)
@@ -231,6 +232,7 @@ def _site(choice: Choice) -> SiteReport:
         predicate=text(site.spec.predicate),
         score=text(site.spec.score) + _without_softmax(site),
         reason=choice.reason,
+        rules=tuple(str(refusal.rule) for refusal in choice.refusals),
         candidates=tuple(
             {"form": one.form, "accepted": one.accepted, "rules": tuple(map(str, one.rules)), "reasons": one.reasons}
             for one in choice.considered

@@ -62,6 +62,7 @@ class Choice:
     plan: Plan | None
     considered: tuple[Considered, ...]
     target: str | None = None  # the target of an op without a plan
+    refusals: tuple[Refusal, ...] = ()  # why the op does not run exact attention, if it is left alone for that
 
     @property
     def exact(self) -> bool:
@@ -161,7 +162,7 @@ def _cheapest(match: Match, policy: Policy, rule: PolicyRule, strict: bool, targ
     length = max(rule.min_length, 1)  # the form is decided when the op runs
     considered = [_considered(site, name, rule.params_of(name), strict, length) for name in rule.preference]
     accepted = [one.form for one in considered if one.accepted]
-    dense = exact_route(site, match.nodes)[0] != "op"
+    dense = exact_route(site, match.nodes).route != "op"
     also: list[str] = []  # why a form with its own op was not chosen
     if not all(FORMS[name].softmax for name in accepted):
         choice = _own_op(match, policy, rule, accepted, dense, considered, target)
@@ -220,6 +221,7 @@ def _accepted_by(params: Any) -> str:
 def _exact(match: Match, considered: tuple[Considered, ...], why: str, target: str | None) -> Choice:
     site = match.site
     params = FORMS["exact"].params()
-    route, reason = EXACT[site.op](site, match.nodes)
-    plan = plan_of(site, "exact", params, 0, target) if route == "op" else None
-    return Choice(match, "exact", params, route, f"{reason}; {why}" if why else reason, plan, considered, target)
+    routed = EXACT[site.op](site, match.nodes)
+    plan = plan_of(site, "exact", params, 0, target) if routed.route == "op" else None
+    reason = f"{routed.reason}; {why}" if why else routed.reason
+    return Choice(match, "exact", params, routed.route, reason, plan, considered, target, routed.refusals)

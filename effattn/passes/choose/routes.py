@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import sympy
@@ -22,26 +22,36 @@ from effattn.runtime.targets.choice import ANYWHERE, asked_for
 Route = Literal["keep", "sdpa", "op", "features", "linear"]
 
 
-def linear_route(_site: Site, _nodes: MatchedNodes) -> tuple[Route, str]:
+@dataclass(frozen=True)
+class Routed:
+    """The route of exact attention at a site, its reason, and the rules that refuse the op, if any."""
+
+    route: Route
+    reason: str
+    refusals: tuple[Refusal, ...] = ()
+
+
+def linear_route(_site: Site, _nodes: MatchedNodes) -> Routed:
     """The route of attention without a softmax, and its reason."""
-    return "linear", "the graph spells linear attention: the same function, in chunks with a state between them"
+    return Routed("linear", "the graph spells linear attention: the same function, in chunks with a state between them")
 
 
-def exact_route(site: Site, nodes: MatchedNodes) -> tuple[Route, str]:
+def exact_route(site: Site, nodes: MatchedNodes) -> Routed:
     """The route of exact attention at a site, and its reason."""
     if nodes.is_plain_sdpa and not nodes.key.folded and not needs_all_heads(site):
-        return "keep", "already an SDPA call without a mask: its own fast kernels run"
+        return Routed("keep", "already an SDPA call without a mask: its own fast kernels run")
     if _one_small_row(site):
-        return "keep", "one query over few keys, too wide for a kernel: its weights are smaller than the query itself"
+        reason = "one query over few keys, too wide for a kernel: its weights are smaller than the query itself"
+        return Routed("keep", reason)
     if nodes.lse is None and not site.sink and sdpa_takes(site):
         causal = "the mask is causal" if site.spec.predicate != sympy.true else "there is no mask"
         heads = ", which take grouped heads expanded in float32" if needs_all_heads(site) else _grouped(site)
-        return "sdpa", f"{causal}: SDPA's own fast kernels, no mask tensor" + heads
+        return Routed("sdpa", f"{causal}: SDPA's own fast kernels, no mask tensor" + heads)
     if (refusals := cannot_lower(site, "exact")) != ():
-        return "keep", f"left as it was: {'; '.join(map(str, refusals))}"
+        return Routed("keep", f"left as it was: {'; '.join(map(str, refusals))}", refusals)
     if nodes.sdpa is not None and is_opaque(site):
-        return "keep", "the mask is a tensor with a value for every pair: SDPA reads it as it is"
-    return "op", "a kernel specialised on predicate and score, no mask tensor" + _grouped(site)
+        return Routed("keep", "the mask is a tensor with a value for every pair: SDPA reads it as it is")
+    return Routed("op", "a kernel specialised on predicate and score, no mask tensor" + _grouped(site))
 
 
 def needs_all_heads(site: Site) -> bool:
@@ -79,7 +89,7 @@ def is_opaque(site: Site) -> bool:
 
 
 # the route of the user's own function, by the kind of site
-EXACT: dict[Op, Callable[[Site, MatchedNodes], tuple[Route, str]]] = {Op.SOFTMAX: exact_route, Op.LINEAR: linear_route}
+EXACT: dict[Op, Callable[[Site, MatchedNodes], Routed]] = {Op.SOFTMAX: exact_route, Op.LINEAR: linear_route}
 OP_RULES = (
     Rule(
         Why.GRADIENT_OF_BIAS,
