@@ -108,9 +108,9 @@ SETTINGS = {
     one.name: one
     for one in (
         Setting("whole", "a forward without a cache and without padding", whole),
-        Setting("left", "the same with padding on the left", left),
-        Setting("right", "the same with padding on the right", right),
-        Setting("documents", "texts packed into one row, told apart by position_ids alone", documents),
+        Setting("left", "the same with left padding", left),
+        Setting("right", "the same with right padding", right),
+        Setting("documents", "documents packed into one row, separated only by position_ids", documents),
         Setting("dynamic cache", f"a prefill into a DynamicCache and {STEPS} steps of decoding", dynamic_cache),
         Setting("static cache", f"a prefill into a StaticCache and {STEPS} steps of decoding", static_cache),
         Setting("generate", f"`model.generate` of {NEW_TOKENS} tokens with a compiled forward", generate),
