@@ -344,6 +344,10 @@ def value_of(
     require_fixed(sympy.Mul(*sizes_of_value[1:]))
     at.update(zip(widths, digits_of(depth, sizes_of_value), strict=True))
     entries = operand_index(view, node, value_labels, at, {k: row})
+    of_weights = dict(zip(labels, view.shape(weights), strict=True))
+    for label, entry, size in zip(value_labels, entries, view.shape(node), strict=True):
+        if of_weights.get(label) == 1 != size and entry != b:
+            raise Refused(Why.HEADS, f"value has {size} heads where the weights have one", at=product.node)
     sizes = (space.batch, space.heads, space.k_len, sympy.Mul(*sizes_of_value))
     value = traced(view, node, entries, view.time[product.node], "value", sizes, whole=whole)
     return value, tuple(at[label] for label in product.out_labels)

@@ -9,6 +9,8 @@ from comparing import assert_close
 from compiled import compiled
 from torch.utils._pytree import tree_leaves
 
+from effattn.ir.refusal import Why
+
 B, H, N, D, BLOCKS = 2, 3, 12, 8, 2
 
 
@@ -224,3 +226,15 @@ def test_nothing_is_copied_where_nobody_can_tell():
 
     report, _ = compiled(function, *_rows_first(), torch.eye(24))
     assert "contiguous" not in report.graph()
+
+
+def test_a_value_of_more_heads_than_the_weights_have():
+    """One map of weights for all heads of value is left alone; one for all batches is not."""
+
+    def function(q, k, v):
+        return (q @ k.mT).softmax(-1) @ v
+
+    for lead, found in (((1, 3), True), ((), True), ((2, 1), False), ((1, 1), False)):
+        report, _ = compiled(function, torch.randn(*lead, 7, 8), torch.randn(*lead, 7, 8), torch.randn(2, 3, 7, 8))
+        assert bool(report.sites) == found
+        assert found or report.missed[0].rule == Why.HEADS
