@@ -11,6 +11,14 @@ from typing import Any
 
 import torch
 
+# what Dynamo writes for ``x.mT`` and the like from torch 2.14 on; before, it writes ``getattr``
+ATTRIBUTES: dict[Any, str] = {
+    torch.ops.aten.numpy_T: "T",
+    torch.ops.aten.mT: "mT",
+    torch.ops.aten.matrix_H: "H",
+    torch.ops.aten.mH: "mH",
+}
+
 
 def graph_being_made() -> Any | None:
     """Dynamo's ``OutputGraph`` of the compilation in this thread; None if there is none.

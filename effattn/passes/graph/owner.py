@@ -121,8 +121,9 @@ def _methods(module: torch.nn.Module) -> Iterator[CodeType]:
 
 def _within(code: CodeType, method: CodeType) -> bool:
     """Whether ``code`` lies in ``method``, by line: Dynamo's resume functions are new code that starts at the break."""
-    last = max(line or 0 for _, _, line in method.co_lines())
-    return code.co_filename == method.co_filename and method.co_firstlineno <= code.co_firstlineno <= last
+    if code.co_filename != method.co_filename or code.co_firstlineno < method.co_firstlineno:
+        return False
+    return code.co_firstlineno <= max(line or 0 for _, _, line in method.co_lines())
 
 
 def _along(source: str, frame: _Frame | None) -> Iterator[tuple[str, Any]]:

@@ -10,6 +10,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import fx
 
+from effattn.passes.graph.vocabulary import canonical
+
 TORCH = os.path.join(os.path.dirname(torch.__file__), "")  # the separator excludes torchvision
 
 
@@ -167,8 +169,8 @@ def spelled(node: fx.Node) -> str:
     """An operation as user code writes it: ``softmax``, ``+``, ``mT``; "the end of the graph" for the output node."""
     if node.op == "output":
         return "the end of the graph"
-    if node.target is getattr:
-        return str(node.args[1])
+    if (call := canonical(node)) is not None and call.name == "getattr":
+        return str(call.get("name"))
     name = str(node.target) if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
     is_operator = getattr(node.target, "__module__", "") == "_operator"
     return f"'{_SYMBOLS[name]}'" if is_operator and name in _SYMBOLS else name

@@ -9,11 +9,11 @@ from typing import Any
 
 import sympy
 import torch
-from torch.fx.experimental.symbolic_shapes import ShapeEnv, statically_known_true
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._sympy import functions
 
 from effattn.ir import expr
-from effattn.passes.graph.view import GraphView
+from effattn.passes.graph.view import GraphView, known
 
 
 def equal(view: GraphView, one: Any, other: Any) -> bool | None:
@@ -26,9 +26,9 @@ def equal(view: GraphView, one: Any, other: Any) -> bool | None:
     env = _shape_env(view)
     if env is None:
         return None
-    if _known(env, sympy.Eq(_in_their_words(one), _in_their_words(other))):
+    if known(env, sympy.Eq(_in_their_words(one), _in_their_words(other))):
         return True
-    return False if _known(env, sympy.Ne(_in_their_words(one), _in_their_words(other))) else None
+    return False if known(env, sympy.Ne(_in_their_words(one), _in_their_words(other))) else None
 
 
 def is_broadcast(view: GraphView, size: Any, full: Any) -> bool | None:
@@ -39,12 +39,6 @@ def is_broadcast(view: GraphView, size: Any, full: Any) -> bool | None:
     if equal(view, size, full):
         return False
     return equal(view, size, 1)
-
-
-def _known(env: ShapeEnv, condition: Any) -> bool:
-    if condition in (sympy.true, sympy.false):
-        return condition == sympy.true
-    return statically_known_true(env.create_symboolnode(condition))
 
 
 def _shape_env(view: GraphView) -> ShapeEnv | None:

@@ -11,7 +11,7 @@ import operator
 from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 from types import FunctionType
 from typing import Any
 
@@ -19,11 +19,12 @@ import sympy
 import torch
 from networkx.utils import UnionFind
 from torch import fx
+from torch.fx.experimental.symbolic_shapes import ShapeEnv, statically_known_true
 from torch.utils import _pytree as pytree
 from torch.utils._sympy import functions
 
 from effattn.ir import expr
-from effattn.passes.graph.vocabulary import Call, canonical, is_dead_dropout
+from effattn.passes.graph.vocabulary import Call, canonical, is_dead_dropout, named
 
 CHECKPOINT = torch.ops.higher_order.tag_activation_checkpoint  # the node that torch.utils.checkpoint becomes
 
@@ -68,6 +69,7 @@ class GraphView:
         self.graph = graph
         self.time: dict[fx.Node, int] = {node: index for index, node in enumerate(graph.nodes)}
         self._calls: dict[fx.Node, Call | None] = {}
+        self._shapes: dict[fx.Node, tuple[sympy.Expr, ...]] = {}
         self._aliases: UnionFind = UnionFind(graph.nodes)
         self._writes: dict[Any, list[tuple[int, fx.Node, fx.Node]]] = defaultdict(list)
         self._find_aliases_and_writes()
@@ -117,7 +119,8 @@ class GraphView:
         for node, index in self.time.items():
             known = self._storages(node)
             for storage in known or ():
-                self._aliases.union(storages.setdefault(storage, node), node)
+                if (first := storages.setdefault(storage, node)) is not node:
+                    self._aliases.union(first, node)
             for source in self._shared_with(node) if known is None else ():
                 self._aliases.union(source, node)
             for target in _written_args(node):
@@ -125,14 +128,15 @@ class GraphView:
                 written.append((index, node, target))
         for index, node, target in written:
             self._writes[self._aliases[target]].append((index, node, target))
-        names = ((node, str(getattr(node.target, "__name__", node.target))) for node in self.time)
-        changed = [node for node, name in names if name in _CHANGES_ITSELF and node.op.startswith("call")]
+        calls = (node for node in self.time if node.op.startswith("call"))
+        changed = [node for node in calls if str(getattr(node.target, "__name__", node.target)) in _CHANGES_ITSELF]
         self._reshaped = {self._aliases[target] for node in changed for target in node.all_input_nodes[:1]}
 
     def _storages(self, node: fx.Node) -> list[int] | None:
         """Storages of the fake tensors that Dynamo recorded. Views share them, and so do overlapping inputs."""
         found = []
-        for value in pytree.tree_leaves(node.meta.get("example_value")):
+        held = node.meta.get("example_value")
+        for value in (held,) if isinstance(held, torch.Tensor) else pytree.tree_leaves(held):
             if isinstance(value, torch.Tensor):
                 try:
                     found.append(value.untyped_storage()._cdata)
@@ -189,15 +193,39 @@ class GraphView:
 
     def shape(self, node: fx.Node) -> tuple[sympy.Expr, ...]:
         """Sizes of a tensor node as sympy terms; symbolic lengths stay symbolic and add no guard."""
-        tensor = self.tensor(node)
-        return tuple(as_sympy(size) for size in tensor.shape) if tensor is not None else ()
+        if (known := self._shapes.get(node)) is None:
+            tensor = self.tensor(node)
+            known = tuple(as_sympy(size) for size in tensor.shape) if tensor is not None else ()
+            self._shapes[node] = known
+        return known
 
 
 def as_sympy(value: Any) -> sympy.Expr:
     """An int or SymInt as a sympy term in effattn's functions, without a guard."""
     if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
-        return _in_our_words(value.node.expr)
-    return sympy.sympify(value)
+        term = value.node.expr
+        return _in_our_words(_settled(term, value.node.shape_env) if term.has(*_CHOICES) else term)
+    return sympy.Integer(value) if type(value) is int else sympy.sympify(value)
+
+
+_CHOICES: dict[type, Callable[[Any, Any], Any]] = {functions.Min: operator.le, functions.Max: operator.ge}
+
+
+def _settled(term: sympy.Expr, env: ShapeEnv) -> sympy.Expr:
+    """A size without the smallest or largest of several where Dynamo's guards and ranges tell which one it is."""
+    args = [_settled(arg, env) for arg in term.args]
+    if (wins := _CHOICES.get(type(term))) is not None:
+        for one in args:
+            if all(one == other or known(env, wins(one, other)) for other in args):
+                return one
+    return term.func(*args) if args else term
+
+
+def known(env: ShapeEnv, condition: Any) -> bool:
+    """Whether a condition in torch's own symbolic functions holds in every call that the graph serves."""
+    if condition in (sympy.true, sympy.false):
+        return condition == sympy.true
+    return statically_known_true(env.create_symboolnode(condition))
 
 
 # torch's symbolic functions -> effattn's; equivalent for sizes, whose terms are positive
@@ -238,42 +266,66 @@ def writes(node: fx.Node) -> bool:
 def _written_args(node: fx.Node) -> list[fx.Node]:
     """The arguments that a node writes."""
     if node.op == "call_method":
-        name = str(node.target)
-        inplace = (name.endswith("_") and not name.endswith("__") and name != "requires_grad_") or name == "__setitem__"
-        inplace = inplace or (name.startswith("__i") and name.endswith("__") and name != "__invert__")
-        return _nodes(node.args[:1]) if inplace else []
-    if node.op != "call_function":
-        return []
-    if (call := canonical(node)) is not None and is_dead_dropout(call):
-        return []  # returns its input unchanged, even with inplace=True
-    if (schemas := _schemas(node.target)) is not None:
-        return _schema_args(node, schemas, lambda info: info is not None and info.is_write)
-    if isinstance(node.target, torch._ops.HigherOrderOperator):
-        return _nodes([node.args, node.kwargs]) if _body_writes(node) else []
-    if isinstance(node.target, FunctionType) and (node.target.__module__ or "").split(".")[0] not in _PURE_PACKAGES:
-        return _nodes([node.args, node.kwargs])  # a function made opaque by allow_in_graph may do anything
-    found: list[fx.Node] = []
-    name = getattr(node.target, "__name__", "")
-    writes_first = node.target in _INPLACE_OPERATORS or (name.endswith("_") and not name.endswith("__"))
-    writes_first = writes_first and node.target not in (operator.and_, operator.or_)
-    if writes_first or name in _CHANGES_ITSELF or _inplace_flag(node):
-        found += _nodes(node.args[:1] or [node.kwargs.get("input")])
-    return found + _nodes([node.kwargs.get("out")])
-
-
-def _nodes(values: Any) -> list[fx.Node]:
-    return [leaf for leaf in pytree.tree_leaves(values) if isinstance(leaf, fx.Node)]
-
-
-def _inplace_flag(node: fx.Node) -> bool:
-    """Whether the argument named ``inplace`` is set, also by position: ``F.relu(x, True)``."""
-    if "inplace" in node.kwargs:
-        return node.kwargs["inplace"] is not False
-    place = _inplace_position(node.target)
-    return place is not None and place < len(node.args) and node.args[place] is not False
+        return _nodes(node.args[:1]) if _method_writes(str(node.target)) else []
+    return _function_writes(node.target)(node) if node.op == "call_function" else []
 
 
 @lru_cache(maxsize=1024)
+def _method_writes(name: str) -> bool:
+    inplace = (name.endswith("_") and not name.endswith("__") and name != "requires_grad_") or name == "__setitem__"
+    return inplace or (name.startswith("__i") and name.endswith("__") and name != "__invert__")
+
+
+@lru_cache(maxsize=1024)
+def _function_writes(target: Any) -> Callable[[fx.Node], list[fx.Node]]:
+    """What tells of a call of ``target`` which arguments it writes: all that the target alone says is known then."""
+    if named(target) == "dropout":
+        return _dropout_writes
+    if (schemas := _schemas(target)) is not None:
+        written = any(_is_written(argument.alias_info) for schema in schemas for argument in schema.arguments)
+        return partial(_schema_args, schemas=schemas, wanted=_is_written) if written else _nothing
+    if isinstance(target, torch._ops.HigherOrderOperator):
+        return lambda node: _nodes([node.args, node.kwargs]) if _body_writes(node) else []
+    if isinstance(target, FunctionType) and (target.__module__ or "").split(".")[0] not in _PURE_PACKAGES:
+        return lambda node: _nodes([node.args, node.kwargs])  # made opaque by allow_in_graph: it may do anything
+    return partial(_plain_writes, first=_writes_first(target), flag=_inplace_position(target))
+
+
+def _nothing(node: fx.Node) -> list[fx.Node]:
+    return []
+
+
+def _dropout_writes(node: fx.Node) -> list[fx.Node]:
+    call = canonical(node)
+    if call is not None and is_dead_dropout(call):
+        return []  # returns its input unchanged, even with inplace=True
+    return _plain_writes(node, first=_writes_first(node.target), flag=_inplace_position(node.target))
+
+
+def _writes_first(target: Any) -> bool:
+    name = getattr(target, "__name__", "")
+    inplace = target in _INPLACE_OPERATORS or (name.endswith("_") and not name.endswith("__"))
+    return (inplace and target not in (operator.and_, operator.or_)) or name in _CHANGES_ITSELF
+
+
+def _plain_writes(node: fx.Node, *, first: bool, flag: int | None) -> list[fx.Node]:
+    """Of a function without a schema; ``flag``: the place of its argument named inplace, as in ``F.relu(x, True)``."""
+    found: list[fx.Node] = []
+    if "inplace" in node.kwargs:
+        first = first or node.kwargs["inplace"] is not False
+    elif flag is not None and flag < len(node.args):
+        first = first or node.args[flag] is not False
+    if first:
+        found += _nodes(node.args[:1] or [node.kwargs.get("input")])
+    return found + _nodes([node.kwargs["out"]]) if "out" in node.kwargs else found
+
+
+def _nodes(values: Any) -> list[fx.Node]:
+    if all(isinstance(value, fx.Node) for value in values):
+        return list(values)
+    return [leaf for leaf in pytree.tree_leaves(values) if isinstance(leaf, fx.Node)]
+
+
 def _inplace_position(target: Any) -> int | None:
     try:
         parameters = list(inspect.signature(target).parameters)
@@ -296,6 +348,10 @@ def bodies_of(node: fx.Node) -> list[fx.Graph]:
     module = node.graph.owning_module
     found = [getattr(module, str(arg.target), None) for arg in node.all_input_nodes if arg.op == "get_attr"]
     return [body.graph for body in found if isinstance(body, fx.GraphModule)]
+
+
+def _is_written(info: Any) -> bool:
+    return info is not None and info.is_write
 
 
 def _schemas(target: Any) -> list[Any] | None:

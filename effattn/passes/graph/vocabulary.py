@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,13 +15,19 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
+from effattn.versions import ATTRIBUTES
+
 
 @dataclass(frozen=True)
 class Spelling:
-    """One way to write an operation: a function object or a method name, with its parameter names in order."""
+    """One way to write an operation: a function object or a method name, with its parameter names in order.
+
+    ``says`` are arguments that the target itself says.
+    """
 
     target: Callable | str
     params: tuple[str, ...]
+    says: tuple[tuple[str, Any], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -53,6 +59,12 @@ def _row(name: str, params: str, functions: tuple = (), methods: str = "", also:
 def _starred(name: str, star: str, methods: str, functions: tuple = ()) -> tuple:
     """A row whose methods accept both ``x.view(2, 3)`` and ``x.view((2, 3))``."""
     return _row(name, f"input *{star}", functions, methods)
+
+
+def _attributes() -> Iterator[Spelling]:
+    """Operators for ``x.mT``: the name of the attribute is theirs."""
+    for operation, name in ATTRIBUTES.items():
+        yield Spelling(operation, ("input",), (("name", name),))
 
 
 ROWS: tuple[tuple[str, tuple[Spelling, ...]], ...] = (
@@ -177,7 +189,7 @@ ROWS: tuple[tuple[str, tuple[Spelling, ...]], ...] = (
     _row("permute", "input *dims", (torch.permute,), "permute"),
     _row("movedim", "input source destination", (torch.movedim, torch.moveaxis), "movedim moveaxis"),
     _row("t", "input", (torch.t, torch.adjoint), "t adjoint"),
-    _row("getattr", "input name", (getattr,)),
+    ("getattr", (Spelling(getattr, ("input", "name")), *_attributes())),
     _starred("expand", "sizes", "expand", ()),
     _row("expand", "input sizes", (torch.broadcast_to,), "expand_as broadcast_to"),
     _row("getitem", "input index", (operator.getitem,), "__getitem__"),
@@ -242,9 +254,15 @@ ROWS: tuple[tuple[str, tuple[Spelling, ...]], ...] = (
     ),
 )
 
-_BY_TARGET: dict[Any, tuple[str, tuple[str, ...]]] = {
-    spelling.target: (name, spelling.params) for name, spellings in ROWS for spelling in spellings
+_BY_TARGET: dict[Any, tuple[str, Spelling]] = {
+    spelling.target: (name, spelling) for name, spellings in ROWS for spelling in spellings
 }
+
+
+def named(target: Any) -> str | None:
+    """The canonical name of the operation that ``target`` spells, a function or a method's name; None for others."""
+    entry = _BY_TARGET.get(target)
+    return None if entry is None else entry[0]
 
 
 def canonical(node: fx.Node) -> Call | None:
@@ -254,20 +272,17 @@ def canonical(node: fx.Node) -> Call | None:
     entry = _BY_TARGET.get(node.target)
     if entry is None:
         return None
-    name, params = entry
-    args: dict[str, Any] = {}
-    positional = list(node.args)
-    for index, param in enumerate(params):
-        if param.startswith("*"):
-            rest = positional[index:]
-            args[param[1:]] = rest[0] if len(rest) == 1 and isinstance(rest[0], (tuple, list)) else tuple(rest)
-            positional = positional[:index]
-            break
-        if index < len(positional):
-            args[param] = positional[index]
+    name, spelling = entry
+    params, positional = spelling.params, node.args
+    args: dict[str, Any] = dict(zip(params, positional, strict=False))
+    if params[-1].startswith("*"):
+        rest = positional[len(params) - 1 :]
+        args.pop(params[-1], None)
+        args[params[-1][1:]] = rest[0] if len(rest) == 1 and isinstance(rest[0], (tuple, list)) else rest
     else:
         for extra, value in enumerate(positional[len(params) :]):
             args[f"_{extra}"] = value  # arguments already reflected in the result's shape and dtype
+    args.update(spelling.says)
     args.update(node.kwargs)
     return Call(name, node, args)
 

@@ -10,7 +10,7 @@ from torch.utils import _pytree as pytree
 
 from effattn.errors import RewriteError
 from effattn.passes.graph.insertion import difference
-from effattn.passes.graph.view import GraphView
+from effattn.passes.graph.view import GraphView, writes
 
 
 def check(graph: fx.Graph, original: fx.Graph) -> None:
@@ -21,17 +21,15 @@ def check(graph: fx.Graph, original: fx.Graph) -> None:
         to an input is missing.
     """
     graph.lint()
-    for node in graph.nodes:
-        if node.op in ("call_function", "call_method") and "example_value" not in node.meta:
-            twin = next((old for old in original.nodes if old.name == node.name), None)
-            if twin is None:
-                raise RewriteError(f"{node.name} was inserted without an example value")
+    calls = [node for node in graph.nodes if node.op in ("call_function", "call_method")]
+    without = {node.name for node in calls if "example_value" not in node.meta}
+    if without and (inserted := without - {node.name for node in original.nodes}):
+        raise RewriteError(f"{min(inserted)} was inserted without an example value")
     inputs = [[node.target for node in side.nodes if node.op == "placeholder"] for side in (original, graph)]
     if inputs[0] != inputs[1]:
         raise RewriteError("the inputs of the graph changed")
     _check_outputs(graph, original)
-    lost = _writes_to_inputs(original) - _writes_to_inputs(graph)
-    if lost:
+    if lost := _writes_to_inputs(original) - _writes_to_inputs(graph):
         raise RewriteError(f"writes to inputs disappeared: {sorted(map(str, lost))}")
 
 
@@ -56,10 +54,11 @@ def _differ(old: torch.Tensor, new: torch.Tensor) -> bool:
 
 
 def _writes_to_inputs(graph: fx.Graph) -> Counter:
+    writers = [node for node in graph.nodes if writes(node)]
+    if not writers:
+        return Counter()
     view = GraphView(graph)
     inputs = {view.memory_of(node): node.name for node in graph.nodes if node.op in ("placeholder", "get_attr")}
     return Counter(
-        (str(node.target), inputs[view.memory_of(node)])
-        for node in graph.nodes
-        if view.writes(node) and view.memory_of(node) in inputs
+        (str(node.target), inputs[view.memory_of(node)]) for node in writers if view.memory_of(node) in inputs
     )

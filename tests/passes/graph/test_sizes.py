@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import sympy
 import torch
 import torch.nn.functional as F
 from comparing import assert_close
@@ -12,6 +13,7 @@ from effattn.compiler.backend import effattn
 from effattn.compiler.options import Options
 from effattn.compiler.report import collect
 from effattn.ir.refusal import Why
+from effattn.passes.graph.view import as_sympy
 
 H, D = 4, 8
 SIZES = [(2, 20), (3, 33), (5, 47)]  # batch, length
@@ -124,3 +126,42 @@ def test_a_batch_of_unknown_size_is_left_alone():
     report = heard.report(Options.read(given))
     assert report.sites == []
     assert report.missed[0].rule == Why.BATCH
+
+
+def test_the_smallest_of_sizes_that_guards_tell_apart_is_one_of_them():
+    def some_rows(x):
+        if x.shape[0] > 256:
+            return x
+        return x + torch.arange(torch.sym_min(x.shape[0], 256)) + torch.arange(torch.sym_max(x.shape[0], 1))
+
+    lengths = []
+
+    def backend(gm, inputs):
+        nodes = [node for node in gm.graph.nodes if isinstance(node.meta.get("example_value"), torch.Tensor)]
+        read = [node for node in nodes if node.op == "placeholder" or node.target is torch.arange]
+        lengths.extend(as_sympy(node.meta["example_value"].shape[0]) for node in read)
+        return gm.forward
+
+    torch._dynamo.reset()
+    x = torch.zeros(90)
+    torch._dynamo.mark_dynamic(x, 0)
+    torch.compile(some_rows, backend=backend, fullgraph=True)(x)
+    assert len(lengths) == 3
+    assert len(set(lengths)) == 1, lengths
+    assert lengths[0].is_Symbol
+
+
+def test_the_smallest_of_two_lengths_of_which_nothing_is_known_stays():
+    found = []
+
+    def backend(gm, inputs):
+        (made,) = (node for node in gm.graph.nodes if node.target is torch.arange)
+        found.append(as_sympy(made.meta["example_value"].shape[0]))
+        return gm.forward
+
+    torch._dynamo.reset()
+    tensors = torch.zeros(9), torch.zeros(12)
+    for tensor in tensors:
+        torch._dynamo.mark_dynamic(tensor, 0)
+    torch.compile(lambda x, y: torch.arange(torch.sym_min(x.shape[0], y.shape[0])), backend=backend)(*tensors)
+    assert [type(length) for length in found] == [sympy.Min]

@@ -125,6 +125,11 @@ def sdpa_3d(q, k, v):
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
+def transposed_by_operators(q, k, v):
+    """As Dynamo writes ``k.mT`` from torch 2.14 on."""
+    return torch.softmax(q @ torch.ops.aten.mT(k) * 0.25, -1) @ torch.ops.aten.mH(torch.ops.aten.mH(v))
+
+
 def special_softmax(q, k, v):
     return torch.special.softmax(q @ k.mT * 0.25, -1) @ v
 
