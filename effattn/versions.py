@@ -1,12 +1,14 @@
-"""Differences between the supported versions of torch and transformers, and access to Dynamo's state.
+"""Differences between the supported versions of torch and transformers, and access to private names of torch.
 
-One function per difference, with the versions it concerns. Other code does not depend on versions.
+One function per difference, with the versions it concerns, or per private name, the same in torch 2.11 to 2.14. Other
+code does not depend on versions. Functions import Dynamo's modules themselves, since that takes a second.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from types import CodeType, FrameType
 from typing import Any
 
 import torch
@@ -21,11 +23,8 @@ ATTRIBUTES: dict[Any, str] = {
 
 
 def graph_being_made() -> Any | None:
-    """Dynamo's ``OutputGraph`` of the compilation in this thread; None if there is none.
-
-    Private API, the same in torch 2.11 to 2.14.
-    """
-    from torch._dynamo.symbolic_convert import InstructionTranslator  # takes a second to import
+    """Dynamo's ``OutputGraph`` of the compilation in this thread; None if there is none."""
+    from torch._dynamo.symbolic_convert import InstructionTranslator
 
     try:
         return InstructionTranslator.current_tx().output
@@ -45,3 +44,62 @@ def compiled_alone() -> dict[str, Any]:
 def cache_argument(forward: Callable[..., Any]) -> str:
     """The name of the cache argument of a transformers model: ``past_key_values`` in 5.17, ``cache`` in 5.24."""
     return "cache" if "cache" in inspect.signature(forward).parameters else "past_key_values"
+
+
+# -- what Dynamo keeps of its compilations ----------------------------------------------------------------------------
+
+
+def keep_records(count: int) -> None:
+    """Let Dynamo keep the records of at least ``count`` compilations; 64 by default."""
+    from torch._dynamo import utils
+
+    if (utils._compilation_metrics.maxlen or count) < count:
+        utils.set_compilation_metrics_limit(count)
+
+
+def records() -> Sequence[Any]:
+    """Dynamo's records of its compilations, oldest first: ``CompilationMetrics``."""
+    from torch._dynamo import utils
+
+    return utils.get_compilation_metrics()
+
+
+def is_written_by_dynamo(code: CodeType) -> bool:
+    return code in torch._dynamo.convert_frame.output_codes
+
+
+def is_skipped(code: CodeType) -> bool:
+    """Whether Dynamo compiles nothing in the file of ``code``, by its rules."""
+    return torch._dynamo.trace_rules.check(code)
+
+
+def disabled_in(frame: FrameType) -> tuple[str, str | None] | None:
+    """The function that ``torch.compiler.disable`` runs in ``frame``, and the reason that it was given.
+
+    None if ``frame`` is not that of the wrapper which it puts around the function.
+    """
+    if frame.f_code.co_name != "_fn" or not frame.f_code.co_filename.endswith("/_dynamo/eval_frame.py"):
+        return None
+    function, context = frame.f_locals.get("fn"), frame.f_locals.get("self")
+    return getattr(function, "__qualname__", type(function).__name__), getattr(context, "msg", None)
+
+
+# -- what Dynamo and FlexAttention do ---------------------------------------------------------------------------------
+
+
+def let_through() -> type[Exception]:
+    """The class of exceptions that Dynamo raises as a backend does; of all others it makes ``BackendCompilerFailed``.
+
+    Its ``first_useful_frame`` is where the traceback begins that users see.
+    """
+    from torch._dynamo.exc import ShortenTraceback
+
+    return ShortenTraceback
+
+
+def flex_scores(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *rest: Any) -> torch.Tensor:
+    """What the eager code of ``torch.ops.higher_order.flex_attention`` takes the softmax of: [B, H, Nq, Nk]."""
+    from torch._higher_order_ops.flex_attention import _math_attention_inner
+
+    key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1).expand(query.shape[0], -1, -1, -1)
+    return _math_attention_inner(query, key, value, *rest)[1]

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from effattn.errors import EffattnError
+from effattn.versions import let_through
 
 
 def as_they_are(backend: Callable) -> Callable:
@@ -32,13 +33,11 @@ def as_they_are(backend: Callable) -> Callable:
 
 @functools.lru_cache
 def _twin(kind: Any) -> Any:
-    """A class with the same name that derives from ``kind`` and from ``ShortenTraceback``."""
-    from torch._dynamo.exc import ShortenTraceback  # here, because it takes a second to import
-
+    """A class with the same name that derives from ``kind`` and from one that Dynamo lets through."""
     body = {
         "__module__": kind.__module__,
         "__qualname__": kind.__qualname__,
         "args": property(lambda self: (str(self),), lambda self, value: None),  # keeps Dynamo from adding its stack
         "__reduce__": lambda self: (kind, self.args),
     }
-    return type(kind.__name__, (kind, ShortenTraceback), body)
+    return type(kind.__name__, (kind, let_through()), body)

@@ -22,6 +22,7 @@ from effattn.passes.candidate.record import Match
 from effattn.passes.compilation import Outcome
 from effattn.passes.masks import split as masks
 from effattn.runtime.algebra import evaluate
+from effattn.versions import flex_scores
 
 ROWS = 128
 TOLERANCES = {torch.float32: 2e-4, torch.float64: 1e-9, torch.bfloat16: 4e-2, torch.float16: 8e-3}
@@ -100,7 +101,7 @@ class _Checker(fx.Interpreter):
         site = match.site
         query, key = kwargs.get("query"), kwargs.get("key")
         if node.target is torch.ops.higher_order.flex_attention:
-            query = _flex_scores(*args)
+            query = flex_scores(*args)
         if (scores := match.nodes.scores) is not None:
             query = self.values[scores.node.name, scores.time]
         theirs = _scores_of_user(match, query, key, kwargs)
@@ -184,14 +185,6 @@ def _bound(query: Any, key: Any, sdpa: dict) -> float:
 def _far_below(scores: torch.Tensor) -> torch.Tensor:
     """Scores without weight: below the row's maximum by at least a fill value."""
     return scores - scores.amax(dim=-1, keepdim=True) <= masks.FILL
-
-
-def _flex_scores(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *rest: Any) -> torch.Tensor:
-    """The scores in flex_attention's eager implementation."""
-    from torch._higher_order_ops.flex_attention import _math_attention_inner
-
-    key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1).expand(query.shape[0], -1, -1, -1)
-    return _math_attention_inner(query, key, value, *rest)[1]
 
 
 def _sizes(match: Match, query: Any, key: Any) -> dict[str, int]:
