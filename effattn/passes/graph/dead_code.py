@@ -15,8 +15,9 @@ from torch.utils import _pytree as pytree
 
 from effattn.passes.graph.block_mask_code import is_block_mask_code
 from effattn.passes.graph.contraction import CONTRACTIONS
-from effattn.passes.graph.view import GraphView, writes
+from effattn.passes.graph.view import GraphView
 from effattn.passes.graph.vocabulary import canonical, is_dead_dropout
+from effattn.passes.graph.writes import writes
 
 _LARGEST_PART = 200  # most nodes that are erased together
 _KEEP_STATISTICS = ("batch_norm", "instance_norm")  # write their arguments, which their schemas do not declare

@@ -6,13 +6,11 @@ says what a node holds at a given point, and whether that changes later.
 
 from __future__ import annotations
 
-import inspect
 import operator
 from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Callable
-from functools import lru_cache, partial
-from types import FunctionType
+from functools import lru_cache
 from typing import Any
 
 import sympy
@@ -24,7 +22,8 @@ from torch.utils import _pytree as pytree
 from torch.utils._sympy import functions
 
 from effattn.ir import expr
-from effattn.passes.graph.vocabulary import Call, canonical, is_dead_dropout, named
+from effattn.passes.graph.vocabulary import Call, canonical
+from effattn.passes.graph.writes import CHANGES_ITSELF, schema_args, schemas_of, writes, written_args
 
 CHECKPOINT = torch.ops.higher_order.tag_activation_checkpoint  # the node that torch.utils.checkpoint becomes
 
@@ -33,33 +32,8 @@ _VIEWS = {f"cast_{name}" for name in ("float32", "float64", "float16", "bfloat16
     *("reshape", "transpose", "permute", "movedim", "t", "getattr", "expand", "getitem", "select", "narrow", "chunk"),
     *("split", "unbind", "identity", "to", "type_as", "dropout"),
 }
-_INPLACE_OPERATORS = {
-    getattr(operator, f"i{name}")
-    for name in [
-        "add",
-        "sub",
-        "mul",
-        "truediv",
-        "floordiv",
-        "mod",
-        "pow",
-        "and",
-        "or",
-        "xor",
-        "lshift",
-        "rshift",
-        "matmul",
-    ]
-} | {operator.setitem}
-# methods that change the shape or storage of the tensor object itself
-_CHANGES_ITSELF = {
-    *("squeeze_", "unsqueeze_", "t_", "transpose_", "swapaxes_", "swapdims_"),
-    *("as_strided_", "resize_", "resize_as_", "set_", "set_data"),
-}
 _MAKERS = ("arange", "ones", "zeros", "full", "tensor")  # read at most the shape of an argument
 _LIKE_ANOTHER = ("type_as", "reshape", "expand")  # read at most the dtype or shape of the second argument
-# packages whose functions have no side effects unless their names or schemas say so
-_PURE_PACKAGES = ("torch", "_operator", "operator", "builtins", "math", "einops")
 
 
 class GraphView:
@@ -106,7 +80,7 @@ class GraphView:
 
     def written_as(self, writer: fx.Node) -> fx.Node | None:
         """The node passed to ``writer`` as the tensor to write; None if there are several."""
-        targets = _written_args(writer)
+        targets = written_args(writer)
         return targets[0] if len(targets) == 1 else None
 
     def changes_itself(self, node: fx.Node) -> bool:
@@ -123,13 +97,13 @@ class GraphView:
                     self._aliases.union(first, node)
             for source in self._shared_with(node) if known is None else ():
                 self._aliases.union(source, node)
-            for target in _written_args(node):
+            for target in written_args(node):
                 self._aliases.union(target, node)
                 written.append((index, node, target))
         for index, node, target in written:
             self._writes[self._aliases[target]].append((index, node, target))
         calls = (node for node in self.time if node.op.startswith("call"))
-        changed = [node for node in calls if str(getattr(node.target, "__name__", node.target)) in _CHANGES_ITSELF]
+        changed = [node for node in calls if str(getattr(node.target, "__name__", node.target)) in CHANGES_ITSELF]
         self._reshaped = {self._aliases[target] for node in changed for target in node.all_input_nodes[:1]}
 
     def _storages(self, node: fx.Node) -> list[int] | None:
@@ -151,8 +125,8 @@ class GraphView:
         if call is not None:
             source = call.get("input")
             return [source] if call.name in _VIEWS and isinstance(source, fx.Node) else []
-        if (schemas := _schemas(node.target)) is not None:
-            return _schema_args(node, schemas, lambda info: info is not None)
+        if (schemas := schemas_of(node.target)) is not None:
+            return schema_args(node, schemas, lambda info: info is not None)
         return [source for source in node.all_input_nodes if self.tensor(source) is not None]
 
     # -- gradients ------------------------------------------------------------------------------------------
@@ -256,118 +230,3 @@ def hint(value: Any) -> int:
         found = value.node.hint
         return int(found) if found is not None else 0
     return int(value)
-
-
-def writes(node: fx.Node) -> bool:
-    """Whether running ``node`` writes memory that existed before."""
-    return bool(_written_args(node))
-
-
-def _written_args(node: fx.Node) -> list[fx.Node]:
-    """The arguments that a node writes."""
-    if node.op == "call_method":
-        return _nodes(node.args[:1]) if _method_writes(str(node.target)) else []
-    return _function_writes(node.target)(node) if node.op == "call_function" else []
-
-
-@lru_cache(maxsize=1024)
-def _method_writes(name: str) -> bool:
-    inplace = (name.endswith("_") and not name.endswith("__") and name != "requires_grad_") or name == "__setitem__"
-    return inplace or (name.startswith("__i") and name.endswith("__") and name != "__invert__")
-
-
-@lru_cache(maxsize=1024)
-def _function_writes(target: Any) -> Callable[[fx.Node], list[fx.Node]]:
-    """What tells of a call of ``target`` which arguments it writes: all that the target alone says is known then."""
-    if named(target) == "dropout":
-        return _dropout_writes
-    if (schemas := _schemas(target)) is not None:
-        written = any(_is_written(argument.alias_info) for schema in schemas for argument in schema.arguments)
-        return partial(_schema_args, schemas=schemas, wanted=_is_written) if written else _nothing
-    if isinstance(target, torch._ops.HigherOrderOperator):
-        return lambda node: _nodes([node.args, node.kwargs]) if _body_writes(node) else []
-    if isinstance(target, FunctionType) and (target.__module__ or "").split(".")[0] not in _PURE_PACKAGES:
-        return lambda node: _nodes([node.args, node.kwargs])  # made opaque by allow_in_graph: it may do anything
-    return partial(_plain_writes, first=_writes_first(target), flag=_inplace_position(target))
-
-
-def _nothing(node: fx.Node) -> list[fx.Node]:
-    return []
-
-
-def _dropout_writes(node: fx.Node) -> list[fx.Node]:
-    call = canonical(node)
-    if call is not None and is_dead_dropout(call):
-        return []  # returns its input unchanged, even with inplace=True
-    return _plain_writes(node, first=_writes_first(node.target), flag=_inplace_position(node.target))
-
-
-def _writes_first(target: Any) -> bool:
-    name = getattr(target, "__name__", "")
-    inplace = target in _INPLACE_OPERATORS or (name.endswith("_") and not name.endswith("__"))
-    return (inplace and target not in (operator.and_, operator.or_)) or name in _CHANGES_ITSELF
-
-
-def _plain_writes(node: fx.Node, *, first: bool, flag: int | None) -> list[fx.Node]:
-    """Of a function without a schema; ``flag``: the place of its argument named inplace, as in ``F.relu(x, True)``."""
-    found: list[fx.Node] = []
-    if "inplace" in node.kwargs:
-        first = first or node.kwargs["inplace"] is not False
-    elif flag is not None and flag < len(node.args):
-        first = first or node.args[flag] is not False
-    if first:
-        found += _nodes(node.args[:1] or [node.kwargs.get("input")])
-    return found + _nodes([node.kwargs["out"]]) if "out" in node.kwargs else found
-
-
-def _nodes(values: Any) -> list[fx.Node]:
-    if all(isinstance(value, fx.Node) for value in values):
-        return list(values)
-    return [leaf for leaf in pytree.tree_leaves(values) if isinstance(leaf, fx.Node)]
-
-
-def _inplace_position(target: Any) -> int | None:
-    try:
-        parameters = list(inspect.signature(target).parameters)
-    except (TypeError, ValueError):
-        return None
-    return parameters.index("inplace") if "inplace" in parameters else None
-
-
-def _body_writes(node: fx.Node) -> bool:
-    """Whether a higher-order operator may write its arguments: a Triton kernel, or a body with in-place operations."""
-    if "mutation" in str(node.target):
-        return True
-    return any(_written_args(inner) for body in bodies_of(node) for inner in body.nodes)
-
-
-def bodies_of(node: fx.Node) -> list[fx.Graph]:
-    """The graphs that a higher-order operator runs, such as a checkpointed region; [] for any other node."""
-    if not isinstance(node.target, torch._ops.HigherOrderOperator):
-        return []
-    module = node.graph.owning_module
-    found = [getattr(module, str(arg.target), None) for arg in node.all_input_nodes if arg.op == "get_attr"]
-    return [body.graph for body in found if isinstance(body, fx.GraphModule)]
-
-
-def _is_written(info: Any) -> bool:
-    return info is not None and info.is_write
-
-
-def _schemas(target: Any) -> list[Any] | None:
-    """The schemas of ``target``; None if it is not an operator of torch's dispatcher."""
-    if isinstance(target, torch._ops.OpOverload):
-        return [target._schema]
-    if isinstance(target, torch._ops.OpOverloadPacket):
-        return list(target._schemas.values())
-    return None
-
-
-def _schema_args(node: fx.Node, schemas: list[Any], wanted: Callable[[Any], bool]) -> list[fx.Node]:
-    found: list[fx.Node] = []
-    for schema in schemas:
-        for index, argument in enumerate(schema.arguments):
-            if wanted(argument.alias_info):
-                value = node.args[index] if index < len(node.args) else node.kwargs.get(argument.name)
-                found += [item for item in _nodes([value]) if item not in found]
-    return found

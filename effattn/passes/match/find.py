@@ -23,7 +23,8 @@ from effattn.passes.candidate.space import Readers
 from effattn.passes.compilation import Compilation, Pass
 from effattn.passes.diagnose.not_softmax import why_no_softmax
 from effattn.passes.graph.provenance import location, module_path, spelled
-from effattn.passes.graph.view import CHECKPOINT, GraphView, bodies_of
+from effattn.passes.graph.view import CHECKPOINT, GraphView
+from effattn.passes.graph.writes import bodies_of
 from effattn.passes.match import anchors
 from effattn.passes.match.anchors.anchor import Anchor
 from effattn.passes.match.anchors.manual_softmax import may_hold_written_softmax

@@ -10,7 +10,8 @@ from torch.utils import _pytree as pytree
 
 from effattn.errors import RewriteError
 from effattn.passes.graph.insertion import difference
-from effattn.passes.graph.view import GraphView, writes
+from effattn.passes.graph.view import GraphView
+from effattn.passes.graph.writes import writes
 
 
 def check(graph: fx.Graph, original: fx.Graph) -> None:
