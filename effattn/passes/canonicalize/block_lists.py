@@ -17,7 +17,7 @@ from effattn.passes.candidate.record import Refused
 from effattn.passes.compilation import Compilation, Pass
 from effattn.passes.graph.insertion import Inserter
 from effattn.passes.graph.view import as_sympy
-from effattn.passes.graph.vocabulary import canonical
+from effattn.passes.graph.vocabulary import canonical, named
 from effattn.passes.match.block_mask import TABLE, BlockMask
 
 
@@ -39,8 +39,8 @@ def decompose(graph: fx.Graph) -> list[fx.Node]:
     """Insert a table before every call whose lists are inputs; returns the inserted nodes."""
     tables: dict[tuple, fx.Node] = {}
     for node in list(graph.nodes):
-        call = canonical(node)
-        if call is None or call.name != "flex_attention":
+        call = canonical(node) if named(node.target) == "flex_attention" else None
+        if call is None:
             continue
         try:
             mask = BlockMask.of(call)

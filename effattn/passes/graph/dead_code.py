@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 from effattn.passes.graph.block_mask_code import is_block_mask_code
 from effattn.passes.graph.contraction import CONTRACTIONS
 from effattn.passes.graph.view import GraphView
-from effattn.passes.graph.vocabulary import canonical, is_dead_dropout
+from effattn.passes.graph.vocabulary import Call, canonical, is_dead_dropout, named
 from effattn.passes.graph.writes import writes
 
 _LARGEST_PART = 200  # most nodes that are erased together
@@ -31,22 +31,22 @@ def erase_unused_weights(graph: fx.Graph) -> int:
     """
     weights: set[fx.Node] = set()
     for node in graph.nodes:
-        call = canonical(node)
-        multiplies = call is not None and call.name in CONTRACTIONS
-        from_weights = node.op.startswith("call_") and not multiplies and not weights.isdisjoint(node.all_input_nodes)
-        if (call is not None and call.name == "softmax") or from_weights:
+        if not node.op.startswith("call_"):
+            continue
+        name = named(node.target) if node.op != "call_module" else None
+        from_weights = name not in CONTRACTIONS and not weights.isdisjoint(node.all_input_nodes)
+        if name == "softmax" or from_weights:
             weights.add(node)
     before = len(graph.nodes)
     for node in reversed(graph.nodes):
-        if node in weights and not node.users and not writes(node) and not _has_effect(node):
+        if node in weights and not node.users and not writes(node) and not _has_effect(node, canonical(node)):
             weights.update(node.all_input_nodes)  # their other users may be gone now
             graph.erase_node(node)
     return before - len(graph.nodes)
 
 
-def _has_effect(node: fx.Node) -> bool:
+def _has_effect(node: fx.Node, call: Call | None) -> bool:
     """Whether a node that writes nothing has another side effect: it draws random numbers or requires a gradient."""
-    call = canonical(node)
     if call is None:
         leaves = pytree.tree_leaves(GraphView.value(node))
         plain = bool(leaves) and all(isinstance(leaf, torch.Tensor) for leaf in leaves)
@@ -114,4 +114,5 @@ def _dead_part(
 
 def only_a_value(view: GraphView, node: fx.Node) -> bool:
     """Whether a node is known to have no side effect."""
-    return (view.call(node) is not None and not _has_effect(node)) or is_block_mask_code(node)
+    call = view.call(node)
+    return (call is not None and not _has_effect(node, call)) or is_block_mask_code(node)

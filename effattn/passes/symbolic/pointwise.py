@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 
 import sympy
 import torch
@@ -13,9 +14,7 @@ from effattn.passes.symbolic.reader import Index, Reader, Reading, Unreadable, k
 from effattn.passes.symbolic.widths import check_held, check_operands
 
 _HALF = (torch.float16, torch.bfloat16)
-
-
-_LARGE = 1000.0  # adding a constant up to this size leaves a score of a few units enough digits
+_LARGE = sympy.Float(1000)  # adding a constant up to this size leaves a score of a few units enough digits
 
 
 def aligned(reading: Reading, index: Index, shape: Index) -> Index:
@@ -58,6 +57,12 @@ def _is_small_choice(term) -> bool:
     return all(leaf.is_number for leaf in leaves(term)) and len(leaves(term)) <= 4
 
 
+@lru_cache
+def _most_of(dtype: torch.dtype) -> sympy.Float:
+    """The largest finite number of a floating-point dtype."""
+    return sympy.Float(torch.finfo(dtype).max)
+
+
 def stored_as(value, dtype: torch.dtype):
     """``value`` as stored in ``dtype``: constants outside its range become infinite, also inside a where().
 
@@ -78,7 +83,7 @@ def stored_as(value, dtype: torch.dtype):
                 return value
             return value if (held := stored_as(scaled, dtype)) == scaled else held
         return value
-    if value.is_number and value.is_finite and value.is_real and abs(value) > torch.finfo(dtype).max:
+    if value.is_number and value.is_finite and value.is_real and abs(value) > _most_of(dtype):
         held = float(torch.tensor(float(value), dtype=torch.float64).to(dtype))
         return sympy.sympify(held) if abs(held) == float("inf") else value
     return value
@@ -95,7 +100,9 @@ def pointwise(reader: Reader, call: Call, shape, names: tuple[str, ...], functio
         value = distribute(function, *values)
         check_operands(reader, values, reader.computes_in(tensor.dtype, value))
         if tensor.dtype.is_floating_point and not value.is_integer:
-            value = distribute(function, *[reader.grouped(value) for value in values])
+            grouped = [reader.grouped(value) for value in values]
+            if any(group is not value for group, value in zip(grouped, values, strict=True)):
+                value = distribute(function, *grouped)
         return stored_as(exact(reader, value, tensor.dtype), tensor.dtype)
 
     return Reading(shape, kind_of(tensor.dtype), at)
@@ -124,7 +131,8 @@ def _swallows(value) -> bool:
         return any(_swallows(branch) for branch in value.args[1:])
     if value.is_number or (value.is_integer and not expr.loads_of(value)):
         return False
-    plain = value.xreplace({choice: sympy.Integer(0) for choice in value.atoms(expr.Where)})
+    choices = value.atoms(expr.Where)
+    plain = value.xreplace(dict.fromkeys(choices, sympy.Integer(0))) if choices else value
     terms = (term for term in sympy.preorder_traversal(plain) if isinstance(term, (sympy.Add, sympy.Mul)))
     terms = (term for term in terms if not term.is_integer or expr.loads_of(term))
     numbers = (n for term in terms for n in term.args if n.is_Number and n.is_finite)

@@ -77,7 +77,7 @@ def _check_counted(reader: Reader, value: Any, dtype: torch.dtype) -> None:
         return
     # the values of a where() of numbers, such as a fill, are floats already
     choices = [choice for choice in value.atoms(expr.Where) if all(branch.is_number for branch in choice.args[1:])]
-    rest = value.xreplace(dict.fromkeys(choices, sympy.Integer(0)))
+    rest = value.xreplace(dict.fromkeys(choices, sympy.Integer(0))) if choices else value
     if rest.is_number or rest.is_integer is not True or expr.loads_of(rest):
         return  # integer data are checked where they are cast and compared
     if bounds_of(reader, rest, dtype).size > COUNTS.get(dtype, 0):
