@@ -11,8 +11,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 # Without an NVIDIA GPU, PyTorch's own index is asked too: it has the same version built for the CPU alone, which pip
 # prefers and which spares gigabytes of CUDA libraries. What torch itself needs comes later, from pip's usual index.
 # TORCH_INDEX= (empty) leaves that index out; another value names another.
-# Not the newest: of 2.14.1 five tests still fail (a written-out softmax over rows, heads beside the batch, loops of any
-# length), and pip's usual index has it with CUDA alone: 4 GB when installed.
+# Not the newest: pip's usual index has 2.14.1 with CUDA alone, 4 GB when installed.
 TORCH ?= torch==2.13.0 triton==3.7.1
 ifeq ($(shell nvidia-smi -L 2>/dev/null | grep -c GPU),0)
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
