@@ -65,7 +65,7 @@ def test_values_of_scalars_and_numbers_do_not_matter():
 
 
 def test_a_plan_that_is_gone_is_not_confused_with_another():
-    sizes = Sizes(q_len=20, k_len=20)
+    sizes = Sizes(batch=1, heads=1, q_len=20, k_len=20)
     for scale in range(1, 30):
         plan = CASES["causal"](sizes, CPU).plan
         call = CASES["causal"](sizes, CPU)
