@@ -13,7 +13,7 @@ from effattn.passes.graph.view import GraphView
 if TYPE_CHECKING:
     from effattn.passes.candidate.record import Match, Missed
     from effattn.passes.canonicalize.assumed import Assumed
-    from effattn.passes.choose.choice import Choice
+    from effattn.passes.choose.record import Choice
     from effattn.policy import Policy
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from types import ModuleType
 
 from effattn.lowering.dialects.triton.module import module_from
-from effattn.lowering.kernels.source import file_name, generate
+from effattn.lowering.kernels.generate import file_name, generate
 from effattn.lowering.kernels.spec import KernelSpec
 from effattn.runtime.cache import keep_source
 

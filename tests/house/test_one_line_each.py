@@ -42,7 +42,7 @@ def added(monkeypatch, tmp_path):
             if file == "effattn/passes/graph/vocabulary.py":
                 for name, spellings in eval(f"({code})", vars(vocabulary)):
                     for spelling in spellings:
-                        monkeypatch.setitem(vocabulary._BY_TARGET, spelling.target, (name, spelling.params))
+                        monkeypatch.setitem(vocabulary._BY_TARGET, spelling.target, (name, spelling))
             elif table:
                 name = file.removesuffix("/__init__.py").removesuffix(".py").replace("/", ".")
                 module = importlib.import_module(name)

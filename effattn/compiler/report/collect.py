@@ -13,7 +13,7 @@ from effattn import settings
 from effattn.compiler.options import Options
 from effattn.compiler.report.model import GraphReport, Report, graph_report, merge
 from effattn.compiler.report.outside import Outside
-from effattn.passes.choose.choice import Choice
+from effattn.passes.choose.record import Choice
 from effattn.passes.compilation import Outcome
 
 

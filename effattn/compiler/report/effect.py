@@ -18,7 +18,7 @@ from torch import fx
 from effattn.errors import PolicyError
 from effattn.ir.refusal import Refusal, Why
 from effattn.ir.site import Site
-from effattn.passes.choose.choice import Choice
+from effattn.passes.choose.record import Choice
 from effattn.policy import Policy, Rule
 from effattn.policy.layers import read
 from effattn.versions import graph_being_made

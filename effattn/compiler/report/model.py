@@ -19,7 +19,7 @@ from effattn.ir.refusal import Why
 from effattn.ir.site import Site
 from effattn.ir.text import text
 from effattn.passes.candidate.naming import renamed
-from effattn.passes.choose.choice import Choice
+from effattn.passes.choose.record import Choice
 from effattn.passes.compilation import Outcome, PassRecord
 from effattn.policy import write
 

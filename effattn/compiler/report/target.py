@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from effattn.passes.choose.choice import Choice
+from effattn.passes.choose.record import Choice
 from effattn.passes.choose.routes import Route
 from effattn.runtime.targets.choice import chosen
 

@@ -5,7 +5,6 @@ The templates beside this file hold the kernels. They are filled with expression
 
 from __future__ import annotations
 
-import hashlib
 import re
 from dataclasses import dataclass, field
 from functools import reduce
@@ -37,7 +36,7 @@ from effattn.lowering.kernels.parameters import (
 from effattn.lowering.kernels.range_source import Part, Ranges, flatten, position_offset, visits
 from effattn.lowering.kernels.rendering import helpers_for, template_named, tidy
 from effattn.lowering.kernels.scale import linear_scale
-from effattn.lowering.kernels.spec import DTYPES, KernelSpec
+from effattn.lowering.kernels.spec import KernelSpec
 
 LOG2_E = 1.4426950408889634
 CACHED_KEYS = 20 << 20  # bytes of L2 cache for the keys and values of heads that run side by side
@@ -60,34 +59,6 @@ class Sweep:
     reads_keys: bool = False
     stages: int = 0
     gathered: bool = False  # the keys of a tile are not consecutive; ``steps`` compute them
-
-
-def generate(spec: KernelSpec) -> str:
-    """The source of a Python module with the kernel of ``spec`` and its ``launch``.
-
-    Raises:
-        UnknownOperation: kernels cannot compute an operation of the score or predicate.
-    """
-    if spec.kind == "backward":
-        from effattn.lowering.kernels.backward import BackwardGenerator
-
-        return BackwardGenerator(spec).source()
-    if spec.kind == "listed":
-        from effattn.lowering.kernels.listed import ListedGenerator
-
-        return ListedGenerator(spec).source()
-    return Generator(spec).source()
-
-
-def file_name(spec: KernelSpec, source: str) -> str:
-    """A readable name, unique to the source: ``power_causal_bf16_d128_g4_ab12cd34.py``."""
-    keys = tile_ranges(spec.attention.rule)
-    mask = "causal" if any(bound.has(expr.q) for bound in keys.upper) else "full"
-    mask = "masked" if keys.residual != sympy.true else mask
-    width = f"d{spec.head_dim}" + (f"x{spec.value_dim}" if spec.value_dim != spec.head_dim else "")
-    kind = "" if spec.kind == "prefill" else f"_{spec.kind}"
-    digest = hashlib.sha256(source.encode()).hexdigest()[:8]
-    return f"{spec.form}_{mask}{kind}_{DTYPES[spec.dtype]}_{width}_g{spec.groups}_{digest}.py"
 
 
 class Generator:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 from effattn.errors import FormRefused, TargetError
@@ -14,7 +13,8 @@ from effattn.lowering.forms.form import Params
 from effattn.passes.candidate.failures import left_alone
 from effattn.passes.candidate.record import Match
 from effattn.passes.choose.cheapest import cheapest
-from effattn.passes.choose.routes import EXACT, Route, cannot_lower, exact_route, plan_of
+from effattn.passes.choose.record import Choice, Considered
+from effattn.passes.choose.routes import EXACT, cannot_lower, exact_route, plan_of
 from effattn.passes.choose.trained import no_weights
 from effattn.passes.compilation import Compilation, Pass
 from effattn.policy import Policy
@@ -26,47 +26,6 @@ NO_SOFTMAX = Refusal(
     "the graph spells linear attention, and a form stands for a softmax",
     "let the rule name other layers",
 )
-
-
-@dataclass(frozen=True)
-class Considered:
-    """One form that was considered for a site."""
-
-    form: str
-    accepted: bool
-    refusals: tuple[Refusal, ...] = ()
-
-    @property
-    def reasons(self) -> tuple[str, ...]:
-        return tuple(map(str, self.refusals))
-
-    @property
-    def rules(self) -> tuple[Why, ...]:
-        return tuple(refusal.rule for refusal in self.refusals)
-
-
-@dataclass(frozen=True)
-class Choice:
-    """What is done with a site.
-
-    ``route``: "keep" leaves the node as it is, "sdpa" writes an SDPA call without a mask, "op" writes
-    ``effattn::attend`` with ``plan``, "features" writes feature maps and ``effattn::linear``. "linear" writes
-    ``effattn::linear`` at a site without a softmax; its form is "exact", as the function is the user's own.
-    """
-
-    match: Match
-    form: str
-    params: Params
-    route: Route
-    reason: str
-    plan: Plan | None
-    considered: tuple[Considered, ...]
-    target: str | None = None  # the target of an op without a plan
-    refusals: tuple[Refusal, ...] = ()  # why the op does not run exact attention, if it is left alone for that
-
-    @property
-    def exact(self) -> bool:
-        return FORMS[self.form].kind == "exact"
 
 
 class ChooseForms(Pass):

@@ -17,7 +17,7 @@ from effattn.ir.fold import fold
 from effattn.ir.refusal import Why
 from effattn.ir.text import text
 from effattn.passes.candidate.record import Loop, Match, Refused
-from effattn.passes.choose.choice import Choice
+from effattn.passes.choose.record import Choice
 from effattn.passes.graph.view import as_sympy
 from effattn.passes.rewrite.loops import checked, same_shape
 from effattn.passes.rewrite.replacing import Emitted, Writer

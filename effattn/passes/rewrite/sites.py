@@ -16,7 +16,7 @@ import effattn.runtime.ops  # noqa: F401  (registers torch.ops.effattn)
 from effattn.ir.expr import plain_scale
 from effattn.lowering.forms.linear import LinearParams
 from effattn.passes.candidate.record import FOUND_AS, Match, MatchedNodes, SizeSource
-from effattn.passes.choose.choice import Choice
+from effattn.passes.choose.record import Choice
 from effattn.passes.choose.routes import Route, needs_all_heads
 from effattn.passes.compilation import Compilation, Pass
 from effattn.passes.graph.block_mask_code import erase_empty_brackets, unused_batch_dims

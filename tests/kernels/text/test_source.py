@@ -17,7 +17,7 @@ from checking import check
 from plans import CASES, Sizes, tensors
 from specs import goldens, spec
 
-from effattn.lowering.kernels.source import file_name, generate
+from effattn.lowering.kernels.generate import file_name, generate
 from effattn.lowering.kernels.spec import Tiles
 from effattn.runtime import kernels
 from effattn.runtime.targets import triton as triton_target
@@ -38,7 +38,7 @@ def test_golden(name):
 
 
 def test_source_does_not_depend_on_the_process():
-    script = "from specs import *; from effattn.lowering.kernels.source import *\n"
+    script = "from specs import *; from effattn.lowering.kernels.generate import *\n"
     script += "found = [listed('sm90', 'proxy'), *(spec(name, 'sm90') for name in PREFILL)]\n"
     script += "print([file_name(one, generate(one)) for one in found])"
     seen = {

@@ -11,10 +11,10 @@ from reading import Kernel, calls
 from specs import compiled, listed, spec
 
 from effattn.lowering.kernels import linear_source, pick, score
+from effattn.lowering.kernels.generate import generate
 from effattn.lowering.kernels.linear_spec import LinearSpec
 from effattn.lowering.kernels.parameters import kernel_constants
 from effattn.lowering.kernels.score import ScoreSpec
-from effattn.lowering.kernels.source import generate
 from effattn.lowering.kernels.spec import KernelSpec, Tiles
 
 

@@ -7,7 +7,7 @@ import torch
 from plans import CASES, Sizes
 from walking import Visits, visits
 
-from effattn.lowering.kernels.source import generate
+from effattn.lowering.kernels.generate import generate
 from effattn.lowering.kernels.spec import KernelSpec, Tiles
 
 BANDS = (

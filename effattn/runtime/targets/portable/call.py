@@ -10,6 +10,7 @@ import sympy
 import torch
 from torch import Tensor
 
+from effattn.ir.attention import AttentionSpec
 from effattn.ir.plan import Plan
 from effattn.lowering.device import on_host
 from effattn.runtime.algebra import Span, bindings, evaluate
@@ -193,3 +194,12 @@ def _mask(score: Tensor, conditions: list[tuple[slice, Tensor | bool]]) -> None:
             score[..., columns].masked_fill_(~kept, -torch.inf)
         elif not kept:
             score[..., columns].fill_(-torch.inf)
+
+
+def empty_output(spec: AttentionSpec, value: Tensor, dtype: torch.dtype) -> Tensor:
+    """The output of a query without keys: [B, Hkv, 1, 1, Dv]."""
+    batch, kv_heads, _, dim = value.shape
+    if spec.empty_rows == "mean":
+        return value.mean(dim=2, dtype=dtype)[:, :, None, None]
+    fill = torch.nan if spec.empty_rows == "nan" else 0.0
+    return value.new_full((), fill, dtype=dtype).expand(batch, kv_heads, 1, 1, dim)

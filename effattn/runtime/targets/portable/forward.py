@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from effattn.ir.attention import AttentionSpec
 from effattn.ir.plan import Plan
 from effattn.runtime.targets.memory_order import allocate_output
-from effattn.runtime.targets.portable.call import Call, Piece
+from effattn.runtime.targets.portable import listed
+from effattn.runtime.targets.portable.call import Call, Piece, empty_output
 from effattn.runtime.targets.sdpa import widened_for_lse
 
 
@@ -25,8 +25,6 @@ def run(
 ) -> tuple[Tensor, Tensor]:
     """Output and LSE of a plan, as ``effattn::attend`` defines them. Scores are computed in float32 (or float64)."""
     if plan.sparsity.select is not None:
-        from effattn.runtime.targets.portable import listed
-
         return listed.run(plan, query, key, value, captures, scalars, numbers)
     call = Call(plan, query, key, value, captures, scalars, numbers)
     compute = by_flash_kernel if call.takes_flash_kernel() else by_products
@@ -74,12 +72,3 @@ def by_flash_kernel(call: Call, piece: Piece) -> tuple[Tensor, Tensor, Tensor | 
         query, key, value, 0.0, False, attn_mask=mask, scale=call.scale
     )
     return out.view(shape), lse.unflatten(2, shape[2:4]), call.empty_rows(piece, added)
-
-
-def empty_output(spec: AttentionSpec, value: Tensor, dtype: torch.dtype) -> Tensor:
-    """The output of a query without keys: [B, Hkv, 1, 1, Dv]."""
-    batch, kv_heads, _, dim = value.shape
-    if spec.empty_rows == "mean":
-        return value.mean(dim=2, dtype=dtype)[:, :, None, None]
-    fill = torch.nan if spec.empty_rows == "nan" else 0.0
-    return value.new_full((), fill, dtype=dtype).expand(batch, kv_heads, 1, 1, dim)

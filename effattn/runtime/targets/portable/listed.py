@@ -15,8 +15,7 @@ from effattn.lowering.device import device_type
 from effattn.runtime.selection.block_list import BlockList
 from effattn.runtime.selection.run import select
 from effattn.runtime.targets.memory_order import allocate_output
-from effattn.runtime.targets.portable.call import Call
-from effattn.runtime.targets.portable.forward import empty_output
+from effattn.runtime.targets.portable.call import Call, empty_output
 from effattn.runtime.targets.sdpa import widened_for_lse
 
 

@@ -15,7 +15,7 @@ from effattn.ir.plan import Plan
 from effattn.ir.refusal import Refusal, Why
 from effattn.lowering.device import device_type
 from effattn.lowering.kernels.backward import no_backward
-from effattn.lowering.kernels.source import generate
+from effattn.lowering.kernels.generate import generate
 from effattn.lowering.kernels.spec import DTYPES, MAX_HEAD_DIM, KernelSpec, Tiles
 
 
