@@ -65,7 +65,7 @@ def test_dynamic_cache(attention):
 
 @pytest.mark.parametrize("padded", [False, True], ids=["whole", "padded"])
 def test_lengths_compile_no_more_often_than_without_us(padded):
-    model = llama()
+    model = llama(num_hidden_layers=1)
 
     def frames(inner) -> int:
         torch._dynamo.reset()
