@@ -151,7 +151,7 @@ class _Checker(fx.Interpreter):
 
 
 def _checked_at(match: Match) -> fx.Node:
-    """The node before which scores, or weights without a softmax, are as they were read."""
+    """The node before which the scores (or weights without a softmax) have the values that were read."""
     return match.nodes.anchor if match.site.op is Op.SOFTMAX else match.nodes.replaced
 
 

@@ -102,7 +102,7 @@ class Layers:
         )
 
     def errors(self, text: LongText, length: int, estimate: Estimate) -> list[Record]:
-        """One record per attention of a run over ``length`` tokens. Finished records come from the store."""
+        """One record per attention in a run over ``length`` tokens. Finished records are read from the store."""
         done = self.store.get(f"errors-{length}", ErrorsDone)
         if done is not None:
             found = [self.store.get(self._name(length, number), SiteErrors) for number in range(done.sites)]

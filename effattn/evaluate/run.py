@@ -130,7 +130,7 @@ class _Work:
             self.tell.say(note)
         self.estimate = Estimate(self.looked, self.setting)
         total = self.estimate.total()
-        self.tell.say(f"all of it takes about {duration(total)} on this machine, what is already finished included")
+        self.tell.say(f"the whole evaluation takes about {duration(total)} on this machine, finished parts included")
         self.tell.begin(total)
         if "errors" in self.setting.tasks:
             for length in self.setting.lengths:

@@ -90,9 +90,9 @@ class Why(StrEnum):
     CAUSAL_WINDOW = "causal window"
     PLAIN_WINDOW = "plain score in the window"
     WHOLE = "every key up to the query"
-    CHOSEN_BY_DATA = "chosen by data"  # what is kept cannot be counted without query and key
-    SHORT = "shorter than min_length"  # the policy wants the form at greater lengths only
-    SEVERAL_LENGTHS = "min_length"  # an op of its own cannot look at lengths
+    CHOSEN_BY_DATA = "chosen by data"  # kept keys cannot be counted without query and key
+    SHORT = "shorter than min_length"  # the policy wants the form only for more keys
+    SEVERAL_LENGTHS = "min_length"  # an op other than effattn::attend cannot depend on the length
     # what the op asks of a site
     GRADIENT_OF_BIAS = "gradient of the bias"
     GRADIENT_OF_EMPTY_ROWS = "gradient of empty rows"

@@ -134,7 +134,7 @@ class Policy(BaseModel):
     @classmethod
     def _parse(cls, content: bytes, label: str, stem: str) -> Policy:
         if len(content) > LARGEST_FILE:
-            raise PolicyError(f"{label}: larger than 1 MiB, which no policy needs to be")
+            raise PolicyError(f"{label}: larger than 1 MiB, too large for a policy")
         try:
             text = content.decode("utf-8-sig")
         except UnicodeDecodeError as error:

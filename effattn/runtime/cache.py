@@ -155,9 +155,9 @@ def _unsafe(place: pathlib.Path) -> str | None:
     try:
         link, status = os.lstat(place), os.stat(place)
     except FileNotFoundError:
-        return f"{place} is a link to nothing" if os.path.islink(place) else None
+        return f"{place} is a broken link" if os.path.islink(place) else None
     except OSError as error:
-        return f"{place} cannot be looked at ({error.strerror or error})"
+        return f"{place} cannot be inspected ({error.strerror or error})"
     if not stat.S_ISDIR(status.st_mode):
         return f"{place} is not a directory"
     if not hasattr(os, "geteuid"):

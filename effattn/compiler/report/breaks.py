@@ -13,7 +13,7 @@ import torch
 from effattn import versions
 
 HELD = 1024  # records that Dynamo keeps; its default of 64 is too few for a model with many graph breaks
-UNKNOWN = "Dynamo ran it eagerly and left no reason; TORCH_LOGS=graph_breaks tells more"
+UNKNOWN = "Dynamo ran it eagerly and gave no reason; TORCH_LOGS=graph_breaks shows more"
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ class Reasons:
             return None
         return (
             f"{frame.code.co_name} was compiled {limit} times, torch._dynamo.config.recompile_limit, and is not again",
-            "what differs from call to call is told by TORCH_LOGS=recompiles; a higher limit compiles all of them",
+            "TORCH_LOGS=recompiles shows what differs between calls; a higher limit compiles all of them",
         )
 
 

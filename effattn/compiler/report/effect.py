@@ -57,7 +57,7 @@ def shortcomings(policy: Policy, reached: Sequence[Reached], *, whole: bool) -> 
 
 
 def _refused(policy: Policy, reached: Sequence[Reached]) -> list[str]:
-    """Rules none of whose forms applies at some of their sites."""
+    """A message for each rule that has sites at which none of its forms applies."""
     texts = []
     for index, rule in enumerate(policy.rules):
         asked = [one for one in reached if one.rule == index]

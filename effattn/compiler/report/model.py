@@ -256,12 +256,12 @@ def _here(choice: Choice) -> str:
 
 
 def _own_name(site: Site, form: str) -> str:
-    """The user's own function is called linear where it is, as the form is that would make it so."""
+    """The form's name; "linear" for the user's own linear attention."""
     return form if site.linear is None else "linear"
 
 
 def _without_softmax(site: Site) -> str:
-    """What stands for the softmax of a score; "": the softmax."""
+    """How weights are computed without a softmax; "" if there is one."""
     if site.linear is None:
         return ""
     eps = f" + {site.linear.eps:g}" if site.linear.eps else ""

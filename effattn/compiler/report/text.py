@@ -16,7 +16,7 @@ def render(report: Report) -> str:
     done = f"{counts.found} of {total} attention sites found, {counts.replaced} replaced{left}"
     lines = [f"effattn: {done}, policy {report.policy!r}"]
     if not report.graphs:
-        tells = "" if outside else " (TORCH_LOGS=graph_breaks tells why)"
+        tells = "" if outside else " (TORCH_LOGS=graph_breaks shows why)"
         lines = [f"effattn: torch.compile made no graph of this call{tells}"]
     elif not total and any(graph.failure for graph in report.graphs):
         lines = ["effattn: no attention was replaced, because of an error"]
@@ -37,7 +37,7 @@ def render(report: Report) -> str:
         if first.kernel:
             lines.append(f"    runs       {first.kernel}")
         if calls > 1:
-            lines.append(f"    calls      {calls}: one graph, called so often in one call of the model")
+            lines.append(f"    calls      {calls}: calls of one graph per call of the model")
         for candidate in first.candidates:
             if not candidate["accepted"]:
                 lines.append(f"    refused    {candidate['form']}: {'; '.join(candidate['reasons'])}")

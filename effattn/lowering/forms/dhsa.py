@@ -76,7 +76,7 @@ class DhsaParams(Params):
         if (self.chunks == "trained") != bool(self.weights):
             raise ValueError('chunks = "trained" and weights belong together: set both, or neither')
         if self.chunks == "trained" and self.unit > 1:
-            raise ValueError(f'chunks = "trained" is of single tokens: unit must be 1, got {self.unit}')
+            raise ValueError(f'chunks = "trained" selects single tokens: unit must be 1, got {self.unit}')
         return self
 
 

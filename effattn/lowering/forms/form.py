@@ -204,8 +204,8 @@ PLAIN_SCORE = Rule(
 PREFILL = Rule(
     Why.PREFILL,
     is_prefill,
-    "this form is defined for prefill; a single step reads the whole cache, as its authors do",
-    'name stage = "prefill" in the rule, so that decoding stays exact without a word',
+    "this form is defined for prefill; decoding reads the whole cache, as in the paper",
+    'name stage = "prefill" in the rule, so that decoding stays exact and is not refused',
 )
 SAME_MASK = Rule(
     Why.SAME_MASK,

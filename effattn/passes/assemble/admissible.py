@@ -83,7 +83,7 @@ def check_operands(view: GraphView, candidate: Candidate, layout: Layout) -> Non
     if not (layout.head_dim.is_Integer and layout.value_dim.is_Integer):
         raise Refused(Why.HEAD_DIM, "head_dim is not a constant")
     if any(size == 0 for size in vars(layout).values()):
-        raise Refused(Why.EMPTY, "there is nothing to attend to or from: a length is 0")
+        raise Refused(Why.EMPTY, "a length is 0")
 
 
 def _check_lengths(view: GraphView, candidate: Candidate) -> None:

@@ -21,10 +21,10 @@ def refusal_of(error: Exception) -> Refusal:
     if isinstance(error, Unreadable):
         return Refusal(Why.READING, str(error))
     if isinstance(error, RecursionError):
-        return Refusal(Why.SIZE, "its scores or mask are too many operations deep to be read")
+        return Refusal(Why.SIZE, "its scores or mask are nested too deeply to be read")
     if isinstance(error, GuardOnDataDependentSymNode):
         question = str(getattr(error, "cond", "")) or str(error).splitlines()[0]
-        return Refusal(Why.SIZES, f"a size depends on data, and replacing it takes to know whether {question}")
+        return Refusal(Why.SIZES, f"a size depends on data, and the rewriting depends on whether {question}")
     what = str(error).strip().splitlines()
     reason = f"{type(error).__name__}: {what[0] if what else 'no message'}"
     ours = not isinstance(error, EffattnError) or isinstance(error, RewriteError)

@@ -132,7 +132,7 @@ def heads_beside_batch(view: GraphView, reader: Reader, node: fx.Node, index: In
 
 
 def _step(view: GraphView, reader: Reader, call: Call, index: Index, dtype: torch.dtype | None):
-    """One operation towards the inputs: (node, its index, factor, what was folded); None if it cannot be folded."""
+    """One operation towards the inputs: (node, its index, factor, what was folded), or None if it cannot be folded."""
     source = call.get("input")
     if call.name in ("mul", "div"):
         return _scaled(view, reader, call, index)

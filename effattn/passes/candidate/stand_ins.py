@@ -58,7 +58,7 @@ def require_stand_in(view: GraphView, node: fx.Node) -> None:
     is not made of sums and products of lengths."""
     ordered = any(user.target in _IN_ITS_ORDER for user in node.users)
     if ordered and not view.held(node).is_contiguous():
-        raise Refused(Why.WEIGHTS, f"the memory order of {node.name} is used, and it is not the plain one")
+        raise Refused(Why.WEIGHTS, f"the memory order of {node.name} is used, and it is not contiguous")
     for size in view.shape(node):
         for symbol in size.free_symbols:
             size_source(view, symbol, view.time[node])

@@ -72,7 +72,7 @@ def _check(call: dict[str, Any], outputs: dict[int, fx.Node], node: fx.Node) -> 
     if 1 in outputs and outputs[1].users:
         raise Refused(Why.WEIGHTS, "the attention weights are returned", "call it with need_weights=False")
     if 0 not in outputs:
-        raise Refused(Why.OUTPUT, "nobody uses the output")
+        raise Refused(Why.OUTPUT, "the output is not used")
     if not all(isinstance(call[name], bool) for name in ("need_weights", "is_causal", "use_separate_proj_weight")):
         raise Refused(Why.ARGUMENTS, "need_weights, is_causal or use_separate_proj_weight is not a constant")
     if not isinstance(call["num_heads"], int) or not isinstance(_value(call["query"]).shape[-1], int):
@@ -197,7 +197,7 @@ def decompose_encoder_layer(insert: Inserter, node: fx.Node) -> None:
     if is_autocast(node, _value(call["src"]).device):  # the recorded fake value then has the wrong dtype
         raise Refused(
             Why.DTYPE,
-            "the fused encoder layer runs under autocast, where it rounds more than its parts do",
+            "the fused encoder layer runs under autocast, where it rounds differently from its parts",
             "call torch.backends.mha.set_fastpath_enabled(False), so that the layer runs as its parts",
         )
     if _value(call["src"]).is_nested or _value(call["src"]).dim() != 3:
@@ -273,7 +273,7 @@ def _outputs(node: fx.Node) -> dict[int, fx.Node]:
     found: dict[int, fx.Node] = {}
     for user in node.users:
         if user.target is not operator.getitem or not isinstance(user.args[1], int) or user.args[1] in found:
-            raise Refused(Why.OUTPUT, f"the outputs are not taken apart by index: {user.name}")
+            raise Refused(Why.OUTPUT, f"the outputs are not read by constant index: {user.name}")
         found[user.args[1]] = user
     return found
 
@@ -289,5 +289,5 @@ def as_recorded(node: fx.Node) -> Iterator[None]:
 
 def _replace(outputs: dict[int, fx.Node], result: fx.Node) -> None:
     if wrong := difference(_value(outputs[0]), _value(result)):
-        raise Refused(Why.RESULT, f"written out it gives {wrong}")
+        raise Refused(Why.RESULT, f"its expansion gives {wrong}")
     outputs[0].replace_all_uses_with(result)

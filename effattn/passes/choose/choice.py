@@ -97,7 +97,7 @@ def _considered(site: Site, name: str, params: Params, strict: bool, min_length:
     """
     keys = site.layout.fixed_keys
     if not FORMS[name].softmax and keys is not None and keys < min_length:  # its op cannot depend on the length
-        reason = f"this graph is of {keys:,} keys, and min_length is {min_length:,}"
+        reason = f"this graph has {keys:,} keys, and min_length is {min_length:,}"
         return Considered(name, False, (Refusal(Why.SHORT, reason),))
     if site.op is Op.SOFTMAX:
         refusals = FORMS[name].refusals(site, params) + (() if name == "exact" else cannot_lower(site, name))

@@ -101,8 +101,8 @@ OP_RULES = (
     Rule(
         Why.GRADIENT_OF_EMPTY_ROWS,
         lambda site, params: not (site.needs_grad and site.spec.empty_rows in ("mean", "nan")),
-        "gradients are needed, and rows that may attend to nothing have some that depend on rounding",
-        "use SDPA, where such rows are zero, or run under torch.no_grad()",
+        "gradients are needed, and those of queries that may have no keys depend on rounding",
+        "use SDPA, where such queries give zero, or run under torch.no_grad()",
     ),
 )
 

@@ -32,8 +32,7 @@ def no_weights(site: Site, params: Any, min_length: int) -> tuple[Refusal, ...]:
         return (
             Refusal(
                 Why.SEVERAL_LENGTHS,
-                "which form it is at which length (min_length, auto) is decided in one op when a graph serves several "
-                "lengths, and this form is another op",
+                "a graph of several lengths chooses its form (min_length, auto) in one op, and this form is another",
                 "compile a graph for each length, with torch.compile(..., dynamic=False)",
             ),
         )

@@ -12,7 +12,7 @@ from effattn.passes.graph.contraction import Contraction, contraction
 from effattn.passes.graph.provenance import is_state
 from effattn.passes.graph.view import GraphView
 
-_FURTHEST = 64  # most operations between a product and what is made of it
+_FURTHEST = 64  # most operations between a product and a tensor computed from it
 # products with weights; their results are not products of queries and keys
 LAYERS = (F.linear, F.embedding, F.conv1d, F.conv2d, F.conv3d, F.bilinear, torch.addmm)
 

@@ -50,14 +50,14 @@ KINDS = (
     Kind(CHOOSING, "keys are chosen by the scores themselves ({})", Why.CHOSEN_KEYS),
     Kind(
         frozenset({"exp", "exp2"}),
-        reason="{} of the scores is not divided by its sum over all keys: a softmax in chunks of keys, or none",
+        reason="{} of the scores is not divided by its sum over all keys: a softmax over chunks of keys, or no softmax",
         divided="{} of the scores is divided by a sum, but not as a softmax is",
-        hint="write the softmax whole and it is found",
+        hint="compute the softmax over all keys at once",
     ),
     Kind(frozenset({"log_softmax"}), reason="{} instead of a softmax: the weights are logarithms"),
     Kind(_ACTIVATIONS, _UNLIKE, divided="{} instead of a softmax"),
     Kind(frozenset({"clamp", "clip"}), _UNLIKE, unless=_SUMS),
-    Kind(frozenset({"autograd_function_apply"}), reason="a torch.autograd.Function makes the weights of the scores"),
+    Kind(frozenset({"autograd_function_apply"}), reason="a torch.autograd.Function computes weights from the scores"),
 )
 
 

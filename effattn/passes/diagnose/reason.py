@@ -180,7 +180,7 @@ def _pairwise(softmax: Softmax) -> Refused | None:
         if call is None or call.name not in ("add", "sub") or not _spreads(view, node, operands, rows):
             continue
         what = "differences" if call.name == "sub" else "sums"
-        return Refused(Why.PAIRWISE, f"the scores are made of {what} of query and key, not of products", at=node)
+        return Refused(Why.PAIRWISE, f"the scores are {what} of query and key, not products", at=node)
     return None
 
 

@@ -17,7 +17,7 @@ from effattn.ir.expr import Where
 from effattn.ir.fold import UnknownOperation, fold
 
 LOWEST = 3.4028234663852886e38  # -finfo(float32).min
-VANISHES = -64.0  # beside scores of a few units, exp has no digits left of what is lower, or is 0
+VANISHES = -64.0  # next to scores of a few units, the exp of a lower score is 0 or is lost by rounding
 
 
 @dataclass(frozen=True)
@@ -63,17 +63,17 @@ class _Plausible(Intervals):
 
 @dataclass(frozen=True)
 class Chosen:
-    """A number that stands in a score where ``unless`` does not hold."""
+    """A number, such as a fill, that a ``where`` puts into a score where ``unless`` does not hold."""
 
     number: float
     unless: Any
-    factor: float = 1.0  # what numbers multiply it by
-    most: float = 1.0  # what it is multiplied by on the way at most, by numbers and by data
-    positive: bool = True  # whether all of that is known to be positive
+    factor: float = 1.0  # product of the constants that it is multiplied by
+    most: float = 1.0  # largest factor on its way, by constants and data
+    positive: bool = True  # whether all of its factors are known to be positive
 
 
 def chosen(score, outer: Chosen | None = None) -> list[Chosen]:
-    """Every number that a choice puts in a score, inside functions left out; ``outer``: what is around ``score``."""
+    """The numbers that ``where`` puts into a score, except inside functions. ``outer``: the factors of ``score``."""
     outer = Chosen(0.0, sympy.true) if outer is None else outer
     if isinstance(score, Where):
         condition, *branches = score.args
@@ -101,16 +101,16 @@ def chosen(score, outer: Chosen | None = None) -> list[Chosen]:
 
 
 def not_overflowing(score) -> list[Any]:
-    """Where a score keeps clear of numbers that become infinite on the way, in some order of its products and sums.
+    """Conditions under which a score has no number that becomes infinite in some order of its products and sums.
 
-    A term does not tell in which order user code multiplies: the lowest float times two, times a half, is -inf, and
-    times one it is not. Both hide a key beside others. False: it may become plus infinity, which hides the others.
+    A term does not have the order in which user code multiplies: the lowest float times two, times a half, is -inf, but
+    times one it is finite. Both hide a key from the softmax. False: it may become +inf, which hides the other keys.
     """
     large = [one for one in chosen(score) if one.most > 1 and abs(one.number) * one.most > LOWEST]
     return [one.unless if one.positive and one.number < 0 else sympy.false for one in large]
 
 
 def not_vanishing(score) -> list[Any]:
-    """Where a score keeps clear of numbers whose exponential is next to nothing, or is 0. False: it may be infinite."""
+    """Conditions under which a score has no number whose exp is 0 or negligible. False: the exp may be infinite."""
     far = [one for one in chosen(score) if abs(one.number * one.factor) > -VANISHES]
     return [one.unless if one.positive and one.number < 0 else sympy.false for one in far]

@@ -92,7 +92,7 @@ def split(term) -> Split:
     predicate = simplify(part.allowed)
     score = assuming(part.score, predicate)
     if score.has(INFINITE):
-        raise Unclear(f"-inf stands where it is not a mask, in the score {score}")
+        raise Unclear(f"the score contains -inf that is not a mask: {score}")
     if score.has(sympy.nan, sympy.zoo, sympy.oo):
         raise Unclear(f"the score is not finite: {score}")
     return Split(score, predicate, part.fills)

@@ -92,7 +92,7 @@ class BlockMask:
         if not all(MADE_BY in trace for trace in traces):
             raise Refused(
                 Why.BLOCK_MASK,
-                "its lists of blocks are computed in the graph and may hide keys that mask_mod allows",
+                "its block lists are computed in the graph and may hide keys that mask_mod allows",
                 "make it with create_block_mask",
             )
         return allowed
@@ -104,7 +104,7 @@ class BlockMask:
         tables = [node for node in tables if equal(view, view.shape(node.args[4])[2], reader.sizes[k])]
         written = any(view.writes_between(made, view.time[node], time) for node in tables for made in self._nodes)
         if not tables or written:
-            raise Refused(Why.BLOCK_MASK, "its lists of blocks may hide keys that mask_mod allows")
+            raise Refused(Why.BLOCK_MASK, "its block lists may hide keys that mask_mod allows")
         place: list[Any] = []
         for index, size in zip((b, h), sizes, strict=True):  # FlexAttention's kernels index modulo the size
             place.append(index if equal(view, size, reader.sizes[index]) else expr.Modulo(index, size))
@@ -171,7 +171,7 @@ def _compare(mask: BlockMask, view: GraphView, allowed: Any, reader: Reader) -> 
     if bool((some & ~(listed | full)).any()) or bool((full & ~whole).any()):
         raise Refused(
             Why.BLOCK_MASK,
-            "its lists of blocks do not follow its mask_mod: they were made by hand",
+            "its block lists do not follow its mask_mod: they were made by hand",
             "express the choice of blocks in mask_mod",
         )
 

@@ -108,7 +108,7 @@ def _hides_attention(node: fx.Node) -> bool:
 
 def _inside(node: fx.Node) -> Missed:
     hint = "use plain checkpoints, neither nested nor with a context_fn" if node.target is CHECKPOINT else ""
-    reason = f"it is inside {spelled(node)}, and graphs within the graph are not looked into"
+    reason = f"it is inside {spelled(node)}, whose graph is not searched"
     return Missed(node.name, location(node), Refusal(Why.HIGHER_ORDER, reason, hint))
 
 

@@ -33,7 +33,7 @@ def interpret(weights: Any) -> LinearSpec:
         if future.has(s) and _masks_some(weights) and _at_most_zero_beyond(future):
             raise Refused(
                 Why.MASKED_WEIGHTS,
-                f"masked places hold {text(future)}, which is not certainly 0",
+                f"masked weights are {text(future)}, which may not be 0",
                 "mask after the exp()",
             )
         if any(decay.has(k) for decay in weights.atoms(sympy.exp)):

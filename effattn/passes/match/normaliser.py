@@ -73,7 +73,7 @@ def sum_of(view: GraphView, divisor: Any, weights: fx.Node, dim: int, time: int)
         elif call.name in ("reshape", "getitem") and _appends_one(view, call, rank, dim):
             divisor, kept = source, True
         elif call.name in ("clamp", "maximum") and _is_sum(view, source, weights, dim, rank):
-            raise Refused(Why.NORMALISER, "the sum of the weights is limited from below", at=divisor)
+            raise Refused(Why.NORMALISER, "the sum of the weights is clamped from below", at=divisor)
         else:
             keepdim = call.get("keepdim", False) is True
             return eps if keepdim != kept and _is_sum(view, divisor, weights, dim, rank) else None

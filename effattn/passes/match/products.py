@@ -221,7 +221,7 @@ def scores_at(
     raws = [load for load in expr.loads_of(term) if load.name in reader.raw]
     ours = [load for load in raws if reader.raw[load.name].node is product.node]
     if len(ours) != 1:
-        raise Refused(Why.PRODUCT, "the scores read their product at several places", at=product.node)
+        raise Refused(Why.PRODUCT, "the scores read the product at several indices", at=product.node)
     swap: dict[Any, Any] = {ours[0]: s}
     for other in raws:
         if other is not ours[0]:
@@ -244,11 +244,11 @@ def _with_data_added(view: GraphView, reader: Reader, scores: fx.Node, time: int
         raise Refused(Why.NO_MASK, "the last operation before softmax adds no mask")
     parts = [call.get(name) for name in ("input", "other")]
     if any(view.tensor(part) is None or view.held(part).dtype != torch.float32 for part in (node, *parts)):
-        raise Refused(Why.NO_MASK, "what is added to the scores last is no mask in float32")
+        raise Refused(Why.NO_MASK, "the last tensor added to the scores is no float32 mask")
     readings = [reader.argument(call, name) for name in ("input", "other")]
     masks = [not _holds_product(reader, reading) for reading in readings]
     if sum(masks) != 1:
-        raise Refused(Why.NO_MASK, "what is added to the scores last depends on them")
+        raise Refused(Why.NO_MASK, "the last tensor added to the scores depends on them")
     readings[masks.index(True)] = reader.as_data(parts[masks.index(True)], view.time[node])
     with contextlib.suppress(Refused):  # earlier summands
         readings[masks.index(False)] = _grouped(

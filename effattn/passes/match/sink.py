@@ -54,7 +54,7 @@ def scores_of(view: GraphView, softmax: Call, dim: int) -> Scores:
     if softmax.get("sink") is None:
         return found
     if found.sink is not None:
-        raise Refused(Why.SINK, "a sink joins the scores, and another one the sum of the weights")
+        raise Refused(Why.SINK, "there is a sink both in the scores and in the sum of the weights")
     return replace(found, sink=softmax.get("sink"), nan_rows=softmax.get("nan_rows", False))
 
 

@@ -106,7 +106,7 @@ def _require_plain_product(view: GraphView, product: Contraction, weights: fx.No
     if columns is not None:
         raise Refused(Why.SINK, "the weights of the sink columns are not dropped before the product with value")
     if (product.left is weights) == (product.right is weights):
-        raise Refused(Why.WEIGHTS, "the weights are multiplied with themselves")
+        raise Refused(Why.WEIGHTS, "the weights are multiplied by themselves")
     if view.writes(node):
         raise Refused(Why.OUTPUT, f"{spelled(node)} writes its result into another tensor (out=)", at=node)
     if (call := view.call(node)) is not None and call.name == "baddbmm" and not adds_nothing(call):

@@ -31,7 +31,7 @@ def checked(writer: Writer, loop: Loop, rate: fx.Node | None) -> fx.Node | None:
     try:
         fits = bool(follow(writer.known.value(rate), *writer.known.value(tables)))
     except Unknown as unknown:
-        raise Refused(Why.DECAY, f"the decay is data that cannot be looked at while compiling: {unknown}") from unknown
+        raise Refused(Why.DECAY, f"the decay is data that is not known at compile time: {unknown}") from unknown
     if not fits:
         raise Refused(
             Why.DECAY, "the decay tables do not hold the powers of one rate per head: it is not the decay of one state"

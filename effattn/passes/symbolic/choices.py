@@ -87,7 +87,7 @@ def cast(reader: Reader, call: Call, shape):
         if source.dtype == torch.float64 != target.dtype and expr.loads_of(value):
             raise Unreadable("data is rounded from float64")
         if kind == "float" and kind_of(source.dtype) == "int" and not reader.everything and counts(reader, value):
-            raise Unreadable("whole numbers may be rounded")
+            raise Unreadable("integers may be rounded")
         if kind == "int":
             check_held(reader, value, target.dtype)
             return value
@@ -97,7 +97,7 @@ def cast(reader: Reader, call: Call, shape):
 
 
 def _cut(index: Index):
-    raise Unreadable("a number is cut to a whole one, and rounding may decide to which")
+    raise Unreadable("a number is converted to an integer, and rounding may change the result")
 
 
 @reads("identity")

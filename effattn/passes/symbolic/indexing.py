@@ -36,7 +36,7 @@ def gather(reader: Reader, call: Call, shape):
     def at(index: Index):
         place = picked.at(index)
         if expr.loads_of(place):
-            raise Unreadable("gathered at places that are data")
+            raise Unreadable("gathered at indices that are data")
         return source.at((*index[:dim], place, *index[dim + 1 :]))
 
     return Reading(shape, source.kind, at)

@@ -75,7 +75,7 @@ def _check_rounding(reader: Reader, call: Call, x, y) -> None:
     if any(dtype.is_floating_point for dtype in dtypes) and any(counts(reader, term) for term in data):
         other = [leaf for term in (x, y) if not expr.loads_of(term) for leaf in leaves(term)]
         if len(data) == 2 or not all(leaf.is_number and abs(leaf) <= COUNTS[torch.float32] for leaf in other):
-            raise Unreadable("whole numbers are compared as floats, which may round them")
+            raise Unreadable("integers are compared as floats, which may round them")
 
 
 def _differ(x, y):
@@ -121,7 +121,7 @@ def shift(reader: Reader, call: Call, shape):
 
     def moved(number, places):
         if not (places.is_Integer and 0 <= places < 31):
-            raise Unreadable("shifted by what is no constant")
+            raise Unreadable("shifted by a number that is not constant")
         return number * 2**places if call.name == "lshift" else expr.FloorDiv(number, 2**places)
 
     return pointwise(reader, call, shape, ("input", "other"), moved)

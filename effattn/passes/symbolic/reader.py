@@ -249,7 +249,7 @@ class Reader(IndexBounds):
         kind = kind_of(tensor.dtype)
         shape = self.view.shape(node)
         if tensor.dtype == torch.uint64:
-            raise Unreadable(f"{node.name} may be larger than any number of 64 bits with a sign")
+            raise Unreadable(f"{node.name} may overflow int64")
 
         def at(index: Index):
             # the index of a dimension of size 1 is 0; b and h are kept, so that B = 1 and H = 1 read like other sizes

@@ -67,7 +67,7 @@ def check_held(reader: Reader, value: Any, dtype: torch.dtype) -> None:
     if dtype.is_floating_point:
         _check_counted(reader, value, dtype)
     elif (limits := INTEGERS.get(name_of(dtype))) is not None and not bounds_of(reader, value, dtype).within(limits):
-        raise Unreadable(f"whole numbers may be too large for {dtype}")
+        raise Unreadable(f"integers may overflow {dtype}")
 
 
 def _check_counted(reader: Reader, value: Any, dtype: torch.dtype) -> None:
@@ -81,7 +81,7 @@ def _check_counted(reader: Reader, value: Any, dtype: torch.dtype) -> None:
     if rest.is_number or rest.is_integer is not True or expr.loads_of(rest):
         return  # integer data are checked where they are cast and compared
     if bounds_of(reader, rest, dtype).size > COUNTS.get(dtype, 0):
-        raise Unreadable(f"{dtype} has not all of the whole numbers that may occur")
+        raise Unreadable(f"{dtype} cannot represent all integers that may occur")
 
 
 def fits(value: int | float, tensor: torch.Tensor | None) -> bool:

@@ -87,13 +87,13 @@ def _outputs(call: Call) -> tuple[fx.Node, fx.Node | None]:
     taken: dict[int, fx.Node] = {}
     for user in call.node.users:
         if user.target is not operator.getitem or not isinstance(user.args[1], int) or user.args[1] in taken:
-            raise Refused(Why.OUTPUT, f"the outputs are not taken apart by index: {user.name}")
+            raise Refused(Why.OUTPUT, f"the outputs are not read by constant index: {user.name}")
         if user.users:
             taken[user.args[1]] = user
     if 0 not in taken:
-        raise Refused(Why.OUTPUT, "nobody uses the output")
+        raise Refused(Why.OUTPUT, "the output is not used")
     if 2 in taken:
-        raise Refused(Why.OUTPUT, "the largest score of each row is used (return_aux max_scores)", "do not ask for it")
+        raise Refused(Why.OUTPUT, "the largest score of each row is used (return_aux max_scores)", "omit it")
     if 1 in taken and (call.get("kernel_options") or {}).get("BACKEND") == "FLASH":
         raise Refused(Why.OUTPUT, "the LSE of the FLASH backend is used")
     return taken[0], taken.get(1)

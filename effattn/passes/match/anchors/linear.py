@@ -103,7 +103,7 @@ def from_weighted(view: GraphView, start: tuple[Contraction, str], readers: Read
     query, key = query_and_key(view, inner, roles, inside, space, view.held(replaced).dtype)
     value, out_index = value_of(view, product, weights, space.index, space)
     if any(len(operand.dims[1]) > 1 for operand in (query, key, value)):
-        raise Refused(Why.HEADS, "heads lie in several dimensions: the user computes it in chunks already")
+        raise Refused(Why.HEADS, "heads are in several dimensions: it is already computed in chunks")
     nodes = MatchedNodes(
         weights, replaced, query, key, value, scores=CaptureSource(scores, time), products=(inner.node, product.node)
     )

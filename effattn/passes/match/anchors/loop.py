@@ -108,14 +108,14 @@ def _note(view: GraphView, turns: list[Block]) -> str:
         return "a loop over tokens, written out" if len(turns) > 1 else "a step after a state"
     size = hint(view.held(turns[0].query).shape[2])
     count = f"{len(turns)} blocks of {size} tokens" if len(turns) > 1 else "one block"
-    return f"a loop over {count}; its decay tables are held against the rate in every call"
+    return f"a loop over {count}; its decay tables are checked against the rate in every call"
 
 
 # -- tokens ---------------------------------------------------------------------------------------------------------
 
 
 def _whole(view: GraphView, parts: list[fx.Node], name: str) -> fx.Node:
-    """The tensor of which ``parts`` are all rows, in order."""
+    """The tensor whose tokens are those of ``parts``, in order."""
     if len(parts) == 1 and _slice(view, parts[0]) is None:
         return parts[0]
     end: Any = 0
@@ -217,14 +217,14 @@ def _check_tables(view: GraphView, turns: list[Block]) -> None:
     for turn in turns:
         heads, length = view.shape(turn.query)[1:3]
         if any(view.shape(node)[2] != length for node in (turn.key, turn.value)):
-            raise Refused(Why.BLOCKS, "a block of queries meets keys or values of another length")
+            raise Refused(Why.BLOCKS, "a block's queries, keys and values have different lengths")
         falling = None if turn.update is None else turn.update.falling
         for node, last in ((turn.rising, 1), (falling, 1), (turn.triangle, length)):
             if node is None:
                 continue
             shape = view.shape(node)
             if shape[-3:] != (heads, length, last) or any(size != 1 for size in shape[:-3]):
-                raise Refused(Why.DECAY, f"a table of decay {list(shape)} for {heads} heads and {length} tokens")
+                raise Refused(Why.DECAY, f"a decay table is {list(shape)} for {heads} heads and {length} tokens")
             if view.held(node).requires_grad:
                 raise Refused(
                     Why.GRADIENT_OF_DECAY, "decay is learned: it needs a gradient, which the op does not compute"
@@ -280,9 +280,9 @@ def _check_used_nowhere_else(view: GraphView, made: frozenset[fx.Node], joined: 
             if user in made or user is joined:
                 continue
             if node is not final:
-                raise Refused(Why.LOOP_OVER_BLOCKS, f"what is computed inside is used elsewhere (by {user.name})")
+                raise Refused(Why.LOOP_OVER_BLOCKS, f"a result inside the loop is used elsewhere (by {user.name})")
             if user in view.time and view.time[user] < view.time[joined]:
-                raise Refused(Why.LOOP_OVER_BLOCKS, "the last state is used before all outputs are there")
+                raise Refused(Why.LOOP_OVER_BLOCKS, "the last state is used before all outputs are computed")
 
 
 def _needs_grad(view: GraphView, read: tuple[fx.Node | None, ...], made: frozenset[fx.Node], joined: fx.Node) -> bool:

@@ -83,7 +83,7 @@ def from_softmax(
         require_plain(space.index, (b, h, q, k))
     nan_when_empty = view.call(call.node) != call and not found.shifted and found.sink is None
     if nan_when_empty and mask_is_data:
-        raise Refused(Why.ROWS_WITHOUT_KEYS, "rows of nothing but large numbers would not be NaN, as they are by hand")
+        raise Refused(Why.ROWS_WITHOUT_KEYS, "queries with all keys masked would not give NaN, as they do in user code")
     end = _to_value(view, call, space.index, reader, found.columns)
     dtype = view.held(end.replaced).dtype
 
