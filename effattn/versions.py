@@ -69,14 +69,14 @@ def is_written_by_dynamo(code: CodeType) -> bool:
 
 
 def is_skipped(code: CodeType) -> bool:
-    """Whether Dynamo compiles nothing in the file of ``code``, by its rules."""
+    """Whether Dynamo's rules skip the file of ``code``."""
     return torch._dynamo.trace_rules.check(code)
 
 
 def disabled_in(frame: FrameType) -> tuple[str, str | None] | None:
-    """The function that ``torch.compiler.disable`` runs in ``frame``, and the reason that it was given.
+    """The name of the function that ``torch.compiler.disable`` runs in ``frame``, and the reason given to it.
 
-    None if ``frame`` is not that of the wrapper which it puts around the function.
+    None if ``frame`` is not that of its wrapper.
     """
     if frame.f_code.co_name != "_fn" or not frame.f_code.co_filename.endswith("/_dynamo/eval_frame.py"):
         return None
@@ -88,9 +88,9 @@ def disabled_in(frame: FrameType) -> tuple[str, str | None] | None:
 
 
 def let_through() -> type[Exception]:
-    """The class of exceptions that Dynamo raises as a backend does; of all others it makes ``BackendCompilerFailed``.
+    """The class of exceptions that Dynamo passes on from a backend; it wraps all others in ``BackendCompilerFailed``.
 
-    Its ``first_useful_frame`` is where the traceback begins that users see.
+    Users see the traceback from its ``first_useful_frame`` on.
     """
     from torch._dynamo.exc import ShortenTraceback
 
@@ -98,7 +98,7 @@ def let_through() -> type[Exception]:
 
 
 def flex_scores(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *rest: Any) -> torch.Tensor:
-    """What the eager code of ``torch.ops.higher_order.flex_attention`` takes the softmax of: [B, H, Nq, Nk]."""
+    """The scores [B, H, Nq, Nk] in the eager implementation of ``torch.ops.higher_order.flex_attention``."""
     from torch._higher_order_ops.flex_attention import _math_attention_inner
 
     key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1).expand(query.shape[0], -1, -1, -1)

@@ -1,4 +1,4 @@
-"""From a kernel's specialisation to the text of its module: which generator writes which kind of kernel."""
+"""Generates the source of a kernel from its specialisation, with the generator for its kind."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What was decided about a site, and which forms were considered for it."""
+"""The choice made for a site, and the forms that were considered for it."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Choice:
     plan: Plan | None
     considered: tuple[Considered, ...]
     target: str | None = None  # the target of an op without a plan
-    refusals: tuple[Refusal, ...] = ()  # why the op does not run exact attention, if it is left alone for that
+    refusals: tuple[Refusal, ...] = ()  # why the op cannot run exact attention, if the site is left alone for it
 
     @property
     def exact(self) -> bool:

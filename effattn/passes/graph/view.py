@@ -186,7 +186,7 @@ _CHOICES: dict[type, Callable[[Any, Any], Any]] = {functions.Min: operator.le, f
 
 
 def _settled(term: sympy.Expr, env: ShapeEnv) -> sympy.Expr:
-    """A size without the smallest or largest of several where Dynamo's guards and ranges tell which one it is."""
+    """A size in which each Min and Max is replaced by one of its arguments, if Dynamo's guards decide which."""
     args = [_settled(arg, env) for arg in term.args]
     if (wins := _CHOICES.get(type(term))) is not None:
         for one in args:

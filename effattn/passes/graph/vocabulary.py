@@ -22,7 +22,7 @@ from effattn.versions import ATTRIBUTES
 class Spelling:
     """One way to write an operation: a function object or a method name, with its parameter names in order.
 
-    ``says`` are arguments that the target itself says.
+    ``says``: arguments that the target implies.
     """
 
     target: Callable | str
@@ -62,7 +62,7 @@ def _starred(name: str, star: str, methods: str, functions: tuple = ()) -> tuple
 
 
 def _attributes() -> Iterator[Spelling]:
-    """Operators for ``x.mT``: the name of the attribute is theirs."""
+    """Operators that stand for an attribute such as ``x.mT``, whose name they imply."""
     for operation, name in ATTRIBUTES.items():
         yield Spelling(operation, ("input",), (("name", name),))
 
@@ -260,7 +260,7 @@ _BY_TARGET: dict[Any, tuple[str, Spelling]] = {
 
 
 def named(target: Any) -> str | None:
-    """The canonical name of the operation that ``target`` spells, a function or a method's name; None for others."""
+    """The canonical name of ``target``, a function or a method's name; None if the vocabulary does not have it."""
     entry = _BY_TARGET.get(target)
     return None if entry is None else entry[0]
 

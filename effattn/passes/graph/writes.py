@@ -62,7 +62,7 @@ def _method_writes(name: str) -> bool:
 
 @lru_cache(maxsize=1024)
 def _function_writes(target: Any) -> Callable[[fx.Node], list[fx.Node]]:
-    """What tells of a call of ``target`` which arguments it writes: all that the target alone says is known then."""
+    """A function that returns the arguments written by a call of ``target``, cached per target."""
     if named(target) == "dropout":
         return _dropout_writes
     if (schemas := schemas_of(target)) is not None:
@@ -93,7 +93,10 @@ def _writes_first(target: Any) -> bool:
 
 
 def _plain_writes(node: fx.Node, *, first: bool, flag: int | None) -> list[fx.Node]:
-    """Of a function without a schema; ``flag``: the place of its argument named inplace, as in ``F.relu(x, True)``."""
+    """The arguments written by a function without a schema.
+
+    ``flag``: the position of its parameter ``inplace``, as in ``F.relu(x, True)``. ``first``: it writes its first one.
+    """
     found: list[fx.Node] = []
     if "inplace" in node.kwargs:
         first = first or node.kwargs["inplace"] is not False
