@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from effattn.compiler.report.model import MissedReport
+from effattn.compiler.report.records import MissedReport
 from effattn.ir.refusal import Why
 from tests.fuzz.case import Case
 from tests.fuzz.tables.fills import FILLS

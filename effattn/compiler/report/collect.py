@@ -11,8 +11,10 @@ from torch import fx
 
 from effattn import settings
 from effattn.compiler.options import Options
-from effattn.compiler.report.model import GraphReport, Report, graph_report, merge
+from effattn.compiler.report.build import graph_report, merge
+from effattn.compiler.report.model import Report
 from effattn.compiler.report.outside import Outside
+from effattn.compiler.report.records import GraphReport
 from effattn.passes.choose.record import Choice
 from effattn.passes.compilation import Outcome
 

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from effattn.compiler.report.model import Report, SiteReport
+from effattn.compiler.report.records import Contents, SiteReport, ranges
 
 
-def render(report: Report) -> str:
+def render(report: Contents) -> str:
     """The whole report."""
     counts = report.counts
     outside, total = counts.outside, counts.total
@@ -66,7 +63,7 @@ def render(report: Report) -> str:
     return "\n".join(lines)
 
 
-def render_passes(report: Report) -> str:
+def render_passes(report: Contents) -> str:
     """What each pass did to each graph, with code differences if they were recorded."""
     lines: list[str] = []
     for number, graph in enumerate(report.graphs):
@@ -77,7 +74,7 @@ def render_passes(report: Report) -> str:
     return "\n".join(lines).rstrip()
 
 
-def _alike(report: Report) -> list[tuple[list[SiteReport], int]]:
+def _alike(report: Contents) -> list[tuple[list[SiteReport], int]]:
     """Groups of sites that differ only by layer, and how often their graph was called."""
     groups: dict[tuple, list[SiteReport]] = {}
     for graph_number, graph in enumerate(report.graphs):
@@ -88,8 +85,6 @@ def _alike(report: Report) -> list[tuple[list[SiteReport], int]]:
 
 
 def _layers(sites: list[SiteReport]) -> str:
-    from effattn.compiler.report.model import ranges
-
     if len(sites) == 1:
         return sites[0].name
     layers = [site.layer for site in sites]
