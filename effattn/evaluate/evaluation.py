@@ -1,4 +1,4 @@
-"""All results of one evaluation as data. Tables and the picture are views of it."""
+"""All results of one evaluation. Tables and the picture are views of them."""
 
 from __future__ import annotations
 
@@ -8,11 +8,10 @@ import pathlib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from pydantic import Field, ValidationError
+from pydantic import ValidationError
 
 from effattn.errors import EvaluationError
 from effattn.evaluate.records import (
-    Density,
     ErrorsDone,
     Looked,
     PasskeyAnswer,
@@ -21,23 +20,14 @@ from effattn.evaluate.records import (
     SiteErrors,
     TextLoss,
 )
-from effattn.evaluate.store import FORMAT, read_json
+from effattn.evaluate.results import Results
+from effattn.evaluate.show.picture import draw
+from effattn.evaluate.show.tables import plain
+from effattn.evaluate.store import read_json
 
 
-class Evaluation(Record):
-    """The results of one evaluation.
-
-    ``about`` has model, text, device, versions, date and the whole setting, policies included.
-    """
-
-    format: str = FORMAT
-    about: dict[str, Any]
-    notes: list[str] = Field(default_factory=list)
-    densities: list[Density] = Field(default_factory=list)
-    sites: list[SiteErrors] = Field(default_factory=list)
-    losses: list[TextLoss] = Field(default_factory=list)
-    passkeys: list[PasskeyAnswer] = Field(default_factory=list)
-    times: list[PrefillTime] = Field(default_factory=list)
+class Evaluation(Results):
+    """The results of one evaluation, to print, to draw and to keep."""
 
     @staticmethod
     def of(about: Mapping[str, Any], looked: Looked, records: Iterable[Record]) -> Evaluation:
@@ -70,14 +60,6 @@ class Evaluation(Record):
             reason = f"{first['loc']}: {first['msg']}" if first else str(error)
             raise EvaluationError(f"{os.fspath(path)} holds no results of an evaluation ({reason})") from error
 
-    @property
-    def lengths(self) -> list[int]:
-        return list(self.about["lengths"])
-
-    @property
-    def policies(self) -> list[str]:
-        return [str(policy["name"]) for policy in self.about["policies"]]
-
     def to_dict(self) -> dict[str, Any]:
         """The results as JSON values."""
         return self.model_dump()
@@ -88,11 +70,7 @@ class Evaluation(Record):
 
     def picture(self, path: str | os.PathLike) -> str | None:
         """Draw the heat maps as a PNG. Returns None, or the reason why there is no picture."""
-        from effattn.evaluate.show.picture import draw
-
         return draw(self, pathlib.Path(path))
 
     def __str__(self) -> str:
-        from effattn.evaluate.show.tables import plain
-
         return plain(self)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pathlib
 from typing import Any
 
-from effattn.evaluate.evaluation import Evaluation
+from effattn.evaluate.results import Results
 from effattn.evaluate.setting import DENSE
 from effattn.evaluate.show.tables import heading, passkeys_of
 
@@ -14,7 +14,7 @@ NEGLIGIBLE = 1e-4  # smaller errors are rounding and are drawn as 0
 LABELS = 32  # most layers whose cells show values
 
 
-def draw(done: Evaluation, path: pathlib.Path) -> str | None:
+def draw(done: Results, path: pathlib.Path) -> str | None:
     """Write the picture. Returns None, or the reason why there is none."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -35,7 +35,7 @@ def draw(done: Evaluation, path: pathlib.Path) -> str | None:
     return None
 
 
-def _rows(done: Evaluation) -> list[Any]:
+def _rows(done: Results) -> list[Any]:
     rows: list[Any] = []
     for length in done.lengths:
         if any(site.length == length for site in done.sites):
@@ -48,7 +48,7 @@ def _rows(done: Evaluation) -> list[Any]:
 class LayerMap:
     """Policies x layers at one length: relative error of the output, or softmax mass outside the kept keys."""
 
-    def __init__(self, done: Evaluation, length: int, what: str):
+    def __init__(self, done: Results, length: int, what: str):
         self.what, self.length = what, length
         self.sites = [site for site in done.sites if site.length == length]
         values = {
@@ -84,7 +84,7 @@ class LayerMap:
 class PasskeyMaps:
     """Depths x lengths, one map per policy: keys found out of keys hidden."""
 
-    def __init__(self, done: Evaluation):
+    def __init__(self, done: Results):
         self.done = done
         self.policies = [DENSE, *done.policies]
         self.depths = sorted({answer.depth for answer in done.passkeys})

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from statistics import fmean, median
 from typing import Any
 
-from effattn.evaluate.evaluation import Evaluation
 from effattn.evaluate.records import FormAtSite
+from effattn.evaluate.results import Results
 from effattn.evaluate.setting import DENSE
 
 WORST = 3  # number of layers that are named
@@ -36,13 +36,13 @@ class Table:
         return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
-def tables(done: Evaluation) -> list[Table]:
+def tables(done: Results) -> list[Table]:
     """All tables that have results."""
     made = [whole_model(done), attention(done), by_layer(done), passkeys(done)]
     return [table.without_empty_columns() for table in made if table.lines]
 
 
-def whole_model(done: Evaluation) -> Table:
+def whole_model(done: Results) -> Table:
     """Costs and savings of each policy, the dense model first."""
     headings = ("tokens", "policy", "density", "perplexity", "to dense", "passkeys", "prefill, s", "over dense")
     lines = []
@@ -65,7 +65,7 @@ def whole_model(done: Evaluation) -> Table:
     return Table("Policies against the dense model", headings, tuple(lines))
 
 
-def attention(done: Evaluation) -> Table:
+def attention(done: Results) -> Table:
     """Means over the attentions of the model."""
     headings = ("tokens", "policy", "density", "error", "mass", "oracle's mass", "at density")
     lines = []
@@ -85,7 +85,7 @@ def attention(done: Evaluation) -> Table:
     return Table("Attention, mean over the layers", headings, tuple(lines))
 
 
-def by_layer(done: Evaluation) -> Table:
+def by_layer(done: Results) -> Table:
     """The layers with the largest errors and the least mass."""
     headings = ("tokens", "policy", "layer: largest errors", "layer: least mass")
     lines = []
@@ -108,7 +108,7 @@ def by_layer(done: Evaluation) -> Table:
     return Table("Layers", headings, tuple(lines), words=4)
 
 
-def passkeys(done: Evaluation) -> Table:
+def passkeys(done: Results) -> Table:
     """Keys found, by length and depth."""
     depths = sorted({answer.depth for answer in done.passkeys})
     lines = []
@@ -119,11 +119,11 @@ def passkeys(done: Evaluation) -> Table:
     return Table("Passkeys found, by depth", ("tokens", "policy", *[f"{depth:g}" for depth in depths]), tuple(lines))
 
 
-def forms_of(done: Evaluation, length: int, policy: str) -> list[FormAtSite]:
+def forms_of(done: Results, length: int, policy: str) -> list[FormAtSite]:
     return [form for site in done.sites if site.length == length for form in site.forms if form.policy == policy]
 
 
-def density_of(done: Evaluation, length: int, policy: str) -> float | None:
+def density_of(done: Results, length: int, policy: str) -> float | None:
     """The measured density, mean over the attentions; if not measured, the computed one."""
     if policy == DENSE:
         return 1.0
@@ -132,24 +132,24 @@ def density_of(done: Evaluation, length: int, policy: str) -> float | None:
     return measured if measured is not None else _mean(known)
 
 
-def loss_of(done: Evaluation, length: int, policy: str) -> float | None:
+def loss_of(done: Results, length: int, policy: str) -> float | None:
     return _mean([item.loss for item in done.losses if (item.length, item.policy) == (length, policy)])
 
 
-def time_of(done: Evaluation, length: int, policy: str) -> float | None:
+def time_of(done: Results, length: int, policy: str) -> float | None:
     for item in done.times:
         if (item.length, item.policy) == (length, policy):
             return median(item.later) if item.later else item.first
     return None
 
 
-def passkeys_of(done: Evaluation, length: int, policy: str, depth: float) -> tuple[int, int]:
+def passkeys_of(done: Results, length: int, policy: str, depth: float) -> tuple[int, int]:
     """(found, asked)."""
     asked = [item for item in done.passkeys if (item.length, item.policy, item.depth) == (length, policy, depth)]
     return sum(item.found for item in asked), len(asked)
 
 
-def heading(done: Evaluation) -> str:
+def heading(done: Results) -> str:
     """One line: model, text, device, versions and date."""
     about = done.about
     model, packages = about["model"], ", ".join(f"{name} {version}" for name, version in about["versions"].items())
@@ -160,7 +160,7 @@ def heading(done: Evaluation) -> str:
     )
 
 
-def rich_tables(done: Evaluation) -> list[Any]:
+def rich_tables(done: Results) -> list[Any]:
     """The tables for a rich console."""
     from rich.table import Table as RichTable
 
@@ -175,7 +175,7 @@ def rich_tables(done: Evaluation) -> list[Any]:
     return made
 
 
-def plain(done: Evaluation, width: int = 160) -> str:
+def plain(done: Results, width: int = 160) -> str:
     """All tables as text."""
     from rich.console import Console
 
