@@ -37,7 +37,7 @@ class Load(sympy.Function):
 
     @property
     def name(self) -> str:
-        return str(self.args[0])
+        return self.args[0].name  # str() would go through a printer of sympy
 
     @property
     def indices(self) -> tuple[sympy.Expr, ...]:
