@@ -20,14 +20,8 @@ from effattn.passes.graph.view import GraphView
 from effattn.passes.match.anchors.anchor import Anchor, Start
 from effattn.passes.match.linear_terms import decay_of, interpret, not_attention
 from effattn.passes.match.normaliser import divided, divided_later
-from effattn.passes.match.products import (
-    notes_of_folding,
-    query_and_key,
-    query_key_product,
-    scores_at,
-    sides,
-    value_of,
-)
+from effattn.passes.match.products import query_key_product, scores_at
+from effattn.passes.match.roles import notes_of_folding, query_and_key, sides, value_of
 from effattn.passes.symbolic import CaptureSource
 from effattn.passes.symbolic.decay import DecayReader
 from effattn.passes.symbolic.reader import Unreadable

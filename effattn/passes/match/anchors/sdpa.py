@@ -17,7 +17,7 @@ from effattn.passes.graph.sizes import equal
 from effattn.passes.graph.view import GraphView
 from effattn.passes.graph.vocabulary import Call
 from effattn.passes.match.anchors.anchor import Anchor, called
-from effattn.passes.match.products import folded_alike, notes_of_folding, traced
+from effattn.passes.match.roles import folded_alike, notes_of_folding, traced
 from effattn.passes.symbolic.pointwise import aligned
 
 

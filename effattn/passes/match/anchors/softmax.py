@@ -19,14 +19,13 @@ from effattn.passes.graph.contraction import Contraction, contraction
 from effattn.passes.graph.view import GraphView
 from effattn.passes.graph.vocabulary import Call
 from effattn.passes.match.anchors.anchor import Anchor, called
-from effattn.passes.match.products import (
+from effattn.passes.match.products import query_key_product, scores_at
+from effattn.passes.match.roles import (
     depths_of,
     folded_alike,
     notes_of_folding,
     operand_index,
     query_and_key,
-    query_key_product,
-    scores_at,
     sides,
     value_of,
 )
