@@ -8,6 +8,7 @@ The symbols ``b, h, q, k`` index the batch, query head, query and key of one att
 from __future__ import annotations
 
 import operator
+from functools import lru_cache
 from typing import Any
 
 import sympy
@@ -216,8 +217,15 @@ def conjuncts(predicate) -> tuple:
 
 def loads_of(*terms) -> list[Load]:
     """Every distinct load in the terms, in a stable order."""
-    found = {atom for term in terms for atom in sympy.sympify(term).atoms(Load)}
+    if len(terms) == 1:
+        return list(_loads_in(sympy.sympify(terms[0])))
+    found = {load for term in terms for load in _loads_in(sympy.sympify(term))}
     return sorted(found, key=sympy.default_sort_key)
+
+
+@lru_cache(maxsize=4096)  # layers that are alike ask for the same terms again
+def _loads_in(term) -> tuple[Load, ...]:
+    return tuple(sorted(term.atoms(Load), key=sympy.default_sort_key))
 
 
 def is_of_blocks(load: Load) -> bool:
@@ -230,7 +238,7 @@ def free_symbols(*terms) -> set[sympy.Symbol]:
     """Symbols of the terms, without the names of captured tensors."""
     found: set[sympy.Symbol] = set()
     for term in terms:
-        names = {load.args[0] for load in sympy.sympify(term).atoms(Load)}
+        names = {load.args[0] for load in loads_of(term)}
         found |= sympy.sympify(term).free_symbols - names
     return found
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
 
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
@@ -32,19 +32,26 @@ def refusal_of(error: Exception) -> Refusal:
     return Refusal(Why.UNEXPECTED, reason, hint)
 
 
-@contextmanager
-def left_alone(node: fx.Node, missed: list[Missed], strict: bool) -> Iterator[None]:
+@dataclass
+class left_alone:  # a class, as it is entered for every node, and a generator takes three times as long
     """Leave the attention at ``node`` alone if the body raises; the reason is appended to ``missed``.
 
     Raises:
         OptionError: the user's request cannot be met. With ``strict``, any exception that is not a refusal.
     """
-    try:
-        yield
-    except OptionError:
-        raise
-    except Exception as error:
+
+    node: fx.Node
+    missed: list[Missed]
+    strict: bool
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> bool:
+        if not isinstance(error, Exception) or isinstance(error, OptionError):
+            return False
         refusal = refusal_of(error)
-        if strict and refusal.rule == Why.UNEXPECTED:
-            raise
-        missed.append(Missed.at(node, refusal))
+        if self.strict and refusal.rule == Why.UNEXPECTED:
+            return False
+        self.missed.append(Missed.at(self.node, refusal))
+        return True

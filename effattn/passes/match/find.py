@@ -55,8 +55,9 @@ def find(view: GraphView, strict: bool = False) -> tuple[list[Match], list[Misse
     missed: dict[fx.Node, list[Missed]] = defaultdict(list)
     told: set[fx.Node] = set()  # anchors and products that the report already covers
     parts: set[fx.Node] = set()  # the other products of matches
+    calls = [node for node in view.graph.nodes if node.op.startswith("call_")]
     for anchor in anchors.ANCHORS:
-        for node in view.graph.nodes:
+        for node in calls:
             with left_alone(node, missed[node], strict):
                 if node in told or node in parts or (start := anchor.start(view, node)) is None:
                     continue
@@ -70,14 +71,14 @@ def find(view: GraphView, strict: bool = False) -> tuple[list[Match], list[Misse
                     told.add(node)
                     missed[node].append(Missed.at(node, one))
     others: dict[tuple[str, str, Refusal], Missed] = {}  # one entry for all iterations of a loop
-    for node in view.graph.nodes:
+    for node in calls:
         with left_alone(node, missed[node], strict):
             if (refusal := why_no_softmax(view, node, told)) is not None:
                 others.setdefault((module_path(node), location(node), refusal), Missed.at(node, refusal))
     matches = [_named(found[node], number) for number, node in enumerate(node for node in view.time if node in found)]
-    alone = [one for node in view.graph.nodes for one in missed[node]] + list(others.values())
-    alone += [_inside(node) for node in view.graph.nodes if _hides_attention(node)]
-    return matches, alone + [_as_operator(node) for node in view.graph.nodes if _is_operator(node)]
+    alone = [one for node in calls for one in missed[node]] + list(others.values())
+    alone += [_inside(node) for node in calls if _hides_attention(node)]
+    return matches, alone + [_as_operator(node) for node in calls if _is_operator(node)]
 
 
 def _match(view: GraphView, anchor: Anchor, what: Any, readers: Readers) -> Match | Refusal:
