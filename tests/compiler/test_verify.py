@@ -16,7 +16,7 @@ from effattn.compiler import generators
 from effattn.errors import VerificationError
 from effattn.ir import expr
 from effattn.passes.masks import split as masks
-from effattn.passes.match import products
+from effattn.passes.match import roles
 from effattn.passes.symbolic import choices, elementwise, logic, reader
 
 B, H, N, D = 2, 4, 13, 8
@@ -135,7 +135,7 @@ def test_it_notices(name, swap):
 
 
 def test_heads_and_batch_mixed_up(swap):
-    original = products.traced
+    original = roles.traced
 
     def mixed_up(view, node, index, time, name, *more, **named):
         found = original(view, node, index, time, name, *more, **named)
@@ -147,7 +147,7 @@ def test_heads_and_batch_mixed_up(swap):
 
     given = [x[:, :B] for x in qkv()]  # as many heads as sequences
     compiled(function, *given)
-    swap(products, "traced", mixed_up)
+    swap(roles, "traced", mixed_up)
     with pytest.raises(VerificationError, match="output 0"):
         compiled(function, *given)
 

@@ -74,12 +74,12 @@ def why_no_softmax(view: GraphView, node: fx.Node, told: Container[fx.Node]) -> 
 
 def _why(view: GraphView, product: Contraction, side: str, told: Container[fx.Node]) -> Refusal | None:
     weights, labels = product.operand(side)
-    value, _ = product.operand("right" if side == "left" else "left")
+    value, of_value = product.operand("right" if side == "left" else "left")
     found = nearest_products(view, weights, until=lambda node: node in told or _is_softmax(view, node))
     if found is None:
         return None
     products, below = found
-    if product.summed is None:
+    if product.summed is None or not _has_own_dim(view, value, of_value, labels):
         return None
     keys = view.shape(weights)[labels.index(product.summed)]
     for scores in products:
@@ -94,6 +94,11 @@ def _why(view: GraphView, product: Contraction, side: str, told: Container[fx.No
         reason = ((names & _SUMS and kind.divided) or kind.reason).format(spelled(operation))
         return Refused(kind.why, reason, kind.hint, at=operation).refusal
     return None
+
+
+def _has_own_dim(view: GraphView, value: fx.Node, of_value: tuple, of_weights: tuple) -> bool:
+    """Whether a value has a head_dim. Scores of heads that are added with one weight each (an indexer) have none."""
+    return any(label not in of_weights and size != 1 for label, size in zip(of_value, view.shape(value), strict=True))
 
 
 def _is_softmax(view: GraphView, node: fx.Node) -> bool:

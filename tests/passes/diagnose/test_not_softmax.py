@@ -227,7 +227,15 @@ def similarities(q, k, v):
     return F.cross_entropy((q @ k.mT).flatten(0, 2), torch.arange(B * H * N) % N) + (q @ k.mT).relu().sum()
 
 
-@pytest.mark.parametrize("function", [perceptron, experts, similarities], ids=lambda function: function.__name__)
+def indexer(q, k, v):
+    """Scores of keys for a later choice: those of all heads, added with one weight for each head and query."""
+    scores = F.relu(q.transpose(1, 2) @ k[:, :1].mT)
+    return q.mean(-1).transpose(1, 2).unsqueeze(-2) @ scores
+
+
+@pytest.mark.parametrize(
+    "function", [perceptron, experts, similarities, indexer], ids=lambda function: function.__name__
+)
 def test_what_only_looks_alike_is_not_told(function):
     report, _ = compiled(function, *qkv())
     assert report.sites == report.missed == []
