@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch.nn.functional as F
 
-from tests.fuzz.tables.hostile.helpers import causal, scores
+from tests.fuzz.tables.hostile.scores import causal, scores
 
 
 def given_lowest(q, k, v, given):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from tests.fuzz.tables.hostile.helpers import INF, causal, distance, positions, scores
+from tests.fuzz.tables.hostile.scores import INF, causal, distance, positions, scores
 
 
 def two_layers(q, k, v, given):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from tests.fuzz.tables.hostile.helpers import INF, distance, mixed_heads, scores
+from tests.fuzz.tables.hostile.scores import INF, distance, mixed_heads, scores
 
 
 def second_product(q, k, v, given):

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from tests.fuzz.tables.hostile.helpers import INF, causal, scores
+from tests.fuzz.tables.hostile.scores import INF, causal, scores
 
 
 def weights_returned(q, k, v, given):

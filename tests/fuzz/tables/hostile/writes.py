@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from tests.fuzz.tables.hostile.helpers import INF, positions, scores
+from tests.fuzz.tables.hostile.scores import INF, positions, scores
 
 
 def value_written_between(q, k, v, given):

@@ -1,4 +1,4 @@
-"""What these functions are made of."""
+"""Scores, masks and positions as these functions spell them."""
 
 from __future__ import annotations
 
