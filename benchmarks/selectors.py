@@ -102,8 +102,9 @@ def plan_of(form: str, params: dict[str, Any], head_dim: int) -> Plan:
 
 def density(listed: BlockList, heads: int, length: int) -> float:
     """Visited pairs of a block list over causal pairs: units on the edge count by half of their pairs."""
-    whole = (listed.count - listed.edges).double() * listed.unit + listed.edges.double() * listed.unit / 2
-    return float(whole.mean()) * listed.order.shape[2] * listed.block / (length * (length + 1) / 2)
+    count, partial = listed.kv_num_blocks.double(), listed.partial.double()
+    whole = (count - partial / 2) * listed.unit
+    return float(whole.mean()) * count.shape[2] * listed.block / (length * (length + 1) / 2)
 
 
 def operators(suite: harness.Suite, options: argparse.Namespace, lengths: Sequence[int]) -> None:

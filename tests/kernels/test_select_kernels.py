@@ -112,7 +112,9 @@ def test_lists_are_the_same(q_len, k_len, lists, least):
     assert torch.equal(ours.kv_num_blocks, wanted.kv_num_blocks)
     assert torch.equal(ours.partial, wanted.partial)
     for head in range(4):
-        for partial, one, other in zip(ours.partial, first_ones(ours, head), first_ones(wanted, head), strict=True):
+        for partial, one, other in zip(
+            ours.partial[0, 0], first_ones(ours, head), first_ones(wanted, head), strict=True
+        ):
             assert len(set(one)) == len(one)
             assert set(one) == set(other)
             assert set(one[:partial]) == set(other[:partial])
@@ -122,7 +124,7 @@ def test_what_more_heads_visit_comes_first_and_in_the_order_of_keys():
     listed = select(plan_of(lists=1, least=0, gamma=0.6), *made(64, 500), steps=triton_steps)
     smallest = listed.kv_num_blocks.min(dim=1).values
     assert (listed.kv_num_blocks != smallest[:, None]).any()
-    for block, partial in enumerate(listed.partial):
+    for block, partial in enumerate(listed.partial[0, 0]):
         whole = listed.kv_indices[0, 0, block, : smallest[0, block]].tolist()
         assert whole[:partial] == sorted(whole[:partial])
         assert whole[partial:] == sorted(whole[partial:])

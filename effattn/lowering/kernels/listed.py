@@ -16,11 +16,16 @@ from effattn.lowering.dialects.triton.terms import KEYS, TILE, Source, Value
 from effattn.lowering.kernels.range_source import Ranges
 from effattn.lowering.kernels.source import Generator, Sweep
 
-# the start of a query tile's list, and how much of it is visited
+# the start of a query tile's list, and how much of it is visited; strides of what is shared are 0
 LIST = (
     "row_block = tile_row // LIST_BLOCK",
-    "kv_indices += ((batch * lists + head // (heads // lists)).to(tl.int64) * row_blocks + row_block) * width",
-    "count = tl.load(kv_num_blocks + (batch * counted + head // (heads // counted)) * row_blocks + row_block)",
+    "own_list = (head // (heads // lists)).to(tl.int64)",
+    "own_count = (head // (heads // counted)).to(tl.int64)",
+    "kv_indices += batch.to(tl.int64) * kv_indices_stride_b + own_list * kv_indices_stride_h",
+    "kv_indices += row_block.to(tl.int64) * width",
+    "kv_num_blocks += batch.to(tl.int64) * kv_num_blocks_stride_b + own_count * kv_num_blocks_stride_h",
+    "partial_blocks += batch.to(tl.int64) * partial_blocks_stride_b + own_list * partial_blocks_stride_h",
+    "count = tl.load(kv_num_blocks + row_block)",
     "partial_count = tl.minimum(tl.load(partial_blocks + row_block), count)",
 )
 GATHER = (

@@ -16,6 +16,8 @@ from effattn.lowering.kernels.spec import DTYPES, KernelSpec
 _POINTER = {**DTYPES, "bool": "i1", "float64": "fp64"}
 _POINTER |= {f"{sign}int{n}": f"{sign or 'i'}{n}" for sign in ("", "u") for n in (8, 16, 32, 64)}
 
+LISTS = ("kv_indices", "kv_num_blocks", "partial_blocks")  # the tensors of a block list
+
 
 @dataclass(frozen=True)
 class Param:
@@ -48,7 +50,7 @@ def parameters(spec: KernelSpec, kernel: str = "forward") -> list[Param]:
     if spec.kind == "decode":
         found += [Param(name, "*fp32") for name in ("parts", "parts_top", "parts_total")]
     if spec.kind == "listed":
-        found += [Param(name, "*i32") for name in ("kv_indices", "kv_num_blocks", "partial_blocks")]
+        found += [Param(name, "*i32") for name in LISTS]
     if spec.tiles.descriptors:
         for name, width in (("key_tiles", spec.block_d), ("value_tiles", spec.block_dv)):
             shape = f"1, 1, {spec.tiles.block_n}, {width}"
@@ -56,7 +58,8 @@ def parameters(spec: KernelSpec, kernel: str = "forward") -> list[Param]:
     found += data_parameters(spec.attention)
     found += [Param(f"{name}_stride_{dim}", "i32") for name in ("query", "key", "value", "out") for dim in "bhnd"]
     if spec.kind == "listed":
-        found += [Param(name, "i32", False) for name in ("lists", "counted", "row_blocks", "width")]
+        found += [Param(f"{name}_stride_{dim}", "i32", False) for name in LISTS for dim in "bh"]
+        found += [Param(name, "i32", False) for name in ("lists", "counted", "width")]
     found.append(Param("splits" if spec.kind == "decode" else "together", "i32", False))
     return found + _common_parameters(spec)
 

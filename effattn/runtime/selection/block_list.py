@@ -1,4 +1,4 @@
-"""The result of a selector: for every query block, the units of keys to visit."""
+"""For every query block, the units of keys to visit: the result of a selector, or of a block map."""
 
 from __future__ import annotations
 
@@ -10,22 +10,31 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class BlockList:
-    """Units of ``unit`` consecutive keys for blocks of ``block`` queries. The tensors are contiguous.
+    """Units of ``unit`` consecutive keys for blocks of ``block`` queries. The tensors are contiguous int32.
 
-    Query head h reads list ``h // (Hq // L)`` and visits the first units of it, as many as its ``kv_num_blocks`` says.
-    Units that hold positions of the block's own queries come first; only these need a causal mask. Then come the units
-    that every head of the list visits, in any order, then those added by the next larger count, and so on. No unit is
-    listed twice.
+    Where all batches share a list, its first dimension is 1; ``partial`` may also be shared by all lists. Query head h
+    reads list ``h // (Hq // L)`` and visits the first units of it, as many as its ``kv_num_blocks`` says. The first
+    ``partial`` units are tested, the others less:
+
+    * of a selector: the partial ones hold positions of the block's own queries, and only these need a causal mask.
+      Conditions on data are tested everywhere. After them come the units that every head of the list visits, in any
+      order, then those added by the next larger count, and so on.
+    * of a block map: the whole rule is tested in partial units; in the others every query keeps every key.
+
+    No unit is listed twice.
     """
 
-    kv_indices: Tensor  # int32 [B, L, M, K]: indices of units; undefined past ``kv_num_blocks``
-    kv_num_blocks: Tensor  # int32 [B, C, M], C a multiple of L and a divisor of Hq: how many of them are visited
-    partial: Tensor  # int32 [M]: how many of the first units hold positions of the block's queries
+    kv_indices: Tensor  # [B or 1, L, M, K]: indices of units; undefined past ``kv_num_blocks``
+    kv_num_blocks: Tensor  # [B or 1, C, M], C a multiple of L and a divisor of Hq: how many of them are visited
+    partial: Tensor  # [B or 1, L or 1, M]: how many of the first units are partial
     block: int
     unit: int
 
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.kv_indices, self.kv_num_blocks, self.partial
+
     def rows(self, start: int, stop: int, heads: int, k_len: int) -> Tensor:
-        """Keys that queries ``start <= q < stop`` visit, without causality: bool [B, Hq, stop - start, Nk].
+        """Keys that queries ``start <= q < stop`` visit, without conditions: bool [B or 1, Hq, stop - start, Nk].
 
         The mask has Nk columns, so ask for few queries at a time.
         """

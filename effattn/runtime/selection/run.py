@@ -44,7 +44,7 @@ def select(
         order, count = _tokens(plan, query, key, given, places)
     else:
         order, count = _units(plan, query, key, given, places, steps)
-    return BlockList(order, count.contiguous(), places.own.to(torch.int32), expand.block, expand.unit)
+    return BlockList(order, count.contiguous(), places.own.to(torch.int32)[None, None], expand.block, expand.unit)
 
 
 def _units(plan: Plan, query: Tensor, key: Tensor, given: tuple, places: Places, steps: Any) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,7 @@ from specs import compiled, listed, spec
 from effattn.lowering.kernels import linear_source, pick, score
 from effattn.lowering.kernels.generate import generate
 from effattn.lowering.kernels.linear_spec import LinearSpec
-from effattn.lowering.kernels.parameters import kernel_constants
+from effattn.lowering.kernels.parameters import LISTS, kernel_constants
 from effattn.lowering.kernels.score import ScoreSpec
 from effattn.lowering.kernels.spec import KernelSpec, Tiles
 
@@ -174,7 +174,7 @@ def test_nothing_is_loaded_in_vain(name):
 # numbers that change from call to call, beside lengths: how programs are laid out, how long lists are
 LAID_OUT = {
     "prefill": {"together"},
-    "listed": {"together", "lists", "counted", "row_blocks", "width"},
+    "listed": {"together", "lists", "counted", "width"} | {f"{name}_stride_{dim}" for name in LISTS for dim in "bh"},
     "decode": {"splits"},
     "backward": set(),
 }
@@ -232,7 +232,7 @@ def test_another_load_or_condition_is_noticed(name, kernel, old, new):
         ("causal", "forward", "pair.to(tl.int64) * q_len"),
         ("padding", "forward", "keys.to(tl.int64) * padding_stride_1"),
         ("tokens", "forward", "keys.to(tl.int64)[None, :] * key_stride_n"),
-        ("tokens", "forward", "(heads // lists)).to(tl.int64) * row_blocks"),
+        ("tokens", "forward", "row_block.to(tl.int64) * width"),
         ("decode", "forward", "(batch * heads + head).to(tl.int64) * q_len"),
         ("decode", "combine", "split.to(tl.int64) * tl.num_programs(0)"),
         ("causal backward", "grad_key_value", "wide = keys.to(tl.int64)[:, None]"),

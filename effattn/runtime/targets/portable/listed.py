@@ -65,20 +65,24 @@ def parts(listed: BlockList, call: Call) -> Iterator[Part]:
     per_list, counted = call.heads // lists, listed.kv_num_blocks.shape[1] // lists
     within = torch.arange(listed.unit, device=call.device)
     width = listed.kv_indices.shape[3]
+
+    def at(tensor: Tensor, place: int) -> Tensor:
+        return tensor[place if tensor.shape[0] > 1 else 0]
+
     on_host = device_type(call.device.type).on_host  # on other devices, reading the counts would synchronise
     for batch in range(call.batch):
         for index in range(lists):
             heads = slice(index * per_list, (index + 1) * per_list)
             kv_heads = slice(heads.start // call.groups, -(-heads.stop // call.groups))
-            counts = listed.kv_num_blocks[batch, index * counted : (index + 1) * counted]
+            counts = at(listed.kv_num_blocks, batch)[index * counted : (index + 1) * counted]
             counts = counts.repeat_interleave(per_list // counted, dim=0) if counted > 1 else counts
             for block in range(listed.kv_indices.shape[2]):
                 most = int(counts[:, block].max()) if on_host else width
-                units = listed.kv_indices[batch, index, block, :most].long()
+                units = at(listed.kv_indices, batch)[index, block, :most].long()
                 taken = torch.arange(most, device=call.device) < counts[:, block, None]
                 keys = (units[:, None] * listed.unit + within).flatten()
                 taken = taken.repeat_interleave(listed.unit, dim=1) & (keys < call.k_len)
-                partial = int(listed.partial[block]) * listed.unit if on_host else keys.numel()
+                partial = int(at(at(listed.partial, batch), index)[block]) * listed.unit if on_host else keys.numel()
                 start = block * listed.block
                 yield Part(
                     batch,

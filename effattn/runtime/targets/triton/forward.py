@@ -86,7 +86,7 @@ def _started(call: _Call, query, key, value, captures, scalars, numbers):
     with on_device(query.device):
         if call.plan.sparsity.select is not None:
             listed = select(call.plan, query, key, captures, scalars, numbers, triton_steps)
-            extra = (listed.kv_indices, listed.kv_num_blocks, listed.partial)
+            extra = listed.tensors()
         known = call.launch(query, key, value, out, lse, captures, scalars, numbers, *extra, call.known)
     return (out, lse), known
 
