@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
+from functools import wraps
 from typing import Any
 
 import sympy
@@ -28,6 +30,28 @@ from effattn.runtime.ops.feature_attention import feature_attention
 SCALE = expr.number("scale")
 BATCH = expr.scalar("batch")  # plans hold for any batch size
 HEADS, KV_HEADS, HEAD_DIM, VALUE_DIM = map(expr.scalar, ("heads", "kv_heads", "head_dim", "value_dim"))
+
+
+MOST_KEPT = 4096
+
+
+def _kept(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``function``, whose results are kept by its arguments. It runs in every call if one of them cannot be hashed."""
+    results: dict[Any, Any] = {}
+
+    @wraps(function)
+    def keeping(*args: Any) -> Any:
+        key = args, repr(args)  # 1, 1.0 and True are equal, but a parameter may allow only one of them
+        try:
+            return results[key]
+        except KeyError:
+            if len(results) >= MOST_KEPT:
+                results.clear()
+            return results.setdefault(key, function(*args))
+        except TypeError:
+            return function(*args)
+
+    return keeping
 
 
 def forms() -> dict[str, Form]:
@@ -90,6 +114,7 @@ def _without_softmax(
 
 
 @torch.compiler.assume_constant_result
+@_kept
 def _map_of(form: str, params: tuple[tuple[str, Any], ...], causal: bool) -> tuple[Any, ...]:
     """(feature map, eps), and with a window also (window, terraced, gamma)."""
     checked = _checked(form, params)
@@ -114,6 +139,7 @@ def _checked(form: str, params: tuple[tuple[str, Any], ...]) -> Any:
 
 
 @torch.compiler.assume_constant_result
+@_kept
 def _plan(
     form: str, causal: bool, params: tuple[tuple[str, Any], ...], cut: bool, sizes: tuple[int, ...] | None = None
 ) -> str:

@@ -154,8 +154,7 @@ def _backward(ctx, grad_out, grad_lse):
         grads = torch.ops.effattn.attend_backward(
             grad_out, grad_lse, query, key, value, out, lse, captures, ctx.scalars, ctx.numbers, ctx.plan
         )
-    # autograd expects a list for each argument that is a list of tensors, and an empty list counts as one
-    return *grads, [None] * len(captures), *([] if not given else None for given in (ctx.scalars, ctx.numbers)), None
+    return *grads, [None] * len(captures), None, None, None
 
 
 def _no_second_gradient(ctx, *grads):

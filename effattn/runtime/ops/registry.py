@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
+from effattn.runtime.ops.autograd import autograd_kernel
+
 
 @dataclass(frozen=True)
 class Op:
@@ -28,5 +30,7 @@ def register(ops: Mapping[str, Op]) -> torch.library.Library | None:
         library.define(name + op.schema, tags=(torch.Tag.needs_fixed_stride_order, torch.Tag.pt2_compliant_tag))
         library.impl(name, op.kernel, "CompositeExplicitAutograd")
         torch.library.register_fake(f"effattn::{name}", op.fake, lib=library)
-        torch.library.register_autograd(f"effattn::{name}", op.backward, setup_context=op.setup_context, lib=library)
+        overload = getattr(torch.ops.effattn, name).default
+        gradient = autograd_kernel(overload, op.kernel, op.backward, op.setup_context)
+        library.impl(name, gradient, "Autograd", with_keyset=True)
     return library

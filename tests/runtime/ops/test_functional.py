@@ -10,6 +10,7 @@ import torch
 from comparing import assert_close
 
 import effattn
+from effattn.ir.plan import Plan
 from effattn.ir.refusal import Why
 from effattn.lowering.forms import FORMS
 
@@ -141,3 +142,23 @@ def test_importing_the_package_imports_nothing_heavy():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.stdout.strip() == "True", done.stderr
+
+
+def test_a_plan_is_written_once(monkeypatch):
+    q, k, v = made(20, 20)
+    expected = effattn.attention(q, k, v, form="window", window=3)
+    written = []
+    encode = Plan.encode
+    monkeypatch.setattr(Plan, "encode", lambda plan: written.append(plan) or encode(plan))
+    assert torch.equal(effattn.attention(q, k, v, form="window", window=3), expected)
+    assert written == []
+    effattn.attention(q, k, v, form="window", window=4)
+    assert len(written) == 1
+
+
+@pytest.mark.parametrize("value", [1.0, True, "1", [1]])
+def test_equal_to_a_valid_parameter_is_not_valid_itself(value):
+    q, k, v = made(20, 20)
+    effattn.attention(q, k, v, form="window", window=1)
+    with pytest.raises(effattn.OptionError):
+        effattn.attention(q, k, v, form="window", window=value)
