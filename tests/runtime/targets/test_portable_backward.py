@@ -10,13 +10,13 @@ from plans import CASES, Sizes, tensors
 
 from effattn.ir import expr
 from effattn.ir.attention import AttentionSpec
+from effattn.ir.derivative import derivative
 from effattn.ir.expr import Where, k, number, q, s
 from effattn.ir.plan import Plan
 from effattn.runtime.algebra import evaluate
 from effattn.runtime.ops import attend
 from effattn.runtime.reference.attention import reference
 from effattn.runtime.targets.portable import call as portable_call
-from effattn.runtime.targets.portable.derivative import derivative
 
 CPU = torch.device("cpu")
 

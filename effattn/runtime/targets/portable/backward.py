@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from effattn.ir.derivative import derivative
 from effattn.ir.plan import Plan
 from effattn.runtime.targets.memory_order import allocate
 from effattn.runtime.targets.portable.call import Call, Piece
-from effattn.runtime.targets.portable.derivative import derivative
 
 LIVE_BLOCKS = 4  # blocks of scores in memory at a time: scores, weights and both gradients
 
