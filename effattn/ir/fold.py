@@ -62,6 +62,9 @@ CHAINS: dict[type, str] = {
 }
 
 
+HIGHEST_POWER = 9  # of a variable base: eight, and one more in a derivative
+
+
 class UnknownOperation(EffattnError):
     """The expression contains a sympy operation that no target computes."""
 
@@ -114,11 +117,10 @@ def fold(expression, algebra: Algebra) -> Any:
         base, exponent = term.args
         if base == sympy.E:
             return algebra.call("exp", visit(exponent))
-        if abs(exponent) == sympy.Rational(1, 2):
-            root = algebra.call("sqrt", visit(base))
-            return root if exponent > 0 else algebra.call("div", algebra.constant(1.0), root)
-        if exponent.is_Integer and abs(int(exponent)) <= 8:
-            product = reduce(lambda x, y: algebra.call("mul", x, y), [visit(base)] * abs(int(exponent)))
+        if (2 * exponent).is_Integer and abs(exponent) <= HIGHEST_POWER:
+            whole, rest = divmod(abs(int(2 * exponent)), 2)
+            factors = [visit(base)] * whole + ([algebra.call("sqrt", visit(base))] if rest else [])
+            product = reduce(lambda x, y: algebra.call("mul", x, y), factors)
             return product if exponent > 0 else algebra.call("div", algebra.constant(1.0), product)
         if base.is_number and base.is_positive:
             power_of_two = (

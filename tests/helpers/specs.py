@@ -89,6 +89,10 @@ def compiled() -> dict[str, tuple[KernelSpec | ScoreSpec | int, str, str]]:
         for name in ("causal", "left_padding"):
             one = spec(name, arch, "backward")
             found |= {f"{name} {kernel} {arch}": (one, arch, kernel) for kernel in ("grad_query", "grad_key_value")}
+        for name in ("soft_cap", "alibi", "bias"):
+            one = spec(name, arch, "backward")
+            kernels = ["grad_query", "grad_key_value", *(["row_totals"] if name == "bias" else [])]
+            found |= {f"{name} {kernel} {arch}": (one, arch, kernel) for kernel in kernels}
     return found
 
 

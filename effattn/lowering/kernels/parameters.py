@@ -11,12 +11,20 @@ from effattn.ir import expr
 from effattn.ir.attention import AttentionSpec
 from effattn.lowering.dialects.triton.terms import tested_dims
 from effattn.lowering.iteration.tile_ranges import key_conditions, tile_ranges
+from effattn.lowering.kernels.scale import loses_totals
 from effattn.lowering.kernels.spec import DTYPES, KernelSpec
 
 _POINTER = {**DTYPES, "bool": "i1", "float64": "fp64"}
 _POINTER |= {f"{sign}int{n}": f"{sign or 'i'}{n}" for sign in ("", "u") for n in (8, 16, 32, 64)}
 
 LISTS = ("kv_indices", "kv_num_blocks", "partial_blocks")  # the tensors of a block list
+# kernel of the backward -> (tensors with head_dim that it reads, numbers for each row, what it writes)
+_INPUTS, _ROWS = ("query", "key", "value", "grad_out"), ("lse", "log_totals", "delta")
+BACKWARD: dict[str, tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]] = {
+    "row_totals": (("query", "key"), ("lse", "greatest", "log_totals"), ()),
+    "grad_query": (_INPUTS, _ROWS, ("grad_of_query",)),
+    "grad_key_value": (_INPUTS, _ROWS, ("grad_of_key", "grad_of_value")),
+}
 
 
 @dataclass(frozen=True)
@@ -31,7 +39,7 @@ class Param:
 def parameters(spec: KernelSpec, kernel: str = "forward") -> list[Param]:
     """The parameters of a kernel of the file, in order.
 
-    ``kernel``: ``forward``; ``grad_query`` or ``grad_key_value``; ``find_allowed`` if there is a :func:`key_condition`.
+    ``kernel``: ``forward``; a key of ``BACKWARD``; ``find_allowed`` if there is a :func:`key_condition`.
     """
     element = f"*{DTYPES[spec.dtype]}"
     allowed_keys = [Param("allowed", "*i32")] if key_condition(spec) != sympy.true else []
@@ -39,9 +47,9 @@ def parameters(spec: KernelSpec, kernel: str = "forward") -> list[Param]:
         common = [param for param in _common_parameters(spec) if param.type != "constexpr"]
         return [*allowed_keys, *data_parameters(spec.attention), *common]
     if kernel != "forward":
-        grads = {"grad_query": ["grad_of_query"], "grad_key_value": ["grad_of_key", "grad_of_value"]}[kernel]
-        inputs = ["query", "key", "value", "grad_out"]
-        found = [Param(name, element) for name in inputs] + [Param(name, "*fp32") for name in ("lse", "delta")]
+        inputs, sums, grads = BACKWARD[kernel]
+        sums = sums if loses_totals(spec.attention.score) else ("lse", "delta")
+        found = [Param(name, element) for name in inputs] + [Param(name, "*fp32") for name in sums]
         found += [*allowed_keys, *(Param(name, element) for name in grads), *data_parameters(spec.attention)]
         found += [Param(f"{name}_stride_{dim}", "i32") for name in (*inputs, *grads) for dim in "bhnd"]
         return found + _common_parameters(spec)

@@ -1,13 +1,18 @@
-"""Scores that are a multiple of ``s``, as kernels can use it."""
+"""What kernels can use of a score: that it is a multiple of ``s``, and how large it may be."""
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import sympy
 
 from effattn.ir import expr
+from effattn.ir.bounds import UNKNOWN, Interval, around, interval
+from effattn.lowering.dialects.triton.terms import NARROW
 from effattn.lowering.kernels.spec import KernelSpec
+
+LARGE_LSE = 1024.0  # beyond it float32 keeps fewer than 14 bits of the logarithm of a sum
 
 
 def linear_scale(score: Any, spec: KernelSpec) -> Any | None:
@@ -27,3 +32,19 @@ def affine_slope(score: Any) -> Any | None:
     if slope.has(expr.s, expr.q, expr.k) or slope == 0 or sympy.expand(whole - slope * expr.s).has(expr.s):
         return None
     return slope
+
+
+@lru_cache(maxsize=1024)
+def loses_totals(score: Any) -> bool:
+    """Whether a row's LSE may be so large that float32 does not keep how many keys share its greatest score.
+
+    As in a row of nothing but the lowest float, whose weights are one over their number.
+    """
+    slope = affine_slope(score)
+    if slope is not None and sympy.expand(score - slope * expr.s) == 0:
+        return False
+
+    def size(name: str) -> Interval:
+        return around(1.0) if name == expr.s.name else NARROW
+
+    return not interval(score, size, lambda name: UNKNOWN).within(around(LARGE_LSE))

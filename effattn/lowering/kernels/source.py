@@ -54,7 +54,7 @@ class Sweep:
     lines: list[str] = field(default_factory=list)
     keep: str = ""
     score: str = ""
-    slope: str = ""  # factor of the raw score
+    slope: str = ""  # derivative of the score
     guard: bool = False  # a query may not have met a key yet
     reads_keys: bool = False
     stages: int = 0
@@ -242,13 +242,21 @@ class Generator:
             found[-1].stages = spec.tiles.partial_stages
         return found
 
+    def algebra(self, before: Lines, inside: Lines, **more: Any) -> Source:
+        """The algebra of a loop body."""
+        return Source(self.symbols(), self.captures, before, inside, **more)
+
+    def differentiate(self, sweep: Sweep, algebra: Source) -> None:
+        """Add what gradients need to a loop; the forward needs nothing."""
+
     def sweep(self, title: str, parts: tuple[Part, ...], partial: bool) -> Sweep:
         before, steps, count = flatten(parts, "i")
         inside = self.before.inner()
-        algebra = Source(self.symbols(), self.captures, self.before, inside, key_mask="key_ok" if partial else "")
+        algebra = self.algebra(self.before, inside, key_mask="key_ok" if partial else "")
         sweep = Sweep(title, partial, count, before, steps, lines=inside.lines)
         if self.scale is None:
             sweep.score = fold(self.attention.score, algebra).spread(TILE)
+        self.differentiate(sweep, algebra)
         condition = self.attention.rule if partial else self.residual
         keep = [] if condition == sympy.true else [fold(condition, algebra)]
         if partial:

@@ -100,7 +100,14 @@ LOOPS: dict[tuple[str, str], list[tuple[dict[str, str], str]]] = {
     ],
     ("alibi backward", "grad_key_value"): [  # heads change from turn to turn, and with them the slope
         (
-            {"query": "dim_ok", "grad_out": "value_dim_ok", "lse": "row_ok", "delta": "row_ok", "data_slopes": ""},
+            {
+                "query": "dim_ok",
+                "grad_out": "value_dim_ok",
+                "lse": "row_ok",
+                "log_totals": "row_ok",
+                "delta": "row_ok",
+                "data_slopes": "",
+            },
             "",
         ),
         (
@@ -108,10 +115,11 @@ LOOPS: dict[tuple[str, str], list[tuple[dict[str, str], str]]] = {
                 "query": "dim_ok row_ok",
                 "grad_out": "row_ok value_dim_ok",
                 "lse": "row_ok",
+                "log_totals": "row_ok",
                 "delta": "row_ok",
                 "data_slopes": "",
             },
-            "keys rows",
+            "keys row_ok rows",
         ),
     ],
     ("lightning", "partial_states"): [({"key": "", "value": ""}, "")],

@@ -119,6 +119,8 @@ def test_there_is_no_second_derivative():
         sympy.Min(s, sympy.Max(q, -s)),
         sympy.Abs(s) + sympy.exp(-s * s),
         sympy.sqrt(1 + s * s),
+        1 / sympy.sqrt(1 + s * s),
+        s**8 + (1 + s**2) ** -8,
         1 / (1 + sympy.exp(-s)),
         sympy.log(1 + s**2) * number("c"),
     ],

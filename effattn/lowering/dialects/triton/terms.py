@@ -113,6 +113,7 @@ class Source:
         key_mask: str = "",
         row_mask: str = "row_ok",
         longest: int = LONGEST,
+        share: bool = False,
     ):
         """
         Args:
@@ -122,6 +123,7 @@ class Source:
             key_mask: name of the mask of keys in bounds; empty if all keys of the tile are.
             row_mask: the same for queries.
             longest: an inner expression with a longer text gets a name.
+            share: so does every tanh, exp, ..., because derivatives read it again.
         """
         self.symbols = symbols
         self.captures = captures
@@ -130,6 +132,7 @@ class Source:
         self.key_mask = key_mask
         self.row_mask = row_mask
         self.longest = longest
+        self.share = share
 
     def constant(self, value):
         if isinstance(value, int) and not isinstance(value, bool):
@@ -143,10 +146,11 @@ class Source:
 
     def call(self, operation, *args):
         value = self._call(operation, *args)
-        if len(value.text) <= self.longest:
+        shared = self.share and operation in FLOAT_FUNCTIONS
+        if len(value.text) <= self.longest and not shared:
             return value
         lines = self.inside if "k" in value.axes else self.before
-        return replace(value, text=lines.assign("part", value.text), level=ATOM)
+        return replace(value, text=lines.assign(operation if shared else "part", value.text), level=ATOM)
 
     def _call(self, operation, *args):
         if operation == "group":
