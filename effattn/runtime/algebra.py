@@ -139,6 +139,13 @@ def bindings(
     spec: AttentionSpec, captures: Sequence[Tensor], scalars: Sequence[int], numbers: Sequence[float]
 ) -> tuple[dict, dict]:
     """``(symbols, tensors)`` of one call: the values of a spec's names. Raises ValueError if the counts differ."""
+    check_counts(spec, captures, scalars, numbers)
+    symbols: dict[str, Any] = dict(zip((*spec.scalars, *spec.numbers), (*scalars, *numbers), strict=True))
+    return symbols, {load.name: tensor for load, tensor in zip(spec.captures, captures, strict=True)}
+
+
+def check_counts(spec: AttentionSpec, captures: Sequence[Any], scalars: Sequence[Any], numbers: Sequence[Any]) -> None:
+    """Raise ValueError if a call has not as many tensors, scalars and numbers as the spec names."""
     for what, names, given in (
         ("tensors", spec.captures, captures),
         ("scalars", spec.scalars, scalars),
@@ -146,8 +153,6 @@ def bindings(
     ):
         if len(names) != len(given):
             raise ValueError(f"this plan takes {len(names)} {what}, got {len(given)}")
-    symbols: dict[str, Any] = dict(zip((*spec.scalars, *spec.numbers), (*scalars, *numbers), strict=True))
-    return symbols, {load.name: tensor for load, tensor in zip(spec.captures, captures, strict=True)}
 
 
 class _Recorder:

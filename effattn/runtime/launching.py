@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Mapping
+import weakref
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from types import MappingProxyType
@@ -27,6 +28,12 @@ def tensor_key(tensor: torch.Tensor) -> tuple:
     return tensor.shape, tensor.stride(), tensor.dtype, tensor.data_ptr() % 16 == 0, tensor.get_device()
 
 
+def launch_key(tensors: Sequence[torch.Tensor], scalars: Sequence[int], numbers: Sequence[float]) -> tuple:
+    """What all decisions about a call of one plan depend on; the first tensor is the query."""
+    rounded = tensors[0].dtype == torch.float32 and tf32()
+    return rounded, len(numbers), *map(tensor_key, tensors), *map(width, scalars)
+
+
 def width(size: int) -> int:
     """0 for sizes and scalars that kernels assume to be small, 1 if sums need 64 bits, 2 if the number itself does."""
     return 0 if -LENGTH <= size <= LENGTH else 1 if -(1 << 31) <= size < 1 << 31 else 2
@@ -35,6 +42,15 @@ def width(size: int) -> int:
 def far(*sizes: int) -> bool:
     """Whether kernels for small lengths and scalars could overflow."""
     return any(map(width, sizes))
+
+
+_CACHES: weakref.WeakSet[LaunchCache] = weakref.WeakSet()
+
+
+def forget() -> None:
+    """Clear all launch caches."""
+    for cache in list(_CACHES):
+        cache.clear()
 
 
 class LaunchCache:
@@ -46,6 +62,8 @@ class LaunchCache:
 
     def __init__(self) -> None:
         self._calls: dict[tuple, Any] = {}
+        self.find = self._calls.get  # the call with a key that has been run; None: see :meth:`run`
+        _CACHES.add(self)
 
     def __len__(self) -> int:
         return len(self._calls)

@@ -11,6 +11,8 @@ computed from. Floats, ints, SymFloats and SymInts may be passed.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,12 +20,14 @@ from torch import Tensor
 from effattn.errors import EffattnError
 from effattn.ir.plan import Plan
 from effattn.ir.refusal import Refusal
+from effattn.runtime.algebra import check_counts
+from effattn.runtime.launching import LaunchCache, launch_key
 from effattn.runtime.ops.registry import Op, register
+from effattn.runtime.targets import sdpa
 from effattn.runtime.targets.choice import ANYWHERE, TARGETS, named, serving
-from effattn.runtime.targets.first_keys import with_first_keys
+from effattn.runtime.targets.first_keys import lacks_first_keys, with_first_keys
 from effattn.runtime.targets.memory_order import allocate, allocate_output
-from effattn.runtime.targets.sdpa import sdpa_path
-from effattn.runtime.targets.target import Target
+from effattn.runtime.targets.target import PreparingTarget, Target
 
 SCHEMAS = {
     "attend": (
@@ -66,15 +70,59 @@ def attend(
         TargetError: the plan names a target that does not exist, or cannot run on this device.
         ValueError: shapes or counts do not match.
     """
+    place = (plan, *launch_key((query, key, value, *captures), scalars, numbers))
+    inputs = (query, key, value, captures, scalars, numbers)
+    call = CALLS.find(place)
+    if call is not None:
+        return _start(call, *inputs)[0]
+    return CALLS.run(place, lambda: _prepare(plan, *inputs), lambda call: _start(call, *inputs))
+
+
+@dataclass(frozen=True)
+class _Call:
+    """What is decided once for all calls with the same plan, sizes, strides, dtypes, device and alignment."""
+
+    plan: Plan  # the one for this number of keys
+    lacks_first_keys: bool
+    dense: sdpa.Dense | None  # SDPA's kernel, if it computes such calls
+    target: Target | None = None  # what runs them otherwise
+    preparing: PreparingTarget | None = None  # the same target, if it has prepared them
+    prepared: Any = None
+    known: Any = None
+
+
+CALLS = LaunchCache()
+
+
+def _prepare(plan: str, query, key, value, captures, scalars, numbers) -> _Call:
     _check_shapes(query, key, value)
     decoded = Plan.decode(plan).at(key.shape[2])
-    captures = with_first_keys(decoded, key, captures, scalars, numbers)
+    lacks = lacks_first_keys(decoded, captures)
+    check_counts(decoded.spec.given if lacks else decoded.spec, captures, scalars, numbers)
     wanted = decoded.dispatch.target
     if wanted is None or not named(wanted).alone:
-        done = sdpa_path(decoded, query, key, value, captures, scalars, numbers)
-        if done is not None:
-            return done
-    return target_of(decoded, query, value).run(decoded, query, key, value, captures, scalars, numbers)
+        dense = sdpa.dense(decoded, query, key, value)
+        if dense is not None:
+            return _Call(decoded, lacks, dense)
+    if lacks:
+        captures = [*captures, key.new_empty(key.shape[0], dtype=torch.int32)]
+    target = target_of(decoded, query, value)
+    if not isinstance(target, PreparingTarget):
+        return _Call(decoded, lacks, None, target)
+    prepared = target.prepare(decoded, query, key, value, captures, scalars, numbers)
+    return _Call(decoded, lacks, None, target, target, prepared)
+
+
+def _start(call: _Call, query, key, value, captures, scalars, numbers) -> tuple[tuple[Tensor, Tensor], Any]:
+    if call.lacks_first_keys:
+        captures = with_first_keys(call.plan, key, captures, scalars, numbers)
+    if call.preparing is not None:
+        return call.preparing.start(call.prepared, query, key, value, captures, scalars, numbers, call.known)
+    done = None if call.dense is None else call.dense.run(query, key, value, scalars, numbers)
+    if done is None:
+        target = call.target or target_of(call.plan, query, value)
+        done = target.run(call.plan, query, key, value, captures, scalars, numbers)
+    return done, None
 
 
 def attend_fake(query, key, value, captures, scalars, numbers, plan):

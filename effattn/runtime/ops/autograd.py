@@ -65,7 +65,7 @@ def autograd_kernel(
     def autograd(keyset: DispatchKeySet, *args: Any) -> Any:
         if torch.is_grad_enabled() and _any_requires_grad(*args):
             args = (*args, *defaults[len(args) :])  # the dispatcher leaves out what equals a default
-            counts = tuple(len(args[place]) for place in lists)
+            counts = [len(args[place]) for place in lists]
             return node.apply(keyset, counts, *_flat(args, lists))  # type: ignore[attr-defined]
         return below(keyset, args)
 

@@ -14,14 +14,20 @@ from effattn.lowering.iteration.tile_ranges import key_conditions, tile_ranges
 from effattn.runtime.algebra import bindings, evaluate
 
 
+def lacks_first_keys(plan: Plan, captures: Sequence[Tensor]) -> bool:
+    """Whether a plan from :meth:`Plan.at` reads the tensor ``FIRST_KEY``, which callers do not pass."""
+    read = plan.spec.captures
+    return len(read) > len(captures) and read[-1].name == FIRST_KEY
+
+
 def with_first_keys(
     plan: Plan, key: Tensor, captures: Sequence[Tensor], scalars: Sequence[int], numbers: Sequence[float]
 ) -> Sequence[Tensor]:
-    """``captures`` with the tensor ``FIRST_KEY``, if the plan from :meth:`Plan.at` reads it.
+    """``captures`` with the tensor ``FIRST_KEY``, if they lack it.
 
     ``key``: [B, Hkv, Nk, D], for its sizes and device.
     """
-    if len(plan.spec.captures) == len(captures) or not plan.spec.captures or plan.spec.captures[-1].name != FIRST_KEY:
+    if not lacks_first_keys(plan, captures):
         return captures
     names, tensors = bindings(plan.spec.given, captures, scalars, numbers)
     device, batch, k_len = key.device, key.shape[0], key.shape[2]

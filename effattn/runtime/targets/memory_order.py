@@ -18,6 +18,14 @@ def allocate(layout: str, like: Tensor, shape: Sequence[int], dtype: torch.dtype
     return like.new_empty((batch, heads, length, dim), dtype=dtype)
 
 
+def strides_of(layout: str, shape: Sequence[int]) -> tuple[int, int, int, int]:
+    """The strides of what :func:`allocate` makes, for sizes that are known."""
+    _, heads, length, dim = (max(size, 1) for size in shape)
+    if layout == "bnhd":
+        return length * heads * dim, dim, heads * dim, 1
+    return heads * length * dim, length * dim, dim, 1
+
+
 def allocate_output(plan: Plan, query: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
     """Uninitialised (out [B, Hq, Nq, Dv] in the plan's memory order and q's dtype, lse [B, Hq, Nq] float32)."""
     batch, heads, q_len, _ = query.shape

@@ -14,7 +14,7 @@ from torch import Tensor
 from effattn.ir import expr
 from effattn.ir.plan import Plan
 from effattn.lowering.device import HOST, device_type
-from effattn.runtime.algebra import bindings, evaluate, evaluate_integer
+from effattn.runtime.algebra import evaluate, evaluate_integer
 from effattn.runtime.targets.chunks import depends_on_head, names_of_loads, tile_ranges_of
 
 MAX_HEAD_DIM = 256  # beyond it, no SDPA kernel avoids N x N scores
@@ -22,41 +22,6 @@ MAX_HEADS = 65535  # heads are the second or third dimension of the kernels' gri
 FLASH, CUDNN = 1, 3  # results of torch._fused_sdp_choice: values of torch.nn.attention.SDPBackend
 ALIGNMENT = 16  # bytes per load of the GPU kernels
 MANY_ROWS = 256  # on a CPU with fewer queries, expanding grouped heads costs more than it saves
-
-
-def sdpa_path(
-    plan: Plan,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    captures: Sequence[Tensor],
-    scalars: Sequence[int],
-    numbers: Sequence[float],
-) -> tuple[Tensor, Tensor] | None:
-    """Output and LSE from SDPA's flash or cuDNN kernel; None if these do not compute the plan.
-
-    They compute a score ``c * s`` and a rule that, at these lengths, keeps every key, or is ``k <= q`` with Nq == Nk.
-    """
-    if plan.sparsity.select is not None or 0 in query.shape or 0 in key.shape or query.shape[3] != value.shape[3]:
-        return None
-    kernel = kernels_on(query.device.type)
-    if kernel is None or query.shape[2] < kernel.least_rows:
-        return None
-    symbols, _ = bindings(plan.spec, captures, scalars, numbers)
-    symbols |= {"Nq": query.shape[2], "Nk": key.shape[2]}
-    scale = constant_scale(plan.spec.score, symbols)
-    kind = dense_kind(plan.spec.rule, symbols)
-    # the kernels mask before they scale, so a scale that is not positive would turn -inf into +inf or NaN
-    if scale is None or scale <= 0 or kind is None:
-        return None
-    dtype = query.dtype
-    if kernel.lse_in_dtype:
-        query, key, value = widened_for_lse(plan, query, key, value)
-    found = kernel.run(query, key, value, kind == "causal", scale)
-    if found is None:
-        return None
-    out, lse = found
-    return in_layout(out.to(dtype), plan.dispatch.layout), lse.reshape(query.shape[:3]).float().contiguous()
 
 
 def lies_well(sizes: Sequence[Any], strides: Sequence[Any], start: Any, itemsize: int) -> bool:
@@ -76,23 +41,23 @@ def lies_well(sizes: Sequence[Any], strides: Sequence[Any], start: Any, itemsize
     return along == 1 and all(step * itemsize % ALIGNMENT == 0 for step in (*taken, steps[2], start))
 
 
-def _aligned(x: Tensor) -> Tensor:
+def aligned(x: Tensor) -> Tensor:
+    """The tensor, copied unless it :func:`lies_well`."""
     start = x.data_ptr() // x.element_size()
     good = lies_well(x.shape, x.stride(), start, x.element_size())
     return x if good else x.clone(memory_format=torch.contiguous_format)
 
 
 def _fused(query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor] | None:
-    query, key, value = _aligned(query), _aligned(key), _aligned(value)
     grouped = query.shape[1] != key.shape[1]
     choice = torch._fused_sdp_choice(query, key, value, None, 0.0, causal, scale=scale, enable_gqa=grouped)
     if choice == CUDNN:
-        out, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
+        out, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention.default(
             query, key, value, None, True, 0.0, causal, False, scale=scale
         )
         return out, lse
     if choice == FLASH:
-        out, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(
+        out, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention.default(
             query, key, value, 0.0, causal, False, scale=scale
         )
         return out, lse
@@ -102,9 +67,12 @@ def _fused(query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float
 def _on_host(query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor] | None:
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
-        key, value = (tensor.repeat_interleave(groups, dim=1) for tensor in (key, value))
-    query, key, value = (tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in (query, key, value))
-    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, 0.0, causal, scale=scale)
+        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    if query.stride(-1) != 1 or key.stride(-1) != 1 or value.stride(-1) != 1:
+        query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default(
+        query, key, value, 0.0, causal, scale=scale
+    )
 
 
 def widened_for_lse(plan: Plan, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -112,6 +80,9 @@ def widened_for_lse(plan: Plan, query: Tensor, key: Tensor, value: Tensor) -> tu
     if not plan.dispatch.lse_is_read or query.dtype not in (torch.bfloat16, torch.float16):
         return query, key, value
     return query.float(), key.float(), value.float()
+
+
+Kind = Literal["all", "causal"]
 
 
 @dataclass(frozen=True)
@@ -155,10 +126,82 @@ def in_layout(out: Tensor, layout: str) -> Tensor:
     return out.contiguous()
 
 
-def constant_scale(score: Any, symbols: dict[str, Any]) -> float | None:
-    """c if the score is ``c * s`` with c known on the host, else None."""
-    factor, bias = scale_and_bias(score)
-    return None if factor is None or bias != 0 else float(evaluate(factor, symbols, {}, torch.float64, HOST))
+@dataclass(frozen=True)
+class Dense:
+    """SDPA's kernel for the calls of a plan with the same sizes, strides, dtypes and alignment.
+
+    It computes a score ``c * s`` and a rule that, at these lengths, keeps every key, or is ``k <= q`` with Nq == Nk.
+    """
+
+    plan: Plan
+    kernel: Fused
+    factor: Any  # c
+    constant: float | None  # c, if calls do not change it
+    number: int | None  # the place of c in their numbers, if it is one of them
+    kind: Kind | None  # which keys are kept; None: that depends on the scalars of a call
+    lengths: dict[str, int]
+    askew: bool  # a tensor has to be copied first
+
+    def run(
+        self, query: Tensor, key: Tensor, value: Tensor, scalars: Sequence[int], numbers: Sequence[float]
+    ) -> tuple[Tensor, Tensor] | None:
+        """Output and LSE; None if this call's scalars and numbers, or the user's settings, exclude the kernel."""
+        kind, scale = self.kind, self.constant
+        if scale is None:
+            scale = self._scale(scalars, numbers) if self.number is None else float(numbers[self.number])
+        if kind is None:
+            kind = dense_kind(self.plan.spec.rule, self._symbols(scalars, numbers))
+        # the kernels mask before they scale, so a scale that is not positive would turn -inf into +inf or NaN
+        if kind is None or not scale > 0:
+            return None
+        if self.askew:
+            query, key, value = aligned(query), aligned(key), aligned(value)
+        dtype, shape = query.dtype, query.shape
+        if self.kernel.lse_in_dtype:
+            query, key, value = widened_for_lse(self.plan, query, key, value)
+        found = self.kernel.run(query, key, value, kind == "causal", scale)
+        if found is None:
+            return None
+        out, lse = found
+        return in_layout(out.to(dtype), self.plan.dispatch.layout), lse.reshape(shape[:3]).float().contiguous()
+
+    def _scale(self, scalars: Sequence[int], numbers: Sequence[float]) -> float:
+        return float(evaluate(self.factor, self._symbols(scalars, numbers), {}, torch.float64, HOST))
+
+    def _symbols(self, scalars: Sequence[int], numbers: Sequence[float]) -> dict[str, Any]:
+        spec = self.plan.spec
+        return self.lengths | dict(zip((*spec.scalars, *spec.numbers), (*scalars, *numbers), strict=True))
+
+
+def dense(plan: Plan, query: Tensor, key: Tensor, value: Tensor) -> Dense | None:
+    """SDPA's flash or cuDNN kernel for calls like this one; None if it computes none of them."""
+    if plan.sparsity.select is not None or 0 in query.shape or 0 in key.shape or query.shape[3] != value.shape[3]:
+        return None
+    kernel = kernels_on(query.device.type)
+    if kernel is None or query.shape[2] < kernel.least_rows:
+        return None
+    factor, bias = scale_and_bias(plan.spec.score)
+    bounds = _dense_bounds(plan.spec.rule)
+    if factor is None or bias != 0 or bounds is None:
+        return None
+    lengths = {"Nq": query.shape[2], "Nk": key.shape[2]}
+    kind: Kind | None = None
+    if not _given(plan, *bounds[0], *(bound for bound, _ in bounds[1])):
+        kind = dense_kind(plan.spec.rule, lengths)
+        if kind is None:
+            return None
+    constant = None
+    if not _given(plan, factor):
+        constant = float(evaluate(factor, lengths, {}, torch.float64, HOST))
+    number = plan.spec.numbers.index(factor.name) if getattr(factor, "name", "") in plan.spec.numbers else None
+    askew = kernel.aligned_only and any(aligned(x) is not x for x in (query, key, value))
+    return Dense(plan, kernel, factor, constant, number, kind, lengths, askew)
+
+
+def _given(plan: Plan, *terms: Any) -> bool:
+    """Whether terms read a scalar or number of the call."""
+    names = {*plan.spec.scalars, *plan.spec.numbers}
+    return any(symbol.name in names for term in terms for symbol in getattr(term, "free_symbols", ()))
 
 
 @lru_cache(maxsize=1024)
@@ -183,7 +226,7 @@ def _dense_bounds(rule: Any) -> tuple[tuple[Any, ...], tuple[tuple[Any, bool], .
     return ranges.lower, tuple((bound, not (bound - expr.q).has(expr.q)) for bound in ranges.upper)
 
 
-def dense_kind(rule: Any, symbols: dict[str, Any]) -> Literal["all", "causal"] | None:
+def dense_kind(rule: Any, symbols: dict[str, Any]) -> Kind | None:
     """Whether a rule, at the lengths in ``symbols``, keeps every key or is ``k <= q`` with Nq == Nk; None: neither."""
     if (bounds := _dense_bounds(rule)) is None:
         return None

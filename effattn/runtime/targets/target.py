@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from types import ModuleType
-from typing import Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -121,4 +121,40 @@ class Target(Protocol):
 
     def describe(self, plan: Plan, site: Site) -> str:
         """What runs a plan at a site, for the report: the path of its kernel, or a few words."""
+        ...
+
+
+@runtime_checkable
+class PreparingTarget(Protocol):
+    """A target that decides once what holds for many calls. One that does not have these has :meth:`Target.run`."""
+
+    def prepare(
+        self,
+        plan: Plan,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        captures: Sequence[Tensor],
+        scalars: Sequence[int],
+        numbers: Sequence[float],
+    ) -> Any:
+        """What is decided once for all calls of this plan with the same launch key, from the first of them."""
+        ...
+
+    def start(
+        self,
+        call: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        captures: Sequence[Tensor],
+        scalars: Sequence[int],
+        numbers: Sequence[float],
+        known: Any,
+    ) -> tuple[tuple[Tensor, Tensor], Any]:
+        """The same as :meth:`Target.run`, of a call that :meth:`prepare` returned.
+
+        Returns:
+            the result, and what to pass as ``known`` to later calls; it is None in the first.
+        """
         ...

@@ -22,6 +22,7 @@ from effattn.ir.expr import IntLoad, b, k, load, number, q, s, scalar
 from effattn.ir.plan import Dispatch, Plan
 from effattn.ir.refusal import Why
 from effattn.lowering.forms import FORMS
+from effattn.runtime import launching
 from effattn.runtime.reference.attention import reference
 from effattn.runtime.targets import choice as targets
 from effattn.runtime.targets import portable, sdpa, triton
@@ -29,6 +30,11 @@ from effattn.runtime.targets.triton import limits
 
 CPU = torch.device("cpu")
 PADDING = load("padding", [b, k], integer=True)
+
+
+@pytest.fixture(autouse=True)
+def nothing_remembered():
+    launching.forget()
 
 
 def everything() -> Call:
@@ -190,10 +196,34 @@ def test_what_sdpa_would_get_wrong_is_kept_from_it():
     for name in ("negative_scale", "negative_scale_at_run_time", "zero_scale_at_run_time"):
         call = CASES[name](Sizes(1, 2, 1, 300, 300), CPU)
         made = tensors(Sizes(1, 2, 1, 300, 300))
-        assert sdpa.sdpa_path(call.plan, *made, call.captures, call.scalars, call.numbers) is None
-    assert sdpa.constant_scale(s * s, {}) is None
-    assert sdpa.constant_scale(s + 1, {}) is None
-    assert sdpa.constant_scale(s * q, {}) is None
+        assert sdpa.dense(call.plan, *made).run(*made, call.scalars, call.numbers) is None
+    for score in (s * s, s + 1, s * q):
+        assert sdpa.dense(Plan("exact", AttentionSpec(score, k <= q)), *made) is None
+
+
+def test_a_scalar_decides_in_every_call_whether_sdpa_computes_it():
+    plan = Plan(
+        "exact", AttentionSpec(number("scale") * s, k <= q + scalar("past"), scalars=("past",), numbers=("scale",))
+    )
+    made = tensors(Sizes(1, 2, 1, 300, 300))
+    for past, scale, dense in ((0, 0.2, True), (7, 0.2, False), (299, 0.2, True), (0, -0.2, False), (0, 0.3, True)):
+        found = sdpa.dense(plan, *made).run(*made, [past], [scale])
+        assert (found is not None) == dense
+        out, lse = attend_with(Call(plan, [], [past], [scale]), *made)
+        wanted, wanted_lse = reference(plan, *made, [], [past], [scale])
+        assert_close(out, wanted, exact_dtype=False)
+        assert_close(lse, wanted_lse, exact_dtype=False)
+
+
+def test_settings_of_the_user_that_exclude_sdpas_kernel_hold_in_every_call(monkeypatch):
+    plan = Plan("exact", AttentionSpec(0.25 * s, k <= q))
+    made = tensors(Sizes(1, 2, 1, 300, 300))
+    wanted, _ = attend_with(Call(plan), *made)
+    excluded = replace(sdpa.KERNELS["host"], run=lambda *call: None)
+    monkeypatch.setitem(sdpa.KERNELS, "host", excluded)
+    launching.forget()
+    for _ in range(2):
+        assert_close(attend_with(Call(plan), *made)[0], wanted)
 
 
 def test_every_target_that_a_plan_may_name():
@@ -299,8 +329,8 @@ def test_what_lies_askew_is_copied_for_kernels_on_a_gpu():
     """A step to a next row of 1 is looked at, also where there is one row; contiguous() does not."""
     key = torch.randn(2, 3, 8, 1).transpose(2, 3)
     for askew in (key, torch.randn(2, 3, 8, 5).transpose(2, 3), torch.randn(2, 3, 5, 9)[..., :8]):
-        copy = sdpa._aligned(askew)
+        copy = sdpa.aligned(askew)
         assert torch.equal(copy, askew)
         assert copy.stride() == (copy.shape[2] * 24, copy.shape[2] * 8, 8, 1)
     for straight in (torch.randn(2, 5, 3, 8).transpose(1, 2), torch.randn(1, 1, 5, 8).expand(2, 3, 5, 8)):
-        assert sdpa._aligned(straight) is straight
+        assert sdpa.aligned(straight) is straight

@@ -5,11 +5,11 @@ import torch
 from effattn.ir.plan import Plan
 from effattn.ir.site import Site
 from effattn.runtime import kernels
+from effattn.runtime.launching import forget
 from effattn.runtime.selection import triton_steps as steps
 from effattn.runtime.targets.triton import linear
-from effattn.runtime.targets.triton.backward import CALLS as BACKWARD_CALLS
 from effattn.runtime.targets.triton.backward import run_backward
-from effattn.runtime.targets.triton.forward import CALLS, run
+from effattn.runtime.targets.triton.forward import CALLS, prepare, run, start
 from effattn.runtime.targets.triton.limits import why_no_backward, why_not, why_not_on
 from effattn.runtime.targets.triton.specialise import spec_of
 
@@ -24,19 +24,16 @@ def describe(plan: Plan, site: Site) -> str:
     return str(kernels.load(spec).path)
 
 
-def forget() -> None:
-    """Clear the launch caches."""
-    CALLS.clear()
-    BACKWARD_CALLS.clear()
-
-
 __all__ = [
+    "CALLS",
     "alone",
     "describe",
     "forget",
     "linear",
+    "prepare",
     "run",
     "run_backward",
+    "start",
     "steps",
     "why_no_backward",
     "why_not",

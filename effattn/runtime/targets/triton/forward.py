@@ -15,16 +15,15 @@ from effattn.runtime.launching import (
     Known,
     LaunchCache,
     far,
+    launch_key,
     multiprocessors,
     narrow,
     on_device,
-    tensor_key,
-    tf32,
     too_narrow,
-    width,
 )
 from effattn.runtime.selection import triton_steps
 from effattn.runtime.selection.run import select
+from effattn.runtime.targets.memory_order import strides_of
 from effattn.runtime.targets.triton.limits import check
 from effattn.runtime.targets.triton.specialise import describable, kind_of, spec_of, splits_for
 
@@ -57,23 +56,20 @@ def run(
     Raises:
         UnsupportedCall: kernels do not support the dtypes, sizes or expressions.
     """
-    tensors = (query, key, value, *captures)
-    given = [float(number) for number in numbers]
+    inputs = (query, key, value, captures, scalars, numbers)
     # the plan's id, since hashing its expressions is slow; the call keeps the plan alive, so the id stays unique
-    launch_key = (id(plan), config, kind, splits, tf32(), *map(tensor_key, tensors), *map(width, scalars))
+    own = (id(plan), config, kind, splits, *launch_key((query, key, value, *captures), scalars, numbers))
     return CALLS.run(
-        launch_key,
-        lambda: _prepared(plan, query, key, value, captures, scalars, config, kind, splits),
-        lambda call: _started(call, query, key, value, captures, scalars, given),
+        own,
+        lambda: prepare(plan, *inputs, config=config, kind=kind, splits=splits),
+        lambda call: start(call, *inputs, call.known),
     )
 
 
-def _started(call: _Call, query, key, value, captures, scalars, numbers):
-    """(out, LSE) of a call, and what its launcher found out."""
-    out = query.new_empty(call.shape)
-    if call.transposed:
-        out = out.transpose(1, 2)
-    lse = query.new_empty(call.lse_shape, dtype=torch.float32)
+def start(call: _Call, query, key, value, captures, scalars, numbers, known: Known | None):
+    """(out, LSE) of a call, and what its launcher found out; see :class:`effattn.runtime.targets.target.Target`."""
+    out = query.new_empty_strided(call.shape, call.strides)
+    lse = query.new_empty(call.shape[:3], dtype=torch.float32)
     if call.launch is None:
         return (out, lse), None
     if call.widened is not None:
@@ -83,11 +79,11 @@ def _started(call: _Call, query, key, value, captures, scalars, numbers):
     if call.narrowed:
         query, key, value = narrow(query), narrow(key), narrow(value)
     extra: tuple = call.splits
+    numbers = [float(number) for number in numbers]
     with on_device(query.device):
         if call.plan.sparsity.select is not None:
-            listed = select(call.plan, query, key, captures, scalars, numbers, triton_steps)
-            extra = listed.tensors()
-        known = call.launch(query, key, value, out, lse, captures, scalars, numbers, *extra, call.known)
+            extra = select(call.plan, query, key, captures, scalars, numbers, triton_steps).tensors()
+        known = call.launch(query, key, value, out, lse, captures, scalars, numbers, *extra, known)
     return (out, lse), known
 
 
@@ -97,9 +93,8 @@ class _Call:
 
     plan: Plan
     given: Plan  # the plan that was passed; kept alive so that its id stays unique
-    shape: tuple[int, ...]  # of the output in memory order
-    lse_shape: tuple[int, ...]
-    transposed: bool
+    shape: tuple[int, ...]  # of the output, as its strides
+    strides: tuple[int, ...]
     launch: Callable[..., Known] | None = None  # None: nothing to compute
     widened: dict[str, Any] | None = None  # arguments of the same call in float32
     narrowed: bool = False
@@ -110,19 +105,28 @@ class _Call:
 CALLS = LaunchCache()
 
 
-def _prepared(
-    plan: Plan, query, key, value, captures, scalars, config: Tiles | None, kind: Kind | None, splits: int | None
-):
+def prepare(
+    plan: Plan,
+    query,
+    key,
+    value,
+    captures,
+    scalars,
+    numbers,
+    *,
+    config: Tiles | None = None,
+    kind: Kind | None = None,
+    splits: int | None = None,
+) -> _Call:
     """Check a call and choose its kernel; see :func:`run`."""
     given = plan
     batches, heads, q_len, head_dim = query.shape
     kv_heads, k_len, value_dim = key.shape[1], key.shape[2], value.shape[3]
     plan = plan.at(k_len)
     check(plan, query, key, value, captures)
-    transposed = plan.dispatch.layout == "bnhd"
-    shape = (batches, q_len, heads, value_dim) if transposed else (batches, heads, q_len, value_dim)
-    call = _Call(plan, given, shape, (batches, heads, q_len), transposed)
-    if 0 in call.lse_shape:
+    shape = (batches, heads, q_len, value_dim)
+    call = _Call(plan, given, shape, strides_of(plan.dispatch.layout, shape))
+    if 0 in shape[:3]:
         return call
     device = query.device
     if too_narrow(query):

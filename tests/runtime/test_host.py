@@ -1,0 +1,114 @@
+"""What a repeated call does on the host: one look-up, and few calls of functions, whatever the machine.
+
+The launch itself is left out: it is Triton's.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+
+import pytest
+import torch
+from plans import CASES, Sizes, tensors
+
+import effattn
+import effattn.runtime.ops
+from effattn.ir.plan import Plan
+from effattn.runtime import kernels, launching
+
+CPU = torch.device("cpu")
+SIZES = Sizes(q_len=20, k_len=20)
+CALLS = {"none": 22, "causal": 22, "window": 22, "left_padding": 26, "alibi": 26}  # most calls of Python functions
+
+
+@pytest.fixture(autouse=True)
+def started_without_triton(monkeypatch):
+    """Kernels that have been compiled and do nothing."""
+
+    def start(known, kernel, grid, *arguments, **options):
+        if kernel.__name__ not in known:
+            known[kernel.__name__] = kernel
+        STARTED[kernel.__name__] += 1
+
+    def load(spec, load=kernels.load):
+        kernel = load(spec)
+        monkeypatch.setattr(kernel.module, "start", start)
+        return kernel
+
+    STARTED.clear()
+    monkeypatch.setattr(kernels, "load", load)
+    launching.forget()
+    yield
+    launching.forget()
+
+
+STARTED: Counter[str] = Counter()
+
+
+def functions_called(function) -> list[str]:
+    """The names of Python functions that a call of ``function`` calls, in order."""
+    names: list[str] = []
+
+    def note(frame, event, _):
+        if event == "call":
+            names.append(frame.f_code.co_qualname)
+
+    sys.setprofile(note)
+    try:
+        function()
+    finally:
+        sys.setprofile(None)
+    return names[1:]
+
+
+def repeated(name: str, made):
+    call = CASES[name](SIZES, CPU)
+    text = call.plan.dispatched(target="triton").encode()
+
+    def run():
+        # a new string in each call, as an op gets it
+        return torch.ops.effattn.attend.default(*made, call.captures, call.scalars, call.numbers, text)
+
+    run()
+    return run
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_a_repeated_call_is_one_look_up(name, monkeypatch):
+    run = repeated(name, tensors(SIZES))
+    for slow in ("decode", "at", "dense"):
+        monkeypatch.setattr(Plan, slow, None)
+    monkeypatch.setattr(launching.LaunchCache, "run", None)
+    STARTED.clear()
+    with torch.no_grad():
+        called = functions_called(run)
+    assert STARTED["forward"] == 1
+    assert called.count("launch_key") == 1
+    assert len(called) <= CALLS[name], called
+
+
+def test_what_a_gradient_adds():
+    made = [tensor.requires_grad_() for tensor in tensors(SIZES)]
+    called = functions_called(repeated("causal", made))
+    assert STARTED["forward"] == 2
+    assert len(called) <= 2 * CALLS["causal"], called
+
+
+def test_the_plain_function():
+    made = tensors(SIZES)
+    effattn.attention(*made, form="window", window=9)
+    called = functions_called(lambda: effattn.attention(*made, form="window", window=9))
+    assert not {"_written", "Plan.encode"} & set(called)
+
+
+def test_sdpas_kernel_is_chosen_once(monkeypatch):
+    """Its rule, its scale and the places of its tensors are not looked at again."""
+    made = tensors(Sizes(1, 2, 1, 300, 300))
+    text = CASES["scale_at_run_time"](Sizes(1, 2, 1, 300, 300), CPU).plan.encode()
+    run = lambda: torch.ops.effattn.attend.default(*made, [], [], [0.3], text)  # noqa: E731
+    with torch.no_grad():
+        run()
+        called = functions_called(run)
+    assert not {"evaluate", "evaluate_integer", "dense_kind", "bindings", "lies_well"} & set(called)
+    assert len(called) <= CALLS["causal"], called
