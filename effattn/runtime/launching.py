@@ -71,6 +71,14 @@ class LaunchCache:
     def clear(self) -> None:
         self._calls.clear()
 
+    def keep(self, key: tuple, call: Any) -> Any:
+        """Store a call, and return it."""
+        with ALONE:
+            if len(self._calls) >= MOST_CALLS:
+                self._calls.clear()
+            self._calls[key] = call
+        return call
+
     def run(self, key: tuple, prepare: Callable[[], Any], start: Callable[[Any], tuple[Any, Known | None]]) -> Any:
         """Run ``start(call)``, which returns (result, known), and return the result.
 
@@ -83,9 +91,7 @@ class LaunchCache:
                 if call is None:
                     call = prepare()
                     result, known = start(call)
-                    if len(self._calls) >= MOST_CALLS:
-                        self._calls.clear()
-                    self._calls[key] = replace(call, known=None if known is None else MappingProxyType(known))
+                    self.keep(key, replace(call, known=None if known is None else MappingProxyType(known)))
                     return result
         return start(call)[0]
 

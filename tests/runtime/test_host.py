@@ -112,3 +112,18 @@ def test_sdpas_kernel_is_chosen_once(monkeypatch):
         called = functions_called(run)
     assert not {"evaluate", "evaluate_integer", "dense_kind", "bindings", "lies_well"} & set(called)
     assert len(called) <= CALLS["causal"], called
+
+
+def test_a_repeated_backward(monkeypatch):
+    made = tensors(SIZES)
+    text = CASES["causal"](SIZES, CPU).plan.dispatched(target="triton").encode()
+    out, lse = torch.ops.effattn.attend.default(*made, [], [], [], text)
+    run = lambda: torch.ops.effattn.attend_backward.default(out, None, *made, out, lse, [], [], [], text)  # noqa: E731
+    run()
+    for slow in ("decode", "at", "dense"):
+        monkeypatch.setattr(Plan, slow, None)
+    STARTED.clear()
+    with torch.no_grad():
+        called = functions_called(run)
+    assert STARTED["grad_query"] == STARTED["grad_key_value"] == 1
+    assert not {"target_of", "serving"} & set(called)

@@ -144,11 +144,27 @@ def attend_backward(
     plan: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value, in their shapes and dtypes, in the plan's memory order."""
+    place = (plan, key.shape[2], query.dtype, query.device.type, query.shape[3], value.shape[3])
+    call = BACKWARD_CALLS.find(place) or BACKWARD_CALLS.keep(place, _prepare_backward(plan, query, key, value))
+    given = (grad_out, grad_lse, query, key, value, out, lse, captures, scalars, numbers)
+    return call.target.run_backward(call.plan, *given)
+
+
+@dataclass(frozen=True)
+class _BackwardCall:
+    plan: Plan  # the one for this number of keys
+    target: Target
+
+
+BACKWARD_CALLS = LaunchCache()
+
+
+def _prepare_backward(plan: str, query: Tensor, key: Tensor, value: Tensor) -> _BackwardCall:
     decoded = Plan.decode(plan).at(key.shape[2])
     target = target_of(decoded, query, value)
     if target.why_no_backward(decoded.spec, query.shape[3], value.shape[3]) is not None:
         target = TARGETS[ANYWHERE]
-    return target.run_backward(decoded, grad_out, grad_lse, query, key, value, out, lse, captures, scalars, numbers)
+    return _BackwardCall(decoded, target)
 
 
 def attend_backward_fake(grad_out, grad_lse, query, key, value, out, lse, captures, scalars, numbers, plan):
@@ -199,7 +215,7 @@ def _backward(ctx, grad_out, grad_lse):
     query, key, value, out, lse, *captures = ctx.saved_tensors
     grads: tuple[Tensor | None, ...] = (None, None, None)
     if grad_out is not None or grad_lse is not None:
-        grads = torch.ops.effattn.attend_backward(
+        grads = torch.ops.effattn.attend_backward.default(
             grad_out, grad_lse, query, key, value, out, lse, captures, ctx.scalars, ctx.numbers, ctx.plan
         )
     return *grads, [None] * len(captures), None, None, None
