@@ -25,6 +25,7 @@ ORDER = (
     "linear_lightning",
     "decode_static",
     "train_step",
+    "host",
     "compile_time",
     "compile_zoo",
 )
@@ -61,6 +62,12 @@ ABOUT = {
         "A training step",
         "Loss and all gradients of two sequences, without a mask and with left padding. Difference: of the gradients "
         "of the query, key and value projections from eager's.",
+    ),
+    "host": (
+        "The host's part of a call",
+        "Microseconds for which one small attention keeps the processor, without CUDA graphs: SDPA, the op that stands "
+        "in rewritten graphs by a generated kernel and by SDPA's, the plain function, and a compiled function of one "
+        "attention with Dynamo's guards, its other operations eager.",
     ),
     "compile_time": (
         "Compilation",
