@@ -71,20 +71,22 @@ class Walker:
     def __init__(
         self,
         rule: Any,
-        shape: tuple[int, int, int, int],
+        shape: tuple[int | range, int | range, int, int],
         symbols: Mapping[str, Any],
         captures: Mapping[str, Tensor],
     ):
-        """``shape`` is (B, Hq, Nq, Nk); ``symbols`` has the scalars, ``captures`` the captured tensors of the rule."""
+        """``shape`` is (B, Hq, Nq, Nk), B and Hq also as the range of some batches and heads; ``symbols`` has the
+        scalars, ``captures`` the captured tensors of the rule."""
         batch, heads, self.q_len, self.k_len = shape
+        batches, heads = (range(size) if isinstance(size, int) else size for size in (batch, heads))
         self.tile_ranges = tile_ranges_of(rule)
         self.captures = captures
         self.symbols = {
             **symbols,
             "Nq": self.q_len,
             "Nk": self.k_len,
-            "b": torch.arange(batch).view(-1, 1),
-            "h": torch.arange(heads).view(1, -1),
+            "b": torch.arange(batches.start, batches.stop).view(-1, 1),
+            "h": torch.arange(heads.start, heads.stop).view(1, -1),
         }
 
     def chunks(self, rows: int) -> Iterator[Chunk]:

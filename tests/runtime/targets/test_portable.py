@@ -18,6 +18,7 @@ from effattn.runtime.reference.attention import reference
 from effattn.runtime.targets import portable
 from effattn.runtime.targets.chunks import Walker, names_of_loads
 from effattn.runtime.targets.portable import call as portable_call
+from effattn.runtime.targets.portable import flash, shares, strips
 from effattn.runtime.targets.portable.backward import run_backward
 
 CPU = torch.device("cpu")
@@ -34,11 +35,17 @@ def check(call: Call, query, key, value, tolerance=None):
     assert_close(lse, wanted_lse, tolerance, exact_dtype=False)
 
 
-@pytest.fixture(params=["flash", "products"])
+@pytest.fixture(params=["flash", "strips", "products"])
 def path(request, monkeypatch):
-    """Both ways of computing a piece."""
+    """All ways of computing a call, at small sizes."""
     if request.param == "products":
         monkeypatch.setattr(portable_call.Call, "takes_flash_kernel", lambda self: False)
+    if request.param == "strips":
+        monkeypatch.setattr(flash, "LEAST_PAIRS", 0)
+        monkeypatch.setattr(strips, "ALONE", 8)
+        monkeypatch.setattr(shares, "HEIGHTS", (16,))
+        monkeypatch.setattr(shares, "BLOCK", 8)
+        shares._plan_once.cache_clear()
     return request.param
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from effattn.ir.plan import Plan
 from effattn.runtime.targets.memory_order import allocate_output
-from effattn.runtime.targets.portable import listed
+from effattn.runtime.targets.portable import flash, listed
 from effattn.runtime.targets.portable.call import Call, Piece, empty_output
 from effattn.runtime.targets.sdpa import widened_for_lse
 
@@ -27,10 +27,13 @@ def run(
     if plan.sparsity.select is not None:
         return listed.run(plan, query, key, value, captures, scalars, numbers)
     call = Call(plan, query, key, value, captures, scalars, numbers)
-    compute = by_flash_kernel if call.takes_flash_kernel() else by_products
     out, lse = allocate_output(plan, query, value)
     grouped_out, grouped_lse = call.by_group(out), call.by_group(lse)
     fill = empty_output(plan.spec, value, call.dtype)
+    if flash.worthwhile(call):
+        flash.run(call, grouped_out, grouped_lse, fill)
+        return out, lse
+    compute = by_flash_kernel if call.takes_flash_kernel() else by_products
     for piece in call.pieces():
         out_rows, lse_rows = call.rows(grouped_out, piece), call.rows(grouped_lse, piece)
         instead = fill[piece.batches, piece.kv_heads].expand_as(out_rows)

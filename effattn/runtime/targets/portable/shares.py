@@ -1,0 +1,210 @@
+"""The parts of a call that see the same keys, batches and heads, each in strips with the keys that need a test.
+
+Captured tensors are in host memory, so what they hide is read here: blocks of keys that no query of a chunk sees are
+not visited, and those that all of them see are not tested.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+import sympy
+import torch
+from torch import Tensor
+
+from effattn.ir import expr
+from effattn.lowering.device import HOST
+from effattn.runtime.algebra import Span, evaluate
+from effattn.runtime.selection.block_map import block_grid
+from effattn.runtime.targets.chunks import Chunk, Run, Walker, clip, tile_ranges_of
+from effattn.runtime.targets.portable.call import Call
+from effattn.runtime.targets.portable.strips import Keys, Strip, strips
+
+BLOCK = 64  # queries and keys by which conditions on data are told
+ROWS_AT_ONCE = 2**14  # rows of a strip: enough for many cores
+HEIGHTS = (256, 128, 64, 32, 16, 8, 4, 2, 1)  # queries per chunk that are tried
+# the kernel takes 256, 64 or 32 rows at a time: (rows of a chunk, time for each key relative to the best)
+SPEEDS = ((768, 1.0), (192, 1.03), (0, 1.13))
+PER_CHUNK = 2**14  # what a chunk costs beside its pairs of queries and keys, in pairs
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A strip, and the rule on the keys that are tested: bool [Hkv or 1, C or 1, G or 1, rows, n].
+
+    ``kept`` is None if no key is tested, or if the chunks of the strip differ: then it is evaluated when it is needed.
+    """
+
+    strip: Strip
+    kept: Tensor | None
+
+
+@dataclass(frozen=True)
+class Share:
+    """Batches and kv heads of a call that visit the same keys. Equal shares without captured tensors are planned once."""
+
+    rule: Any
+    batches: range
+    kv_heads: range
+    groups: int
+    q_len: int
+    k_len: int
+    head_dim: int
+    names: tuple[tuple[str, Any], ...]  # scalars and numbers with their values
+    dtype: torch.dtype  # in which floats are computed
+    budget: int  # most elements of a mask
+    captures: Mapping[str, Tensor] = field(default_factory=dict, compare=False)
+    # from conditions on data, for blocks of queries and keys [Mq, Mk]: 0 no query sees a key, 1 test, 2 all see all
+    blocks: Tensor | None = field(default=None, compare=False)
+
+    def planned(self) -> Sequence[Planned] | Iterator[Planned]:
+        """Its queries in order."""
+        return _plan_once(self) if not self.captures else self.plan()
+
+    def plan(self) -> Iterator[Planned]:
+        walker = Walker(
+            self.rule, (self.batches, self._heads(), self.q_len, self.k_len), dict(self.names), self.captures
+        )
+        chunks = walker.chunks(self._height(walker))
+        if self.blocks is not None:
+            chunks = map(self._tested, chunks)
+        last = None
+        for strip in strips(chunks, self._most):
+            kept = self.kept(strip) if strip.tested else None
+            if kept is not None and last is not None and torch.equal(kept, last):
+                kept = last  # most strips have the same: it is held once
+            last = kept
+            yield Planned(strip, kept if kept is None or kept.shape[1] == 1 else None)
+
+    def kept(self, strip: Strip) -> Tensor:
+        """The rule on the tested keys of a strip, as in :class:`Planned`. All chunks share one mask if they agree."""
+        heads, chunks = self._heads(), strip.chunks
+        # indices that broadcast against [Hkv, C, G, rows, n]
+        symbols: dict[str, Any] = {
+            **dict(self.names),
+            "Nq": self.q_len,
+            "Nk": self.k_len,
+            "b": self.batches.start,
+            "h": Span.of([(heads.start, heads.stop)], HOST, -1, 1, self.groups, 1, 1),
+            "q": Span.of([(strip.start, strip.stop)], HOST, chunks, 1, strip.rows, 1),
+            "k": Span.of([keys.of(0) for keys in strip.tested], HOST) if chunks == 1 else _of_chunks(strip),
+        }
+        kept = torch.as_tensor(evaluate(self.rule, symbols, self.captures, self.dtype, HOST)).to(torch.bool)
+        kept = kept.expand(torch.broadcast_shapes(kept.shape, (1, 1, 1, strip.rows, strip.width_tested)))
+        return kept[:, :1] if kept.shape[1] > 1 and bool((kept == kept[:, :1]).all()) else kept
+
+    def _heads(self) -> range:
+        return range(self.kv_heads.start * self.groups, self.kv_heads.stop * self.groups)
+
+    def _height(self, walker: Walker) -> int:
+        """Queries per chunk: few of them visit fewer keys in vain, many are computed faster."""
+
+        def cost(rows: int) -> float:
+            keys = sum(run.stop - run.start for run in self._runs_at(walker, self.q_len // 2, rows))
+            return (keys + PER_CHUNK / rows) * next(time for least, time in SPEEDS if rows * self.groups >= least)
+
+        fitting = [rows for rows in HEIGHTS if rows * self.groups * self._most_tested(walker, rows) <= self.budget]
+        return min(fitting, key=cost, default=1)
+
+    def _most_tested(self, walker: Walker, rows: int) -> int:
+        """How many keys of a chunk are tested at most; the first or the last queries have the most without data."""
+        if self.blocks is not None:
+            return int((self.blocks == 1).sum(dim=1).max()) * BLOCK * max(rows // BLOCK, 1)
+        ends = (self._runs_at(walker, first, rows) for first in (0, self.q_len - rows))
+        return max(sum(run.stop - run.start for run in runs if not run.full) for runs in ends)
+
+    def _runs_at(self, walker: Walker, first: int, rows: int) -> Sequence[Run]:
+        first = max(min(first, self.q_len - rows), 0)
+        return walker.runs(first, min(first + rows, self.q_len))
+
+    def _most(self, chunk: Chunk) -> int:
+        """Of how many chunks like this one a strip may consist."""
+        rows, heads = self.groups * (chunk.stop - chunk.start), len(self.kv_heads)
+        elements = max(chunk.keys, 1) * max(rows, heads * self.head_dim)  # of a mask, or of copied keys
+        return max(min(ROWS_AT_ONCE // (heads * rows), self.budget // elements), 1)
+
+    def _tested(self, chunk: Chunk) -> Chunk:
+        """The chunk without keys that data hide. Full runs are those that need no test at all."""
+        assert self.blocks is not None
+        rows = self.blocks[chunk.start // BLOCK : (chunk.stop - 1) // BLOCK + 1]
+        low, high = rows.amin(dim=0), rows.amax(dim=0)
+        kinds = torch.where(low == high, low, 1)
+        found = []
+        for start, stop, kind in _runs(kinds):
+            if kind > 0:
+                found += [(clip((run.start, run.stop), (start * BLOCK, stop * BLOCK)), run.full and kind == 2) for run in chunk.runs]
+        return Chunk(chunk.start, chunk.stop, tuple(Run(*part, full) for part, full in found if part[0] < part[1]))
+
+
+@lru_cache(maxsize=32)
+def _plan_once(share: Share) -> tuple[Planned, ...]:
+    return tuple(share.plan())
+
+
+def shares(call: Call) -> Iterator[Share]:
+    """The whole call, in as few shares as its rule allows."""
+    rule, residual = call.plan.spec.rule, call.tile_ranges.residual
+    captures = {load.name: call.captures[load.name] for load in expr.loads_of(rule)}
+    dependent = _dependencies(rule, tuple((name, tuple(tensor.shape)) for name, tensor in captures.items()))
+    sizes = (call.batch, call.heads, call.q_len, call.k_len)
+    grid = None
+    if residual != sympy.true:
+        some, every = block_grid(residual, sizes, call.names, captures, BLOCK, BLOCK, HOST, call.dtype)
+        grid = some.to(torch.int8) + every.to(torch.int8)
+    for batches in _each(range(call.batch), expr.b in dependent):
+        for kv_heads in _each(range(call.kv_heads), expr.h in dependent):
+            yield Share(
+                rule,
+                batches,
+                kv_heads,
+                call.groups,
+                call.q_len,
+                call.k_len,
+                call.head_dim,
+                tuple(call.names.items()),
+                call.dtype,
+                call.budget,
+                captures,
+                None if grid is None else _blocks_of(grid, batches, kv_heads, call.groups),
+            )
+
+
+def _each(whole: range, apart: bool) -> list[range]:
+    return [range(i, i + 1) for i in whole] if apart else [whole]
+
+
+def _blocks_of(grid: Tensor, batches: range, kv_heads: range, groups: int) -> Tensor:
+    """The part of a grid [B or 1, Hq or 1, Mq, Mk] that all batches and heads of a share agree with: [Mq, Mk]."""
+    part = grid[batches.start : batches.stop] if grid.shape[0] > 1 else grid
+    part = part[:, kv_heads.start * groups : kv_heads.stop * groups] if grid.shape[1] > 1 else part
+    low, high = part.amin(dim=(0, 1)), part.amax(dim=(0, 1))
+    return torch.where(low == high, low, 1)
+
+
+@lru_cache(maxsize=1024)
+def _dependencies(rule: Any, shapes: tuple[tuple[str, tuple[int, ...]], ...]) -> frozenset[sympy.Symbol]:
+    """Symbols that a rule depends on. An index of a dimension of size 1 counts for nothing."""
+    sizes = dict(shapes)
+    read = {
+        load: load.func(load.args[0], *(i if n > 1 else 0 for i, n in zip(load.indices, sizes[load.name], strict=True)))
+        for load in expr.loads_of(rule)
+    }
+    return frozenset(expr.free_symbols(sympy.sympify(rule).xreplace(read)))
+
+
+def _runs(kinds: Tensor) -> Iterator[tuple[int, int, int]]:
+    """(start, stop, value) of each run of equal values."""
+    values, counts = torch.unique_consecutive(kinds, return_counts=True)
+    start = 0
+    for value, count in zip(values.tolist(), counts.tolist(), strict=True):
+        yield start, start + count, value
+        start += count
+
+
+def _of_chunks(strip: Strip) -> Tensor:
+    """The tested keys of each chunk: int64 [C, 1, 1, n]."""
+    offsets = torch.arange(strip.chunks)[:, None]
+    return torch.cat([torch.arange(*keys.of(0)) + keys.step * offsets for keys in strip.tested], dim=1)[:, None, None]
