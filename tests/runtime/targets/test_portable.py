@@ -18,7 +18,6 @@ from effattn.runtime.reference.attention import reference
 from effattn.runtime.targets import portable
 from effattn.runtime.targets.chunks import Walker, names_of_loads
 from effattn.runtime.targets.portable import call as portable_call
-from effattn.runtime.targets.portable import flash, shares, strips
 from effattn.runtime.targets.portable.backward import run_backward
 
 CPU = torch.device("cpu")
@@ -41,11 +40,7 @@ def path(request, monkeypatch):
     if request.param == "products":
         monkeypatch.setattr(portable_call.Call, "takes_flash_kernel", lambda self: False)
     if request.param == "strips":
-        monkeypatch.setattr(flash, "LEAST_PAIRS", 0)
-        monkeypatch.setattr(strips, "ALONE", 8)
-        monkeypatch.setattr(shares, "HEIGHTS", (16,))
-        monkeypatch.setattr(shares, "BLOCK", 8)
-        shares._plan_once.cache_clear()
+        request.getfixturevalue("small_strips")
     return request.param
 
 

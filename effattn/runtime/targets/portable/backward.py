@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -10,6 +10,7 @@ from torch import Tensor
 from effattn.ir.derivative import derivative
 from effattn.ir.plan import Plan
 from effattn.runtime.targets.memory_order import allocate
+from effattn.runtime.targets.portable import flash, flash_backward
 from effattn.runtime.targets.portable.call import Call, Piece
 
 LIVE_BLOCKS = 4  # blocks of scores in memory at a time: scores, weights and both gradients
@@ -41,7 +42,14 @@ def run_backward(
     grouped_grad, grouped_out, grouped_lse = call.by_group(grad_out), call.by_group(out), call.by_group(lse)
     grouped_grad_query = call.by_group(grad_query)
 
-    for piece in call.pieces():
+    # the kernel takes weights from the LSE, which is float32, and has no gradient through it
+    if through_lse is None and call.dtype == torch.float32 and flash.worthwhile(call):
+        given = (grouped_grad, grouped_out, grouped_lse, grouped_grad_query, grad_key, grad_value)
+        flash_backward.run(call, *given)
+        pieces: Iterable[Piece] = ()
+    else:
+        pieces = call.pieces()
+    for piece in pieces:
         query_grad_rows = call.rows(grouped_grad_query, piece)
         if not piece.chunk.runs:
             query_grad_rows.zero_()

@@ -30,7 +30,9 @@ class Part:
 
     keys: tuple[Keys, ...]
     mask: Tensor | None = None  # [Hkv or 1, C or 1, G * rows, n], added to the scores
-    hidden: Tensor | None = None  # bool [Hkv or 1, C or 1, G * rows]: queries that see none of them; None: there are none
+    hidden: Tensor | None = (
+        None  # bool [Hkv or 1, C or 1, G * rows]: queries that see none of them; None: there are none
+    )
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ def work(call: Call) -> Iterator[Work]:
 def run(call: Call, out: Tensor, lse: Tensor, fill: Tensor) -> None:
     """Fill ``out`` and ``lse``, grouped by kv heads; ``fill`` [B, Hkv, 1, 1, Dv] is the output of queries without
     keys."""
-    query, key, value = operands(call)
+    query, key, value = contiguous_rows(*widened_for_lse(call.plan, call.query, call.key, call.value))
     for one in work(call):
         out_rows, lse_rows = one.rows(out), one.rows(lse)
         shape, heads = out_rows.shape[2:4], one.share.kv_heads
@@ -78,7 +80,7 @@ def run(call: Call, out: Tensor, lse: Tensor, fill: Tensor) -> None:
             continue
         rows = one.rows(query).flatten(2, 3)
         results = [_attend(call, one, part, rows, key, value) for part in one.parts]
-        result, result_lse = results[0] if len(results) == 1 else _merged(*results, call.dtype)
+        result, result_lse = results[0] if len(results) == 1 else _merged(results[0], results[1], call.dtype)
         result, result_lse = result.unflatten(2, shape), result_lse.unflatten(2, shape)
         if len(results) == 1 and (hidden := one.parts[0].hidden) is not None:
             result = torch.where(hidden.unflatten(2, shape)[..., None], instead, result)
@@ -86,9 +88,8 @@ def run(call: Call, out: Tensor, lse: Tensor, fill: Tensor) -> None:
         lse_rows.copy_(result_lse)
 
 
-def operands(call: Call) -> tuple[Tensor, Tensor, Tensor]:
+def contiguous_rows(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Query [B, Hkv, G, Nq, D], key and value as the kernel takes them."""
-    query, key, value = widened_for_lse(call.plan, call.query, call.key, call.value)
     key, value = (tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in (key, value))
     return query, key, value
 
@@ -103,9 +104,7 @@ def _attend(call: Call, one: Work, part: Part, rows: Tensor, key: Tensor, value:
     return out, lse
 
 
-def _merged(
-    one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor], dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
+def _merged(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Output and LSE over the keys of both; every query sees some of the first."""
     (out, lse), (more, more_lse) = one, other
     weight = torch.sigmoid(more_lse - lse).to(dtype)

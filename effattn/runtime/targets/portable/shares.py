@@ -18,10 +18,9 @@ from torch import Tensor
 from effattn.ir import expr
 from effattn.lowering.device import HOST
 from effattn.runtime.algebra import Span, evaluate
-from effattn.runtime.selection.block_map import block_grid
-from effattn.runtime.targets.chunks import Chunk, Run, Walker, clip, tile_ranges_of
+from effattn.runtime.targets.chunks import Chunk, Run, Walker, clip
 from effattn.runtime.targets.portable.call import Call
-from effattn.runtime.targets.portable.strips import Keys, Strip, strips
+from effattn.runtime.targets.portable.strips import Strip, strips
 
 BLOCK = 64  # queries and keys by which conditions on data are told
 ROWS_AT_ONCE = 2**14  # rows of a strip: enough for many cores
@@ -44,7 +43,7 @@ class Planned:
 
 @dataclass(frozen=True)
 class Share:
-    """Batches and kv heads of a call that visit the same keys. Equal shares without captured tensors are planned once."""
+    """Batches and kv heads of a call that visit the same keys. Shares without captured tensors are planned once."""
 
     rule: Any
     batches: range
@@ -135,7 +134,10 @@ class Share:
         found = []
         for start, stop, kind in _runs(kinds):
             if kind > 0:
-                found += [(clip((run.start, run.stop), (start * BLOCK, stop * BLOCK)), run.full and kind == 2) for run in chunk.runs]
+                found += [
+                    (clip((run.start, run.stop), (start * BLOCK, stop * BLOCK)), run.full and kind == 2)
+                    for run in chunk.runs
+                ]
         return Chunk(chunk.start, chunk.stop, tuple(Run(*part, full) for part, full in found if part[0] < part[1]))
 
 
@@ -149,11 +151,9 @@ def shares(call: Call) -> Iterator[Share]:
     rule, residual = call.plan.spec.rule, call.tile_ranges.residual
     captures = {load.name: call.captures[load.name] for load in expr.loads_of(rule)}
     dependent = _dependencies(rule, tuple((name, tuple(tensor.shape)) for name, tensor in captures.items()))
-    sizes = (call.batch, call.heads, call.q_len, call.k_len)
     grid = None
     if residual != sympy.true:
-        some, every = block_grid(residual, sizes, call.names, captures, BLOCK, BLOCK, HOST, call.dtype)
-        grid = some.to(torch.int8) + every.to(torch.int8)
+        grid = torch.ones(1, 1, -(-call.q_len // BLOCK), -(-call.k_len // BLOCK), dtype=torch.int8)
     for batches in _each(range(call.batch), expr.b in dependent):
         for kv_heads in _each(range(call.kv_heads), expr.h in dependent):
             yield Share(
