@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 
@@ -26,13 +27,13 @@ def template_named(name: str) -> jinja2.Template:
     return _environment().get_template(name)
 
 
-def helpers_for(body: str) -> str:
+def helpers_for(body: str, functions: Mapping[str, str] = DEVICE_FUNCTIONS) -> str:
     """Device functions that ``body`` calls, directly or not."""
     wanted: list[str] = []
-    for name in DEVICE_FUNCTIONS:
-        if f"{name}(" in body or any(f"{name}(" in DEVICE_FUNCTIONS[other] for other in wanted):
+    for name in functions:
+        if f"{name}(" in body or any(f"{name}(" in functions[other] for other in wanted):
             wanted.append(name)
-    return "".join(f"{DEVICE_FUNCTIONS[name].strip()}\n\n\n" for name in reversed(wanted))
+    return "".join(f"{functions[name].strip()}\n\n\n" for name in reversed(wanted))
 
 
 def tidy(source: str) -> str:

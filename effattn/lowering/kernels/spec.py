@@ -26,9 +26,11 @@ class Tiles:
     partial_stages: int = 0  # stages of the loop over partial tiles; 0: as ``stages``
     heads_together: int = 0  # heads that run side by side; 0: as many groups as have keys that fit in the L2 cache
     descriptors: bool = False  # load keys and values through tensor descriptors (TMA); needs aligned strides
+    consumers: int = 0  # warpgroups of 64 queries each, fed by a warp that copies: the Gluon dialect; 0: the Triton one
 
     def __str__(self) -> str:
-        text = f"{self.block_m} queries x {self.block_n} keys, {self.warps} warps, {self.stages} stages"
+        programs = f"{self.consumers} consumer warpgroups" if self.consumers else f"{self.warps} warps"
+        text = f"{self.block_m} queries x {self.block_n} keys, {programs}, {self.stages} stages"
         return text + (", tensor descriptors" if self.descriptors else "")
 
 
@@ -48,6 +50,8 @@ class KernelSpec:
     key_ranges: bool = True  # find the keys that data allow first, and visit only these
     list_block: int = 0  # listed: queries that share a list of units
     list_unit: int = 0  # listed: consecutive keys per unit
+    tests_data: bool = False  # listed: conditions on data are tested on every unit, not only on partial ones
+    precise: bool = True  # tanh to single precision; else the chip's own, where the dialect has it
     wide: bool = False  # lengths or scalars may be large, so sums of them need 64 bits
 
     @property

@@ -11,6 +11,7 @@ Integers must be exact. A value also records its interval, and operations that m
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import ClassVar
 
 from effattn.ir import bounds
 from effattn.ir.attention import AttentionSpec, CaptureSpec
@@ -47,15 +48,12 @@ class Value:
     tile: tuple[str, int] | None = None  # (first, count) of consecutive indices, first a multiple of count
     bounds: Interval = NARROW  # of an integer; meaningless for other kinds
     wide: bool = False  # the text is known to be int64
+    as_float: Value | None = None  # the same integer in float32, if that is exact and cheaper than converting
 
     @property
     def literal(self) -> bool:
         """Whether the text is a number, which takes the dtype of the other operand."""
         return self.text.lstrip("-").isdigit()
-
-    def widened(self) -> Value:
-        """The value as int64."""
-        return self if self.wide else replace(self, text=f"{self.at(ATOM)}.to(tl.int64)", level=ATOM, wide=True)
 
     def at(self, level: int) -> str:
         """The text, parenthesised if its precedence is lower than ``level``."""
@@ -91,11 +89,8 @@ class Lines:
 
 COMPARISONS = {"le": "<=", "lt": "<", "ge": ">=", "gt": ">", "eq": "==", "ne": "!="}
 BOOLEANS = {"and": ("&", AND), "or": ("|", OR)}
-FUNCTIONS = {"abs": "tl.abs", "min": "tl.minimum", "max": "tl.maximum"}
-FLOAT_FUNCTIONS = {
-    **{name: f"tl.{name}" for name in ("exp", "exp2", "log", "sqrt", "sin", "cos")},
-    "tanh": "_tanh",
-}
+FUNCTIONS = {"abs": "abs", "min": "minimum", "max": "maximum"}
+FLOAT_FUNCTIONS = ("exp", "exp2", "log", "sqrt", "sin", "cos")
 BITS = {"bit_and": "&", "bit_or": "|", "bit_xor": "^"}
 WHOLE = {"add", "mul", "min", "max", "abs", "floordiv", "mod", "sign", "is_power_of_two", *BITS, *COMPARISONS}
 HELPERS = {"floordiv": "_floor_div", "mod": "_modulo", "sign": "_sign"}
@@ -103,6 +98,10 @@ HELPERS = {"floordiv": "_floor_div", "mod": "_modulo", "sign": "_sign"}
 
 class Source:
     """The algebra whose values are Triton source."""
+
+    language: ClassVar[str] = "tl"  # the module with the operations
+    tanh: ClassVar[str] = "_tanh"
+    int64: ClassVar[str] = "tl.full([], {}, tl.int64)"  # a constant of that type
 
     def __init__(
         self,
@@ -136,7 +135,7 @@ class Source:
 
     def constant(self, value):
         if isinstance(value, int) and not isinstance(value, bool):
-            return _whole_number(value)
+            return self._whole_number(value)
         kind = "bool" if isinstance(value, bool) else "float"
         text = repr(value) if value == value and abs(value) != float("inf") else f'float("{value}")'
         return Value(text, kind=kind, level=UNARY if text.startswith("-") else ATOM)
@@ -160,7 +159,7 @@ class Source:
         if narrow and not found.joined(*(arg.bounds for arg in args)).within(INT32):
             # one int64 operand is enough: the others are promoted
             first = next(place for place, arg in enumerate(args) if not arg.literal)
-            args = (*args[:first], args[first].widened(), *args[first + 1 :])
+            args = (*args[:first], self._widened(args[first]), *args[first + 1 :])
         value = self._operation(operation, *args)
         wide = any(arg.wide for arg in args if arg.kind == "int")
         return replace(value, bounds=found, wide=wide) if value.kind == "int" else value
@@ -188,20 +187,22 @@ class Source:
         if operation == "not":
             return Value(f"~{args[0].at(UNARY)}", axes, "bool", UNARY)
         if operation in FUNCTIONS:
-            return _function(FUNCTIONS[operation], args, axes, number)
+            return self._function(FUNCTIONS[operation], args, axes, number)
         if operation in FLOAT_FUNCTIONS:
-            return _function(FLOAT_FUNCTIONS[operation], [self._float(arg) for arg in args], axes, "float")
+            return self._function(operation, [self._float(arg) for arg in args], axes, "float")
+        if operation == "tanh":
+            return _called(self.tanh, [self._float(arg) for arg in args], axes, "float")
         if operation == "where":
             kind = "float" if any(arg.kind == "float" for arg in args[1:]) else args[1].kind
-            return _function("tl.where", args, axes, kind)
+            return self._function("where", args, axes, kind)
         if operation == "is_power_of_two":
-            return _function("_is_power_of_two", args, axes, "bool")
+            return _called("_is_power_of_two", args, axes, "bool")
         if operation == "floordiv" and (first := _one_block(*args)) is not None:
             return self._call(operation, first, args[1])
         if operation in ("floordiv", "mod") and (shift := _exact_log2(args[1])) is not None:
             return _by_power_of_two(operation, args[0], shift, axes)
         if operation in HELPERS:
-            return _function(HELPERS[operation], args, axes, number)
+            return _called(HELPERS[operation], args, axes, number)
         raise UnknownOperation(f"the Triton target has no operation {operation!r}")
 
     def load(self, name, indices):
@@ -218,40 +219,49 @@ class Source:
                 continue
             stride = f"{name}_stride_{dim}"
             constant = index.text.isdigit()
-            wide = index.text if constant else f"{index.at(ATOM)}.to(tl.int64)"
+            wide = index.text if constant else f"{index.at(ATOM)}.to({self.language}.int64)"
             parts.append(Value(f"{wide} * {stride}", index.axes, level=PRODUCT).spread(axes, SUM))
             if not (index.plain or constant):
                 size = f"{name}_size_{dim}"
                 inside = Value(f"({index.at(OR)} >= 0) & ({index.at(OR)} < {size})", index.axes, "bool", AND)
                 masks.append(inside.spread(axes, ATOM))
         mask = f", mask={' & '.join(masks)}, other=0" if masks else ""
-        text = f"tl.load({' + '.join(parts)}{mask})"
+        text = f"{self.language}.load({' + '.join(parts)}{mask})"
         kind = "float" if spec.dtype.startswith(("float", "bfloat")) else "int"
         if kind == "float":
-            text += "" if spec.dtype == "float32" else ".to(tl.float32)"
+            text += "" if spec.dtype == "float32" else f".to({self.language}.float32)"
         elif spec.dtype in SMALL_INTEGERS:
-            text += ".to(tl.int32)"
+            text += f".to({self.language}.int32)"
         elif spec.dtype in UNSIGNED:
-            text += ".to(tl.int64)"
+            text += f".to({self.language}.int64)"
         lines = self.inside if "k" in axes else self.before
         found = bounds.INTEGERS.get(spec.dtype, UNKNOWN)
         return Value(lines.assign(name, text), axes, kind, bounds=found, wide=kind == "int" and not found.within(INT32))
 
+    def _function(self, name: str, args, axes, kind) -> Value:
+        return _called(f"{self.language}.{name}", args, axes, kind)
+
+    def _widened(self, value: Value) -> Value:
+        """The value as int64."""
+        text = f"{value.at(ATOM)}.to({self.language}.int64)"
+        return value if value.wide else replace(value, text=text, level=ATOM, wide=True)
+
+    def _whole_number(self, value: int) -> Value:
+        found = Interval(value, value)
+        if found.within(INT32):
+            return Value(str(value), level=UNARY if value < 0 else ATOM, bounds=found)
+        if not found.within(INT64):
+            raise UnknownOperation(f"no kernel computes with {value}")
+        return Value(self.int64.format(value), bounds=found, wide=True)
+
     def _float(self, value: Value) -> Value:
         if value.kind == "float":
             return value
+        if value.as_float is not None:
+            return value.as_float
         if value.literal:
             return self.constant(float(value.text))
-        return Value(f"{value.at(ATOM)}.to(tl.float32)", value.axes, "float")
-
-
-def _whole_number(value: int) -> Value:
-    found = Interval(value, value)
-    if found.within(INT32):
-        return Value(str(value), level=UNARY if value < 0 else ATOM, bounds=found)
-    if not found.within(INT64):
-        raise UnknownOperation(f"no kernel computes with {value}")
-    return Value(f"tl.full([], {value}, tl.int64)", bounds=found, wide=True)
+        return Value(f"{value.at(ATOM)}.to({self.language}.float32)", value.axes, "float")
 
 
 def all_symbols(indices: dict[str, Value], attention: AttentionSpec, wide: bool) -> dict[str, Value]:
@@ -282,7 +292,7 @@ def _multiply(left: Value, right: Value, axes, kind) -> Value:
     return Value(f"{left.spread(axes, PRODUCT)} * {right.spread(axes, UNARY)}", axes, kind, PRODUCT)
 
 
-def _function(name: str, args, axes, kind) -> Value:
+def _called(name: str, args, axes, kind) -> Value:
     return Value(f"{name}({', '.join(arg.spread(axes) for arg in args)})", axes, kind)
 
 

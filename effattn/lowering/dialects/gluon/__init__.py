@@ -1,0 +1,1 @@
+"""Gluon, for Hopper: terms as source, device functions."""

@@ -1,0 +1,200 @@
+"""Source of the forward for Hopper, in Gluon: one warp copies tiles, two or three warpgroups compute.
+
+The keys to visit come by formula or from a list, as in the Triton dialect; partial tiles first. Only there the
+predicate is tested.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import reduce
+from typing import Any
+
+import sympy
+
+from effattn.ir import expr
+from effattn.ir.bounds import Interval
+from effattn.ir.fold import fold
+from effattn.ir.text import text
+from effattn.lowering.dialects.gluon.terms import GLUON_FUNCTIONS, FastSource, GluonSource
+from effattn.lowering.dialects.triton.terms import KEYS, ROWS, SCALAR, TILE, Lines, Value, all_symbols
+from effattn.lowering.iteration.tile_ranges import tile_ranges
+from effattn.lowering.kernels.parameters import Param, data_parameters, data_sizes, sizes_tested
+from effattn.lowering.kernels.range_source import flatten, visits
+from effattn.lowering.kernels.rendering import helpers_for, template_named, tidy
+from effattn.lowering.kernels.spec import DTYPES, KernelSpec
+
+LOG2_E = 1.4426950408889634
+CACHED_KEYS = 20 << 20  # bytes of L2 cache for the keys and values of heads that run side by side
+# consumer warpgroups -> (registers per thread when the program starts, of the other consumers, of the producer)
+REGISTERS = {2: (168, 240, 24), 3: (128, 160, 32)}
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What happens to the raw scores of a tile, as source."""
+
+    lines: list[str]  # needed by the others
+    score: str  # empty: the raw score
+    keep: str  # empty: every pair is kept
+    keys: bool  # whether the key positions of the tile are needed
+    numbers: bool  # and as floats
+    masked: bool  # whether keys may be out of bounds
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a program's tiles are: lines that define ``visited`` and ``partial_visited``, and lines in the loop."""
+
+    before: list[str] = field(default_factory=list)
+    steps: list[str] = field(default_factory=list)  # set ``key_tile`` from the counter ``i``
+
+
+MOST_KEYS = 1 << 23  # longer calls go to the Triton dialect
+POSITION = Interval(0, MOST_KEYS)
+LIST_SIZES = (
+    "list_batch",
+    "list_heads",
+    "count_batch",
+    "count_heads",
+    "partial_batch",
+    "partial_heads",
+    "row_blocks",
+    "width",
+)
+
+
+def parameters(spec: KernelSpec) -> list[Param]:
+    """The parameters of ``forward``, in order."""
+    element, tiles = DTYPES[spec.dtype], spec.tiles
+
+    def tensor(name: str, rows: int, width: int) -> Param:
+        layout = f"NVMMASharedLayout(swizzle_byte_width={swizzle(width)}, element_bitwidth=16, rank=4, transposed=False, fp4_padded=False, cga_layout=[])"
+        return Param(name, f"tensordesc<{element}[1, 1, {rows}, {width}],{layout}>", False)
+
+    found = [tensor("query", 64, spec.block_d), tensor("key", tiles.block_n, spec.block_d)]
+    found += [tensor("value", tiles.block_n, spec.block_dv), tensor("out", 64, spec.block_dv), Param("lse", "*fp32")]
+    if spec.kind == "listed":
+        found += [Param(name, "*i32") for name in ("kv_indices", "kv_num_blocks", "partial_blocks")]
+        found += [Param(name, "i32", False) for name in LIST_SIZES]
+    found += data_parameters(spec.attention)
+    found += [Param(name, "i32", False) for name in ("together", "heads", "q_len", "k_len")]
+    return found + data_sizes(spec.attention)
+
+
+def swizzle(width: int) -> int:
+    """Bytes of the swizzling pattern of rows of ``width`` 16-bit elements."""
+    return min(128, width * 2)
+
+
+class HopperForward:
+    """Fills the template of one specialisation."""
+
+    def __init__(self, spec: KernelSpec):
+        self.spec = spec
+        self.attention = spec.attention
+        self.tile_ranges = tile_ranges(self.attention.rule)
+        self.captures = {load.name: load for load in self.attention.captures}
+        self.before = Lines()
+        factor = sympy.expand(self.attention.score).coeff(expr.s, 1)
+        plain = factor.is_number and factor.is_positive and sympy.expand(self.attention.score - factor * expr.s) == 0
+        self.scale = float(factor) if plain else None
+        self.algebra = GluonSource if spec.precise else FastSource
+
+    def symbols(self, **more: Value) -> dict[str, Value]:
+        tile = None if self.spec.kind == "listed" else ("first_row", self.spec.tiles.block_m)
+        row_numbers, key_numbers = Value("row_numbers", ROWS, "float"), Value("key_numbers", KEYS, "float")
+        indices = {
+            "b": Value("batch", plain=True),
+            "h": Value("head", SCALAR, plain=True),
+            "q": Value("rows", ROWS, plain=True, tile=tile, bounds=POSITION, as_float=row_numbers),
+            "k": Value("keys", KEYS, plain=True, bounds=POSITION, as_float=key_numbers),
+            "s": Value("scores", TILE, "float"),
+        }
+        return all_symbols(indices | more, self.attention, False)
+
+    def source(self) -> str:
+        context = self.context()
+        context["host_helpers"] = template_named("start.jinja").render(context)
+        template = template_named("hopper_forward.py.jinja")
+        body = template.render(context, helpers="")
+        return tidy(template.render(context, helpers=helpers_for(body, GLUON_FUNCTIONS)))
+
+    def context(self) -> dict[str, Any]:
+        spec, tiles = self.spec, self.spec.tiles
+        place = self.listed() if spec.kind == "listed" else self.by_formula()
+        partial = self.scores(self.attention.rule, partial=True)
+        full = self.scores(self.everywhere(), partial=False)
+        start, consumers, producer = REGISTERS[tiles.consumers]
+        params = parameters(spec)
+        width = (spec.head_dim + spec.value_dim) * 2
+        return {
+            "spec": spec,
+            "tiles": tiles,
+            "element": {"bfloat16": "bfloat16", "float16": "float16"}[spec.dtype],
+            "predicate_text": text(self.attention.rule),
+            "score_text": text(self.attention.score),
+            "place": place,
+            "before": self.before.lines,
+            "partial": partial,
+            "full": full,
+            # a branch within one loop is faster, unless it holds so much data that registers spill
+            "apart": any(load.has(expr.k) for load in expr.loads_of(self.attention.score, self.attention.rule)),
+            "scale": (1.0 if self.scale is None else self.scale) * LOG2_E,
+            "params": params,
+            "shared": [param.name for param in params if param.name not in ("query", "key", "value", "out", "together")],
+            "unspecialised": [p.name for p in params if p.type in ("i32", "fp32") and not p.specialise],
+            "start_registers": start,
+            "worker_registers": [*[consumers] * (tiles.consumers - 1), producer],
+            "listed": spec.kind == "listed",
+            "tested": list(sizes_tested(self.attention).values()),
+            "together": f"{spec.groups} * max(1, {CACHED_KEYS} // ({width} * max(1, key.shape[2])))",
+        }
+
+    def everywhere(self) -> Any:
+        """The condition that is tested on full tiles, too."""
+        return self.tile_ranges.residual if self.spec.kind == "listed" and self.spec.tests_data else sympy.true
+
+    def by_formula(self) -> Place:
+        def bound(term: Any, row: str) -> str:
+            return fold(term, self.algebra(self.symbols(q=Value(row)), self.captures, self.before)).text
+
+        found = visits(self.tile_ranges, bound, False, True)
+        parts = (*found.partial, *found.full)
+        before, steps, count = flatten(parts, "i")
+        partial = sum_of(found.partial)
+        lines = [*found.lines, *before, f"visited = {count}", f"partial_visited = {partial}"]
+        return Place([line.replace("tl.", "gl.") for line in lines], [line.replace("tl.", "gl.") for line in steps])
+
+    def listed(self) -> Place:
+        ratio = self.spec.list_unit // self.spec.tiles.block_n
+        place = "i" if ratio == 1 else f"i // {ratio}"
+        more = "" if ratio == 1 else f" * {ratio} + i % {ratio}"
+        times = "" if ratio == 1 else f" * {ratio}"
+        return Place(
+            [
+                f"row_block = tile_row // {self.spec.list_block}",
+                "item = (batch * list_batch + head // list_heads).to(gl.int64) * row_blocks + row_block",
+                "listed = kv_indices + item * width",
+                "item = (batch * count_batch + head // count_heads).to(gl.int64) * row_blocks + row_block",
+                f"visited = gl.load(kv_num_blocks + item){times}",
+                "item = (batch * partial_batch + head // partial_heads).to(gl.int64) * row_blocks + row_block",
+                f"partial_visited = gl.minimum(gl.load(partial_blocks + item){times}, visited)",
+            ],
+            [f"key_tile = gl.load(listed + {place}){more}"],
+        )
+
+    def scores(self, condition: Any, partial: bool) -> Scores:
+        inside = self.before.inner()
+        algebra = self.algebra(self.symbols(), self.captures, self.before, inside, key_mask="key_ok" if partial else "")
+        score = "" if self.scale is not None else fold(self.attention.score, algebra).spread(TILE)
+        keep = [] if condition == sympy.true else [fold(condition, algebra)]
+        if partial:
+            keep.append(Value("key_ok", KEYS, "bool"))
+        kept = reduce(lambda x, y: algebra.call("and", x, y), keep).spread(TILE) if keep else ""
+        used = " ".join([*inside.lines, score, kept])
+        return Scores(inside.lines, score, kept, partial or "keys" in used, "key_numbers" in used, partial)
+
+
+def sum_of(parts) -> str:
+    return " + ".join(f"({part.end} - {part.first})" for part in parts) or "0"
