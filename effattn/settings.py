@@ -26,6 +26,7 @@ DEBUG_LEVELS = {
     4: "and the Triton source of every kernel",
 }
 DEBUG_PASSES = "passes"
+SWITCH = {"0": False, "1": True}
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,7 @@ class Settings:
 
     debug: Debug
     cache_dir: pathlib.Path | None  # None: the platform's cache directory
+    precise: bool  # tanh to single precision on 16-bit tensors, too
 
 
 def _debug(text: str) -> Debug:
@@ -89,6 +91,15 @@ VARIABLES = (
         allowed="a path",
         meaning="directory of generated kernels (default: the platform's user cache directory)",
     ),
+    Variable(
+        name="EFFATTN_PRECISE",
+        field="precise",
+        parse=lambda text: SWITCH[text],
+        default=False,
+        allowed="0 or 1",
+        meaning="1: kernels compute the tanh of scores to single precision; else, on Hopper and 16-bit tensors, with "
+        "the chip's own instruction (relative error 2**-11)",
+    ),
 )
 
 
@@ -110,7 +121,7 @@ def _read(texts: tuple[str, ...]) -> Settings:
             continue
         try:
             values[variable.field] = variable.parse(text.strip())
-        except ValueError as error:
+        except (ValueError, KeyError) as error:
             raise OptionError(f"{variable.name}={text!r} is not valid; allowed: {variable.allowed}") from error
     return Settings(**values)
 

@@ -69,6 +69,23 @@ def selectors(arch: str) -> dict[str, tuple[KernelSpec | ScoreSpec | int, str]]:
     }
 
 
+def hopper() -> dict[str, KernelSpec]:
+    """Kernels in the Gluon dialect, which exists for one architecture."""
+    found = {f"{name} D {dim}": on_hopper(name, dim) for name in ("causal", "soft_cap", "alibi") for dim in (64, 128)}
+    found |= {f"causal D {dim}": on_hopper("causal", dim) for dim in (96, 256)}
+    found["causal D 192, values 128"] = on_hopper("causal", 192, 128)
+    for name in ("documents", "left_padding", "bias", "power_128"):
+        found[f"{name} listed"] = on_hopper(name, 128, kind="listed")
+    return found | {"causal fp16": on_hopper("causal", 128, dtype="float16")}
+
+
+def on_hopper(name: str, dim: int, value_dim: int | None = None, kind="prefill", dtype="bfloat16") -> KernelSpec:
+    tiles = configs.on_hopper(kind, dim, value_dim or dim)
+    one = spec(name, "sm90", kind, dtype, dim, value_dim, tiles=tiles)
+    blocks = {"list_block": tiles.block_m, "list_unit": tiles.block_n} if kind == "listed" else {}
+    return replace(one, precise=False, **blocks)
+
+
 def compiled() -> dict[str, tuple[KernelSpec | ScoreSpec | int, str, str]]:
     """Readable name -> what is compiled, for which architecture, and the kernel in the file."""
     found = {}
@@ -82,6 +99,7 @@ def compiled() -> dict[str, tuple[KernelSpec | ScoreSpec | int, str, str]]:
         made["causal fp32 D 128"] = spec("causal", arch, dtype="float32")
         made["decode fp32"] = spec("cache_by_pointer", arch, "decode", dtype="float32")
         if arch == "sm90":
+            made |= {f"hopper {name}": one for name, one in hopper().items()}
             made["descriptors"] = spec("left_padding", arch, tiles=Tiles(128, 64, 8, 4, descriptors=True))
         found |= {f"{name} {arch}": (one, arch, "forward") for name, one in made.items()}
         found[f"left_padding find_allowed {arch}"] = (made["left_padding prefill"], arch, "find_allowed")
@@ -102,4 +120,5 @@ def goldens() -> dict[str, KernelSpec]:
         "left_padding_prefill": spec("left_padding", "sm90"),
         "left_padding_decode": spec("left_padding", "sm90", "decode"),
         "causal_backward": spec("causal", "sm90", "backward"),
+        "documents_hopper": on_hopper("documents", 128, kind="listed"),
     }

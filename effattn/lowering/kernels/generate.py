@@ -9,6 +9,7 @@ import sympy
 from effattn.ir import expr
 from effattn.lowering.iteration.tile_ranges import tile_ranges
 from effattn.lowering.kernels.backward import BackwardGenerator
+from effattn.lowering.kernels.hopper import HopperForward
 from effattn.lowering.kernels.listed import ListedGenerator
 from effattn.lowering.kernels.source import Generator
 from effattn.lowering.kernels.spec import DTYPES, KernelSpec, Kind
@@ -27,7 +28,7 @@ def generate(spec: KernelSpec) -> str:
     Raises:
         UnknownOperation: kernels cannot compute an operation of the score or predicate.
     """
-    return GENERATORS[spec.kind](spec).source()
+    return (HopperForward if spec.tiles.consumers else GENERATORS[spec.kind])(spec).source()
 
 
 def file_name(spec: KernelSpec, source: str) -> str:
@@ -37,5 +38,6 @@ def file_name(spec: KernelSpec, source: str) -> str:
     mask = "masked" if keys.residual != sympy.true else mask
     width = f"d{spec.head_dim}" + (f"x{spec.value_dim}" if spec.value_dim != spec.head_dim else "")
     kind = "" if spec.kind == "prefill" else f"_{spec.kind}"
+    kind += "_hopper" if spec.tiles.consumers else ""
     digest = hashlib.sha256(source.encode()).hexdigest()[:8]
     return f"{spec.form}_{mask}{kind}_{DTYPES[spec.dtype]}_{width}_g{spec.groups}_{digest}.py"

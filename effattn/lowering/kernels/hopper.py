@@ -15,8 +15,9 @@ import sympy
 from effattn.ir import expr
 from effattn.ir.bounds import Interval
 from effattn.ir.fold import fold
+from effattn.ir.refusal import Refusal, Why
 from effattn.ir.text import text
-from effattn.lowering.dialects.gluon.terms import GLUON_FUNCTIONS, FastSource, GluonSource
+from effattn.lowering.dialects.gluon.terms import GLUON_FUNCTIONS, FastSource, GluonSource, in_gluon
 from effattn.lowering.dialects.triton.terms import KEYS, ROWS, SCALAR, TILE, Lines, Value, all_symbols
 from effattn.lowering.iteration.tile_ranges import tile_ranges
 from effattn.lowering.kernels.parameters import Param, data_parameters, data_sizes, sizes_tested
@@ -25,6 +26,7 @@ from effattn.lowering.kernels.rendering import helpers_for, template_named, tidy
 from effattn.lowering.kernels.spec import DTYPES, KernelSpec
 
 LOG2_E = 1.4426950408889634
+WIDEST = 256  # head_dim
 CACHED_KEYS = 20 << 20  # bytes of L2 cache for the keys and values of heads that run side by side
 # consumer warpgroups -> (registers per thread when the program starts, of the other consumers, of the producer)
 REGISTERS = {2: (168, 240, 24), 3: (128, 160, 32)}
@@ -52,6 +54,8 @@ class Place:
 
 MOST_KEYS = 1 << 23  # longer calls go to the Triton dialect
 POSITION = Interval(0, MOST_KEYS)
+OWN = ("query", "key", "value", "out", "together")  # parameters that are not handed to every partition
+LAYOUT = "element_bitwidth=16, rank=4, transposed=False, fp4_padded=False, cga_layout=[]"
 LIST_SIZES = (
     "list_batch",
     "list_heads",
@@ -64,12 +68,33 @@ LIST_SIZES = (
 )
 
 
+def why_not(spec: KernelSpec) -> Refusal | None:
+    """Why there is no Gluon kernel for a specialisation; None if there is one."""
+    if spec.kind not in ("prefill", "listed"):
+        return Refusal(Why.EXPRESSION, f"there is no Gluon kernel of kind {spec.kind}")
+    if spec.dtype not in ("bfloat16", "float16"):
+        return Refusal(Why.DTYPE, f"warpgroups multiply 16-bit tensors, not {spec.dtype}")
+    if spec.head_dim % 8 or spec.value_dim % 8 or max(spec.block_d, spec.block_dv) > WIDEST:
+        return Refusal(Why.HEAD_DIM, f"tiles are copied for head dimensions up to {WIDEST} that 8 divides")
+    if spec.wide:
+        return Refusal(Why.EXPRESSION, "lengths or scalars need 64 bits")
+    if spec.kind == "listed":
+        tiles = spec.tiles
+        if spec.list_block % (64 * tiles.consumers) or spec.list_unit % tiles.block_n:
+            return Refusal(Why.EXPRESSION, "the blocks of the list are smaller than tiles")
+        return None
+    ranges = tile_ranges(spec.attention.rule)
+    if ranges.residual != sympy.true or ranges.powers is not None:
+        return Refusal(Why.EXPRESSION, "the tiles to visit need a list")
+    return None
+
+
 def parameters(spec: KernelSpec) -> list[Param]:
     """The parameters of ``forward``, in order."""
     element, tiles = DTYPES[spec.dtype], spec.tiles
 
     def tensor(name: str, rows: int, width: int) -> Param:
-        layout = f"NVMMASharedLayout(swizzle_byte_width={swizzle(width)}, element_bitwidth=16, rank=4, transposed=False, fp4_padded=False, cga_layout=[])"
+        layout = f"NVMMASharedLayout(swizzle_byte_width={swizzle(width)}, {LAYOUT})"
         return Param(name, f"tensordesc<{element}[1, 1, {rows}, {width}],{layout}>", False)
 
     found = [tensor("query", 64, spec.block_d), tensor("key", tiles.block_n, spec.block_d)]
@@ -142,7 +167,7 @@ class HopperForward:
             "apart": any(load.has(expr.k) for load in expr.loads_of(self.attention.score, self.attention.rule)),
             "scale": (1.0 if self.scale is None else self.scale) * LOG2_E,
             "params": params,
-            "shared": [param.name for param in params if param.name not in ("query", "key", "value", "out", "together")],
+            "shared": [param.name for param in params if param.name not in OWN],
             "unspecialised": [p.name for p in params if p.type in ("i32", "fp32") and not p.specialise],
             "start_registers": start,
             "worker_registers": [*[consumers] * (tiles.consumers - 1), producer],
@@ -164,7 +189,7 @@ class HopperForward:
         before, steps, count = flatten(parts, "i")
         partial = sum_of(found.partial)
         lines = [*found.lines, *before, f"visited = {count}", f"partial_visited = {partial}"]
-        return Place([line.replace("tl.", "gl.") for line in lines], [line.replace("tl.", "gl.") for line in steps])
+        return Place([in_gluon(line) for line in lines], [in_gluon(line) for line in steps])
 
     def listed(self) -> Place:
         ratio = self.spec.list_unit // self.spec.tiles.block_n

@@ -25,6 +25,9 @@ SPILLS = {
         "Hedgehog outputs sm100": 8,
     },
     "3.7": {
+        "hopper bias listed sm90": 112,
+        "hopper alibi D 64 sm90": 8,
+        "hopper documents listed sm90": 8,
         "causal D 256 sm90": 32,
         "lightning outputs sm90": 32,
         "F 60 outputs sm90": 16,

@@ -12,7 +12,7 @@ from typing import ClassVar
 from effattn.ir import bounds
 from effattn.ir.bounds import around
 from effattn.lowering.dialects.triton.device_functions import DEVICE_FUNCTIONS
-from effattn.lowering.dialects.triton.terms import Source, Value
+from effattn.lowering.dialects.triton.terms import Source
 
 EXACT = around(2**24)  # integers that float32 holds
 
@@ -51,7 +51,11 @@ def _fast_tanh(x):
     """The chip's own; relative error 2**-11."""
     return gl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1)
 '''
-GLUON_FUNCTIONS = {
-    "_fast_tanh": FAST_TANH,
-    **{name: text.replace("@triton.jit", "@gluon.jit").replace("tl.", "gl.") for name, text in DEVICE_FUNCTIONS.items()},
-}
+
+
+def in_gluon(text: str) -> str:
+    """A device function, or scalar code, of Triton in Gluon."""
+    return text.replace("@triton.jit", "@gluon.jit").replace("tl.", "gl.")
+
+
+GLUON_FUNCTIONS = {"_fast_tanh": FAST_TANH, **{name: in_gluon(text) for name, text in DEVICE_FUNCTIONS.items()}}

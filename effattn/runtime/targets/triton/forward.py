@@ -8,12 +8,14 @@ from typing import Any
 
 import torch
 
+from effattn import settings
 from effattn.ir.plan import Plan
 from effattn.lowering.kernels.spec import Kind, Tiles
 from effattn.runtime import kernels
 from effattn.runtime.launching import (
     Known,
     LaunchCache,
+    architecture,
     far,
     launch_key,
     multiprocessors,
@@ -25,7 +27,7 @@ from effattn.runtime.selection import triton_steps
 from effattn.runtime.selection.run import select
 from effattn.runtime.targets.memory_order import strides_of
 from effattn.runtime.targets.triton.limits import check
-from effattn.runtime.targets.triton.specialise import describable, kind_of, spec_of, splits_for
+from effattn.runtime.targets.triton.specialise import describable, fits_gluon, in_gluon, kind_of, spec_of, splits_for
 
 
 def run(
@@ -136,6 +138,9 @@ def prepare(
     tensors = (narrow(query), narrow(key), narrow(value))
     spec = spec_of(plan, query.dtype, q_len, groups, head_dim, value_dim, device, kind, config)
     spec = replace(spec, wide=far(*query.shape[:3], *key.shape[:3], *scalars))
+    fast = in_gluon(spec, architecture(device), settings.current().precise) if config is None else None
+    if fast is not None and fits_gluon(tensors):
+        spec = fast
     if kind == "decode" and batches == 1:
         spec = replace(spec, key_ranges=False)  # a single sequence is rarely padded: not worth a second kernel
     if spec.tiles.descriptors and not (describable(tensors[1]) and describable(tensors[2])):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
 
@@ -10,6 +11,7 @@ import torch
 from effattn.ir import expr
 from effattn.ir.plan import Plan
 from effattn.lowering.iteration.tile_ranges import tile_ranges
+from effattn.lowering.kernels import hopper
 from effattn.lowering.kernels.spec import DECODE_QUERIES, DECODE_ROWS, KernelSpec, Kind, Tiles, padded
 from effattn.lowering.schedules import attention as configs
 from effattn.runtime.launching import architecture, tf32
@@ -79,6 +81,25 @@ def specialise(
         return spec
     expand = plan.sparsity.select.expand
     return replace(spec, key_ranges=False, list_block=expand.block, list_unit=expand.unit)
+
+
+@lru_cache(maxsize=4096)
+def in_gluon(spec: KernelSpec, arch: str, precise: bool) -> KernelSpec | None:
+    """The same kernel in the Gluon dialect; None where there is none, or for another architecture.
+
+    Args:
+        precise: compute tanh to single precision, not with the chip's own instruction.
+    """
+    tiles = configs.on_hopper(spec.kind, spec.head_dim, spec.value_dim) if arch == "sm90" else None
+    if tiles is None:
+        return None
+    found = replace(spec, tiles=tiles, precise=precise)
+    return found if hopper.why_not(found) is None else None
+
+
+def fits_gluon(tensors: Sequence[torch.Tensor]) -> bool:
+    """Whether the Gluon dialect takes these queries, keys and values."""
+    return all(tensor.shape[2] <= hopper.MOST_KEYS and describable(tensor) for tensor in tensors)
 
 
 def splits_for(pairs: int, k_len: int, multiprocessors: int) -> int:
