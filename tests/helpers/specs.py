@@ -12,7 +12,7 @@ from effattn.ir.expr import Nk, Nq, q, s
 from effattn.ir.plan import Plan, Sparsity
 from effattn.ir.site import Layout, called_site
 from effattn.lowering.forms import FORMS
-from effattn.lowering.kernels.score import ScoreSpec
+from effattn.lowering.kernels.selection.score import ScoreSpec
 from effattn.lowering.kernels.spec import KernelSpec, Tiles
 from effattn.lowering.schedules import attention as configs
 

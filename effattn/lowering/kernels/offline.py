@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from effattn.lowering.dialects.triton.module import module_from
-from effattn.lowering.kernels import hopper, linear_source, pick, score
+from effattn.lowering.kernels import hopper, linear_source
 from effattn.lowering.kernels.generate import file_name, generate
 from effattn.lowering.kernels.linear_spec import LinearSpec
 from effattn.lowering.kernels.parameters import Param, kernel_constants, parameters
-from effattn.lowering.kernels.score import ScoreSpec
+from effattn.lowering.kernels.selection import pick, score
+from effattn.lowering.kernels.selection.score import ScoreSpec
 from effattn.lowering.kernels.spec import KernelSpec
 
 # architecture -> (backend, name in that backend, threads per warp, bytes of shared memory available to a program)

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from effattn.ir.plan import Plan
 from effattn.ir.selector import Last, Pick, Reduce, Score, Strided, TopP
-from effattn.lowering.kernels import pick as pick_source
-from effattn.lowering.kernels import score as score_source
-from effattn.lowering.kernels.score import ScoreSpec
+from effattn.lowering.kernels.selection import pick as pick_source
+from effattn.lowering.kernels.selection import score as score_source
+from effattn.lowering.kernels.selection.score import ScoreSpec
 from effattn.runtime import kernels
 from effattn.runtime.launching import Known, LaunchCache, far, tensor_key, tf32, width
 from effattn.runtime.selection import portable_steps as portable

@@ -10,11 +10,12 @@ import pytest
 from reading import Kernel, calls
 from specs import compiled, listed, spec
 
-from effattn.lowering.kernels import linear_source, pick, score
+from effattn.lowering.kernels import linear_source
 from effattn.lowering.kernels.generate import generate
 from effattn.lowering.kernels.linear_spec import LinearSpec
 from effattn.lowering.kernels.parameters import LISTS, kernel_constants
-from effattn.lowering.kernels.score import ScoreSpec
+from effattn.lowering.kernels.selection import pick, score
+from effattn.lowering.kernels.selection.score import ScoreSpec
 from effattn.lowering.kernels.spec import KernelSpec, Tiles
 
 
