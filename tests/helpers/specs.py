@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import sympy
 import torch
 from plans import CASES, CAUSAL, Sizes, power_keep
 
-from effattn.ir.attention import AttentionSpec
-from effattn.ir.expr import Nk, Nq, q, s
+from effattn.ir.attention import AttentionSpec, CaptureSpec
+from effattn.ir.expr import FloorDiv, Modulo, Nk, Nq, b, h, k, load, q, s
 from effattn.ir.plan import Plan, Sparsity
 from effattn.ir.site import Layout, called_site
 from effattn.lowering.forms import FORMS
+from effattn.lowering.kernels.selection.block_map import MapSpec
 from effattn.lowering.kernels.selection.score import ScoreSpec
 from effattn.lowering.kernels.spec import KernelSpec, Tiles
 from effattn.lowering.schedules import attention as configs
@@ -86,7 +88,28 @@ def on_hopper(name: str, dim: int, value_dim: int | None = None, kind="prefill",
     return replace(one, precise=False, **blocks)
 
 
-def compiled() -> dict[str, tuple[KernelSpec | ScoreSpec | int, str, str]]:
+def block_maps() -> dict[str, tuple[MapSpec, str]]:
+    """Block maps: of documents both ways, and of a rule with every kind of table."""
+    documents = CASES["documents"](Sizes(), torch.device("cpu")).plan.spec
+    x, y = (load("times", [b, index], integer=False) for index in (q, k))
+    pairs = sympy.Ne(load("pairs", [b, 0, q, k], integer=True), 0)
+    blocks = sympy.Ne(load("blocks", [h, FloorDiv(q, 64), FloorDiv(k, 64)], integer=True), 0)
+    captures = tuple(
+        CaptureSpec(*each) for each in (("times", "float32", 2), ("pairs", "bool", 4), ("blocks", "bool", 3))
+    )
+    every = AttentionSpec(
+        s, sympy.And(pairs, blocks, sympy.Or(x - y < 2.5, sympy.Eq(Modulo(q - k, 3), 0))), captures=captures
+    )
+    return {
+        "documents tabulate": (MapSpec(documents, 128, 128), "tabulate"),
+        "documents list_blocks": (MapSpec(documents, 128, 128), "list_blocks"),
+        "documents transposed list_blocks": (MapSpec(documents, 192, 128, transposed=True), "list_blocks"),
+        "tables tabulate_pairs": (MapSpec(every, 192, 128), "tabulate_pairs"),
+        "tables list_blocks": (MapSpec(every, 192, 128, wide=True), "list_blocks"),
+    }
+
+
+def compiled() -> dict[str, tuple[KernelSpec | ScoreSpec | MapSpec | int, str, str]]:
     """Readable name -> what is compiled, for which architecture, and the kernel in the file."""
     found = {}
     for arch in ARCHS:
@@ -104,6 +127,7 @@ def compiled() -> dict[str, tuple[KernelSpec | ScoreSpec | int, str, str]]:
         found |= {f"{name} {arch}": (one, arch, "forward") for name, one in made.items()}
         found[f"left_padding find_allowed {arch}"] = (made["left_padding prefill"], arch, "find_allowed")
         found |= {f"{name} {arch}": (one, arch, kernel) for name, (one, kernel) in selectors(arch).items()}
+        found |= {f"{name} {arch}": (one, arch, kernel) for name, (one, kernel) in block_maps().items()}
         for name in ("causal", "left_padding"):
             one = spec(name, arch, "backward")
             found |= {f"{name} {kernel} {arch}": (one, arch, kernel) for kernel in ("grad_query", "grad_key_value")}

@@ -18,7 +18,8 @@ from effattn.lowering.kernels import hopper, linear_source
 from effattn.lowering.kernels.generate import file_name, generate
 from effattn.lowering.kernels.linear_spec import LinearSpec
 from effattn.lowering.kernels.parameters import Param, kernel_constants, parameters
-from effattn.lowering.kernels.selection import pick, score
+from effattn.lowering.kernels.selection import block_map, pick, score
+from effattn.lowering.kernels.selection.block_map import MapSpec
 from effattn.lowering.kernels.selection.score import ScoreSpec
 from effattn.lowering.kernels.spec import KernelSpec
 
@@ -43,10 +44,12 @@ class Resources:
         return f"{self.registers} registers, {self.spilled} bytes spilled, {self.shared} bytes of shared memory"
 
 
-def compile_for(spec: KernelSpec | ScoreSpec | LinearSpec | int, arch: str, kernel: str = "forward") -> Resources:
+def compile_for(
+    spec: KernelSpec | ScoreSpec | LinearSpec | MapSpec | int, arch: str, kernel: str = "forward"
+) -> Resources:
     """Compile a kernel of ``spec`` for ``arch`` (a key of ``TARGETS``), with contiguous last dimensions.
 
-    ``spec``: of attention, of a selector's scores, of linear attention, or the width of a selector's pick.
+    ``spec``: of attention, a selector's scores, linear attention, a block map, or the width of a selector's pick.
     """
     compiled = compiled_for(spec, arch, kernel)
     if TARGETS[arch][0] == "hip":
@@ -56,7 +59,7 @@ def compile_for(spec: KernelSpec | ScoreSpec | LinearSpec | int, arch: str, kern
     return Resources(registers, spilled, compiled.metadata.shared)
 
 
-def compiled_for(spec: KernelSpec | ScoreSpec | LinearSpec | int, arch: str, kernel: str = "forward") -> Any:
+def compiled_for(spec: KernelSpec | ScoreSpec | LinearSpec | MapSpec | int, arch: str, kernel: str = "forward") -> Any:
     """The result of ``triton.compile``: ``.asm`` has every stage from ``ttir`` to machine code."""
     if isinstance(spec, LinearSpec):
         params, every = (
@@ -72,6 +75,9 @@ def compiled_for(spec: KernelSpec | ScoreSpec | LinearSpec | int, arch: str, ker
         constants = {"WIDTH": spec} | ({"SHARING": 4} if kernel == "choose" else {})
         return _compiled(pick.generate(spec, warps), f"pick_{spec}.py", arch, kernel, params, constants, (warps, 1), ())
     last = [f"{load.name}_stride_{load.ndim - 1}" for load in spec.attention.captures]
+    if isinstance(spec, MapSpec):
+        params = block_map.parameters(spec, kernel)
+        return _compiled(block_map.generate(spec), "map.py", arch, kernel, params, {}, (block_map.WARPS, 1), last)
     if isinstance(spec, ScoreSpec):
         params, constants = score.parameters(spec, kernel), dict(spec.constants())
         schedule = (spec.warps, spec.stages)

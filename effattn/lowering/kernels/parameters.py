@@ -77,10 +77,10 @@ def data_parameters(attention: AttentionSpec) -> list[Param]:
     return [Param(f"data_{load.name}", f"*{_POINTER.get(load.dtype, load.dtype)}") for load in attention.captures]
 
 
-def data_sizes(attention: AttentionSpec) -> list[Param]:
-    """Strides of captured tensors and the sizes that kernels check; scalars and numbers."""
+def data_sizes(attention: AttentionSpec, tested: dict[str, list[int]] | None = None) -> list[Param]:
+    """Strides of captured tensors and the sizes that kernels check (``tested``); scalars and numbers."""
     found = []
-    tested = sizes_tested(attention)
+    tested = sizes_tested(attention) if tested is None else tested
     for load in attention.captures:
         found += [Param(f"{load.name}_stride_{dim}", "i32") for dim in range(load.ndim)]
         found += [Param(f"{load.name}_size_{dim}", "i32", False) for dim in tested[load.name]]

@@ -1,0 +1,61 @@
+"""Block maps by generated kernels, with the same results as :mod:`block_map`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from effattn.ir.attention import AttentionSpec
+from effattn.lowering.kernels.selection.block_map import MapSpec, generate
+from effattn.runtime import kernels
+from effattn.runtime.launching import Known, LaunchCache, far, on_device, tensor_key, width
+from effattn.runtime.selection.block_list import BlockList
+
+
+def block_map(
+    attention: AttentionSpec,
+    sizes: tuple[int, int, int, int],
+    captures: Sequence[Tensor],
+    scalars: Sequence[int],
+    numbers: Sequence[float],
+    block: int,
+    unit: int,
+    device: torch.device,
+    transposed: bool = False,
+) -> BlockList:
+    """The list of every block of queries; arguments as of :func:`effattn.runtime.selection.block_map.block_map`."""
+    sides = (unit, block) if transposed else (block, unit)
+
+    def prepared() -> _Call:
+        spec = MapSpec(attention, *sides, transposed, far(*sizes, *scalars))
+        return _Call(attention, _launcher(spec))
+
+    def started(call: _Call) -> tuple[tuple[Tensor, Tensor, Tensor], Known]:
+        with on_device(device):
+            return call.launch(*sizes, captures, scalars, [float(each) for each in numbers], device, call.known)
+
+    # by id, since hashing expressions is slow; the call keeps the record alive
+    key = (id(attention), *sides, transposed, sizes, device, *map(tensor_key, captures), *map(width, scalars))
+    indices, counts, partial = CALLS.run(key, prepared, started)
+    return BlockList(indices, counts, partial, block, unit)
+
+
+@dataclass(frozen=True)
+class _Call:
+    given: AttentionSpec
+    launch: Callable[..., Any]
+    known: Known | None = None
+
+
+CALLS = LaunchCache()
+
+
+@lru_cache(maxsize=1024)
+def _launcher(spec: MapSpec) -> Callable[..., Any]:
+    name = "queries_of_keys" if spec.transposed else "keys_of_queries"
+    return kernels.capture_source(f"{name}_{spec.block_m}x{spec.block_n}", generate(spec)).launch
