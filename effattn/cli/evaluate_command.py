@@ -65,24 +65,25 @@ def evaluate(
 
     effattn evaluate --tasks passkey --lengths 1K,2K --depths 0,0.25,0.5,0.75,1 --trials 10
     """
+    from effattn.cli.arguments import device_named, items, tokens_in
     from effattn.errors import EvaluationError
     from effattn.evaluate.setting import Setting
     from effattn.lowering.device import device_type
 
     given: dict[str, Any] = {
-        "lengths": tuple(_length(item) for item in _items(lengths)),
-        "tasks": tuple(_items(tasks)),
-        "depths": tuple(_depth(item) for item in _items(depths)),
+        "lengths": tuple(tokens_in(item) for item in items(lengths)),
+        "tasks": tuple(items(tasks)),
+        "depths": tuple(_depth(item) for item in items(depths)),
         "trials": trials,
         "segments": segments,
         "repeats": repeats,
         "seed": seed,
         "rope_scaling": rope_scaling,
     }
-    chosen = Setting.read(_items(policies), **given).policies  # raises before a model is loaded
+    chosen = Setting.read(items(policies), **given).policies  # raises before a model is loaded
     if text is not None and not text.is_file():
         raise EvaluationError(f"there is no text file {text}")
-    place = _device(device)
+    place = device_named(device)
     kind = dtype.value if dtype is not None else device_type(place.partition(":")[0]).dtype
 
     from rich.console import Console
@@ -124,20 +125,6 @@ def evaluate(
         console.print(table)
 
 
-def _items(text: str) -> list[str]:
-    return [item.strip() for item in text.split(",") if item.strip()]
-
-
-def _length(text: str) -> int:
-    """The number of tokens in ``4096`` or ``4K``."""
-    from effattn.errors import EvaluationError
-
-    number, factor = (text[:-1], 1024) if text[-1:] in ("k", "K") else (text, 1)
-    if not number.isascii() or not number.isdigit():
-        raise EvaluationError(f"lengths are whole numbers of tokens, as 4096 or 4K, got {text!r}")
-    return int(number) * factor
-
-
 def _depth(text: str) -> float:
     from effattn.errors import EvaluationError
 
@@ -145,20 +132,3 @@ def _depth(text: str) -> float:
         return float(text)
     except ValueError:
         raise EvaluationError(f"depths are numbers from 0 to 1, got {text!r}") from None
-
-
-def _device(name: str | None) -> str:
-    import torch
-
-    from effattn.errors import EvaluationError
-    from effattn.runtime.machine import best_type, there_are
-
-    if name is None:
-        return best_type()
-    try:
-        kind = torch.device(name).type
-    except RuntimeError as error:
-        raise EvaluationError(f"there is no device {name!r}; give cpu, cuda or cuda:1") from error
-    if not there_are(kind):
-        raise EvaluationError(f"the device {name!r} was asked for, but torch sees none here")
-    return name

@@ -7,6 +7,7 @@ from typer.core import TyperGroup
 
 from effattn.cli import (
     Code,
+    bench_command,
     cache_commands,
     evaluate_command,
     explain_command,
@@ -66,6 +67,7 @@ def main(
 
 app.command("explain")(explain_command.explain)
 app.command("evaluate")(evaluate_command.evaluate)
+app.command("bench")(bench_command.bench)
 app.command("forms")(form_commands.forms)
 app.add_typer(policy_commands.app, name="policy")
 app.add_typer(cache_commands.app, name="cache")

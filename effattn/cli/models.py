@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import difflib
-import importlib
-import importlib.util
 import inspect
 import os
 import pathlib
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
 
+from effattn.cli.user_code import function_named
 from effattn.errors import EffattnError
 
 NAMES = ("smollm2",)
@@ -150,14 +148,7 @@ def _tokens(model: Any, length: int, batch: int, mask: bool) -> dict[str, Any]:
 
 
 def _from_code(name: str) -> Example:
-    place, _, attribute = name.rpartition(":")
-    module = _module(place)
-    if not attribute.isidentifier():
-        raise ModelError(f"{name!r}: after the colon goes the name of a function")
-    function = getattr(module, attribute, None)
-    if not callable(function):
-        near = difflib.get_close_matches(attribute, dir(module), n=1)
-        raise ModelError(f"{place} has no function {attribute!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+    function = function_named(name)
     try:
         made = function()
     except Exception as error:
@@ -178,26 +169,3 @@ def _types(made: Any) -> str:
     if isinstance(made, (tuple, list)):
         return f"({', '.join(type(part).__name__ for part in made)})"
     return type(made).__name__
-
-
-def _module(place: str) -> ModuleType:
-    if not place:
-        raise ModelError("before the colon goes a module or a Python file")
-    try:
-        if place.endswith(".py"):
-            if not os.path.isfile(place):
-                raise ModelError(f"there is no file {place}")
-            spec = importlib.util.spec_from_file_location(pathlib.Path(place).stem, place)
-            assert spec is not None
-            assert spec.loader is not None
-            module = importlib.util.module_from_spec(spec)
-            sys.modules[spec.name] = module
-            sys.path.insert(0, str(pathlib.Path(place).resolve().parent))
-            spec.loader.exec_module(module)
-            return module
-        sys.path.insert(0, os.getcwd())
-        return importlib.import_module(place)
-    except ModelError:
-        raise
-    except Exception as error:
-        raise ModelError(f"cannot import {place}: {type(error).__name__}: {error}") from error

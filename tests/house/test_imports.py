@@ -14,7 +14,19 @@ import effattn
 
 ROOT = Path(effattn.__file__).parent
 # from the roof down: what stands earlier may import what stands later; what is not listed may be imported by all
-ROOMS = ("cli", "evaluate", "functional", "models", "compiler", "passes", "policy", "runtime", "lowering", "ir")
+ROOMS = (
+    "cli",
+    "bench",
+    "evaluate",
+    "functional",
+    "models",
+    "compiler",
+    "passes",
+    "policy",
+    "runtime",
+    "lowering",
+    "ir",
+)
 FLOORS = {
     "passes": (
         *("rewrite", "choose", "canonicalize", "match", "diagnose", "assemble", "candidate", "masks", "symbolic"),
