@@ -15,8 +15,8 @@ import sympy
 from effattn.errors import PlanError
 from effattn.ir import expr, wire
 
-EmptyRows = Literal["never", "zero", "nan", "mean"]
-EMPTY_ROWS: tuple[EmptyRows, ...] = ("never", "zero", "nan", "mean")
+EmptyRows = Literal["never", "zero", "nan", "mean", "uniform"]
+EMPTY_ROWS: tuple[EmptyRows, ...] = ("never", "zero", "nan", "mean", "uniform")
 
 
 @dataclass(frozen=True)
@@ -42,12 +42,19 @@ class AttentionSpec:
     captures: tuple[CaptureSpec, ...] = ()  # captured tensors, in the order they are passed
     scalars: tuple[str, ...] = ()  # names of integers passed at run time, in order
     numbers: tuple[str, ...] = ()  # names of floats passed at run time, in order
-    empty_rows: EmptyRows = "zero"  # output where no key is allowed: 0, NaN, or the mean of all values
+    # output where no key is allowed: 0, NaN, or the mean of all values. Its gradient reaches the values; if it is
+    # "uniform", a softmax of scores that a large number leaves equal, also query and key
+    empty_rows: EmptyRows = "zero"
 
     @cached_property
     def rule(self) -> Any:
         """``predicate & keep``."""
         return sympy.And(self.predicate, self.keep)
+
+    @property
+    def empty_output(self) -> Literal["zero", "nan", "mean"]:
+        """The output where no key is allowed."""
+        return "mean" if self.empty_rows == "uniform" else "zero" if self.empty_rows == "never" else self.empty_rows
 
     def dense(self) -> AttentionSpec:
         """The same without a form: every key the mask allows, and only captures that callers pass."""

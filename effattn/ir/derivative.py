@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -9,6 +10,21 @@ import sympy
 
 from effattn.ir import expr
 from effattn.ir.expr import Load, Where
+
+
+@dataclass(frozen=True)
+class Reads:
+    """One load of a captured tensor in a score, and the derivative of the score with respect to it."""
+
+    load: Load
+    slope: Any
+
+
+def reads_of(score: Any, name: str) -> tuple[Reads, ...]:
+    """Where a score depends on a captured tensor so that it has a gradient."""
+    loads = (load for load in expr.loads_of(score) if load.name == name)
+    found = (Reads(load, derivative(score, load)) for load in loads)
+    return tuple(read for read in found if read.slope != 0)
 
 
 @lru_cache(maxsize=1024)
@@ -42,3 +58,13 @@ def _of_extreme(term: Any, by: Any) -> Any:
     rest = term.func(*others)
     wins = first >= rest if isinstance(term, sympy.Max) else first <= rest
     return Where(wins, derivative(first, by), derivative(rest, by))
+
+
+@lru_cache(maxsize=1024)
+def affine_slope(score: Any) -> Any | None:
+    """c if the score is ``c * s + bias`` with one c per head, not zero, and a bias without s; else None."""
+    whole = sympy.expand(score)
+    slope = whole.coeff(expr.s, 1)
+    if slope.has(expr.s, expr.q, expr.k) or slope == 0 or sympy.expand(whole - slope * expr.s).has(expr.s):
+        return None
+    return slope

@@ -15,7 +15,7 @@ from effattn.errors import PlanError
 from effattn.ir.attention import AttentionSpec
 from effattn.ir.selector import Selector
 
-VERSION = 4
+VERSION = 5
 LAYOUTS = ("bhnd", "bnhd")
 
 

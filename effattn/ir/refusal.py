@@ -93,9 +93,6 @@ class Why(StrEnum):
     CHOSEN_BY_DATA = "chosen by data"  # kept keys cannot be counted without query and key
     SHORT = "shorter than min_length"  # the policy wants the form only for more keys
     SEVERAL_LENGTHS = "min_length"  # an op other than effattn::attend cannot depend on the length
-    # what the op asks of a site
-    GRADIENT_OF_BIAS = "gradient of the bias"
-    GRADIENT_OF_EMPTY_ROWS = "gradient of empty rows"
     # what a target does not serve
     NO_TRITON = "no triton"
     EXPRESSION = "expression"

@@ -65,7 +65,6 @@ class Site:
     device: str  # device type, as in torch.device(...).type
     needs_grad: bool  # the output needs a gradient
     output_layout: str  # memory order of the output: "bhnd" or "bnhd"
-    captures_need_grad: bool = False  # a captured tensor (a learned bias) needs a gradient
     layer: int | None = None  # index of the layer in ``path``; may repeat, as in an encoder and a decoder
     layer_count: int | None = None  # number of layers in the same list; None: unknown
     path: str = ""  # module path as in named_modules(): decoder.layers.3.self_attn

@@ -238,7 +238,7 @@ ROWS = (
     ),
     Row(
         "attention-gym #20, #172", "gradients of a bias that is learned", learned_bias, with_bias, flex_learned_bias,
-        grad=True, left=True,
+        grad=True,
     ),
     Row("transformers #41803", "packed sequences break the graph", packed_by_positions, with_positions),
     Row(

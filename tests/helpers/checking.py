@@ -23,10 +23,13 @@ def check(call, query, key, value, tolerance=None, **options):
 
 
 def check_gradients(call, inputs, tolerance=5e-5, config=Tiles(16, 16, 4, 1), through_lse=True):
-    """Compare the gradients of query, key and value with autograd through the definition in float64; returns them."""
-    data = (call.captures, call.scalars, call.numbers)
+    """Compare the gradients of query, key, value and every captured tensor of floats with autograd through the
+    definition in float64; returns those of query, key and value."""
+    names = [load.name for load in call.plan.spec.captures]
+    wanted = [name for name, load in zip(names, call.captures, strict=True) if load.is_floating_point()]
     leaves = [tensor.double().requires_grad_() for tensor in inputs]
-    wanted_out, wanted_lse = reference(call.plan, *leaves, *data)
+    captures = [load.clone().requires_grad_(name in wanted) for name, load in zip(names, call.captures, strict=True)]
+    wanted_out, wanted_lse = reference(call.plan, *leaves, captures, call.scalars, call.numbers)
     grad_out = torch.randn(wanted_out.shape, generator=torch.Generator().manual_seed(9)).to(inputs[0].dtype)
     grad_lse = torch.randn(wanted_lse.shape, generator=torch.Generator().manual_seed(10)) if through_lse else None
     wanted_out.backward(grad_out.double(), retain_graph=True)
@@ -35,9 +38,13 @@ def check_gradients(call, inputs, tolerance=5e-5, config=Tiles(16, 16, 4, 1), th
         exact = wanted_lse > -1e30
         grad_lse = torch.where(exact, grad_lse, 0.0)
         torch.where(exact, wanted_lse, 0.0).backward(grad_lse.double())
+    data = (call.captures, call.scalars, call.numbers)
     out, lse = triton_target.run(call.plan, *inputs, *data, config=config, kind="prefill")
-    grads = triton_target.run_backward(call.plan, grad_out, grad_lse, *inputs, out, lse, *data, config=config)
-    for grad, leaf, tensor in zip(grads, leaves, inputs, strict=True):
+    given = (grad_out, grad_lse, *inputs, out, lse, *data, wanted)
+    *grads, of_captures = triton_target.run_backward(call.plan, *given, config=config)
+    leaves += [load for load in captures if load.requires_grad]
+    tensors = (*inputs, *(load for load in call.captures if load.is_floating_point()))
+    for grad, leaf, tensor in zip((*grads, *of_captures), leaves, tensors, strict=True):
         assert grad.shape == tensor.shape
         assert grad.dtype == tensor.dtype
         assert_close(grad, leaf.grad, tolerance, exact_dtype=False)

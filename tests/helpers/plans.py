@@ -414,6 +414,17 @@ def empty_rows_mean(sizes, device):
 
 
 @case
+def empty_rows_uniform(sizes, device):
+    """A mask of large numbers that are added: they leave rows without keys equal scores, and their gradients."""
+    seen = sympy.And(CAUSAL, sympy.Ne(load("padding", [b, k], integer=True), 0))
+    score = Table(h, -0.5, 0.6, 0.2) * s + 0.1 * k
+    plan = Plan(
+        "exact", AttentionSpec(score, seen, empty_rows="uniform", captures=(CaptureSpec("padding", "bool", 2),))
+    )
+    return Call(plan, captures=[_padding(sizes, device, left=True)])
+
+
+@case
 def nothing_at_all(sizes, device):
     return Call(Plan("exact", AttentionSpec(sizes.scale * s, k < 0 * q - 3, empty_rows="zero")))
 

@@ -9,35 +9,33 @@ import sympy
 
 from effattn.ir import expr
 from effattn.ir.attention import AttentionSpec
-from effattn.ir.derivative import derivative
+from effattn.ir.derivative import affine_slope, derivative
 from effattn.ir.fold import UnknownOperation, fold
 from effattn.ir.refusal import Refusal, Why
 from effattn.lowering.dialects.triton.terms import COMPARE, KEYS, ROWS, TILE, UNARY, UNLIMITED, Lines, Source, Value
 from effattn.lowering.iteration.tile_ranges import tile_ranges
 from effattn.lowering.kernels import allowed_keys as allowed
-from effattn.lowering.kernels.parameters import parameters
+from effattn.lowering.kernels.parameters import CAPTURED, parameters
 from effattn.lowering.kernels.range_source import Part, flatten, rows_of
-from effattn.lowering.kernels.scale import LARGE_LSE, affine_slope, loses_totals
+from effattn.lowering.kernels.score_facts import LARGE_LSE, CapturedTerm, captured_terms, loses_totals
 from effattn.lowering.kernels.source import Generator, Sweep
-from effattn.lowering.kernels.spec import KernelSpec, Tiles
+from effattn.lowering.kernels.spec import KernelSpec, Tiles, WantedGradient
 
 WIDEST = 256  # head_dim; two accumulators of a key tile must fit in registers
 
 
-def no_backward(attention: AttentionSpec, head_dim: int, value_dim: int) -> Refusal | None:
-    """Why there is no generated backward for a plan; None if there is one."""
-    keys = tile_ranges(attention.rule)
-    if keys.powers is not None:
+def no_backward(
+    attention: AttentionSpec, head_dim: int, value_dim: int, wanted: tuple[str, ...] = ()
+) -> Refusal | None:
+    """Why there is no generated backward for a plan and the captured tensors in ``wanted``; None if there is one."""
+    if tile_ranges(attention.rule).powers is not None:
         return Refusal(Why.GRADIENT, "the rows that see a key are not consecutive")
-    near = (*(keys.near_lower or ()), *keys.near_upper)
-    if any(sympy.sympify(bound).has(expr.h) for bound in (*keys.lower, *keys.upper, *near, keys.prefix or 0)):
-        return Refusal(Why.GRADIENT, "heads that share a key see different rows")
     if max(head_dim, value_dim) > WIDEST:
         return Refusal(Why.HEAD_DIM, f"head dimensions over {WIDEST}")
+    grads = tuple(WantedGradient(name, False) for name in wanted)
     try:
-        BackwardGenerator(
-            KernelSpec("backward", "exact", attention, "bfloat16", 64, 64, 1, Tiles(16, 16, 4, 1))
-        ).source()
+        made = KernelSpec("backward", "exact", attention, "bfloat16", 64, 64, 1, Tiles(16, 16, 4, 1), wanted=grads)
+        BackwardGenerator(made).source()
     except (UnknownOperation, KeyError) as error:
         return Refusal(Why.GRADIENT, f"no kernel can compute the derivative of the score: {error}")
     return None
@@ -50,20 +48,32 @@ class BackwardGenerator(Generator):
         super().__init__(spec)
         self.factor = affine_slope(self.attention.score)  # of the raw score, if it has one per tile
         self.slope = derivative(self.attention.score) if self.factor is None else self.factor
+        terms = captured_terms(spec)
+        self.terms = {
+            kernel: [term for term in terms if CAPTURED[term.reduced] == kernel] for kernel in CAPTURED.values()
+        }
+        self.share = self.factor is None or bool(terms)
+        keys = self.tile_ranges
+        bounds = (*keys.lower, *keys.upper, *(keys.near_lower or ()), *keys.near_upper, keys.prefix or 0)
+        by_head = any(sympy.sympify(bound).has(expr.h) for bound in bounds)
+        # heads that share a key see other rows, or have sums of their own: one loop for each
+        self.by_head = by_head or (spec.groups > 1 and bool(self.terms["grad_key_value"]))
         self.rows_before = Lines()
+        self.head_before = self.rows_before.inner() if self.by_head else self.rows_before
 
     def algebra(self, before: Lines, inside: Lines, **more: Any) -> Source:
-        return super().algebra(before, inside, share=self.factor is None, **more)
+        return super().algebra(before, inside, share=self.share, **more)
 
     def differentiate(self, sweep: Sweep, algebra: Source) -> None:
         sweep.slope = fold(self.slope, algebra).spread(TILE, COMPARE if self.factor is None else UNARY)
+        sweep.captured = [line for term in self.terms["grad_query"] for line in term_lines(term, algebra)]
 
     def context(self) -> dict[str, Any]:
         found = super().context()
 
         def bound_text(bound: Any, row: str) -> str:
             # the query changes during the bisection: no part of a bound may be computed before it
-            return self.scalar_text(bound, self.rows_before, row, UNLIMITED)
+            return self.scalar_text(bound, self.head_before, row, UNLIMITED)
 
         ranges = rows_of(self.tile_ranges, bound_text, self.allowed)
         data = "" if self.residual == sympy.true else " but for conditions on data"
@@ -78,10 +88,25 @@ class BackwardGenerator(Generator):
             "totals_params": parameters(self.spec, "row_totals"),
             "large_lse": LARGE_LSE,
             "varying_slope": self.factor is None,
+            "by_head": self.by_head,
             "rows_before": self.rows_before.lines,
+            "head_before": self.head_before.lines if self.by_head else [],
             "rows_lines": [*(allowed.sums(True) if self.allowed else ()), *ranges.lines],
             "rows_sweeps": sweeps,
+            "row_terms": [term for term in self.terms["grad_query"] if term.reduced == "rows"],
+            "pair_terms": [term for term in self.terms["grad_query"] if term.reduced == "pairs"],
+            "key_terms": self.terms["grad_key_value"],
+            "captured": [term for terms in self.terms.values() for term in terms],
+            "captured_of_rows": self.buffers("grad_query"),
+            "captured_of_keys": self.buffers("grad_key_value"),
+            "units": any(term.whole for term in self.terms["grad_query"]),
         }
+
+    def buffers(self, kernel: str) -> str:
+        """Arguments of a kernel in the launcher."""
+        places = [str(term.number) for term in self.terms[kernel]]
+        places += ["-1"] if any(term.whole for term in self.terms[kernel]) else []
+        return "".join(f" captured[{place}]," for place in places)
 
     def rows_sweep(self, title: str, parts: tuple[Part, ...], partial: bool) -> Sweep:
         """Like :meth:`sweep`, with keys as the first axis of a tile and queries as the second."""
@@ -89,14 +114,15 @@ class BackwardGenerator(Generator):
         inside = self.rows_before.inner()
         tile = ("first_key", self.spec.tiles.block_m)
         symbols = self.symbols(q=Value("rows", KEYS, plain=True), k=Value("keys", ROWS, plain=True, tile=tile))
-        # the head changes between iterations: terms that depend on it are not computed before the loop
+        # in one loop over all heads, terms that depend on the head are not computed before the loop
         by_head = any(sympy.sympify(term).has(expr.h) for term in (self.attention.score, self.attention.rule))
-        before_loop = inside if by_head else self.rows_before
-        algebra = Source(symbols, self.captures, before_loop, inside, "row_ok", "key_ok", share=self.factor is None)
+        before_loop = inside if by_head and not self.by_head else self.head_before if by_head else self.rows_before
+        algebra = Source(symbols, self.captures, before_loop, inside, "row_ok", "key_ok", share=self.share)
         sweep = Sweep(title, partial, count, before, steps, lines=inside.lines)
         if self.scale is None:
             sweep.score = fold(self.attention.score, algebra).spread(TILE)
-        self.differentiate(sweep, algebra)
+        sweep.slope = fold(self.slope, algebra).spread(TILE, COMPARE if self.factor is None else UNARY)
+        sweep.captured = [line for term in self.terms["grad_key_value"] for line in term_lines(term, algebra)]
         condition = self.attention.rule if partial else self.residual
         keep = [] if condition == sympy.true else [fold(condition, algebra)]
         if partial and self.scale is None:  # beyond the last query a score may be NaN
@@ -104,3 +130,29 @@ class BackwardGenerator(Generator):
         if keep:
             sweep.keep = reduce(lambda x, y: algebra.call("and", x, y), keep).spread(TILE)
         return sweep
+
+
+def term_lines(term: CapturedTerm, algebra: Source) -> list[str]:
+    """Statements of a loop over tiles. ``of_score`` holds the gradient of the scores."""
+    value = "of_score"
+    if not term.read.slope.is_number:
+        slope = fold(term.read.slope, algebra).spread(TILE, UNARY)
+        if term.read.slope.has(expr.s):  # before the raw scores become scores
+            slope = algebra.inside.assign("slope", slope)
+        value = f"tl.where(weights == 0.0, 0.0, of_score * {slope})"
+    elif term.owned and term.read.slope != 1:
+        value = f"of_score * {float(term.read.slope)!r}"
+    if term.reduced != "pairs":
+        return [f"sum_{term.number} += tl.sum({value}, 1)"]
+    indices = [fold(index, algebra) for index in term.read.load.indices]
+    address, masks = algebra.address(term.pointer, term.pointer, term.name, indices, TILE)
+    if term.owned:
+        stored = f"({value}).to({term.pointer}.dtype.element_ty)"
+        return [f"tl.store({address}, {stored}{_mask(masks)})"]
+    masks.append("(of_score != 0.0)")
+    added = "(of_score * unit).to(tl.int64)" if term.whole else value
+    return [f'tl.atomic_add({address}, {added}{_mask(masks)}, sem="relaxed")']
+
+
+def _mask(masks: list[str]) -> str:
+    return f", mask={' & '.join(masks)}" if masks else ""

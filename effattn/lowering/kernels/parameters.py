@@ -11,7 +11,7 @@ from effattn.ir import expr
 from effattn.ir.attention import AttentionSpec
 from effattn.lowering.dialects.triton.terms import tested_dims
 from effattn.lowering.iteration.tile_ranges import key_conditions, tile_ranges
-from effattn.lowering.kernels.scale import loses_totals
+from effattn.lowering.kernels.score_facts import captured_terms, loses_totals
 from effattn.lowering.kernels.spec import DTYPES, KernelSpec
 
 _POINTER = {**DTYPES, "bool": "i1", "float64": "fp64"}
@@ -25,6 +25,7 @@ BACKWARD: dict[str, tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]] = 
     "grad_query": (_INPUTS, _ROWS, ("grad_of_query",)),
     "grad_key_value": (_INPUTS, _ROWS, ("grad_of_key", "grad_of_value")),
 }
+CAPTURED = {"rows": "grad_query", "keys": "grad_key_value", "pairs": "grad_query"}  # the kernel that reduces a term
 
 
 @dataclass(frozen=True)
@@ -50,8 +51,15 @@ def parameters(spec: KernelSpec, kernel: str = "forward") -> list[Param]:
         inputs, sums, grads = BACKWARD[kernel]
         sums = sums if loses_totals(spec.attention.score) else ("lse", "delta")
         found = [Param(name, element) for name in inputs] + [Param(name, "*fp32") for name in sums]
-        found += [*allowed_keys, *(Param(name, element) for name in grads), *data_parameters(spec.attention)]
+        terms = [term for term in captured_terms(spec) if kernel == CAPTURED[term.reduced]]
+        found += [*allowed_keys, *(Param(name, element) for name in grads)]
+        found += [Param(term.pointer, f"*{_POINTER.get(term.type, term.type)}") for term in terms]
+        found += [Param("units", "*fp32")] if any(term.whole for term in terms) else []
+        found += data_parameters(spec.attention)
         found += [Param(f"{name}_stride_{dim}", "i32") for name in (*inputs, *grads) for dim in "bhnd"]
+        for term in terms:
+            dims = len(term.read.load.indices) if term.reduced == "pairs" else 0
+            found += [Param(f"{term.pointer}_stride_{dim}", "i32") for dim in range(dims)]
         return found + _common_parameters(spec)
     found = [Param(name, element) for name in ("query", "key", "value", "out")]
     found += [Param("lse", "*fp32"), *allowed_keys]

@@ -35,7 +35,7 @@ from effattn.lowering.kernels.parameters import (
 )
 from effattn.lowering.kernels.range_source import Part, Ranges, flatten, position_offset, visits
 from effattn.lowering.kernels.rendering import helpers_for, template_named, tidy
-from effattn.lowering.kernels.scale import linear_scale
+from effattn.lowering.kernels.score_facts import linear_scale
 from effattn.lowering.kernels.spec import KernelSpec
 
 LOG2_E = 1.4426950408889634
@@ -55,6 +55,7 @@ class Sweep:
     keep: str = ""
     score: str = ""
     slope: str = ""  # derivative of the score
+    captured: list[str] = field(default_factory=list)  # statements that reduce gradients of captured tensors
     guard: bool = False  # a query may not have met a key yet
     reads_keys: bool = False
     stages: int = 0
@@ -144,6 +145,7 @@ class Generator:
             "descriptors": tiles.descriptors,
             "descriptor_arguments": self.descriptor_arguments(),
             "empty_rows": self.attention.empty_rows,
+            "empty_output": self.attention.empty_output,
             "constants": {name: value for name, value in kernel_constants(spec).items() if name != "DIRECT"},
             "params": params,
             "unspecialised": [p.name for p in params if p.type in ("i32", "i64", "fp32") and not p.specialise],

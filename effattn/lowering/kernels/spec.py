@@ -35,6 +35,14 @@ class Tiles:
 
 
 @dataclass(frozen=True)
+class WantedGradient:
+    """A captured tensor whose gradient a backward computes."""
+
+    name: str
+    owned: bool  # each element is read by one score at most, so that it is stored and not added up
+
+
+@dataclass(frozen=True)
 class KernelSpec:
     """One specialisation; equal specs give equal source in any process."""
 
@@ -52,6 +60,7 @@ class KernelSpec:
     list_unit: int = 0  # listed: consecutive keys per unit
     tests_data: bool = False  # listed: conditions on data are tested on every unit, not only on partial ones
     precise: bool = True  # tanh to single precision; else the chip's own, where the dialect has it
+    wanted: tuple[WantedGradient, ...] = ()  # backward: captured tensors that need a gradient
     wide: bool = False  # lengths or scalars may be large, so sums of them need 64 bits
 
     @property

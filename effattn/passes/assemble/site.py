@@ -55,10 +55,9 @@ def assemble(view: GraphView, candidate: Candidate) -> Match:
         reason = f"the order of the output's dimensions is not understood: {candidate.out_index}"
         raise Refused(Why.OUTPUT_LAYOUT, reason)
     flows = view.gradient_flows(end)
-    captures_need_grad = flows and any(view.held(source.node).requires_grad for source in captures)
-    given = [operand.node for operand in nodes.operands.values()]
+    given = [*(operand.node for operand in nodes.operands.values()), *(source.node for source in captures)]
     given += [nodes.loop.initial] if nodes.loop is not None and nodes.loop.initial is not None else []
-    needs_grad = captures_need_grad or (flows and any(view.held(node).requires_grad for node in given))
+    needs_grad = flows and any(view.held(node).requires_grad for node in given)
     path, counted = module_path(nodes.anchor), layer_around(nodes.anchor)
     hints = Layout(*(_hint(view, size, nodes) for size in vars(layout).values()))
     site = Site(
@@ -79,7 +78,6 @@ def assemble(view: GraphView, candidate: Candidate) -> Match:
         dtype=str(view.held(nodes.replaced).dtype).removeprefix("torch."),
         device=device.type,
         needs_grad=needs_grad,
-        captures_need_grad=captures_need_grad,
         output_layout=_output_layout(view, nodes, place),
         layer=layer_of(path) if counted is None else counted[0],
         layer_count=None if counted is None else counted[1],

@@ -14,7 +14,7 @@ from effattn.passes.candidate.failures import left_alone
 from effattn.passes.candidate.record import Match
 from effattn.passes.choose.cheapest import cheapest
 from effattn.passes.choose.record import Choice, Considered
-from effattn.passes.choose.routes import EXACT, cannot_lower, exact_route, plan_of
+from effattn.passes.choose.routes import EXACT, exact_route, plan_of
 from effattn.passes.choose.trained import no_weights
 from effattn.passes.compilation import Compilation, Pass
 from effattn.policy import Policy
@@ -100,7 +100,7 @@ def _considered(site: Site, name: str, params: Params, strict: bool, min_length:
         reason = f"this graph has {keys:,} keys, and min_length is {min_length:,}"
         return Considered(name, False, (Refusal(Why.SHORT, reason),))
     if site.op is Op.SOFTMAX:
-        refusals = FORMS[name].refusals(site, params) + (() if name == "exact" else cannot_lower(site, name))
+        refusals = FORMS[name].refusals(site, params)
     else:
         refusals = () if name == "exact" else (NO_SOFTMAX,)
     if not FORMS[name].softmax and not refusals:

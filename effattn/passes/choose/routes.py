@@ -11,10 +11,10 @@ import torch
 
 from effattn.ir import expr
 from effattn.ir.plan import Dispatch, Plan, Sparsity
-from effattn.ir.refusal import Refusal, Why
+from effattn.ir.refusal import Refusal
 from effattn.ir.site import Op, Site
 from effattn.lowering.forms import FORMS
-from effattn.lowering.forms.form import Params, Rule
+from effattn.lowering.forms.form import Params
 from effattn.passes.candidate.record import MatchedNodes
 from effattn.runtime.targets import sdpa
 from effattn.runtime.targets.choice import ANYWHERE, asked_for
@@ -47,8 +47,6 @@ def exact_route(site: Site, nodes: MatchedNodes) -> Routed:
         causal = "the mask is causal" if site.spec.predicate != sympy.true else "there is no mask"
         heads = ", which take grouped heads expanded in float32" if needs_all_heads(site) else _grouped(site)
         return Routed("sdpa", f"{causal}: SDPA's own fast kernels, no mask tensor" + heads)
-    if (refusals := cannot_lower(site, "exact")) != ():
-        return Routed("keep", f"left as it was: {'; '.join(map(str, refusals))}", refusals)
     if nodes.sdpa is not None and is_opaque(site):
         return Routed("keep", "the mask is a tensor with a value for every pair: SDPA reads it as it is")
     return Routed("op", "a kernel specialised on predicate and score, no mask tensor" + _grouped(site))
@@ -90,27 +88,6 @@ def is_opaque(site: Site) -> bool:
 
 # the route of the user's own function, by the kind of site
 EXACT: dict[Op, Callable[[Site, MatchedNodes], Routed]] = {Op.SOFTMAX: exact_route, Op.LINEAR: linear_route}
-OP_RULES = (
-    Rule(
-        Why.GRADIENT_OF_BIAS,
-        lambda site, params: not site.captures_need_grad,
-        "a tensor that the score reads needs a gradient itself (a learned bias or scale), "
-        "which the op does not compute",
-        "run under torch.no_grad()",
-    ),
-    Rule(
-        Why.GRADIENT_OF_EMPTY_ROWS,
-        lambda site, params: not (site.needs_grad and site.spec.empty_rows in ("mean", "nan")),
-        "gradients are needed, and those of queries that may have no keys depend on rounding",
-        "use SDPA, where such queries give zero, or run under torch.no_grad()",
-    ),
-)
-
-
-def cannot_lower(site: Site, form: str) -> tuple[Refusal, ...]:
-    """Refusals by the op rather than the form. Not called for exact sites that SDPA computes."""
-    refusals = (rule.refusal(site, FORMS[form].params()) for rule in OP_RULES)
-    return tuple(refusal for refusal in refusals if refusal is not None)
 
 
 def plan_of(site: Site, form: str, params: Params, min_length: int, target: str | None) -> Plan:

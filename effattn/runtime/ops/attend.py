@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from effattn.errors import EffattnError
+from effattn.ir.derivative import reads_of
 from effattn.ir.plan import Plan
 from effattn.ir.refusal import Refusal
 from effattn.runtime.algebra import check_counts
@@ -27,7 +28,7 @@ from effattn.runtime.targets import sdpa
 from effattn.runtime.targets.choice import ANYWHERE, TARGETS, named, serving
 from effattn.runtime.targets.first_keys import lacks_first_keys, with_first_keys
 from effattn.runtime.targets.memory_order import allocate, allocate_output
-from effattn.runtime.targets.target import PreparingTarget, Target
+from effattn.runtime.targets.target import Gradients, PreparingTarget, Target
 
 SCHEMAS = {
     "attend": (
@@ -36,7 +37,8 @@ SCHEMAS = {
     ),
     "attend_backward": (
         "(Tensor? grad_out, Tensor? grad_lse, Tensor query, Tensor key, Tensor value, Tensor out, Tensor lse,"
-        " Tensor[] captures, SymInt[] scalars, Scalar[] numbers, str plan) -> (Tensor, Tensor, Tensor)"
+        " Tensor[] captures, SymInt[] scalars, Scalar[] numbers, str plan, bool[] wanted)"
+        " -> (Tensor, Tensor, Tensor, Tensor[])"
     ),
 }
 
@@ -142,11 +144,15 @@ def attend_backward(
     scalars: Sequence[int],
     numbers: Sequence[float],
     plan: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of query, key and value, in their shapes and dtypes, in the plan's memory order."""
-    place = (plan, key.shape[2], query.dtype, query.device.type, query.shape[3], value.shape[3])
-    call = BACKWARD_CALLS.find(place) or BACKWARD_CALLS.keep(place, _prepare_backward(plan, query, key, value))
-    given = (grad_out, grad_lse, query, key, value, out, lse, captures, scalars, numbers)
+    wanted: Sequence[bool],
+) -> Gradients:
+    """Gradients of query, key and value, in their shapes and dtypes, in the plan's memory order.
+
+    And those of the captured tensors for which ``wanted`` holds (one bool for each), contiguous, in their dtypes.
+    """
+    place = (plan, key.shape[2], query.dtype, query.device.type, query.shape[3], value.shape[3], *wanted)
+    call = BACKWARD_CALLS.find(place) or BACKWARD_CALLS.keep(place, _prepare_backward(plan, query, key, value, wanted))
+    given = (grad_out, grad_lse, query, key, value, out, lse, captures, scalars, numbers, call.wanted)
     return call.target.run_backward(call.plan, *given)
 
 
@@ -154,22 +160,30 @@ def attend_backward(
 class _BackwardCall:
     plan: Plan  # the one for this number of keys
     target: Target
+    wanted: tuple[str, ...]  # captured tensors that need a gradient
 
 
 BACKWARD_CALLS = LaunchCache()
 
 
-def _prepare_backward(plan: str, query: Tensor, key: Tensor, value: Tensor) -> _BackwardCall:
+def _prepare_backward(plan: str, query: Tensor, key: Tensor, value: Tensor, wanted: Sequence[bool]) -> _BackwardCall:
     decoded = Plan.decode(plan).at(key.shape[2])
+    names = tuple(load.name for load, needed in zip(decoded.spec.given.captures, wanted, strict=True) if needed)
+    if decoded.spec.empty_rows == "uniform" and any(reads_of(decoded.spec.score, name) for name in names):
+        raise NoGradient(
+            "effattn::attend has no gradient for data that the score reads where queries without keys have uniform "
+            "weights; put the mask's numbers into the score"
+        )
     target = target_of(decoded, query, value)
-    if target.why_no_backward(decoded.spec, query.shape[3], value.shape[3]) is not None:
+    if target.why_no_backward(decoded.spec, query.shape[3], value.shape[3], names) is not None:
         target = TARGETS[ANYWHERE]
-    return _BackwardCall(decoded, target)
+    return _BackwardCall(decoded, target, names)
 
 
-def attend_backward_fake(grad_out, grad_lse, query, key, value, out, lse, captures, scalars, numbers, plan):
+def attend_backward_fake(grad_out, grad_lse, query, key, value, out, lse, captures, scalars, numbers, plan, wanted):
     layout = Plan.decode(plan).dispatch.layout
-    return tuple(allocate(layout, tensor, tensor.shape) for tensor in (query, key, value))
+    of_captures = [load.new_empty(load.shape) for load, needed in zip(captures, wanted, strict=True) if needed]
+    return *(allocate(layout, tensor, tensor.shape) for tensor in (query, key, value)), of_captures
 
 
 def _check_shapes(query: Tensor, key: Tensor, value: Tensor) -> None:
@@ -200,12 +214,6 @@ def _setup_context(ctx, inputs, output) -> None:
             f"effattn::attend has no gradient where keys are chosen at run time (form {decoded.form!r}); run it under "
             "torch.no_grad(), or use another form for training"
         )
-    if any(load.requires_grad for load in captures):
-        names = [spec.name for spec, load in zip(decoded.spec.captures, captures, strict=True) if load.requires_grad]
-        raise NoGradient(
-            f"effattn::attend has no gradient for the data that a mask or score reads, and {', '.join(names)} requires "
-            "one (a learned bias?); detach it, or keep this attention as the user wrote it"
-        )
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(query, key, value, *output, *captures)
     ctx.scalars, ctx.numbers, ctx.plan = scalars, numbers, plan
@@ -213,12 +221,14 @@ def _setup_context(ctx, inputs, output) -> None:
 
 def _backward(ctx, grad_out, grad_lse):
     query, key, value, out, lse, *captures = ctx.saved_tensors
-    grads: tuple[Tensor | None, ...] = (None, None, None)
-    if grad_out is not None or grad_lse is not None:
-        grads = torch.ops.effattn.attend_backward.default(
-            grad_out, grad_lse, query, key, value, out, lse, captures, ctx.scalars, ctx.numbers, ctx.plan
-        )
-    return *grads, [None] * len(captures), None, None, None
+    if grad_out is None and grad_lse is None:
+        return None, None, None, [None] * len(captures), None, None, None
+    wanted = list(ctx.needs_input_grad[3])
+    *grads, found = torch.ops.effattn.attend_backward.default(
+        grad_out, grad_lse, query, key, value, out, lse, captures, ctx.scalars, ctx.numbers, ctx.plan, wanted
+    )
+    of_captures = iter(found)
+    return *grads, [next(of_captures) if needed else None for needed in wanted], None, None, None
 
 
 def _no_second_gradient(ctx, *grads):

@@ -26,12 +26,16 @@ def autograd_kernel(
         operator: the overload, of which all arguments are positional.
         kernel: its definition for every backend.
         backward, setup_context: as ``torch.library.register_autograd`` takes them. Gradients of a list of tensors are
-            a list, and so is its part of ``ctx.needs_input_grad``.
+            a list, and so is its part of ``ctx.needs_input_grad``. The last result may be a list of tensors, whose
+            gradients are the last arguments of ``backward``.
     """
     arguments = operator._schema.arguments
     assert not any(argument.kwarg_only for argument in arguments), operator
     lists = tuple(place for place, argument in enumerate(arguments) if str(argument.type) == "List[Tensor]")
     defaults = tuple(argument.default_value if argument.has_default_value() else None for argument in arguments)
+    returned = [str(result.type) for result in operator._schema.returns]
+    assert "List[Tensor]" not in returned[:-1], operator
+    single = len(returned) - 1 if returned[-1:] == ["List[Tensor]"] else None  # results before a list
     direct: dict[int, bool] = {}  # by keyset
 
     def below(keyset: DispatchKeySet, args: Sequence[Any]) -> Any:
@@ -47,7 +51,7 @@ def autograd_kernel(
         if setup_context is not None:
             setup_context(ctx, args, result)
         ctx.counts = counts
-        return result
+        return result if single is None else (*result[:single], *result[single])
 
     def gradients(ctx, *grads):
         counts, needed = ctx.counts, ctx.needs_input_grad
@@ -66,7 +70,8 @@ def autograd_kernel(
         if torch.is_grad_enabled() and _any_requires_grad(*args):
             args = (*args, *defaults[len(args) :])  # the dispatcher leaves out what equals a default
             counts = [len(args[place]) for place in lists]
-            return node.apply(keyset, counts, *_flat(args, lists))  # type: ignore[attr-defined]
+            result = node.apply(keyset, counts, *_flat(args, lists))  # type: ignore[attr-defined]
+            return result if single is None else (*result[:single], list(result[single:]))
         return below(keyset, args)
 
     return autograd

@@ -71,21 +71,30 @@ def reference(
     mask = dense_mask(plan, shape, captures, scalars, numbers, query.device)
     score = evaluate(plan.spec.score, symbols, tensors, dtype, query.device)
     score = torch.as_tensor(score, dtype=dtype, device=query.device).expand(shape)
+    equal = score - score.detach()  # what a large number that is added leaves of scores: nothing but their gradients
     score = torch.where(mask, score, -torch.inf)
 
     # the softmax of a row without keys is replaced by that of zeros, which keeps NaN out of the gradient
     empty = (score == -torch.inf).all(dim=-1, keepdim=True)
     weights = torch.where(empty, 0.0, score).softmax(dim=-1)
+    if plan.spec.empty_rows == "nan":
+        weights = torch.where(empty, torch.nan, weights)
     lse = torch.where(empty, 0.0, score).logsumexp(dim=-1)
-    out = torch.where(empty, _empty_output(plan, value), weights @ value)
+    out = weights @ value
+    out = torch.where(empty, _empty_output(plan, value, equal, out), out)
     return out, torch.where(empty[..., 0], -torch.inf, lse)
 
 
-def _empty_output(plan: Plan, value: Tensor) -> Tensor:
-    if plan.spec.empty_rows == "mean":
-        return value.mean(dim=2, keepdim=True)
-    fill = torch.nan if plan.spec.empty_rows == "nan" else 0.0
-    return torch.full((), fill, dtype=value.dtype, device=value.device)
+def _empty_output(plan: Plan, value: Tensor, equal: Tensor, out: Tensor) -> Tensor:
+    match plan.spec.empty_rows:
+        case "uniform":
+            return equal.softmax(dim=-1) @ value
+        case "mean":
+            return value.mean(dim=2, keepdim=True)
+        case "nan":
+            return out
+        case _:
+            return torch.zeros((), dtype=value.dtype, device=value.device)
 
 
 def _indices(shape: tuple[int, int, int, int], device: torch.device | str) -> dict[str, Tensor | int]:

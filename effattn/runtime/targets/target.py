@@ -17,6 +17,8 @@ from effattn.ir.plan import Plan
 from effattn.ir.refusal import Refusal
 from effattn.ir.site import Site
 
+Gradients = tuple[Tensor, Tensor, Tensor, list[Tensor]]  # of query, key, value, and of captured tensors in order
+
 
 class LinearTarget(Protocol):
     """Linear attention on one target. Arguments as in :mod:`effattn.runtime.targets.portable.linear`."""
@@ -86,8 +88,13 @@ class Target(Protocol):
     def why_not(self, spec: AttentionSpec, dtype: torch.dtype, head_dim: int, value_dim: int) -> Refusal | None:
         """Why it does not support calls of this spec, dtype and these head dimensions; None if it does."""
 
-    def why_no_backward(self, spec: AttentionSpec, head_dim: int, value_dim: int) -> Refusal | None:
-        """Why it has no backward for them, so that the portable target's runs; None if it has one."""
+    def why_no_backward(
+        self, spec: AttentionSpec, head_dim: int, value_dim: int, wanted: tuple[str, ...] = ()
+    ) -> Refusal | None:
+        """Why it has no backward for them, so that the portable target's runs; None if it has one.
+
+        ``wanted``: the captured tensors whose gradients are needed.
+        """
 
     def run(
         self,
@@ -115,8 +122,10 @@ class Target(Protocol):
         captures: Sequence[Tensor] = (),
         scalars: Sequence[int] = (),
         numbers: Sequence[float] = (),
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients of query, key and value, from what :meth:`run` returned as ``out`` and ``lse``."""
+        wanted: Sequence[str] = (),
+    ) -> Gradients:
+        """Gradients, from what :meth:`run` returned as ``out`` and ``lse``; of the captured tensors those in
+        ``wanted``."""
         ...
 
     def describe(self, plan: Plan, site: Site) -> str:

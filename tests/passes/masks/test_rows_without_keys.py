@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from comparing import assert_close
 from compiled import compiled
 from small import INF, MIN, N, qkv
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from effattn.ir.refusal import Why
 
@@ -228,3 +230,26 @@ def test_rows_without_keys(function, rows, seen, dtype):
         assert report.missed[0].rule == Why.ROWS_WITHOUT_KEYS
     else:
         assert [site.empty_rows for site in report.sites] == [rows], report.missed
+
+
+@pytest.mark.parametrize("target", ["portable", "triton"])
+@pytest.mark.parametrize(
+    ("function", "seen"),
+    [(function, seen) for function, rows, seen, dtype in ROWS if rows is not None and dtype == torch.float32],
+    ids=lambda value: getattr(value, "__name__", str(value)[:14]),
+)
+def test_their_gradients(function, seen, target):
+    """Large numbers that are added hide keys, not gradients. Where a gradient is NaN, that of the values is too."""
+    torch._dynamo.reset()
+    fast = torch.compile(function, backend="effattn", options={"rest": "eager", "strict": True, "target": target})
+    found = []
+    for run in (function, fast):
+        given = [x.requires_grad_() for x in qkv()]
+        with sdpa_kernel(SDPBackend.MATH):  # the fused kernels' gradient of such rows is N times too large
+            out = run(*given, seen)
+        weights = torch.linspace(-1, 1, out.numel()).view_as(out)
+        found.append(torch.autograd.grad((out.nan_to_num() * weights).sum(), given))
+    (*wanted, wanted_value), (*got, got_value) = found
+    assert_close(got_value, wanted_value, 1e-4)
+    for ours, theirs in zip(got, wanted, strict=True):
+        assert_close(torch.where(theirs.isnan(), torch.nan, ours), theirs, 1e-4)

@@ -79,10 +79,28 @@ def test_opcheck_of_the_backward(layout):
     plan = CASES["causal"](sizes, CPU).plan.dispatched(layout=layout)
     query, key, value = tensors(sizes)
     out, lse = attend_with(Call(plan), query, key, value)
-    args = (torch.randn_like(out), None, query, key, value, out, lse, [], [], [], plan.encode())
-    torch.library.opcheck(
-        torch.ops.effattn.attend_backward.default, args, test_utils=("test_schema", "test_faketensor")
+    args = (torch.randn_like(out), None, query, key, value, out, lse, [], [], [], plan.encode(), [])
+    tests = ("test_schema", "test_faketensor")
+    torch.library.opcheck(torch.ops.effattn.attend_backward.default, args, test_utils=tests)
+    call = CASES["alibi"](sizes, CPU)
+    out, lse = attend_with(call, query, key, value)
+    args = (out, None, query, key, value, out.clone(), lse, call.captures, [], [], call.plan.encode(), [True])
+    torch.library.opcheck(torch.ops.effattn.attend_backward.default, args, test_utils=tests)
+
+
+def test_opcheck_with_a_learned_tensor():
+    """Of two captured tensors, one is learned."""
+    sizes = Sizes(2, 6, 2, 33, 33, 16, 8)
+    call = CASES["alibi"](sizes, CPU)
+    spec = replace(
+        call.plan.spec,
+        predicate=call.plan.spec.predicate & _kept(PADDING),
+        captures=(CaptureSpec("padding", "bool", 2), *call.plan.spec.captures),
     )
+    plan, padding = replace(call.plan, spec=spec), torch.ones(2, 33, dtype=torch.bool)
+    made = [tensor.requires_grad_() for tensor in tensors(sizes)]
+    args = (*made, [padding, call.captures[0].requires_grad_()], [], [], plan.encode())
+    torch.library.opcheck(torch.ops.effattn.attend.default, args)
 
 
 @pytest.mark.parametrize("dynamic", [False, True])

@@ -114,12 +114,38 @@ def test_only_the_lse_may_be_used():
         assert_close(got, expected, 1e-6)
 
 
-def test_a_learned_bias_is_refused():
-    sizes = Sizes()
-    call = CASES["bias"](sizes, CPU)
-    call.captures[0].requires_grad_()
-    with pytest.raises(attend.NoGradient, match="bias requires one"):
-        torch.ops.effattn.attend(*tensors(sizes), call.captures, [], [], call.plan.encode())
+@pytest.mark.parametrize("small", [False, True], ids=["whole", "pieces"])
+@pytest.mark.parametrize("name", [name for name in CASES if CASES[name](Sizes(), CPU).captures])
+def test_captured_tensors(name, small, monkeypatch):
+    """Every tensor of floats that a score reads, against autograd of the definition."""
+    if small:
+        monkeypatch.setattr(portable_call, "ROWS", 24)
+        monkeypatch.setattr(portable_call, "SCORES", 4 * 3 * 24 * 57)
+    sizes = Sizes(heads=6, kv_heads=2, head_dim=12, value_dim=8)
+    call = CASES[name](sizes, CPU)
+    captures = [load.double().requires_grad_() if load.is_floating_point() else load for load in call.captures]
+    inputs = [tensor.double() for tensor in tensors(sizes)]
+    learned = [load for load in captures if load.requires_grad]
+    if not learned:
+        return
+    wanted, wanted_lse = reference(call.plan, *inputs, captures, call.scalars, call.numbers)
+    out, lse = torch.ops.effattn.attend(*inputs, captures, call.scalars, call.numbers, call.plan.encode())
+    weights, lse_weights = torch.randn_like(wanted), torch.randn_like(wanted_lse)
+    found = gradients(out, lse, learned, weights, lse_weights.float())
+    expected = gradients(wanted, wanted_lse, learned, weights, lse_weights)
+    assert_close(found, expected, 1e-6)
+
+
+@pytest.mark.parametrize("name", ["alibi", "bias", "bias_by_distance", "decomposed_positions", "scale_per_head"])
+def test_finite_differences_of_captured_tensors(name):
+    sizes = Sizes(batch=2, heads=2, kv_heads=1, q_len=16, k_len=16, head_dim=3, value_dim=2)
+    call = CASES[name](sizes, CPU)
+    captures = [load.double().requires_grad_() for load in call.captures]
+
+    def out_of(*captures):
+        return torch.ops.effattn.attend(*(x.double() for x in tensors(sizes)), captures, [], [], call.plan.encode())[0]
+
+    assert torch.autograd.gradcheck(out_of, captures, fast_mode=True)
 
 
 def test_there_is_no_second_derivative():
@@ -127,6 +153,12 @@ def test_there_is_no_second_derivative():
     inputs = [tensor.requires_grad_() for tensor in tensors(sizes)]
     out, _ = torch.ops.effattn.attend(*inputs, [], [], [], Plan("exact", AttentionSpec(s)).encode())
     (first,) = torch.autograd.grad(out.sum(), inputs[:1], create_graph=True)
+    with pytest.raises(attend.NoGradient):
+        first.sum().backward()
+    call = CASES["alibi"](sizes, CPU)
+    slopes = call.captures[0].requires_grad_()
+    out, _ = torch.ops.effattn.attend(*inputs, [slopes], [], [], call.plan.encode())
+    (first,) = torch.autograd.grad(out.sum(), slopes, create_graph=True)
     with pytest.raises(attend.NoGradient):
         first.sum().backward()
 

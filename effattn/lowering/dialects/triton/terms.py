@@ -145,7 +145,7 @@ class Source:
 
     def call(self, operation, *args):
         value = self._call(operation, *args)
-        shared = self.share and operation in FLOAT_FUNCTIONS
+        shared = self.share and operation in (*FLOAT_FUNCTIONS, "tanh")
         if len(value.text) <= self.longest and not shared:
             return value
         lines = self.inside if "k" in value.axes else self.before
@@ -205,11 +205,9 @@ class Source:
             return _called(HELPERS[operation], args, axes, number)
         raise UnknownOperation(f"the Triton target has no operation {operation!r}")
 
-    def load(self, name, indices):
-        spec = self.captures[name]
-        axes = frozenset().union(*(index.axes for index in indices)) if indices else SCALAR
-        parts = [f"data_{name}"]
-        masks = []
+    def address(self, pointer: str, strides: str, name: str, indices, axes) -> tuple[str, list[str]]:
+        """The address of an element of a tensor with the sizes of ``name``, and the masks under which it exists."""
+        parts, masks = [pointer], []
         if "q" in axes:
             masks.append(Value(self.row_mask, ROWS).spread(axes))
         if "k" in axes and self.key_mask:
@@ -217,16 +215,21 @@ class Source:
         for dim, index in enumerate(indices):
             if index.text == "0":
                 continue
-            stride = f"{name}_stride_{dim}"
             constant = index.text.isdigit()
             wide = index.text if constant else f"{index.at(ATOM)}.to({self.language}.int64)"
-            parts.append(Value(f"{wide} * {stride}", index.axes, level=PRODUCT).spread(axes, SUM))
+            parts.append(Value(f"{wide} * {strides}_stride_{dim}", index.axes, level=PRODUCT).spread(axes, SUM))
             if not (index.plain or constant):
                 size = f"{name}_size_{dim}"
                 inside = Value(f"({index.at(OR)} >= 0) & ({index.at(OR)} < {size})", index.axes, "bool", AND)
                 masks.append(inside.spread(axes, ATOM))
+        return " + ".join(parts), masks
+
+    def load(self, name, indices):
+        spec = self.captures[name]
+        axes = frozenset().union(*(index.axes for index in indices)) if indices else SCALAR
+        address, masks = self.address(f"data_{name}", name, name, indices, axes)
         mask = f", mask={' & '.join(masks)}, other=0" if masks else ""
-        text = f"{self.language}.load({' + '.join(parts)}{mask})"
+        text = f"{self.language}.load({address}{mask})"
         kind = "float" if spec.dtype.startswith(("float", "bfloat")) else "int"
         if kind == "float":
             text += "" if spec.dtype == "float32" else f".to({self.language}.float32)"

@@ -21,7 +21,7 @@ def why_not(spec: Any, dtype: Any, head_dim: int, value_dim: int) -> None:
     """It supports every call."""
 
 
-def why_no_backward(spec: Any, head_dim: int, value_dim: int) -> None:
+def why_no_backward(spec: Any, head_dim: int, value_dim: int, wanted: tuple[str, ...] = ()) -> None:
     """It has a backward for every plan."""
 
 

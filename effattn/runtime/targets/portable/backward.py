@@ -9,11 +9,15 @@ from torch import Tensor
 
 from effattn.ir.derivative import derivative
 from effattn.ir.plan import Plan
+from effattn.runtime.targets.empty_rows import add_empty_rows
 from effattn.runtime.targets.memory_order import allocate
 from effattn.runtime.targets.portable import flash, flash_backward
 from effattn.runtime.targets.portable.call import Call, Piece
+from effattn.runtime.targets.portable.captured import Captured
+from effattn.runtime.targets.target import Gradients
 
 LIVE_BLOCKS = 4  # blocks of scores in memory at a time: scores, weights and both gradients
+OF_CAPTURES = 3  # more: the gradient of a captured tensor, and int64 places of its elements
 
 
 def run_backward(
@@ -28,12 +32,15 @@ def run_backward(
     captures: Sequence[Tensor] = (),
     scalars: Sequence[int] = (),
     numbers: Sequence[float] = (),
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of query, key and value; ``out`` and ``lse`` are the forward's results.
+    wanted: Sequence[str] = (),
+) -> Gradients:
+    """Gradients of query, key, value and the captured tensors in ``wanted``; ``out`` and ``lse`` are the forward's.
 
-    Queries without keys have zero gradients, except with ``empty_rows="mean"``, where each is the mean of all values.
+    Queries without keys: see :func:`effattn.runtime.targets.empty_rows.add_empty_rows`.
     """
-    call = Call(plan, query, key, value, captures, scalars, numbers, live_blocks=LIVE_BLOCKS)
+    live_blocks = LIVE_BLOCKS + (OF_CAPTURES if wanted else 0)
+    call = Call(plan, query, key, value, captures, scalars, numbers, live_blocks=live_blocks)
+    captured = Captured(call, wanted)
     grad_out = torch.zeros_like(out) if grad_out is None else grad_out
     through_lse = None if grad_lse is None else call.by_group(grad_lse.to(call.dtype))
     grad_query = allocate(plan.dispatch.layout, query, query.shape)
@@ -61,23 +68,23 @@ def run_backward(
             correction = correction - call.rows(through_lse, piece)
         empty = call.rows(grouped_lse, piece) == -torch.inf
         correction = correction.masked_fill(empty, 0.0)  # the output of such a query may be NaN
-        of_query, of_key, of_value = _piece(call, piece, grad_rows, correction, empty)
+        of_query, of_key, of_value = _piece(call, piece, grad_rows, correction, empty, captured)
         query_grad_rows.copy_(of_query)
         _add_visited(grad_key, of_key, piece)
         _add_visited(grad_value, of_value, piece)
 
-    if plan.spec.empty_rows == "mean":
-        lost = torch.where(lse[..., None] == -torch.inf, grad_out.to(call.dtype), 0.0)
-        grad_value += call.by_group(lost).sum(dim=(2, 3))[:, :, None] / call.k_len
+    grads, data = (grad_query, grad_key, grad_value), (captures, scalars, numbers)
+    add_empty_rows(plan.spec, grads, grad_out, (query, key, value), lse, data)
     return (
         grad_query,
         allocate(plan.dispatch.layout, key, key.shape).copy_(grad_key),
         allocate(plan.dispatch.layout, value, value.shape).copy_(grad_value),
+        captured.results(),
     )
 
 
 def _piece(
-    call: Call, piece: Piece, grad_rows: Tensor, correction: Tensor, empty: Tensor
+    call: Call, piece: Piece, grad_rows: Tensor, correction: Tensor, empty: Tensor, captured: Captured
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of one piece: queries [b, hkv, G, rows, D], and the keys and values that it visits."""
     query = call.rows(call.query, piece).to(call.dtype)
@@ -90,6 +97,7 @@ def _piece(
     of_value = flat_weights.transpose(-1, -2) @ flat_grad
     of_score = (flat_grad @ value.transpose(-1, -2)).unflatten(2, shape)
     of_score.sub_(correction[..., None]).mul_(weights)
+    captured.add(piece, of_score, weights, symbols)
     if call.only_scale is not None:
         of_raw = of_score.mul_(call.only_scale)
     else:

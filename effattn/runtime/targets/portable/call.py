@@ -199,7 +199,7 @@ def _mask(score: Tensor, conditions: list[tuple[slice, Tensor | bool]]) -> None:
 def empty_output(spec: AttentionSpec, value: Tensor, dtype: torch.dtype) -> Tensor:
     """The output of a query without keys: [B, Hkv, 1, 1, Dv]."""
     batch, kv_heads, _, dim = value.shape
-    if spec.empty_rows == "mean":
+    if spec.empty_output == "mean":
         return value.mean(dim=2, dtype=dtype)[:, :, None, None]
-    fill = torch.nan if spec.empty_rows == "nan" else 0.0
+    fill = torch.nan if spec.empty_output == "nan" else 0.0
     return value.new_full((), fill, dtype=dtype).expand(batch, kv_heads, 1, 1, dim)
