@@ -15,7 +15,7 @@ import pytest
 import torch
 from checking import check
 from plans import CASES, Sizes, tensors
-from specs import goldens, spec
+from specs import goldens, on_hopper, spec
 
 from effattn.lowering.kernels.generate import file_name, generate
 from effattn.lowering.kernels.spec import Tiles
@@ -112,3 +112,9 @@ def test_triton_sees_the_text_in_memory(tmp_path):
     text = inspect.getsource(module.forward.fn)
     assert text in source
     assert "tl.dot" in text
+
+
+def test_large_scores_are_not_scaled_before_the_greatest_is_taken_away():
+    """The lowest float times log2(e) is -inf, and -inf from -inf is NaN."""
+    assert "exp2((scores - base[:, None]) * SCALE)" in generate(on_hopper("bias", 128, kind="listed"))
+    assert "exp2(scores * SCALE - (base * SCALE)[:, None])" in generate(on_hopper("causal", 128))
