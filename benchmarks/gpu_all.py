@@ -28,6 +28,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 # name -> share of the time; in this order, and what one does not use, the next ones get
 BENCHMARKS = {
     "prefill_llama": 5,
+    "kernels": 6,
     "power_vs_flex": 3,
     "selectors": 4,
     "linear_lightning": 2,

@@ -20,6 +20,7 @@ from benchmarks.harness import EAGER, EFFATTN, INDUCTOR
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 ORDER = (
     "prefill_llama",
+    "kernels",
     "power_vs_flex",
     "selectors",
     "linear_lightning",
@@ -35,6 +36,12 @@ ABOUT = {
         "One forward over a long input, `use_cache=False`, `logits_to_keep=1`: without a mask, with an "
         "`attention_mask` of ones as a tokenizer returns it, and with a batch of two, one of them left-padded. "
         "Difference: of the bf16 logits from eager's.",
+    ),
+    "kernels": (
+        "Masks and scores, forward and backward",
+        "One attention as a user writes it, compiled by effattn, beside FlexAttention with the same mods and SDPA's "
+        'kernels where they compute it, or ("plain causal") without the rest of the mask. Block masks are made '
+        "beforehand. The same is `effattn bench` for any sizes ([bench.md](bench.md)).",
     ),
     "power_vs_flex": (
         "Sparse forms against FlexAttention",

@@ -12,7 +12,7 @@ import torch
 from effattn.bench import clock, run
 from effattn.bench.mods import MASKS, SCORES, Chosen, chosen, fields
 from effattn.bench.peers import PEERS, Given, Peer
-from effattn.bench.problem import BenchError, Pairs, Problem, flops, traffic
+from effattn.bench.problem import BenchError, Mod, Pairs, Problem, flops, traffic
 from effattn.bench.roofline import draw
 from effattn.bench.show import heading, left_out, tables
 
@@ -77,6 +77,23 @@ def test_backward():
     for row in rows.values():
         assert row.error is None
         assert not row.wrong
+
+
+def test_queries_without_keys_in_a_backward():
+    rows = measured(problem("padding:20"), "effattn", "SDPA", "eager", backward=True)
+    for row in rows.values():
+        assert row.error is None
+        assert not row.wrong, row
+
+
+def test_attention_that_is_left_alone_is_no_figure():
+    def rounded(s, b, h, q, k):
+        return s.round()  # no operation of scores
+
+    one = replace(problem(), score="rounded", make_score=lambda _: Mod(rounded))
+    row = measured(one, "effattn")["forward", "effattn"]
+    assert row.ms is None
+    assert row.error is not None
 
 
 def test_another_result_is_noticed():

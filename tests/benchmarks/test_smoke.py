@@ -21,6 +21,7 @@ BENCHMARKS = {
     "train_step": (["--kinds", "left padding"], 1e-6),
     "linear_lightning": ([], 1e-5),
     "host": ([], 0.0),
+    "kernels": (["--only", "documents,alibi,sinks"], 1e-5),
 }
 
 
