@@ -13,10 +13,12 @@ from effattn.ir.expr import FloorDiv, Modulo, Nk, Nq, b, h, k, load, q, s
 from effattn.ir.plan import Plan, Sparsity
 from effattn.ir.site import Layout, called_site
 from effattn.lowering.forms import FORMS
+from effattn.lowering.iteration.tile_ranges import by_formula
 from effattn.lowering.kernels.selection.block_map import MapSpec
 from effattn.lowering.kernels.selection.score import ScoreSpec
 from effattn.lowering.kernels.spec import KernelSpec, Tiles
 from effattn.lowering.schedules import attention as configs
+from effattn.runtime.targets.triton.specialise import over_map
 
 ARCHS = ("sm80", "sm90", "sm100", "gfx942")
 PREFILL = ("causal", "left_padding", "window_and_sinks", "power_128", "documents", "soft_cap", "alibi", "bias")
@@ -33,7 +35,8 @@ def spec(name: str, arch: str, kind="prefill", dtype="bfloat16", dim=128, value_
     value_dim = value_dim or dim
     bits = 32 if dtype == "float32" else 16
     tiles = tiles or configs.choose(kind, plan, arch, bits, dim, value_dim, rows=groups)
-    return KernelSpec(kind, plan.form, plan.spec, dtype, dim, value_dim, groups, tiles)
+    found = KernelSpec(kind, plan.form, plan.spec, dtype, dim, value_dim, groups, tiles)
+    return over_map(found) if kind == "prefill" and not by_formula(plan.spec.rule) else found
 
 
 def selector_plan(form: str, **params) -> Plan:
@@ -47,7 +50,7 @@ def listed(arch: str, form: str, dtype="bfloat16", **params) -> KernelSpec:
     bits = 32 if dtype == "float32" else 16
     tiles = configs.choose("listed", plan, arch, bits, 128, 128)
     expand = plan.sparsity.select.expand
-    more = (False, False, expand.block, expand.unit)
+    more = (False, False, expand.block, expand.unit, True)
     return KernelSpec("listed", plan.form, plan.spec, dtype, 128, 128, 4, tiles, *more)
 
 
@@ -84,26 +87,36 @@ def hopper() -> dict[str, KernelSpec]:
 def on_hopper(name: str, dim: int, value_dim: int | None = None, kind="prefill", dtype="bfloat16") -> KernelSpec:
     tiles = configs.on_hopper(kind, dim, value_dim or dim)
     one = spec(name, "sm90", kind, dtype, dim, value_dim, tiles=tiles)
-    blocks = {"list_block": tiles.block_m, "list_unit": tiles.block_n} if kind == "listed" else {}
-    return replace(one, precise=False, **blocks)
+    return replace(over_map(one) if kind == "listed" else one, precise=False)
 
 
 def block_maps() -> dict[str, tuple[MapSpec, str]]:
     """Block maps: of documents both ways, and of a rule with every kind of table."""
     documents = CASES["documents"](Sizes(), torch.device("cpu")).plan.spec
     x, y = (load("times", [b, index], integer=False) for index in (q, k))
+    kinds, seen = load("kinds", [q], integer=True), sympy.Ne(load("seen", [k], integer=True), 0)
     pairs = sympy.Ne(load("pairs", [b, 0, q, k], integer=True), 0)
     blocks = sympy.Ne(load("blocks", [h, FloorDiv(q, 64), FloorDiv(k, 64)], integer=True), 0)
     captures = tuple(
-        CaptureSpec(*each) for each in (("times", "float32", 2), ("pairs", "bool", 4), ("blocks", "bool", 3))
+        CaptureSpec(*each)
+        for each in (
+            ("times", "float32", 2),
+            ("pairs", "bool", 4),
+            ("blocks", "bool", 3),
+            ("kinds", "int64", 1),
+            ("seen", "bool", 1),
+        )
     )
     every = AttentionSpec(
-        s, sympy.And(pairs, blocks, sympy.Or(x - y < 2.5, sympy.Eq(Modulo(q - k, 3), 0))), captures=captures
+        s,
+        sympy.And(pairs, blocks, sympy.Or(x - y < 2.5, sympy.Eq(Modulo(q - k, 3), 0), seen, kinds > 0)),
+        captures=captures,
     )
     return {
-        "documents tabulate": (MapSpec(documents, 128, 128), "tabulate"),
+        "documents tabulate": (MapSpec(documents, 192, 64), "tabulate"),
         "documents list_blocks": (MapSpec(documents, 128, 128), "list_blocks"),
         "documents transposed list_blocks": (MapSpec(documents, 192, 128, transposed=True), "list_blocks"),
+        "tables tabulate": (MapSpec(every, 64, 128), "tabulate"),
         "tables tabulate_pairs": (MapSpec(every, 192, 128), "tabulate_pairs"),
         "tables list_blocks": (MapSpec(every, 192, 128, wide=True), "list_blocks"),
     }
@@ -125,7 +138,7 @@ def compiled() -> dict[str, tuple[KernelSpec | ScoreSpec | MapSpec | int, str, s
             made |= {f"hopper {name}": one for name, one in hopper().items()}
             made["descriptors"] = spec("left_padding", arch, tiles=Tiles(128, 64, 8, 4, descriptors=True))
         found |= {f"{name} {arch}": (one, arch, "forward") for name, one in made.items()}
-        found[f"left_padding find_allowed {arch}"] = (made["left_padding prefill"], arch, "find_allowed")
+        found[f"left_padding find_allowed {arch}"] = (made["left_padding decode"], arch, "find_allowed")
         found |= {f"{name} {arch}": (one, arch, kernel) for name, (one, kernel) in selectors(arch).items()}
         found |= {f"{name} {arch}": (one, arch, kernel) for name, (one, kernel) in block_maps().items()}
         for name in ("causal", "left_padding"):

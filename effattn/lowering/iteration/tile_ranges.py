@@ -14,6 +14,7 @@ keys that every query needs. Nothing is evaluated over N x N.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import sympy
@@ -85,6 +86,12 @@ def tile_ranges(predicate) -> TileRanges:
         structural=sympy.And(*structural),
         residual=sympy.And(*residual),
     )
+
+
+@lru_cache(maxsize=4096)
+def by_formula(predicate) -> bool:
+    """Whether the ranges say all there is to know; else the tiles to visit come from a block map."""
+    return tile_ranges(predicate).residual == sympy.true
 
 
 def key_conditions(residual) -> tuple:

@@ -1,8 +1,9 @@
 """Conditions on data that depend on batch and key only (padding masks): a small kernel evaluates them once per call.
 
-For each of ``PARTS`` parts of the keys of a batch it writes the first allowed key, one past the last, and the number of
-allowed keys. Every program of the main kernels reduces these. It visits no tile outside the allowed range, and if the
-allowed keys are consecutive it does not test the data inside.
+Decode and the backward read the result; in prefill a block map says it. For each of ``PARTS`` parts of the keys of a
+batch it writes the first allowed key, one past the last, and the number of allowed keys. Every program of the main
+kernels reduces these. It visits no tile outside the allowed range, and if the allowed keys are consecutive it does not
+test the data inside.
 """
 
 from __future__ import annotations

@@ -1,5 +1,7 @@
 """Source of attention over a block list: the prefill kernel, with the keys to visit read from ``kv_indices``.
 
+The list comes from a block map, where nothing is tested in full blocks, or from a selector.
+
 A query tile lies within one query block, so it has one list. Units at least as wide as a key tile are visited tile by
 tile. Smaller units, or single tokens, are gathered into a tile.
 """
@@ -15,6 +17,7 @@ from effattn.ir.fold import fold
 from effattn.lowering.dialects.triton.terms import KEYS, TILE, Source, Value
 from effattn.lowering.kernels.range_source import Ranges
 from effattn.lowering.kernels.source import Generator, Sweep
+from effattn.lowering.kernels.spec import KernelSpec
 
 # the start of a query tile's list, and how much of it is visited; strides of what is shared are 0
 LIST = (
@@ -44,6 +47,12 @@ class ListedGenerator(Generator):
     def template(self) -> str:
         return "prefill"
 
+    def __init__(self, spec: KernelSpec):
+        super().__init__(spec)
+        self.offset = None  # tiles begin at blocks of the list
+        if not spec.tests_data:
+            self.residual = sympy.true
+
     @property
     def gathered(self) -> bool:
         return self.spec.list_unit < self.spec.tiles.block_n
@@ -68,10 +77,10 @@ class ListedGenerator(Generator):
             partial, whole = f"partial_count * {TILES}", f"(count - partial_count) * {TILES}"
             partial_steps = [f"key_tile = tl.load(kv_indices + i // {TILES}) * {TILES} + i % {TILES}"]
             whole_steps = [f"key_tile = tl.load(kv_indices + partial_count + i // {TILES}) * {TILES} + i % {TILES}"]
-        data = "" if self.residual == sympy.true else ": only conditions on data are tested"
+        data = "only conditions on data are tested" if self.residual != sympy.true else "nothing is tested"
         found = [
-            self.listed_sweep("units of the rows themselves: every condition is tested", partial, partial_steps, True),
-            self.listed_sweep(f"the other units, before all rows{data}", whole, whole_steps, False),
+            self.listed_sweep("partial blocks: every condition is tested", partial, partial_steps, True),
+            self.listed_sweep(f"the other blocks: {data}", whole, whole_steps, False),
         ]
         found[0].stages = self.spec.tiles.partial_stages
         return found

@@ -104,7 +104,9 @@ def _common_parameters(spec: KernelSpec) -> list[Param]:
 
 def key_condition(spec: KernelSpec) -> Any:
     """The condition on keys that ``find_allowed`` evaluates before the main kernel; true: there is none."""
-    return key_conditions(tile_ranges(spec.attention.rule).residual)[0] if spec.key_ranges else sympy.true
+    if not spec.key_ranges or spec.kind in ("prefill", "listed"):
+        return sympy.true
+    return key_conditions(tile_ranges(spec.attention.rule).residual)[0]
 
 
 def sizes_tested(attention: AttentionSpec) -> dict[str, list[int]]:

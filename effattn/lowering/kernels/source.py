@@ -93,7 +93,7 @@ class Generator:
 
     def symbols(self, **more: Value) -> dict[str, Value]:
         head = Value("head", ROWS if self.spec.kind == "decode" else SCALAR, plain=True)
-        aligned = self.spec.kind in ("prefill", "backward") and not self.shift
+        aligned = self.spec.kind in ("prefill", "listed", "backward") and not self.shift
         tile = ("first_row", self.spec.tiles.block_m) if aligned else None
         indices = {
             "b": Value("batch", plain=True),

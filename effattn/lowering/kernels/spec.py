@@ -58,7 +58,7 @@ class KernelSpec:
     key_ranges: bool = True  # find the keys that data allow first, and visit only these
     list_block: int = 0  # listed: queries that share a list of units
     list_unit: int = 0  # listed: consecutive keys per unit
-    tests_data: bool = False  # listed: conditions on data are tested on every unit, not only on partial ones
+    tests_data: bool = False  # listed by a selector: conditions on data are tested on every unit
     precise: bool = True  # tanh to single precision; else the chip's own, where the dialect has it
     wanted: tuple[WantedGradient, ...] = ()  # backward: captured tensors that need a gradient
     wide: bool = False  # lengths or scalars may be large, so sums of them need 64 bits

@@ -3,8 +3,6 @@ do not show."""
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import linear_specs
 import pytest
 from reading import Kernel, calls
@@ -14,15 +12,21 @@ from effattn.lowering.kernels import linear_source
 from effattn.lowering.kernels.generate import generate
 from effattn.lowering.kernels.linear_spec import LinearSpec
 from effattn.lowering.kernels.parameters import LISTS, kernel_constants
-from effattn.lowering.kernels.selection import pick, score
+from effattn.lowering.kernels.selection import block_map, pick, score
+from effattn.lowering.kernels.selection.block_map import MapSpec
 from effattn.lowering.kernels.selection.score import ScoreSpec
 from effattn.lowering.kernels.spec import KernelSpec, Tiles
 
 
-def source_of(one: KernelSpec | ScoreSpec | LinearSpec | int) -> str:
+def source_of(one: KernelSpec | ScoreSpec | LinearSpec | MapSpec | int) -> str:
     if isinstance(one, int):
         return pick.generate(one, pick.warps_for(one))
-    makers = {KernelSpec: generate, ScoreSpec: score.generate, LinearSpec: linear_source.generate}
+    makers = {
+        KernelSpec: generate,
+        ScoreSpec: score.generate,
+        LinearSpec: linear_source.generate,
+        MapSpec: block_map.generate,
+    }
     return makers[type(one)](one)
 
 
@@ -52,14 +56,20 @@ LOOPS: dict[tuple[str, str], list[tuple[dict[str, str], str]]] = {
         ({"key": "", "value": ""}, ""),
         ({"key": "key_ok", "value": "key_ok"}, EVERYTHING),
     ],
-    ("padding", "find_allowed"): [({"data_padding": "key_ok"}, "")],
-    ("padding", "forward"): [
-        ({"key": "", "value": ""}, ""),
-        ({"key": "key_ok", "data_padding": "key_ok", "value": "key_ok"}, f"data_padding {EVERYTHING}"),
+    ("decode", "find_allowed"): [({"data_padding": "key_ok"}, "")],
+    ("padding", "forward"): [  # over a block map: what is not tested does not read the data either
+        (
+            {"kv_indices": "", "key": "key_ok", "data_padding": "key_ok", "value": "key_ok"},
+            f"data_padding {EVERYTHING}",
+        ),
+        ({"kv_indices": "", "key": "", "value": ""}, ""),
     ],
     ("documents", "forward"): [
-        ({"key": "", "data_document": "", "value": ""}, "data_document"),
-        ({"key": "key_ok", "data_document": "key_ok", "value": "key_ok"}, f"data_document {EVERYTHING}"),
+        (
+            {"kv_indices": "", "key": "key_ok", "data_document": "key_ok", "value": "key_ok"},
+            f"data_document {EVERYTHING}",
+        ),
+        ({"kv_indices": "", "key": "", "value": ""}, ""),
     ],
     ("power", "forward"): [
         ({"key": "", "value": ""}, ""),
@@ -149,14 +159,19 @@ def loops_of(kernel: Kernel) -> list[tuple[dict[str, str], str]]:
 def test_what_rows_need_is_loaded_once():
     found = Kernel(source_of(SPECS["documents"]))
     before = [call for node in found.own_statements() for call in calls([node], "load")]
-    assert [found.tensor(call.args[0]) for call in before] == ["query", "data_document"]
+    assert [found.tensor(call.args[0]) for call in before] == [
+        "query",
+        "data_document",
+        "kv_num_blocks",
+        "partial_blocks",
+    ]
 
 
 @pytest.mark.parametrize("tile", [32, 64])
 def test_what_is_one_number_for_all_rows_of_a_tile_is_loaded_once_a_key(tile):
-    found = Kernel(generate(replace(spec("blocks_in_a_table", "sm90"), tiles=Tiles(tile, 16, 4, 1))))
+    found = Kernel(generate(spec("blocks_in_a_table", "sm90", tiles=Tiles(tile, 16, 4, 1))))
     places = [loop.leaves(load.call.args[0]) for loop in found.loops for load in loop.loads if "data" in load.tensor]
-    assert [("rows" in place, "first_row" in place) for place in places] == [(tile > 32, tile == 32)] * 2
+    assert [("rows" in place, "first_row" in place) for place in places] == [(tile > 32, tile == 32)]
 
 
 # -- every kernel that is compiled ------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ BANDS = (
     *("lengths_per_batch", "left_padding", "right_padding", "holes", "empty_rows_mean"),
     *("window_and_sinks", "wide_window_and_sinks"),
 )
+OVER_A_MAP = ("documents", "left_padding", "right_padding", "holes", "empty_rows_mean")  # in prefill
 LISTS = (
     *("power_16", "power_32_no_sinks", "power_32_few_sinks", "power_at_an_offset", "power_at_a_known_offset"),
     *("power_two_sided", "list_alone"),
@@ -49,7 +50,7 @@ def right(found: list[Visits], spare: int) -> bool:
 
 
 @pytest.mark.parametrize("tiles", [(16, 16), (32, 16), (16, 32)], ids=str)
-@pytest.mark.parametrize("name", [*BANDS, *LISTS])
+@pytest.mark.parametrize("name", [name for name in (*BANDS, *LISTS) if name not in OVER_A_MAP])
 def test_tiles_of_keys(name, tiles):
     exact = name in BANDS or tiles == (16, 16)  # the blocks of a list are whole tiles
     assert right(visits_of(name, "prefill", tiles=tiles), SPARE.get(name, 0) if exact else 99)
@@ -78,7 +79,7 @@ def test_tiles_in_the_backward(name, kernel):
         ("causal", "prefill", "forward", ("outer_tile = 0", "outer_tile = 1")),  # the first tile is left out
         ("window", "prefill", "forward", ("some_first // BLOCK_N", "0")),
         ("wide_window", "prefill", "forward", ("tl.cdiv(every_first, BLOCK_N)", "every_first // BLOCK_N")),
-        ("holes", "prefill", "forward", ("tl.where(allowed_whole, ", "tl.where(True, ")),
+        ("holes", "backward", "grad_query", ("tl.where(allowed_whole, ", "tl.where(True, ")),
         ("power_16", "prefill", "forward", ("near_right_turn + near_end - near_full_end", "near_right_turn")),
         ("power_16", "prefill", "forward", ("(1 << (place // TILES))", "(1 << (place // TILES + 1))")),
         ("causal", "decode", "forward", ("turns * (split + 1) // splits", "turns * split // splits + 1")),

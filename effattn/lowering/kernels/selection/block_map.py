@@ -116,7 +116,8 @@ class MapGenerator:
     def __init__(self, spec: MapSpec):
         self.spec, self.rule = spec, spec.rule
         self.captures = {load.name: load for load in spec.attention.captures}
-        self.lines = {side: Lines() for side in ("q", "k", "qk")}
+        whole = Lines()
+        self.lines = {side: whole.inner() for side in ("q", "k", "qk")}
         self.entries: dict[str, Entry] = {}
         places: dict[tuple, int] = {}
         for table in self.rule.tables:

@@ -10,6 +10,7 @@ import torch
 
 from effattn import settings
 from effattn.ir.plan import Plan
+from effattn.lowering.iteration.tile_ranges import by_formula
 from effattn.lowering.kernels.spec import Kind, Tiles
 from effattn.runtime import kernels
 from effattn.runtime.launching import (
@@ -25,6 +26,7 @@ from effattn.runtime.launching import (
 )
 from effattn.runtime.selection import triton_steps
 from effattn.runtime.selection.run import select
+from effattn.runtime.selection.triton_block_map import block_map
 from effattn.runtime.targets.memory_order import strides_of
 from effattn.runtime.targets.triton.limits import check
 from effattn.runtime.targets.triton.specialise import describable, fits_gluon, in_gluon, kind_of, spec_of, splits_for
@@ -85,6 +87,10 @@ def start(call: _Call, query, key, value, captures, scalars, numbers, known: Kno
     with on_device(query.device):
         if call.plan.sparsity.select is not None:
             extra = select(call.plan, query, key, captures, scalars, numbers, triton_steps).tensors()
+        elif call.blocks is not None:
+            sizes = (*query.shape[:3], key.shape[2])
+            given = (captures, scalars, numbers)
+            extra = block_map(call.plan.spec, sizes, *given, *call.blocks, query.device).tensors()
         known = call.launch(query, key, value, out, lse, captures, scalars, numbers, *extra, known)
     return (out, lse), known
 
@@ -101,6 +107,7 @@ class _Call:
     widened: dict[str, Any] | None = None  # arguments of the same call in float32
     narrowed: bool = False
     splits: tuple[int, ...] = ()  # one number for decode
+    blocks: tuple[int, int] | None = None  # sizes of the blocks of the block map that it visits
     known: Known | None = None
 
 
@@ -135,6 +142,8 @@ def prepare(
         return replace(call, launch=_never, widened={"config": config, "kind": kind, "splits": splits})
     groups = heads // kv_heads
     kind = kind or kind_of(plan, q_len, groups)
+    if kind == "prefill" and not by_formula(plan.spec.rule):
+        kind = "listed"
     tensors = (narrow(query), narrow(key), narrow(value))
     spec = spec_of(plan, query.dtype, q_len, groups, head_dim, value_dim, device, kind, config)
     spec = replace(spec, wide=far(*query.shape[:3], *key.shape[:3], *scalars))
@@ -149,7 +158,9 @@ def prepare(
     if kind == "decode":
         parts = (splits or splits_for(batches * kv_heads, k_len, multiprocessors(device)),)
     narrowed = any(narrow is not tensor for narrow, tensor in zip(tensors, (query, key, value), strict=True))
-    return replace(call, launch=kernels.load(spec).module.launch, narrowed=narrowed, splits=parts)
+    mapped = spec.kind == "listed" and plan.sparsity.select is None
+    blocks = (spec.list_block, spec.list_unit) if mapped else None
+    return replace(call, launch=kernels.load(spec).module.launch, narrowed=narrowed, splits=parts, blocks=blocks)
 
 
 def _never(*arguments: Any) -> Known:

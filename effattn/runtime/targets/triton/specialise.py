@@ -10,7 +10,7 @@ import torch
 
 from effattn.ir import expr
 from effattn.ir.plan import Plan
-from effattn.lowering.iteration.tile_ranges import tile_ranges
+from effattn.lowering.iteration.tile_ranges import by_formula, tile_ranges
 from effattn.lowering.kernels import hopper
 from effattn.lowering.kernels.spec import DECODE_QUERIES, DECODE_ROWS, KernelSpec, Kind, Tiles, padded
 from effattn.lowering.schedules import attention as configs
@@ -26,9 +26,9 @@ def kind_of(plan: Plan, q_len: int, groups: int) -> Kind:
     """The kind of kernel. A call with few queries splits keys over programs, if the plan's tile ranges allow it."""
     if plan.sparsity.select is not None:
         return "listed"
-    if q_len > DECODE_QUERIES or q_len * groups > DECODE_ROWS:
-        return "prefill"
-    return "decode" if _walk_allows_decode(plan, q_len == 1) else "prefill"
+    if q_len <= DECODE_QUERIES and q_len * groups <= DECODE_ROWS and _walk_allows_decode(plan, q_len == 1):
+        return "decode"
+    return "prefill" if by_formula(plan.spec.rule) else "listed"
 
 
 @lru_cache(maxsize=4096)
@@ -77,10 +77,18 @@ def specialise(
     bits = 32 if name == "float32" else 16
     tiles = config or configs.choose(kind, plan, arch, bits, head_dim, value_dim, rows)
     spec = KernelSpec(kind, plan.form, plan.spec, name, head_dim, value_dim, groups, tiles, tf32 and bits == 32)
-    if plan.sparsity.select is None:
+    if kind != "listed":
         return spec
+    if plan.sparsity.select is None:
+        return over_map(spec)
     expand = plan.sparsity.select.expand
-    return replace(spec, key_ranges=False, list_block=expand.block, list_unit=expand.unit)
+    return replace(spec, key_ranges=False, list_block=expand.block, list_unit=expand.unit, tests_data=True)
+
+
+def over_map(spec: KernelSpec) -> KernelSpec:
+    """The specialisation that reads a block map with a block for each of its tiles."""
+    tiles = spec.tiles
+    return replace(spec, kind="listed", key_ranges=False, list_block=tiles.block_m, list_unit=tiles.block_n)
 
 
 @lru_cache(maxsize=4096)
@@ -90,11 +98,19 @@ def in_gluon(spec: KernelSpec, arch: str, precise: bool) -> KernelSpec | None:
     Args:
         precise: compute tanh to single precision, not with the chip's own instruction.
     """
-    tiles = configs.on_hopper(spec.kind, spec.head_dim, spec.value_dim) if arch == "sm90" else None
-    if tiles is None:
+    if arch != "sm90":
         return None
-    found = replace(spec, tiles=tiles, precise=precise)
-    return found if hopper.why_not(found) is None else None
+    kinds: tuple[Kind, ...] = ("prefill", "listed") if spec.kind == "prefill" else (spec.kind,)
+    for kind in kinds:
+        tiles = configs.on_hopper(kind, spec.head_dim, spec.value_dim)
+        if tiles is None:
+            continue
+        found = replace(spec, tiles=tiles, precise=precise)
+        if kind == "listed" and not spec.tests_data:
+            found = over_map(found)
+        if hopper.why_not(found) is None:
+            return found
+    return None
 
 
 def fits_gluon(tensors: Sequence[torch.Tensor]) -> bool:
