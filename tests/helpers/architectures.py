@@ -11,6 +11,7 @@ _TEXT = {**_SMALL, "vocab_size": VOCABULARY, "bos_token_id": 1, "eos_token_id": 
 _GROUPED = {**_TEXT, "num_key_value_heads": 2}
 
 CONFIGS: dict[str, dict] = {
+    "beit": {**_SMALL, "image_size": 32, "patch_size": 8, "use_relative_position_bias": True},
     "bert": _TEXT,
     "bloom": {"hidden_size": 32, "n_layer": 2, "n_head": 4, "vocab_size": VOCABULARY},
     "distilbert": {"dim": 32, "hidden_dim": 64, "n_layers": 2, "n_heads": 4, "vocab_size": VOCABULARY},
@@ -25,9 +26,18 @@ CONFIGS: dict[str, dict] = {
     "phi3": _GROUPED,
     "qwen3": {**_GROUPED, "head_dim": 8},
     "t5": {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4, "vocab_size": VOCABULARY},
+    "swinv2": {
+        "image_size": 16,
+        "patch_size": 2,
+        "embed_dim": 16,
+        "depths": [1, 1],
+        "num_heads": [2, 4],
+        "window_size": 4,
+    },
     "vit": {**_SMALL, "image_size": 32, "patch_size": 8},
 }
-ENCODERS = {"bert", "distilbert", "vit"}
+ENCODERS = {"bert", "distilbert"}
+IMAGES = {"beit": 32, "swinv2": 16, "vit": 32}  # their size
 
 
 def build(name: str, attention: str):
@@ -49,8 +59,9 @@ def tokens(batch: int = 2, length: int = 19) -> torch.Tensor:
 
 def inputs(name: str, padded: bool) -> dict:
     """Arguments of a forward without a cache; ``padded``: with an attention_mask whose first row has left padding."""
-    if name == "vit":
-        return {"pixel_values": torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(2))}
+    if name in IMAGES:
+        size = IMAGES[name]
+        return {"pixel_values": torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(2))}
     given: dict = {"input_ids": tokens()}
     if name not in ENCODERS:
         given["use_cache"] = False

@@ -60,3 +60,22 @@ def test_scores_are_read():
         bloom = effattn.explain(build("bloom", "eager"), **inputs("bloom", False))
     assert all("50*tanh(" in site.score for site in gemma.sites)
     assert all("k*slopes[h]" in site.score for site in bloom.sites)
+
+
+@pytest.mark.parametrize("name", ["t5", "beit", "swinv2", "bert", "gemma2", "bloom"])
+def test_gradients_of_all_parameters(name):
+    """Tables of relative positions and a learned temperature among them; padding hides all keys of some queries."""
+    model, given = build(name, "eager"), inputs(name, padded=True)
+    grads = []
+    torch._dynamo.reset()
+    for run in (model, torch.compile(model, backend="effattn", options={"rest": "eager", "strict": True})):
+        model.zero_grad()
+        out = run(**given)[0]
+        (out * torch.linspace(-1, 1, out.numel()).view_as(out)).sum().backward()
+        grads.append({name: parameter.grad for name, parameter in model.named_parameters()})
+    report = effattn.explain(model, options={"strict": True}, **given)
+    assert all(site.replaced and site.stage == "train" for site in report.sites)
+    assert len(report.sites) == (6 if name == "t5" else 2)
+    for parameter, wanted in grads[0].items():
+        if wanted is not None:
+            assert_close(grads[1][parameter], wanted, 1e-4, msg=lambda text, name=parameter: f"{name}: {text}")
