@@ -69,37 +69,44 @@ LIST_SIZES = (
 )
 
 
-def why_not(spec: KernelSpec) -> Refusal | None:
-    """Why there is no Gluon kernel for a specialisation; None if there is one."""
-    if spec.kind not in ("prefill", "listed"):
-        return Refusal(Why.EXPRESSION, f"there is no Gluon kernel of kind {spec.kind}")
+def why_not_tensors(spec: KernelSpec, widest: int) -> Refusal | None:
+    """Why tiles of a specialisation are not copied and multiplied by warpgroups; None if they are."""
     if spec.dtype not in ("bfloat16", "float16"):
         return Refusal(Why.DTYPE, f"warpgroups multiply 16-bit tensors, not {spec.dtype}")
-    if spec.head_dim % 8 or spec.value_dim % 8 or max(spec.block_d, spec.block_dv) > WIDEST:
-        return Refusal(Why.HEAD_DIM, f"tiles are copied for head dimensions up to {WIDEST} that 8 divides")
+    if spec.head_dim % 8 or spec.value_dim % 8 or max(spec.block_d, spec.block_dv) > widest:
+        return Refusal(Why.HEAD_DIM, f"tiles are copied for head dimensions up to {widest} that 8 divides")
     if spec.wide:
         return Refusal(Why.EXPRESSION, "lengths or scalars need 64 bits")
+    return None
+
+
+def why_not(spec: KernelSpec) -> Refusal | None:
+    """Why there is no Gluon kernel for a forward; None if there is one."""
+    if (refusal := why_not_tensors(spec, WIDEST)) is not None:
+        return refusal
     if spec.kind == "listed":
         tiles = spec.tiles
-        if spec.list_block % (64 * tiles.consumers) or spec.list_unit % tiles.block_n:
+        if spec.list_block % tiles.block_m or spec.list_unit % tiles.block_n:
             return Refusal(Why.EXPRESSION, "the blocks of the list are smaller than tiles")
         return None
     ranges = tile_ranges(spec.attention.rule)
-    if ranges.residual != sympy.true or ranges.powers is not None:
+    if spec.kind != "prefill" or ranges.residual != sympy.true or ranges.powers is not None:
         return Refusal(Why.EXPRESSION, "the tiles to visit need a list")
     return None
 
 
+def tile_param(spec: KernelSpec, name: str, rows: int, width: int) -> Param:
+    """A descriptor of tiles of ``rows`` x ``width``."""
+    layout = f"NVMMASharedLayout(swizzle_byte_width={swizzle(width)}, {LAYOUT})"
+    return Param(name, f"tensordesc<{DTYPES[spec.dtype]}[1, 1, {rows}, {width}],{layout}>", False)
+
+
 def parameters(spec: KernelSpec) -> list[Param]:
     """The parameters of ``forward``, in order."""
-    element, tiles = DTYPES[spec.dtype], spec.tiles
-
-    def tensor(name: str, rows: int, width: int) -> Param:
-        layout = f"NVMMASharedLayout(swizzle_byte_width={swizzle(width)}, {LAYOUT})"
-        return Param(name, f"tensordesc<{element}[1, 1, {rows}, {width}],{layout}>", False)
-
-    found = [tensor("query", 64, spec.block_d), tensor("key", tiles.block_n, spec.block_d)]
-    found += [tensor("value", tiles.block_n, spec.block_dv), tensor("out", 64, spec.block_dv), Param("lse", "*fp32")]
+    tiles = spec.tiles
+    found = [tile_param(spec, "query", 64, spec.block_d), tile_param(spec, "key", tiles.block_n, spec.block_d)]
+    found += [tile_param(spec, "value", tiles.block_n, spec.block_dv), tile_param(spec, "out", 64, spec.block_dv)]
+    found.append(Param("lse", "*fp32"))
     if spec.kind == "listed":
         found += [Param(name, "*i32") for name in ("kv_indices", "kv_num_blocks", "partial_blocks")]
         found += [Param(name, "i32", False) for name in LIST_SIZES]
@@ -148,7 +155,7 @@ class HopperForward:
 
     def context(self) -> dict[str, Any]:
         spec, tiles = self.spec, self.spec.tiles
-        place = self.listed() if spec.kind == "listed" else self.by_formula()
+        place = self.listed(spec.list_block, spec.list_unit) if spec.kind == "listed" else self.by_formula()
         partial = self.scores(self.attention.rule, partial=True)
         full = self.scores(self.everywhere(), partial=False)
         start, consumers, producer = REGISTERS[tiles.consumers]
@@ -193,14 +200,15 @@ class HopperForward:
         lines = [*found.lines, *before, f"visited = {count}", f"partial_visited = {partial}"]
         return Place([in_gluon(line) for line in lines], [in_gluon(line) for line in steps])
 
-    def listed(self) -> Place:
-        ratio = self.spec.list_unit // self.spec.tiles.block_n
+    def listed(self, block: int, unit: int) -> Place:
+        """Tiles from the list of each ``block`` queries, whose units have ``unit`` keys."""
+        ratio = unit // self.spec.tiles.block_n
         place = "i" if ratio == 1 else f"i // {ratio}"
         more = "" if ratio == 1 else f" * {ratio} + i % {ratio}"
         times = "" if ratio == 1 else f" * {ratio}"
         return Place(
             [
-                f"row_block = tile_row // {self.spec.list_block}",
+                f"row_block = tile_row // {block}",
                 "item = (batch * list_batch + head // list_heads).to(gl.int64) * row_blocks + row_block",
                 "listed = kv_indices + item * width",
                 "item = (batch * count_batch + head // count_heads).to(gl.int64) * row_blocks + row_block",

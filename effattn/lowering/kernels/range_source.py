@@ -188,11 +188,11 @@ class _Builder:
         self.partial.append(Part(f"{name}_right", f"{name}_full_end", end))
 
 
-def rows_of(ranges: TileRanges, text: Text, allowed: bool = False) -> Ranges:
+def rows_of(ranges: TileRanges, text: Text, allowed: bool = False, tile: str = "BLOCK_N") -> Ranges:
     """The transpose: tiles of queries that visit a tile of keys ``first_key`` to ``last_key``.
 
     Bounds never decrease in q, so the queries are consecutive, and bisection finds both ends. Tile ranges with a block
-    list have no such ends. ``allowed``: see :func:`visits`.
+    list have no such ends. ``allowed``: see :func:`visits`; ``tile``: the name of the number of queries of a tile.
     """
     conditions = {
         "rows_first": ("first_key", ranges.upper, ranges.near_upper, "all"),
@@ -218,10 +218,10 @@ def rows_of(ranges: TileRanges, text: Text, allowed: bool = False) -> Ranges:
                 found.append(f"({outside} & ({' | '.join(close) or 'True'}))")
         lines += _bisection(name, (" & " if join == "all" else " | ").join(found), "0" if join == "all" else "q_len")
     lines += [
-        "row_tile_first = rows_first // BLOCK_N",
-        "row_tile_end = tl.maximum(tl.cdiv(rows_end, BLOCK_N), row_tile_first)",
-        f"whole_tile = {_clamp('tl.cdiv(whole_first, BLOCK_N)', 'row_tile_first', 'row_tile_end')}",
-        f"whole_tile_end = {_clamp('whole_end // BLOCK_N', 'whole_tile', 'row_tile_end')}",
+        f"row_tile_first = rows_first // {tile}",
+        f"row_tile_end = tl.maximum(tl.cdiv(rows_end, {tile}), row_tile_first)",
+        f"whole_tile = {_clamp(f'tl.cdiv(whole_first, {tile})', 'row_tile_first', 'row_tile_end')}",
+        f"whole_tile_end = {_clamp(f'whole_end // {tile}', 'whole_tile', 'row_tile_end')}",
     ]
     if allowed:
         lines.insert(-2, "some_allowed = (first_key < allowed_end) & (last_key >= allowed_first)")
