@@ -84,8 +84,15 @@ def hopper() -> dict[str, KernelSpec]:
     return found | {"causal fp16": on_hopper("causal", 128, dtype="float16")}
 
 
+def hopper_backward() -> dict[str, KernelSpec]:
+    found = {
+        f"{name} D {dim}": on_hopper(name, dim, kind="backward") for name in ("causal", "soft_cap") for dim in (64, 128)
+    }
+    return found | {"documents": replace(on_hopper("documents", 128, kind="backward"), list_block=128, list_unit=128)}
+
+
 def on_hopper(name: str, dim: int, value_dim: int | None = None, kind="prefill", dtype="bfloat16") -> KernelSpec:
-    tiles = configs.on_hopper(kind, dim, value_dim or dim)
+    tiles = configs.on_hopper(kind, dim, value_dim or dim, name == "causal")
     one = spec(name, "sm90", kind, dtype, dim, value_dim, tiles=tiles)
     return replace(over_map(one) if kind == "listed" else one, precise=False)
 
@@ -136,6 +143,11 @@ def compiled() -> dict[str, tuple[KernelSpec | ScoreSpec | MapSpec | int, str, s
         made["decode fp32"] = spec("cache_by_pointer", arch, "decode", dtype="float32")
         if arch == "sm90":
             made |= {f"hopper {name}": one for name, one in hopper().items()}
+            found |= {
+                f"hopper {name} {kernel} sm90": (one, arch, kernel)
+                for name, one in hopper_backward().items()
+                for kernel in ("grad_query", "grad_key_value")
+            }
             made["descriptors"] = spec("left_padding", arch, tiles=Tiles(128, 64, 8, 4, descriptors=True))
         found |= {f"{name} {arch}": (one, arch, "forward") for name, one in made.items()}
         found[f"left_padding find_allowed {arch}"] = (made["left_padding decode"], arch, "find_allowed")

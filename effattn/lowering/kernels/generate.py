@@ -10,6 +10,7 @@ from effattn.ir import expr
 from effattn.lowering.iteration.tile_ranges import tile_ranges
 from effattn.lowering.kernels.backward import BackwardGenerator
 from effattn.lowering.kernels.hopper import HopperForward
+from effattn.lowering.kernels.hopper_backward import HopperBackward
 from effattn.lowering.kernels.listed import ListedGenerator
 from effattn.lowering.kernels.source import Generator
 from effattn.lowering.kernels.spec import DTYPES, KernelSpec, Kind
@@ -22,13 +23,21 @@ GENERATORS: dict[Kind, type[Generator]] = {
 }
 
 
+ON_HOPPER: dict[Kind, type[HopperForward]] = {
+    "prefill": HopperForward,
+    "listed": HopperForward,
+    "backward": HopperBackward,
+}
+
+
 def generate(spec: KernelSpec) -> str:
     """The source of a Python module with the kernel of ``spec`` and its ``launch``.
 
     Raises:
         UnknownOperation: kernels cannot compute an operation of the score or predicate.
     """
-    return (HopperForward if spec.tiles.consumers else GENERATORS[spec.kind])(spec).source()
+    table = ON_HOPPER if spec.tiles.consumers else GENERATORS
+    return table[spec.kind](spec).source()
 
 
 def file_name(spec: KernelSpec, source: str) -> str:

@@ -1,7 +1,7 @@
 """Source of the backward for Hopper, in Gluon: two kernels, deterministic, without atomics.
 
-One owns queries and lets keys pass by; the other owns keys and lets the queries of all heads of the group pass by. Of seven
-products instead of five, none waits for memory.
+One owns queries and lets keys pass by; the other owns keys and lets the queries of all heads of the group pass by.
+Seven products are computed instead of five, and none of them waits for memory.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from effattn.lowering.kernels.hopper import LIST_SIZES, LOG2_E, POSITION, Hopper
 from effattn.lowering.kernels.parameters import Param, data_parameters, data_sizes, sizes_tested
 from effattn.lowering.kernels.range_source import rows_of
 from effattn.lowering.kernels.rendering import helpers_for, template_named, tidy
-from effattn.lowering.kernels.scale import affine_slope, loses_totals
+from effattn.lowering.kernels.score_facts import affine_slope, loses_totals
 from effattn.lowering.kernels.spec import KernelSpec
 
 WIDEST = 128  # head_dim; two accumulators of 64 keys each must fit in a warpgroup's registers
@@ -52,12 +52,14 @@ def why_not(spec: KernelSpec) -> Refusal | None:
     if (refusal := hopper.why_not_tensors(spec, WIDEST)) is not None:
         return refusal
     attention = spec.attention
+    if spec.wanted:
+        return Refusal(Why.GRADIENT, "captured tensors that require a gradient are summed by the Triton dialect")
     if loses_totals(attention.score):
         return Refusal(Why.GRADIENT, "the LSE may be too large to hold how many keys share it")
-    if spec.list_block:
-        return None
+    if spec.groups > 1 and sympy.sympify(attention.rule).has(expr.h):
+        return Refusal(Why.GRADIENT, "heads that share a key see different queries")
     ranges = tile_ranges(attention.rule)
-    if ranges.residual != sympy.true or ranges.powers is not None:
+    if not spec.list_block and (ranges.residual != sympy.true or ranges.powers is not None):
         return Refusal(Why.EXPRESSION, "the tiles to visit need a list")
     return None
 
@@ -114,7 +116,7 @@ class HopperBackward(HopperForward):
 
     def context(self) -> dict[str, Any]:
         spec, tiles = self.spec, self.spec.tiles
-        place = self.listed(OWNED, tiles.block_n) if self.is_listed else self.by_formula()
+        place = self.listed(OWNED, spec.list_unit) if self.is_listed else self.by_formula()
         row_sweeps = {name: self.rows(name == "partial") for name in ("partial", "full")}
         keys_before, ranges_before = Lines(), Lines()
         key_sweeps = {name: self.keys(name == "partial", keys_before) for name in ("partial", "full")}

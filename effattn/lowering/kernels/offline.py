@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from effattn.lowering.dialects.triton.module import module_from
-from effattn.lowering.kernels import hopper, linear_source
+from effattn.lowering.kernels import hopper, hopper_backward, linear_source
 from effattn.lowering.kernels.generate import file_name, generate
 from effattn.lowering.kernels.linear_spec import LinearSpec
 from effattn.lowering.kernels.parameters import Param, kernel_constants, parameters
@@ -84,21 +84,22 @@ def compiled_for(spec: KernelSpec | ScoreSpec | LinearSpec | MapSpec | int, arch
         return _compiled(score.generate(spec), "score.py", arch, kernel, params, constants, schedule, last)
     source = generate(spec)
     if spec.tiles.consumers:
-        return _compiled_gluon(spec, source, arch, last)
+        return _compiled_gluon(spec, source, arch, kernel, last)
     found: dict[str, Any] = {} if kernel == "find_allowed" else dict(kernel_constants(spec))
     schedule = (spec.tiles.warps, spec.tiles.stages)
     return _compiled(source, file_name(spec, source), arch, kernel, parameters(spec, kernel), found, schedule, last)
 
 
-def _compiled_gluon(spec: KernelSpec, source: str, arch: str, ones: Sequence[str]) -> Any:
+def _compiled_gluon(spec: KernelSpec, source: str, arch: str, kernel: str, ones: Sequence[str]) -> Any:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.experimental.gluon._runtime import GluonASTSource
 
     backend, architecture, lanes, _ = TARGETS[arch]
     module = module_from(source, Path(file_name(spec, source)))
-    signature = {param.name: param.type for param in hopper.parameters(spec)} | dict.fromkeys(ones, "constexpr")
-    ast = GluonASTSource(module.forward, signature, dict.fromkeys(ones, 1))
+    params = hopper_backward.parameters(spec, kernel) if spec.kind == "backward" else hopper.parameters(spec)
+    signature = {param.name: param.type for param in params} | dict.fromkeys(ones, "constexpr")
+    ast = GluonASTSource(getattr(module, kernel), signature, dict.fromkeys(ones, 1))
     return triton.compile(ast, target=GPUTarget(backend, architecture, lanes), options=module.OPTIONS)
 
 

@@ -52,14 +52,19 @@ SPARSE: dict[tuple[str, int, str, int], Tiles] = {
 # The Gluon dialect. H200, bf16, heads 32/8, 33,024 tokens, time over that of cuDNN's causal kernel: causal, D 128 0.89,
 # D 256 0.93, D 64 0.94 with three consumers, 1.04 with two. Power, D 64, over FlexAttention: 0.77 with two, 0.91 with
 # three.
-# (largest padded head_dim, formula or list) -> tiles
-HOPPER: tuple[tuple[int, Kind, Tiles], ...] = (
-    (64, "prefill", Tiles(192, 128, 4, 2, consumers=3)),
-    (64, "listed", Tiles(128, 128, 4, 2, consumers=2)),
-    (128, "prefill", Tiles(128, 128, 4, 2, consumers=2)),
-    (128, "listed", Tiles(128, 128, 4, 2, consumers=2)),
-    (256, "prefill", Tiles(128, 64, 4, 2, consumers=2)),
-    (256, "listed", Tiles(128, 64, 4, 2, consumers=2)),
+# Backward, over cuDNN's causal one, 32,768 tokens: causal, D 128 1.04, with tiles of 128 keys 1.11; D 64 0.93 with
+# tiles of 128 keys and 128 queries, 1.05 with 64 and 64; soft-cap there 2.45 and 1.44, since the large tiles spill.
+# (largest padded head_dim, kind, only scores that are a multiple of the raw one) -> tiles
+HOPPER: tuple[tuple[int, Kind, bool, Tiles], ...] = (
+    (64, "prefill", False, Tiles(192, 128, 4, 2, consumers=3)),
+    (64, "listed", False, Tiles(128, 128, 4, 2, consumers=2)),
+    (64, "backward", True, Tiles(128, 128, 4, 2, consumers=2, block_q=128, partial_stages=2)),
+    (64, "backward", False, Tiles(128, 64, 4, 4, consumers=2, block_q=64, partial_stages=3)),
+    (128, "prefill", False, Tiles(128, 128, 4, 2, consumers=2)),
+    (128, "listed", False, Tiles(128, 128, 4, 2, consumers=2)),
+    (128, "backward", False, Tiles(128, 64, 4, 4, consumers=2, block_q=64, partial_stages=3)),
+    (256, "prefill", False, Tiles(128, 64, 4, 2, consumers=2)),
+    (256, "listed", False, Tiles(128, 64, 4, 2, consumers=2)),
 )
 DECODE: dict[tuple[str, int], tuple[tuple[int, Tiles], ...]] = {
     ("sm90", 16): ((128, Tiles(16, 64, 4, 3)), (256, Tiles(16, 64, 4, 2)), (512, Tiles(16, 32, 8, 2))),
@@ -87,10 +92,11 @@ TABLES = {"prefill": PREFILL, "listed": PREFILL, "decode": DECODE, "backward": B
 RELATIVES = {"sm86": "sm80", "sm89": "sm80", "sm120": "sm80", "sm103": "sm100"}
 
 
-def on_hopper(kind: Kind, head_dim: int, value_dim: int) -> Tiles | None:
-    """The tiles of a Gluon kernel; None if there is none of this kind and width."""
+def on_hopper(kind: Kind, head_dim: int, value_dim: int, multiple: bool) -> Tiles | None:
+    """The tiles of a Gluon kernel; None if there is none. ``multiple``: the score is a multiple of the raw one."""
     width = padded(max(head_dim, value_dim))
-    return next((tiles for limit, which, tiles in HOPPER if width <= limit and which == kind), None)
+    rows = (row for row in HOPPER if width <= row[0] and row[1] == kind and multiple >= row[2])
+    return next((tiles for *_, tiles in rows), None)
 
 
 def choose(kind: Kind, plan: Plan, arch: str, bits: int, head_dim: int, value_dim: int, rows: int = 0) -> Tiles:

@@ -14,6 +14,15 @@ from specs import ARCHS
 
 # Bytes that a thread keeps in memory where no tile size avoids it without costing more elsewhere, in each release of
 # Triton, which brings its own assembler. A release that is not listed is held to the last one that is.
+HOPPER = {  # every release: masks and scores read so much at once, and smaller tiles cost more than they save
+    "hopper alibi D 64 sm90": 24,
+    "hopper bias listed sm90": 120,
+    "hopper documents listed sm90": 8,
+    "hopper causal D 64 grad_key_value sm90": 8,
+    "hopper causal D 128 grad_key_value sm90": 8,
+    "hopper soft_cap D 128 grad_key_value sm90": 96,
+    "hopper documents grad_key_value sm90": 96,
+}
 SPILLS = {
     "3.6": {
         "bias prefill sm80": 32,
@@ -25,9 +34,6 @@ SPILLS = {
         "Hedgehog outputs sm100": 8,
     },
     "3.7": {
-        "hopper bias listed sm90": 112,
-        "hopper alibi D 64 sm90": 8,
-        "hopper documents listed sm90": 8,
         "causal D 256 sm90": 32,
         "lightning outputs sm90": 32,
         "F 60 outputs sm90": 16,
@@ -54,7 +60,7 @@ def used(arch: str) -> dict[str, list[int]]:
 @pytest.mark.parametrize("arch", ARCHS)
 def test_kernels_fit(arch):
     release = ".".join(triton.__version__.split(".")[:2])
-    allowed = SPILLS.get(release) or list(SPILLS.values())[-1]
+    allowed = HOPPER | (SPILLS.get(release) or list(SPILLS.values())[-1])
     found = used(arch)
     assert len(found) > 30
     assert all(registers > 10 for registers, *_ in found.values())

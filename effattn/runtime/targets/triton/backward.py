@@ -7,17 +7,30 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from effattn import settings
 from effattn.ir.plan import Plan
 from effattn.lowering.kernels.score_facts import CapturedTerm, captured_terms
 from effattn.lowering.kernels.spec import Tiles
 from effattn.runtime import kernels
-from effattn.runtime.launching import Known, LaunchCache, far, narrow, on_device, tensor_key, tf32, too_narrow, width
+from effattn.runtime.launching import (
+    Known,
+    LaunchCache,
+    architecture,
+    far,
+    narrow,
+    on_device,
+    tensor_key,
+    tf32,
+    too_narrow,
+    width,
+)
+from effattn.runtime.selection.triton_block_map import block_map
 from effattn.runtime.targets.empty_rows import add_empty_rows
 from effattn.runtime.targets.memory_order import allocate
 from effattn.runtime.targets.target import Gradients
 from effattn.runtime.targets.triton.captured import buffers, gradients, inverse_unit, wanted_gradients
 from effattn.runtime.targets.triton.limits import UnsupportedCall, why_no_backward
-from effattn.runtime.targets.triton.specialise import spec_of
+from effattn.runtime.targets.triton.specialise import fits_gluon, in_gluon, spec_of
 
 
 @dataclass(frozen=True)
@@ -25,10 +38,17 @@ class _Call:
     given: Plan  # see the forward's _Call
     launch: Callable[..., Known]
     terms: tuple[CapturedTerm, ...] = ()
+    blocks: int = 0  # queries and keys of a block of the block map that it visits; 0: it needs none
     known: Known | None = None
 
 
 CALLS = LaunchCache()
+
+
+def both_ways(call: _Call, shape, captures, scalars, numbers, device: torch.device):
+    """The block map of a call, for blocks of queries and for blocks of keys."""
+    given = (call.given.spec, shape, captures, scalars, numbers, call.blocks, call.blocks, device)
+    return tuple(block_map(*given, transposed).tensors() for transposed in (False, True))
 
 
 def run_backward(
@@ -88,12 +108,16 @@ def run_backward(
         spec = spec_of(plan, query.dtype, query.shape[2], groups, *widths, query.device, "backward", config)
         spec = replace(spec, wide=far(*query.shape[:3], *key.shape[:3], *scalars))
         spec = replace(spec, wanted=wanted_gradients(plan.spec, wanted, captures, shape))
-        return _Call(plan, kernels.load(spec).module.launch, captured_terms(spec))
+        fast = in_gluon(spec, architecture(query.device), settings.current().precise) if config is None else None
+        if fast is not None and fits_gluon((*inputs[:3], inputs[5], *grads)):
+            spec = fast
+        return _Call(plan, kernels.load(spec).module.launch, captured_terms(spec), blocks=spec.list_block)
 
     def started(call: _Call) -> tuple[list[torch.Tensor], Known]:
         if not call.terms:
             with on_device(query.device):
-                known = call.launch(*inputs, grad_lse, grads, captures, scalars, given, call.known)
+                lists = both_ways(call, shape, captures, scalars, given, query.device) if call.blocks else ()
+                known = call.launch(*inputs, grad_lse, grads, captures, scalars, given, *lists, call.known)
             return gradients(plan.spec, (), (), None, wanted, (captures, scalars, given), shape), known
         names = (load.name for load in plan.spec.captures)
         filled = buffers(call.terms, dict(zip(names, captures, strict=True)), shape)

@@ -11,7 +11,8 @@ import torch
 from effattn.ir import expr
 from effattn.ir.plan import Plan
 from effattn.lowering.iteration.tile_ranges import by_formula, tile_ranges
-from effattn.lowering.kernels import hopper
+from effattn.lowering.kernels import hopper, hopper_backward
+from effattn.lowering.kernels.score_facts import linear_scale
 from effattn.lowering.kernels.spec import DECODE_QUERIES, DECODE_ROWS, KernelSpec, Kind, Tiles, padded
 from effattn.lowering.schedules import attention as configs
 from effattn.runtime.launching import architecture, tf32
@@ -100,12 +101,16 @@ def in_gluon(spec: KernelSpec, arch: str, precise: bool) -> KernelSpec | None:
     """
     if arch != "sm90":
         return None
+    multiple = linear_scale(spec.attention.score, spec) is not None
     kinds: tuple[Kind, ...] = ("prefill", "listed") if spec.kind == "prefill" else (spec.kind,)
     for kind in kinds:
-        tiles = configs.on_hopper(kind, spec.head_dim, spec.value_dim)
+        tiles = configs.on_hopper(kind, spec.head_dim, spec.value_dim, multiple)
         if tiles is None:
             continue
         found = replace(spec, tiles=tiles, precise=precise)
+        if kind == "backward":
+            mapped = replace(found, list_block=hopper_backward.OWNED, list_unit=hopper_backward.OWNED)
+            return next((one for one in (found, mapped) if hopper_backward.why_not(one) is None), None)
         if kind == "listed" and not spec.tests_data:
             found = over_map(found)
         if hopper.why_not(found) is None:
