@@ -13,7 +13,7 @@ from typing import Any
 import sympy
 
 from effattn.ir import expr
-from effattn.ir.derivative import derivative
+from effattn.ir.derivative import affine_slope, derivative
 from effattn.ir.fold import fold
 from effattn.ir.refusal import Refusal, Why
 from effattn.ir.text import text
@@ -25,7 +25,7 @@ from effattn.lowering.kernels.hopper import LIST_SIZES, LOG2_E, POSITION, Hopper
 from effattn.lowering.kernels.parameters import Param, data_parameters, data_sizes, sizes_tested
 from effattn.lowering.kernels.range_source import rows_of
 from effattn.lowering.kernels.rendering import helpers_for, template_named, tidy
-from effattn.lowering.kernels.score_facts import affine_slope, loses_totals
+from effattn.lowering.kernels.score_facts import loses_totals
 from effattn.lowering.kernels.spec import KernelSpec
 
 WIDEST = 128  # head_dim; two accumulators of 64 keys each must fit in a warpgroup's registers
