@@ -63,9 +63,10 @@ class AttentionSpec:
     @cached_property
     def complete(self) -> AttentionSpec:
         """The record with ``FIRST_KEY`` as its last capture if ``keep`` reads it. Callers do not pass that tensor."""
-        if any(load.name == expr.FIRST_KEY for load in self.captures) or not self.keep.has(expr.first_key):
+        read = [load for load in expr.loads_of(self.keep) if load.name == expr.FIRST_KEY]
+        if any(load.name == expr.FIRST_KEY for load in self.captures) or not read:
             return self
-        return replace(self, captures=(*self.captures, CaptureSpec(expr.FIRST_KEY, "int32", 1)))
+        return replace(self, captures=(*self.captures, CaptureSpec(expr.FIRST_KEY, "int32", len(read[0].indices))))
 
     @cached_property
     def given(self) -> AttentionSpec:

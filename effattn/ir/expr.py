@@ -56,9 +56,11 @@ def load(name: str, indices, *, integer: bool) -> Load:
     return (IntLoad if integer else Load)(sympy.Symbol(name), *indices)
 
 
-# Computed by the op, not passed: the first key that the mask allows in batch b, or Nk if its keys are not consecutive.
+# Computed by the op, not passed: the first key that conditions on data allow, to all queries of a batch or to one; or
+# Nk if the keys that they allow are not consecutive.
 FIRST_KEY = "first_allowed_key"
 first_key = load(FIRST_KEY, (b,), integer=True)
+first_key_of_query = load(FIRST_KEY, (b, q), integer=True)
 
 
 class FloorDiv(sympy.Function):

@@ -74,7 +74,7 @@ class Why(StrEnum):
     # what a form asks of a site
     CAUSAL = "causal"
     DATA_MASK = "no data mask"
-    DATA_BESIDE_PADDING = "no data mask but padding"
+    DATA_BY_HEAD = "the same data for all heads"
     SINKS_ON_PADDING = "sinks on padding"
     ONLY_CAUSAL = "only causal"
     PLAIN_SCORE = "plain score"

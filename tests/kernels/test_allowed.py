@@ -82,7 +82,7 @@ def of_form(form: str, pattern: str, position=q) -> Call:
     spec = replace(call.plan.spec, predicate=sympy.And(k <= position, PADDING), keep=keep)
     plan = replace(call.plan, spec=spec).at(KEYS)
     assert plan.spec.keep.has(first_key)
-    return Call(plan, with_first_keys(plan, tensors(SIZES)[1], call.captures, [], []))
+    return Call(plan, with_first_keys(plan, *tensors(SIZES)[:2], call.captures, [], []))
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -64,7 +64,8 @@ def allowed_rows(captured: Captured, plan: Plan, chunks: Sequence[Rows]) -> Iter
 def rule_rows(captured: Captured, plan: Plan, chunks: Sequence[Rows]) -> Iterator[Tensor]:
     """Masks of a plan whose kept keys are an expression: ``plan.spec.rule``, evaluated per chunk."""
     keys = captured.shape[3]
-    given = with_first_keys(plan, captured.key, captured.captures, captured.scalars, captured.numbers)
+    tensors = (captured.query, captured.key)
+    given = with_first_keys(plan, *tensors, captured.captures, captured.scalars, captured.numbers)
     symbols, captures = bindings(plan.spec, given, captured.scalars, captured.numbers)
     device = captured.query.device
     for start, stop in chunks:

@@ -10,11 +10,12 @@ import sympy
 from pydantic import BaseModel, ConfigDict
 
 from effattn.ir import expr
+from effattn.ir.expr import k
 from effattn.ir.refusal import Refusal, Why
 from effattn.ir.selector import Selector
 from effattn.ir.site import Layout, Site
 from effattn.lowering.cost import Cost, Work, pairs
-from effattn.lowering.iteration.tile_ranges import key_conditions, tile_ranges
+from effattn.lowering.iteration.tile_ranges import key_conditions, text_conditions, tile_ranges
 
 Kind = Literal["exact", "approximate", "trained"]
 
@@ -96,9 +97,23 @@ class Form:
 
 
 def first_key(site: Site) -> Any:
-    """The first key of a query's text, for forms with the rule FROM_THE_FIRST_KEY."""
-    padding, _ = key_conditions(tile_ranges(site.spec.predicate).residual)
+    """The first key of a query's text, for forms with the rule FROM_THE_FIRST_KEY: after padding, of its document."""
+    padding, others = key_conditions(_data(site))
+    if others != sympy.true:
+        return expr.first_key_of_query
     return sympy.Integer(0) if padding == sympy.true else expr.first_key
+
+
+def is_sink(sinks: int, site: Site) -> Any:
+    """Whether a key is one of the first of a query's text. All keys are where these are not consecutive."""
+    first = first_key(site)
+    return k < first + sinks if sinks or first != 0 else sympy.false
+
+
+def _data(site: Site) -> Any:
+    """The conditions on data that say where texts begin and end. The causal one may read the length of a cache."""
+    causal = () if site.position is None else (expr.k <= site.position, expr.k < site.position + 1)
+    return sympy.And(*[part for part in expr.conjuncts(text_conditions(site.spec.predicate)) if part not in causal])
 
 
 def is_causal(site: Site, _params: Params) -> bool:
@@ -109,26 +124,18 @@ def no_data_mask(site: Site, _params: Params) -> bool:
     return tile_ranges(site.spec.predicate).residual == sympy.true
 
 
-def _beside_lists(residual: Any) -> Any:
-    """Conditions on data, without block lists passed by the caller. Lists can only hide whole blocks, and none of a
-    mask from create_block_mask, so distances are not counted from them."""
-    parts = expr.conjuncts(residual)
-    lists = [part for part in parts if isinstance(part, sympy.Ne) and isinstance(part.lhs, expr.Load)]
-    return sympy.And(*[part for part in parts if part not in lists or not expr.is_of_blocks(part.lhs)])
-
-
-def padding_at_most(site: Site, _params: Params) -> bool:
-    """Whether the only data in the mask depend on batch and key."""
-    alone, others = key_conditions(_beside_lists(tile_ranges(site.spec.predicate).residual))
+def same_data_for_heads(site: Site, _params: Params) -> bool:
+    """Whether a query's first key is the same for all heads."""
+    data = _data(site)
     named = any(spec.name == expr.FIRST_KEY for spec in site.spec.captures)
-    return others == sympy.true and not (alone != sympy.true and named)
+    return expr.h not in expr.free_symbols(data) and not (data != sympy.true and named)
 
 
 def has_sinks(site: Site, params: Any) -> bool:
-    """Whether every query that sees a key keeps one: with padding, its own key may be masked."""
-    keys = tile_ranges(site.spec.predicate)
-    out_of_reach = bool(keys.lower) and site.spec.empty_rows == "nan"  # sinks beyond the model's own window
-    return _beside_lists(keys.residual) == sympy.true or (params.sinks > 0 and not out_of_reach)
+    """Whether no query that sees a key gives NaN: with padding, its own key may be masked."""
+    out_of_reach = bool(tile_ranges(site.spec.predicate).lower)  # sinks beyond the model's own window
+    kept = params.sinks > 0 and not out_of_reach
+    return _data(site) == sympy.true or kept or site.spec.empty_rows != "nan"
 
 
 def no_gradient(site: Site, _params: Params) -> bool:
@@ -172,15 +179,16 @@ FROM_THE_START = Rule(
     "leave attention_mask out where nothing is padded, or keep such sites exact",
 )
 FROM_THE_FIRST_KEY = Rule(
-    Why.DATA_BESIDE_PADDING,
-    padding_at_most,
-    "the mask depends on data other than padding (documents): distances and sinks would be counted from other texts",
+    Why.DATA_BY_HEAD,
+    same_data_for_heads,
+    "the mask depends on data and differs between heads: a query has no first key to count from",
     "keep such sites exact",
 )
 SINKS_ON_PADDING = Rule(
     Why.SINKS_ON_PADDING,
     has_sinks,
-    "the mask depends on data (padding), and without sinks in reach a padded query may be left without any key",
+    "the mask depends on data (padding or documents), and without sinks in reach a padded query may be left without "
+    "any key, which gives NaN here",
     "set sinks to 1 or more, or leave attention_mask out where nothing is padded",
 )
 NO_BACKWARD = Rule(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sympy
 from pydantic import Field, model_validator
 
-from effattn.ir.expr import FloorDiv, IsPowerOfTwo, Nk, k
+from effattn.ir.expr import FloorDiv, IsPowerOfTwo, Nk, k, q
 from effattn.ir.site import Site
 from effattn.lowering.forms.form import (
     CAUSAL,
@@ -15,6 +15,7 @@ from effattn.lowering.forms.form import (
     Form,
     Params,
     first_key,
+    is_sink,
 )
 
 
@@ -35,9 +36,13 @@ class PowerParams(Params):
 
 
 def keep(params: PowerParams, site: Site):
-    distance = FloorDiv(site.position, params.block) - FloorDiv(k, params.block)
-    kept = [distance < params.window // params.block, IsPowerOfTwo(distance)]
-    return sympy.Or(*kept, k < first_key(site) + params.sinks) if params.sinks else sympy.Or(*kept)
+    first = first_key(site)
+    # blocks of a document are counted from its first key; behind padding they stay where tiles are
+    start = first if first.has(q) else sympy.Integer(0)
+    assert site.position is not None  # the rule CAUSAL
+    distance = FloorDiv(site.position - start, params.block) - FloorDiv(k - start, params.block)
+    near = distance < params.window // params.block
+    return sympy.Or(near, IsPowerOfTwo(distance), is_sink(params.sinks, site))
 
 
 def reference(params: PowerParams, q_index, k_index):

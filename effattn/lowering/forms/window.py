@@ -14,7 +14,7 @@ from effattn.lowering.forms.form import (
     SINKS_ON_PADDING,
     Form,
     Params,
-    first_key,
+    is_sink,
 )
 
 
@@ -26,8 +26,7 @@ class WindowParams(Params):
 
 
 def keep(params: WindowParams, site: Site):
-    near = site.position - k < params.window
-    return sympy.Or(near, k < first_key(site) + params.sinks) if params.sinks else near
+    return sympy.Or(site.position - k < params.window, is_sink(params.sinks, site))
 
 
 def reference(params: WindowParams, q_index, k_index):

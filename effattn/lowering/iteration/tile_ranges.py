@@ -104,6 +104,22 @@ def key_conditions(residual) -> tuple:
     return sympy.And(*alone), sympy.And(*others)
 
 
+def text_conditions(predicate):
+    """The conditions on data that say where the text of a query begins and ends.
+
+    Not those that hide a query whole, nor block lists passed by the caller: these can only hide whole blocks, and none
+    of a mask from create_block_mask.
+    """
+    by_formula = expr.conjuncts(tile_ranges(predicate).structural)
+    parts = [
+        part
+        for part in expr.conjuncts(predicate)
+        if part.has(k) and (part not in by_formula or (expr.loads_of(part) and not part.has(q)))
+    ]
+    lists = [part for part in parts if isinstance(part, sympy.Ne) and isinstance(part.lhs, expr.Load)]
+    return sympy.And(*[part for part in parts if part not in lists or not expr.is_of_blocks(part.lhs)])
+
+
 def _choice(disjunction: sympy.Or) -> TileRanges | None:
     """An Or of one band, prefixes and one power-of-two list; None for any other."""
     near_lower = near_upper = prefix = powers = None

@@ -24,6 +24,7 @@ from effattn.passes.graph.contraction import contraction
 from effattn.passes.graph.view import GraphView
 from effattn.passes.masks import split as masks
 from effattn.passes.masks.magnitude import not_overflowing, not_vanishing
+from effattn.passes.masks.packed import by_index
 from effattn.passes.symbolic import CaptureSource
 
 MAX_TERMS = 400  # most operations in score and predicate; larger ones are not masks that people write
@@ -64,7 +65,7 @@ def _score_and_mask(view: GraphView, candidate: Candidate, layout: Layout) -> Me
     except masks.Unclear as unclear:
         raise Refused(Why.SCORE_AND_MASK, str(unclear)) from unclear
     score = with_lengths(found.score, layout)
-    predicate = masks.simplify(with_lengths(found.predicate, layout))
+    predicate = masks.simplify(with_lengths(by_index(found.predicate, candidate.space.reader), layout))
     _check_expressions(score, predicate)
     _check_large_numbers(view, candidate, score)
     lengths = in_lengths(layout)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from effattn.errors import FormRefused, TargetError
+from effattn.ir.expr import FIRST_KEY
 from effattn.ir.plan import Plan
 from effattn.ir.refusal import Refusal, Why
 from effattn.ir.site import Op, Site
@@ -84,9 +85,23 @@ def choose(match: Match, policy: Policy, *, strict: bool, target: str | None) ->
             return Choice(match, name, params, "features", reason, None, tuple(considered), target)
         plan = plan_of(site, name, params, min_length, target)
         since = f" from {min_length:,} keys on" if min_length else ""
-        reason = f"policy {policy.name!r} asks for it{since}"
+        reason = f"policy {policy.name!r} asks for it{since}{_counted_from(plan)}"
         return Choice(match, name, params, "op", reason, plan, tuple(considered))
     return _exact(match, tuple(considered), "; ".join([*_refused(considered), *found.notes]), target)
+
+
+# by the dimensions of the tensor of first keys
+COUNTED = {
+    1: "; distances and sinks are counted from the first key after padding",
+    2: "; distances and sinks are counted from the first key that each query may see",
+}
+
+
+def _counted_from(plan: Plan | None) -> str:
+    """Where a form begins to count, for the report."""
+    spec = None if plan is None else plan.spec.complete
+    found = () if spec is None else [load.ndim for load in spec.captures if load.name == FIRST_KEY]
+    return COUNTED[found[0]] if found else ""
 
 
 def _considered(site: Site, name: str, params: Params, strict: bool, min_length: int = 0) -> Considered:
@@ -144,7 +159,7 @@ def _cheapest(match: Match, policy: Policy, rule: PolicyRule, strict: bool, targ
         more = plan_of(site, name, params, first if plan is not None else 0, target)
         plan = more.dispatched(below=plan)
     form = steps[-1][1]
-    reason = f"policy {policy.name!r} asks for the cheapest: {found.text(steps)}"
+    reason = f"policy {policy.name!r} asks for the cheapest: {found.text(steps)}{_counted_from(plan)}"
     reason = "; ".join([reason, *also, *_refused(considered)])
     return Choice(match, form, rule.params_of(form), "op", reason, plan, tuple(considered))
 

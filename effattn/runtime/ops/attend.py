@@ -26,7 +26,7 @@ from effattn.runtime.launching import LaunchCache, launch_key
 from effattn.runtime.ops.registry import Op, register
 from effattn.runtime.targets import sdpa
 from effattn.runtime.targets.choice import ANYWHERE, TARGETS, named, serving
-from effattn.runtime.targets.first_keys import lacks_first_keys, with_first_keys
+from effattn.runtime.targets.first_keys import empty_first_keys, lacks_first_keys, with_first_keys
 from effattn.runtime.targets.memory_order import allocate, allocate_output
 from effattn.runtime.targets.target import Gradients, PreparingTarget, Target
 
@@ -107,7 +107,7 @@ def _prepare(plan: str, query, key, value, captures, scalars, numbers) -> _Call:
         if dense is not None:
             return _Call(decoded, lacks, dense)
     if lacks:
-        captures = [*captures, key.new_empty(key.shape[0], dtype=torch.int32)]
+        captures = [*captures, empty_first_keys(decoded, query)]
     target = target_of(decoded, query, value)
     if not isinstance(target, PreparingTarget):
         return _Call(decoded, lacks, None, target)
@@ -117,7 +117,7 @@ def _prepare(plan: str, query, key, value, captures, scalars, numbers) -> _Call:
 
 def _start(call: _Call, query, key, value, captures, scalars, numbers) -> tuple[tuple[Tensor, Tensor], Any]:
     if call.lacks_first_keys:
-        captures = with_first_keys(call.plan, key, captures, scalars, numbers)
+        captures = with_first_keys(call.plan, query, key, captures, scalars, numbers)
     if call.preparing is not None:
         return call.preparing.start(call.prepared, query, key, value, captures, scalars, numbers, call.known)
     done = None if call.dense is None else call.dense.run(query, key, value, scalars, numbers)

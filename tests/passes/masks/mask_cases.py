@@ -205,6 +205,20 @@ def documents_of_positions(q, k, v, position_ids):
     return sdpa(q, k, v, ((ids[:, :, None] == ids[:, None, :]) & (j <= i))[:, None])
 
 
+def positions_of_documents(q, k, v, position_ids):
+    """As transformers masks packed text: it compares positions, and a sliding window counts them."""
+    ids = (torch.diff(position_ids, prepend=position_ids[:, :1] - 1, dim=-1) != 1).cumsum(-1)
+    i, j = position_ids[:, None, :, None], position_ids[:, None, None, :]
+    return sdpa(q, k, v, (j <= i) & (j > i - 5) & (ids[:, None, :, None] == ids[:, None, None, :]))
+
+
+def positions_of_other_documents(q, k, v, position_ids):
+    """Documents that begin where positions do not tell: what is compared stays data."""
+    ids = (torch.diff(position_ids, prepend=position_ids[:, :1], dim=-1) < 0).cumsum(-1)
+    i, j = position_ids[:, None, :, None], position_ids[:, None, None, :]
+    return sdpa(q, k, v, (j <= i) & (ids[:, None, :, None] == ids[:, None, None, :]))
+
+
 def documents_of_plain_positions(q, k, v):
     position_ids = torch.arange(q.shape[2])[None]
     ids = (torch.diff(position_ids, prepend=position_ids[:, :1] - 1, dim=-1) != 1).cumsum(-1)
@@ -296,6 +310,13 @@ CASES = [
     Case(padding_added_and_causal, "k <= q & padding[b, k]", (LEFT,), empty_rows="nan"),
     Case(documents, "k <= q & document[b, q] == document[b, k]", (IDS,), score=SDPA),
     Case(documents_of_positions, "k <= q & document[b, q] == document[b, k]", (RESET,), score=SDPA),
+    Case(positions_of_documents, "k <= q & q - k < 5 & document[b, q] == document[b, k]", (RESET,), score=SDPA),
+    Case(
+        positions_of_other_documents,
+        "positions[b, k] <= positions[b, q] & document[b, q] == document[b, k]",
+        (RESET,),
+        score=SDPA,
+    ),
     Case(documents_of_plain_positions, "k <= q", score=SDPA),
     Case(documents_of_cu_seqlens, "k <= q & document[q] == document[k]", (torch.tensor([0, 7, 16]),), score=SDPA),
     Case(documents_by_index, "k <= q & document[b, q] == document[b, k]", (IDS,), score=SDPA),

@@ -10,8 +10,9 @@ from effattn.compiler.capture import capture
 from effattn.compiler.options import Options
 from effattn.compiler.report import collect
 from effattn.evaluate.tasks.site_errors import lower, site_errors
+from effattn.lowering import forms
 from effattn.policy import Policy
-from effattn.runtime.targets.first_keys import first_keys
+from effattn.runtime.targets.first_keys import first_keys, first_keys_of_equals
 
 LENGTH, HEADS, DIM = 70, 2, 16
 FORMS = {
@@ -36,14 +37,23 @@ def square(*args):
     return scaled_dot_product_attention(q, k, v, attn_mask=allowed)
 
 
-def run(form, target, *args):
-    """The output of ``causal`` with a form, as if for inference; fails if it was refused."""
+def packed(q, k, v, ids, mask=None):
+    rows, keys = q.shape[2], k.shape[2]
+    allowed = torch.ones(rows, keys, dtype=torch.bool).tril(keys - rows)
+    allowed = allowed & (ids[:, None, keys - rows :, None] == ids[:, None, None])
+    if mask is not None:
+        allowed = allowed & mask[:, None, None]
+    return scaled_dot_product_attention(q, k, v, attn_mask=allowed)
+
+
+def run(form, target, *args, function=causal):
+    """The output of ``function`` with a form, as if for inference; fails if it was refused."""
     policy = {"rule": [{"forms": [form], "params": {form: FORMS[form]}}]}
     options = {"rest": "eager", "policy": policy, "strict": True, "verify": False}
     torch._dynamo.reset()
     with collect.listening() as heard, torch.no_grad():
         given = options | ({"target": target} if target else {})
-        out = torch.compile(causal, backend="effattn", options=given)(*args)
+        out = torch.compile(function, backend="effattn", options=given)(*args)
     assert [site.form for site in heard.report(Options.read(options)).sites] == [form]
     return out
 
@@ -121,8 +131,135 @@ def test_it_can_be_evaluated(form):
     assert 0 < torch.linalg.vector_norm(out[1, :, 16:] - exact) < torch.linalg.vector_norm(exact)
 
 
+TARGETS = pytest.mark.parametrize("target", [None, "triton"])
+LENGTHS = (23, 1, 34, 12)  # of documents
+
+
+def of_reference(form, q, k, v):
+    """The form's own definition, and SDPA."""
+    rows = torch.arange(q.shape[2])[:, None]
+    kept = forms.FORMS[form].reference(forms.FORMS[form].params(**FORMS[form]), rows, rows.T) & (rows >= rows.T)
+    return scaled_dot_product_attention(q, k, v, attn_mask=kept)
+
+
+def documents(*lengths):
+    return torch.repeat_interleave(torch.arange(len(lengths)) + 3, torch.tensor(lengths))[None]
+
+
+@TARGETS
+@pytest.mark.parametrize("form", FORMS)
+def test_each_document_is_as_on_its_own(form, target):
+    """Its distances, its blocks and its sinks are counted from its first key, in every batch."""
+    q, k, v = tensors(2)
+    ids = torch.cat([documents(*LENGTHS), documents(5, 65)])
+    out = run(form, target, q, k, v, ids, function=packed)
+    for row, lengths in enumerate((LENGTHS, (5, 65))):
+        parts = [x[row : row + 1].split(lengths, dim=2) for x in (q, k, v)]
+        alone = torch.cat([of_reference(form, *part) for part in zip(*parts, strict=True)], dim=2)
+        torch.testing.assert_close(out[row : row + 1], alone, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_documents_of_a_cache(form):
+    """The last queries of the same text."""
+    q, k, v = tensors(1)
+    whole = run(form, None, q, k, v, documents(*LENGTHS), function=packed)
+    for rows in (1, 30):
+        out = run(form, None, q[:, :, -rows:], k, v, documents(*LENGTHS), function=packed)
+        torch.testing.assert_close(out, whole[:, :, -rows:], atol=1e-5, rtol=1e-5)
+
+
+@TARGETS
+@pytest.mark.parametrize("form", FORMS)
+def test_documents_and_padding(form, target):
+    q, k, v = tensors(2)
+    mask, ids = padded([0, 16]), documents(*LENGTHS).expand(2, -1)
+    out = run(form, target, q, k, v, ids, mask, function=packed)
+    plain = run(form, None, q, k, v, documents(*LENGTHS), function=packed)
+    torch.testing.assert_close(out[0], plain[0], atol=1e-5, rtol=1e-5)
+    own = [x[1:, :, 16:] for x in (q, k, v)]
+    shorter = run(form, None, *own, documents(7, 1, 34, 12), function=packed)
+    torch.testing.assert_close(out[1:, :, 16:], shorter, atol=1e-5, rtol=1e-5)
+    assert out.isfinite().all()
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_documents_of_ones_are_no_documents(form):
+    q, k, v = tensors(2)
+    ones = torch.ones(2, LENGTH, dtype=torch.int64)
+    out = run(form, None, q, k, v, ones, ones > 0, function=packed)
+    torch.testing.assert_close(out, run(form, None, q, k, v), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_no_sinks(form, monkeypatch):
+    """Padded queries may keep nothing, which gives 0."""
+    monkeypatch.setitem(FORMS, form, {**FORMS[form], "sinks": 0})
+    q, k, v = tensors(2)
+    out = run(form, None, q, k, v, padded([0, 16], [0, 30]))
+    torch.testing.assert_close(out[0], run(form, None, q, k, v)[0], atol=1e-5, rtol=1e-5)
+    own = [x[1:, :, 16:40] for x in (q, k, v)]
+    torch.testing.assert_close(out[1:, :, 16:40], run(form, None, *own), atol=1e-5, rtol=1e-5)
+    assert out.isfinite().all()
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_documents_in_turns_are_exact(form):
+    q, k, v = tensors(1)
+    turns = (torch.arange(LENGTH) % 3)[None]
+    out, exact = run(form, None, q, k, v, turns, function=packed), packed(q, k, v, turns)
+    torch.testing.assert_close(out, exact, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_mask_for_each_query_and_key(form):
+    """Chunks that begin where a table says: no comparison of two sides, so every pair is looked at."""
+    starts = torch.tensor([0] * 23 + [23] * 24 + [47] * 23)[None]
+
+    def chunked(q, k, v, starts):
+        places = torch.arange(q.shape[2])
+        allowed = (places <= places[:, None]) & (places >= starts[:, None, :, None])
+        return scaled_dot_product_attention(q, k, v, attn_mask=allowed)
+
+    q, k, v = tensors(1)
+    out = run(form, None, q, k, v, starts, function=chunked)
+    wanted = run(form, None, q, k, v, documents(23, 24, 23), function=packed)
+    torch.testing.assert_close(out, wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_first_keys_of_equals():
+    """By sorting as by looking at every pair."""
+    generator = torch.Generator().manual_seed(0)
+    for most in (1, 3, 8):
+        for _ in range(10):
+            of_key = torch.randint(0, most, (3, 17), generator=generator).sort(dim=1).values
+            of_key[2] = torch.randint(0, most, (17,), generator=generator)
+            of_query = torch.randint(-1, most + 1, (3, 29), generator=generator)
+            allowed = torch.rand(3, 17, generator=generator) > 0.2
+            pairs = (of_query[:, :, None] == of_key[:, None]) & allowed[:, None]
+            assert torch.equal(first_keys_of_equals(of_query, of_key, allowed), first_keys(pairs))
+
+
 def test_first_keys():
     rows = ["1111", "0111", "0110", "1011", "0000", "0001", "1100"]
     allowed = torch.tensor([[char == "1" for char in row] for row in rows])
     assert first_keys(allowed).tolist() == [0, 1, 1, 4, 4, 3, 0]
     assert first_keys(allowed).dtype == torch.int32
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_texts_with_lengths(form):
+    """Padding that is told by where it ends, as bounds of keys."""
+    starts, ends = torch.tensor([0, 16]), torch.tensor([70, 60])
+
+    def bounded(q, k, v, starts, ends):
+        places = torch.arange(q.shape[2])
+        live = (places >= starts[:, None, None, None]) & (places < ends[:, None, None, None])
+        return scaled_dot_product_attention(q, k, v, attn_mask=(places <= places[:, None]) & live)
+
+    q, k, v = tensors(2)
+    out, wanted = (
+        run(form, None, q, k, v, starts, ends, function=bounded),
+        run(form, None, q, k, v, padded([0, 16], [0, 10])),
+    )
+    torch.testing.assert_close(out, wanted, atol=1e-5, rtol=1e-5)
