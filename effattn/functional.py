@@ -15,11 +15,12 @@ from torch import Tensor
 from effattn.errors import FormRefused, OptionError
 from effattn.ir import expr
 from effattn.ir.attention import AttentionSpec, CaptureSpec
-from effattn.ir.plan import Plan, Sparsity
+from effattn.ir.plan import Dispatch, Plan, Sparsity
 from effattn.ir.refusal import Refusal, Why
 from effattn.ir.selector import BOUNDARIES
 from effattn.ir.site import Layout, called_site
 from effattn.lowering.forms import FORMS, Form
+from effattn.lowering.forms.exact import kernel_of
 from effattn.lowering.forms.feature_maps import FEATURE_MAPS
 from effattn.lowering.forms.form import CAUSAL
 from effattn.lowering.forms.linear import CAUSAL_WINDOW
@@ -139,14 +140,21 @@ def _checked(form: str, params: tuple[tuple[str, Any], ...]) -> Any:
 
 
 @torch.compiler.assume_constant_result
-@_kept
 def _plan(
     form: str, causal: bool, params: tuple[tuple[str, Any], ...], cut: bool, sizes: tuple[int, ...] | None = None
 ) -> str:
-    """The encoded plan of a form.
+    """The encoded plan of a form, kept for later calls unless it depends on a file.
 
     ``cut``: boundaries are given. ``sizes``: (query heads, head_dim, key heads, value_dim), or None for any.
     """
+    files = FORMS[form].params.files if form in FORMS else ()
+    write = _written if any(name in files for name, _ in params) else _kept_plan
+    return write(form, causal, params, cut, sizes)
+
+
+def _written(
+    form: str, causal: bool, params: tuple[tuple[str, Any], ...], cut: bool, sizes: tuple[int, ...] | None
+) -> str:
     if form not in FORMS:
         raise OptionError(f"attention: {unknown('form', str(form), FORMS)}")
     checked = _checked(form, params)
@@ -168,7 +176,10 @@ def _plan(
     if CAUSAL in FORMS[form].rules and (refusal := CAUSAL.refusal(site, checked)) is not None:
         raise FormRefused.because(f"attention(form={form!r}, causal=False): ", refusal)
     spec = replace(spec, keep=FORMS[form].keep(checked, site))
-    return Plan(form, spec, Sparsity(selector)).encode()
+    return Plan(form, spec, Sparsity(selector), Dispatch(kernel=kernel_of(checked))).encode()
+
+
+_kept_plan = _kept(_written)
 
 
 def _checked_boundaries(boundaries: Tensor, k: Tensor) -> Tensor:

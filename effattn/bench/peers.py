@@ -77,6 +77,7 @@ class _Replaced:
         with listening() as heard:
             out = self.compiled(q, k, v)
         reasons = [missed.reason for graph in heard.graphs for missed in graph.missed]
+        reasons += [site.reason for graph in heard.graphs for site in graph.sites if not site.replaced]
         if reasons or not any(graph.sites for graph in heard.graphs):
             raise BenchError(f"left alone: {'; '.join(reasons) or 'no attention was found'}")
         self.looked_at = True

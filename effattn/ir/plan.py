@@ -9,14 +9,16 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
-from typing import Any
+from typing import Any, Literal
 
 from effattn.errors import PlanError
 from effattn.ir.attention import AttentionSpec
 from effattn.ir.selector import Selector
 
-VERSION = 5
+VERSION = 6
 LAYOUTS = ("bhnd", "bnhd")
+Kernel = Literal["auto", "sdpa", "generated"]
+KERNELS: tuple[Kernel, ...] = ("auto", "sdpa", "generated")
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,7 @@ class Dispatch:
     target: str | None = None  # a name in TARGETS of runtime/targets/choice.py, or None: by device
     layout: str = "bhnd"  # memory order of the output; its shape is always [B, H, Nq, Dv]
     lse_is_read: bool = True  # False: only the backward reads the LSE, as with SDPA
+    kernel: Kernel = "auto"  # what computes attention that SDPA's kernels compute too; auto: what measured faster
 
     def encode(self) -> dict[str, Any]:
         """JSON values."""
@@ -44,6 +47,7 @@ class Dispatch:
             "target": self.target,
             "layout": self.layout,
             "lse": self.lse_is_read,
+            "kernel": self.kernel,
         }
 
     @staticmethod
@@ -51,6 +55,8 @@ class Dispatch:
         """The inverse of :meth:`encode`. Raises PlanError, KeyError, TypeError or ValueError for other data."""
         if body["layout"] not in LAYOUTS:
             raise PlanError(f"bad layout in plan: {body['layout']!r}; allowed: {LAYOUTS}")
+        if body["kernel"] not in KERNELS:
+            raise PlanError(f"bad kernel in plan: {body['kernel']!r}; allowed: {KERNELS}")
         if not isinstance(body["target"], str | None):
             raise PlanError(f"bad target in plan: {body['target']!r}; it is a name, or null")
         return Dispatch(
@@ -59,6 +65,7 @@ class Dispatch:
             target=body["target"],
             layout=body["layout"],
             lse_is_read=bool(body["lse"]),
+            kernel=body["kernel"],
         )
 
 

@@ -165,7 +165,7 @@ BAD_FILES = [
     ('[[rule]]\nforms = "power"\nparams = 5', 3, ["rule[0].params", "expected a table"]),
     ('[[rule]]\nforms = "power"\n[rule.params.window]\nwindow = 5', 3, ["sets 'window'", "allows only power"]),
     ('[[rule]]\nforms = "power"\n[rule.params.widow]\nwindow = 5', 3, ["unknown form 'widow'", "'window'"]),
-    ('[[rule]]\nforms = "exact"\n[rule.params.exact]\nblock = 5', 4, ["unknown parameter 'block'", "Allowed: none"]),
+    ('[[rule]]\nforms = "exact"\n[rule.params.exact]\nblock = 5', 4, ["unknown parameter 'block'", "Allowed: kernel"]),
     (
         "[[rule]]\nforms = 'power'\nsite = 3",
         3,

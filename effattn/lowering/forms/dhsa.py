@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from typing import Literal
+from typing import ClassVar, Literal
 
 import sympy
 import torch
@@ -56,6 +56,7 @@ class DhsaParams(Params):
     )
     chunk: int = Field(default=64, ge=1, description='size of a chunk with chunks = "fixed"')
     threshold: float = Field(default=0.9, ge=-1, le=1, description='cosine similarity below which "dip" cuts')
+    files: ClassVar[tuple[str, ...]] = ("weights",)
     weights: str = Field(default="", description='safetensors file of the predictor for chunks = "trained"')
     logit: float = Field(default=1.1, description='predictor logit above which "trained" cuts')
     local: int = Field(default=128, ge=0, description="most recent tokens, always kept")

@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 import torch
+from pydantic import Field
 
 from effattn.ir.expr import Nk
+from effattn.ir.plan import Kernel
 from effattn.lowering.forms.form import Form, Params
 
 
 class ExactParams(Params):
-    """No parameters."""
+    """Which kernel; the function is the same."""
+
+    kernel: Kernel = Field(
+        default="auto", description="where SDPA's kernels compute it: sdpa, generated, or the one that measured faster"
+    )
+
+
+def kernel_of(params: Params) -> Kernel:
+    """Which kernel a form's parameters ask for."""
+    return params.kernel if isinstance(params, ExactParams) else "auto"
 
 
 def reference(_params, q_index, k_index):

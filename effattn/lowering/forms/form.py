@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import sympy
 from pydantic import BaseModel, ConfigDict
@@ -24,6 +24,7 @@ class Params(BaseModel):
     """Parameters of a form, as set in a policy. Unknown names are errors."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    files: ClassVar[tuple[str, ...]] = ()  # parameters that are paths; what they mean changes with the file
 
 
 @dataclass(frozen=True)

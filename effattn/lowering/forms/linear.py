@@ -7,6 +7,8 @@ weights, or a policy that declares the error it accepts.
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import sympy
 import torch
 from pydantic import Field, field_validator
@@ -27,6 +29,7 @@ class LinearParams(Params):
     """The feature map, its weights, and the error accepted without weights."""
 
     feature_map: str = Field(default="elu_plus_one", description=f"one of {', '.join(FEATURE_MAPS)}")
+    files: ClassVar[tuple[str, ...]] = ("weights",)
     weights: str = Field(default="", description="safetensors file with trained parameters of the map, by layer")
     tolerance: float = Field(
         default=0.0,

@@ -10,6 +10,7 @@ from effattn.ir.plan import Plan
 from effattn.ir.refusal import Refusal, Why
 from effattn.ir.site import Op, Site
 from effattn.lowering.forms import FORMS
+from effattn.lowering.forms.exact import kernel_of
 from effattn.lowering.forms.form import Params
 from effattn.passes.candidate.failures import left_alone
 from effattn.passes.candidate.record import Match
@@ -87,7 +88,7 @@ def choose(match: Match, policy: Policy, *, strict: bool, target: str | None) ->
         since = f" from {min_length:,} keys on" if min_length else ""
         reason = f"policy {policy.name!r} asks for it{since}{_counted_from(plan)}"
         return Choice(match, name, params, "op", reason, plan, tuple(considered))
-    return _exact(match, tuple(considered), "; ".join([*_refused(considered), *found.notes]), target)
+    return _exact(match, tuple(considered), "; ".join([*_refused(considered), *found.notes]), rule, target)
 
 
 # by the dimensions of the tensor of first keys
@@ -136,7 +137,7 @@ def _cheapest(match: Match, policy: Policy, rule: PolicyRule, strict: bool, targ
     length = max(rule.min_length, 1)  # the form is decided when the op runs
     considered = [_considered(site, name, rule.params_of(name), strict, length) for name in rule.preference]
     accepted = [one.form for one in considered if one.accepted]
-    dense = exact_route(site, match.nodes).route != "op"
+    dense = exact_route(site, match.nodes, kernel_of(rule.params_of("exact")), target).route != "op"
     also: list[str] = []  # why a form with its own op was not chosen
     if not all(FORMS[name].softmax for name in accepted):
         choice = _own_op(match, policy, rule, accepted, dense, considered, target)
@@ -152,7 +153,7 @@ def _cheapest(match: Match, policy: Policy, rule: PolicyRule, strict: bool, targ
             *also,
             *_refused(considered),
         ]
-        return _exact(match, tuple(considered), "; ".join(why), target)
+        return _exact(match, tuple(considered), "; ".join(why), rule, target)
     plan: Plan | None = None
     for first, name in steps:
         params = rule.params_of(name)
@@ -192,10 +193,12 @@ def _accepted_by(params: Any) -> str:
     return f"with the weights in {params.weights}" if params.weights else f"accepting an error of {params.tolerance:g}"
 
 
-def _exact(match: Match, considered: tuple[Considered, ...], why: str, target: str | None) -> Choice:
+def _exact(
+    match: Match, considered: tuple[Considered, ...], why: str, rule: PolicyRule | None, target: str | None
+) -> Choice:
     site = match.site
-    params = FORMS["exact"].params()
-    routed = EXACT[site.op](site, match.nodes)
+    params = FORMS["exact"].params() if rule is None else rule.params_of("exact")
+    routed = EXACT[site.op](site, match.nodes, kernel_of(params), target)
     plan = plan_of(site, "exact", params, 0, target) if routed.route == "op" else None
     reason = f"{routed.reason}; {why}" if why else routed.reason
     return Choice(match, "exact", params, routed.route, reason, plan, considered, target, routed.refusals)

@@ -10,12 +10,15 @@ import sympy
 import torch
 
 from effattn.ir import expr
-from effattn.ir.plan import Dispatch, Plan, Sparsity
+from effattn.ir.plan import Dispatch, Kernel, Plan, Sparsity
 from effattn.ir.refusal import Refusal
 from effattn.ir.site import Op, Site
 from effattn.lowering.forms import FORMS
+from effattn.lowering.forms.exact import kernel_of
 from effattn.lowering.forms.form import Params
+from effattn.lowering.schedules.exact import Kind, generated_is_faster
 from effattn.passes.candidate.record import MatchedNodes
+from effattn.runtime.launching import architecture
 from effattn.runtime.targets import sdpa
 from effattn.runtime.targets.choice import ANYWHERE, asked_for
 
@@ -31,13 +34,20 @@ class Routed:
     refusals: tuple[Refusal, ...] = ()
 
 
-def linear_route(_site: Site, _nodes: MatchedNodes) -> Routed:
+def linear_route(_site: Site, _nodes: MatchedNodes, _kernel: Kernel, _target: str | None) -> Routed:
     """The route of attention without a softmax, and its reason."""
     return Routed("linear", "the graph spells linear attention: the same function, in chunks with a state between them")
 
 
-def exact_route(site: Site, nodes: MatchedNodes) -> Routed:
-    """The route of exact attention at a site, and its reason."""
+def exact_route(site: Site, nodes: MatchedNodes, kernel: Kernel = "auto", target: str | None = None) -> Routed:
+    """The route of exact attention at a site, and its reason.
+
+    Args:
+        kernel: what computes attention that SDPA's kernels compute too.
+        target: the one that was asked for.
+    """
+    if (why := _generated_instead(site, kernel, target)) is not None:
+        return Routed("op", why + _grouped(site))
     if nodes.is_plain_sdpa and not nodes.key.folded and not needs_all_heads(site):
         return Routed("keep", "already an SDPA call without a mask: its own fast kernels run")
     if _one_small_row(site):
@@ -50,6 +60,22 @@ def exact_route(site: Site, nodes: MatchedNodes) -> Routed:
     if nodes.sdpa is not None and is_opaque(site):
         return Routed("keep", "the mask is a tensor with a value for every pair: SDPA reads it as it is")
     return Routed("op", "a kernel specialised on predicate and score, no mask tensor" + _grouped(site))
+
+
+def _generated_instead(site: Site, kernel: Kernel, target: str | None) -> str | None:
+    """Why a generated kernel computes a site that SDPA's kernels compute too; None if it does not."""
+    if kernel == "sdpa" or not sdpa_takes(site):
+        return None
+    asked, dtype = asked_for(target, site.device), getattr(torch, site.dtype)
+    widths = int(site.layout.head_dim), int(site.layout.value_dim)
+    if not asked.alone or asked.why_not_on(site.device) or asked.why_not(site.spec.complete, dtype, *widths):
+        return None
+    if kernel == "generated":
+        return "a generated kernel, as the policy asks"
+    kind: Kind = "all" if site.spec.predicate == sympy.true else "causal"
+    where = (kind, architecture(torch.device(site.device)), site.dtype, widths[0], site.hints.q_len)
+    faster = generated_is_faster(*where, training=site.stage == "train")
+    return "a generated kernel, which measured faster than SDPA's" if faster else None
 
 
 def needs_all_heads(site: Site) -> bool:
@@ -87,7 +113,10 @@ def is_opaque(site: Site) -> bool:
 
 
 # the route of the user's own function, by the kind of site
-EXACT: dict[Op, Callable[[Site, MatchedNodes], Routed]] = {Op.SOFTMAX: exact_route, Op.LINEAR: linear_route}
+EXACT: dict[Op, Callable[[Site, MatchedNodes, Kernel, str | None], Routed]] = {
+    Op.SOFTMAX: exact_route,
+    Op.LINEAR: linear_route,
+}
 
 
 def plan_of(site: Site, form: str, params: Params, min_length: int, target: str | None) -> Plan:
@@ -99,4 +128,5 @@ def plan_of(site: Site, form: str, params: Params, min_length: int, target: str 
     asked = asked_for(target, site.device)  # a target that cannot run here at all is reported elsewhere
     if asked.why_not_on(site.device) is None and asked.why_not(spec.complete, dtype, *widths) is not None:
         target = ANYWHERE
-    return Plan(form, spec, sparsity, Dispatch(min_length, None, target, site.output_layout, lse_is_read=False))
+    dispatch = Dispatch(min_length, None, target, site.output_layout, lse_is_read=False, kernel=kernel_of(params))
+    return Plan(form, spec, sparsity, dispatch)

@@ -21,11 +21,12 @@ from effattn.errors import EffattnError
 from effattn.ir.derivative import reads_of
 from effattn.ir.plan import Plan
 from effattn.ir.refusal import Refusal
+from effattn.lowering.schedules.exact import generated_is_faster
 from effattn.runtime.algebra import check_counts
-from effattn.runtime.launching import LaunchCache, launch_key
+from effattn.runtime.launching import LaunchCache, architecture, launch_key
 from effattn.runtime.ops.registry import Op, register
 from effattn.runtime.targets import sdpa
-from effattn.runtime.targets.choice import ANYWHERE, TARGETS, named, serving
+from effattn.runtime.targets.choice import ANYWHERE, TARGETS, asked_for, named, serving
 from effattn.runtime.targets.first_keys import empty_first_keys, lacks_first_keys, with_first_keys
 from effattn.runtime.targets.memory_order import allocate, allocate_output
 from effattn.runtime.targets.target import Gradients, PreparingTarget, Target
@@ -101,11 +102,9 @@ def _prepare(plan: str, query, key, value, captures, scalars, numbers) -> _Call:
     decoded = Plan.decode(plan).at(key.shape[2])
     lacks = lacks_first_keys(decoded, captures)
     check_counts(decoded.spec.given if lacks else decoded.spec, captures, scalars, numbers)
-    wanted = decoded.dispatch.target
-    if wanted is None or not named(wanted).alone:
-        dense = sdpa.dense(decoded, query, key, value)
-        if dense is not None:
-            return _Call(decoded, lacks, dense)
+    dense = _dense(decoded, query, key, value)
+    if dense is not None:
+        return _Call(decoded, lacks, dense)
     if lacks:
         captures = [*captures, empty_first_keys(decoded, query)]
     target = target_of(decoded, query, value)
@@ -113,6 +112,22 @@ def _prepare(plan: str, query, key, value, captures, scalars, numbers) -> _Call:
         return _Call(decoded, lacks, None, target)
     prepared = target.prepare(decoded, query, key, value, captures, scalars, numbers)
     return _Call(decoded, lacks, None, target, target, prepared)
+
+
+def _dense(plan: Plan, query: Tensor, key: Tensor, value: Tensor) -> sdpa.Dense | None:
+    """SDPA's kernel, if it computes calls like this one and none that was asked for, or is faster, goes before it."""
+    wanted, device, head_dim = plan.dispatch.target, query.device, query.shape[3]
+    if wanted is not None and named(wanted).alone:
+        return None
+    found, target = sdpa.dense(plan, query, key, value), asked_for(wanted, device.type)
+    if found is None or plan.dispatch.kernel == "sdpa" or not target.alone:
+        return found
+    if target.why_not_on(device.type) or target.why_not(plan.spec, query.dtype, head_dim, head_dim):
+        return found
+    if plan.dispatch.kernel == "generated":
+        return None
+    where = (architecture(device), str(query.dtype).removeprefix("torch."), head_dim, query.shape[2])
+    return None if found.kind is not None and generated_is_faster(found.kind, *where) else found
 
 
 def _start(call: _Call, query, key, value, captures, scalars, numbers) -> tuple[tuple[Tensor, Tensor], Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Any
 
 import sympy
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 from effattn.ir import expr
 from effattn.ir.plan import Plan
 from effattn.lowering.device import HOST, device_type
+from effattn.lowering.schedules.exact import Kind
 from effattn.runtime.algebra import evaluate, evaluate_integer
 from effattn.runtime.targets.chunks import depends_on_head, names_of_loads, tile_ranges_of
 
@@ -80,9 +81,6 @@ def widened_for_lse(plan: Plan, query: Tensor, key: Tensor, value: Tensor) -> tu
     if not plan.dispatch.lse_is_read or query.dtype not in (torch.bfloat16, torch.float16):
         return query, key, value
     return query.float(), key.float(), value.float()
-
-
-Kind = Literal["all", "causal"]
 
 
 @dataclass(frozen=True)

@@ -134,3 +134,16 @@ def test_one_file_for_all_layers_needs_no_number_of_a_layer(tmp_path):
 def test_weights_without_their_chunks_are_a_mistake():
     with pytest.raises(PolicyError, match="belong together"):
         effattn.Policy.of({"rule": [{"forms": ["dhsa"], "params": {"dhsa": {"weights": "cut.safetensors"}}}]})
+
+
+def test_a_file_that_changes_is_read_again(tmp_path):
+    """A plan says what is in the file, so it is not kept by the file's name."""
+    torch.manual_seed(0)
+    path = tmp_path / "weights.safetensors"
+    q, k, v = Model().layers[0].split(torch.randn(B, N, H * D))
+    found = []
+    for seed in range(2):
+        save(path, {"all.": random_tensors(seed=seed)})
+        with torch.no_grad():
+            found.append(effattn.attention(q, k, v, form="dhsa", **PARAMS, weights=str(path)))
+    assert not torch.equal(*found)
