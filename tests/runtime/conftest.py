@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from effattn.runtime.targets.portable import flash, shares, strips
+from effattn.runtime.targets.portable import flash, shares, strips, tilings
 
 torch.set_num_threads(1)  # these products are small: threads cost more than they bring
 
@@ -12,5 +12,5 @@ def small_strips(monkeypatch):
     monkeypatch.setattr(flash, "LEAST_PAIRS", 0)
     monkeypatch.setattr(strips, "ALONE", 8)
     monkeypatch.setattr(shares, "HEIGHTS", (16,))
-    monkeypatch.setattr(shares, "BLOCK", 8)
+    monkeypatch.setattr(tilings, "BLOCK", 8)
     shares._plan_once.cache_clear()

@@ -18,11 +18,13 @@ from torch import Tensor
 from effattn.ir import expr
 from effattn.lowering.device import HOST
 from effattn.runtime.algebra import Span, evaluate
-from effattn.runtime.targets.chunks import Chunk, Run, Walker, clip
+from effattn.runtime.selection.block_map import block_grid
+from effattn.runtime.targets.chunks import Chunk, Walker
+from effattn.runtime.targets.portable import tilings
 from effattn.runtime.targets.portable.call import Call
 from effattn.runtime.targets.portable.strips import Strip, strips
+from effattn.runtime.targets.portable.tilings import ALL, NONE, SOME, ByBlocks, ByFormula, Tiling
 
-BLOCK = 64  # queries and keys by which conditions on data are told
 ROWS_AT_ONCE = 2**14  # rows of a strip: enough for many cores
 HEIGHTS = (256, 128, 64, 32, 16, 8, 4, 2, 1)  # queries per chunk that are tried
 # the kernel takes 256, 64 or 32 rows at a time: (rows of a chunk, time for each key relative to the best)
@@ -56,22 +58,15 @@ class Share:
     dtype: torch.dtype  # in which floats are computed
     budget: int  # most elements of a mask
     captures: Mapping[str, Tensor] = field(default_factory=dict, compare=False)
-    # from conditions on data, for blocks of queries and keys [Mq, Mk]: 0 no query sees a key, 1 test, 2 all see all
-    blocks: Tensor | None = field(default=None, compare=False)
+    blocks: Tensor | None = field(default=None, compare=False)  # see ByBlocks; None: the rule is a formula
 
     def planned(self) -> Sequence[Planned] | Iterator[Planned]:
         """Its queries in order."""
-        return _plan_once(self) if not self.captures else self.plan()
+        return _plan_once(self) if not self.captures and self.blocks is None else self.plan()
 
     def plan(self) -> Iterator[Planned]:
-        walker = Walker(
-            self.rule, (self.batches, self._heads(), self.q_len, self.k_len), dict(self.names), self.captures
-        )
-        chunks = walker.chunks(self._height(walker))
-        if self.blocks is not None:
-            chunks = map(self._tested, chunks)
-        last = None
-        for strip in strips(chunks, self._most):
+        tiling, last = self._tiling(), None
+        for strip in strips(tiling.chunks(self._height(tiling)), self._most):
             kept = self.kept(strip) if strip.tested else None
             if kept is not None and last is not None and torch.equal(kept, last):
                 kept = last  # most strips have the same: it is held once
@@ -98,47 +93,27 @@ class Share:
     def _heads(self) -> range:
         return range(self.kv_heads.start * self.groups, self.kv_heads.stop * self.groups)
 
-    def _height(self, walker: Walker) -> int:
+    def _tiling(self) -> Tiling:
+        if self.blocks is not None:
+            return ByBlocks(self.blocks, self.q_len, self.k_len)
+        sizes = (self.batches, self._heads(), self.q_len, self.k_len)
+        return ByFormula(Walker(self.rule, sizes, dict(self.names), self.captures), self.q_len)
+
+    def _height(self, tiling: Tiling) -> int:
         """Queries per chunk: few of them visit fewer keys in vain, many are computed faster."""
 
         def cost(rows: int) -> float:
-            keys = sum(run.stop - run.start for run in self._runs_at(walker, self.q_len // 2, rows))
-            return (keys + PER_CHUNK / rows) * next(time for least, time in SPEEDS if rows * self.groups >= least)
+            speed = next(time for least, time in SPEEDS if rows * self.groups >= least)
+            return (tiling.visited(rows) + PER_CHUNK / rows) * speed
 
-        fitting = [rows for rows in HEIGHTS if rows * self.groups * self._most_tested(walker, rows) <= self.budget]
+        fitting = [rows for rows in HEIGHTS if rows * self.groups * tiling.tested(rows) <= self.budget]
         return min(fitting, key=cost, default=1)
-
-    def _most_tested(self, walker: Walker, rows: int) -> int:
-        """How many keys of a chunk are tested at most; the first or the last queries have the most without data."""
-        if self.blocks is not None:
-            return int((self.blocks == 1).sum(dim=1).max()) * BLOCK * max(rows // BLOCK, 1)
-        ends = (self._runs_at(walker, first, rows) for first in (0, self.q_len - rows))
-        return max(sum(run.stop - run.start for run in runs if not run.full) for runs in ends)
-
-    def _runs_at(self, walker: Walker, first: int, rows: int) -> Sequence[Run]:
-        first = max(min(first, self.q_len - rows), 0)
-        return walker.runs(first, min(first + rows, self.q_len))
 
     def _most(self, chunk: Chunk) -> int:
         """Of how many chunks like this one a strip may consist."""
         rows, heads = self.groups * (chunk.stop - chunk.start), len(self.kv_heads)
         elements = max(chunk.keys, 1) * max(rows, heads * self.head_dim)  # of a mask, or of copied keys
         return max(min(ROWS_AT_ONCE // (heads * rows), self.budget // elements), 1)
-
-    def _tested(self, chunk: Chunk) -> Chunk:
-        """The chunk without keys that data hide. Full runs are those that need no test at all."""
-        assert self.blocks is not None
-        rows = self.blocks[chunk.start // BLOCK : (chunk.stop - 1) // BLOCK + 1]
-        low, high = rows.amin(dim=0), rows.amax(dim=0)
-        kinds = torch.where(low == high, low, 1)
-        found = []
-        for start, stop, kind in _runs(kinds):
-            if kind > 0:
-                found += [
-                    (clip((run.start, run.stop), (start * BLOCK, stop * BLOCK)), run.full and kind == 2)
-                    for run in chunk.runs
-                ]
-        return Chunk(chunk.start, chunk.stop, tuple(Run(*part, full) for part, full in found if part[0] < part[1]))
 
 
 @lru_cache(maxsize=32)
@@ -148,12 +123,14 @@ def _plan_once(share: Share) -> tuple[Planned, ...]:
 
 def shares(call: Call) -> Iterator[Share]:
     """The whole call, in as few shares as its rule allows."""
-    rule, residual = call.plan.spec.rule, call.tile_ranges.residual
+    rule = call.plan.spec.rule
     captures = {load.name: call.captures[load.name] for load in expr.loads_of(rule)}
     dependent = _dependencies(rule, tuple((name, tuple(tensor.shape)) for name, tensor in captures.items()))
     grid = None
-    if residual != sympy.true:
-        grid = torch.ones(1, 1, -(-call.q_len // BLOCK), -(-call.k_len // BLOCK), dtype=torch.int8)
+    if call.tile_ranges.residual != sympy.true:
+        sizes, block = (call.batch, call.heads, call.q_len, call.k_len), tilings.BLOCK
+        some, every = block_grid(rule, sizes, call.names, captures, block, block, HOST, call.dtype)
+        grid = torch.where(every, ALL, torch.where(some, SOME, NONE))
     for batches in _each(range(call.batch), expr.b in dependent):
         for kv_heads in _each(range(call.kv_heads), expr.h in dependent):
             yield Share(
@@ -181,7 +158,7 @@ def _blocks_of(grid: Tensor, batches: range, kv_heads: range, groups: int) -> Te
     part = grid[batches.start : batches.stop] if grid.shape[0] > 1 else grid
     part = part[:, kv_heads.start * groups : kv_heads.stop * groups] if grid.shape[1] > 1 else part
     low, high = part.amin(dim=(0, 1)), part.amax(dim=(0, 1))
-    return torch.where(low == high, low, 1)
+    return torch.where(low == high, low, SOME)
 
 
 @lru_cache(maxsize=1024)
@@ -193,15 +170,6 @@ def _dependencies(rule: Any, shapes: tuple[tuple[str, tuple[int, ...]], ...]) ->
         for load in expr.loads_of(rule)
     }
     return frozenset(expr.free_symbols(sympy.sympify(rule).xreplace(read)))
-
-
-def _runs(kinds: Tensor) -> Iterator[tuple[int, int, int]]:
-    """(start, stop, value) of each run of equal values."""
-    values, counts = torch.unique_consecutive(kinds, return_counts=True)
-    start = 0
-    for value, count in zip(values.tolist(), counts.tolist(), strict=True):
-        yield start, start + count, value
-        start += count
 
 
 def _of_chunks(strip: Strip) -> Tensor:
