@@ -18,7 +18,7 @@ from effattn.lowering.kernels.selection.block_map import MapSpec
 from effattn.lowering.kernels.selection.score import ScoreSpec
 from effattn.lowering.kernels.spec import KernelSpec, Tiles
 from effattn.lowering.schedules import attention as configs
-from effattn.runtime.targets.triton.specialise import over_map
+from effattn.runtime.targets.triton.specialise import over_map, transposes
 
 ARCHS = ("sm80", "sm90", "sm100", "gfx942")
 PREFILL = ("causal", "left_padding", "window_and_sinks", "power_128", "documents", "soft_cap", "alibi", "bias")
@@ -36,7 +36,8 @@ def spec(name: str, arch: str, kind="prefill", dtype="bfloat16", dim=128, value_
     bits = 32 if dtype == "float32" else 16
     tiles = tiles or configs.choose(kind, plan, arch, bits, dim, value_dim, rows=groups)
     found = KernelSpec(kind, plan.form, plan.spec, dtype, dim, value_dim, groups, tiles)
-    return over_map(found) if kind == "prefill" and not by_formula(plan.spec.rule) else found
+    finds = {"prefill": by_formula, "backward": transposes}.get(kind)
+    return found if finds is None or finds(plan.spec.rule) else over_map(found)
 
 
 def selector_plan(form: str, **params) -> Plan:

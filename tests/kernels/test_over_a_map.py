@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 import sympy
 import torch
-from checking import check
-from plans import CAUSAL, Call, Sizes, tensors
+from checking import check, check_gradients
+from plans import CAUSAL, Call, Sizes, power_keep, tensors
 
 from effattn.ir.attention import AttentionSpec, CaptureSpec
 from effattn.ir.expr import FloorDiv, Modulo, Table, b, h, k, load, q, s
@@ -107,6 +107,34 @@ def test_what_is_not_visited_is_not_read(name):
         out, _ = triton_target.run(call.plan, query, other_key, other_value, call.captures, config=SMALL)
         rows = slice(row * 16, min(row * 16 + 16, 90))
         torch.testing.assert_close(out[:, :, rows], wanted[:, :, rows], atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("name", [*MASKS, "power"])
+def test_gradients(name):
+    if name == "power":
+        rule = sympy.And(CAUSAL, power_keep(16, 16, 7))
+        call = Call(Plan("power", AttentionSpec(SIZES.scale * s, rule)))
+    else:
+        call = call_of(name)
+    check_gradients(call, tensors(SIZES), config=Tiles(32, 16, 4, 1))
+
+
+def test_gradients_do_not_read_what_is_not_visited():
+    call, inputs = call_of("documents"), tensors(SIZES)
+    out, lse = triton_target.run(call.plan, *inputs, call.captures, config=SMALL)
+    grad = torch.ones_like(out)
+
+    def grads(*operands):
+        return triton_target.run_backward(call.plan, grad, None, *operands, out, lse, call.captures, config=SMALL)
+
+    wanted = grads(*inputs)
+    # tile 5 of keys and tile 5 of queries belong to the last document alone
+    query, key, value = (tensor.clone() for tensor in inputs)
+    key[:, :, 80:], value[:, :, 80:] = torch.nan, torch.nan
+    torch.testing.assert_close(grads(query, key, value)[0][:, :, :32], wanted[0][:, :, :32], atol=0, rtol=0)
+    query[:, :, 80:] = torch.nan
+    for got, want in zip(grads(query, *inputs[1:])[1:], wanted[1:3], strict=False):
+        torch.testing.assert_close(got[:, :, :32], want[:, :, :32], atol=0, rtol=0)
 
 
 def test_documents_visit_the_tiles_of_their_own_document():

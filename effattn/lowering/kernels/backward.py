@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from functools import reduce
 from typing import Any
 
@@ -13,10 +15,8 @@ from effattn.ir.derivative import affine_slope, derivative
 from effattn.ir.fold import UnknownOperation, fold
 from effattn.ir.refusal import Refusal, Why
 from effattn.lowering.dialects.triton.terms import COMPARE, KEYS, ROWS, TILE, UNARY, UNLIMITED, Lines, Source, Value
-from effattn.lowering.iteration.tile_ranges import tile_ranges
-from effattn.lowering.kernels import allowed_keys as allowed
 from effattn.lowering.kernels.parameters import CAPTURED, parameters
-from effattn.lowering.kernels.range_source import Part, flatten, rows_of
+from effattn.lowering.kernels.range_source import Ranges, flatten, listed, rows_of
 from effattn.lowering.kernels.score_facts import LARGE_LSE, CapturedTerm, captured_terms, loses_totals
 from effattn.lowering.kernels.source import Generator, Sweep
 from effattn.lowering.kernels.spec import KernelSpec, Tiles, WantedGradient
@@ -28,17 +28,24 @@ def no_backward(
     attention: AttentionSpec, head_dim: int, value_dim: int, wanted: tuple[str, ...] = ()
 ) -> Refusal | None:
     """Why there is no generated backward for a plan and the captured tensors in ``wanted``; None if there is one."""
-    if tile_ranges(attention.rule).powers is not None:
-        return Refusal(Why.GRADIENT, "the rows that see a key are not consecutive")
     if max(head_dim, value_dim) > WIDEST:
         return Refusal(Why.HEAD_DIM, f"head dimensions over {WIDEST}")
     grads = tuple(WantedGradient(name, False) for name in wanted)
     try:
         made = KernelSpec("backward", "exact", attention, "bfloat16", 64, 64, 1, Tiles(16, 16, 4, 1), wanted=grads)
+        made = replace(made, key_ranges=False, list_block=16, list_unit=16)
         BackwardGenerator(made).source()
     except (UnknownOperation, KeyError) as error:
         return Refusal(Why.GRADIENT, f"no kernel can compute the derivative of the score: {error}")
     return None
+
+
+Loop = tuple[list[str], list[str], str]  # lines before it, lines in it that set the tile number, trip count
+# loops over the entries of a list, full ones or partial ones, by the name of the tile number
+LISTED: dict[bool, Callable[[str], Loop]] = {
+    False: lambda tile: ([], [f"{tile} = tl.load(listed + partial_visited + i)"], "visited - partial_visited"),
+    True: lambda tile: ([], [f"{tile} = tl.load(listed + i)"], "partial_visited"),
+}
 
 
 class BackwardGenerator(Generator):
@@ -46,6 +53,8 @@ class BackwardGenerator(Generator):
 
     def __init__(self, spec: KernelSpec):
         super().__init__(spec)
+        if self.over_map:
+            self.residual, self.offset = sympy.true, None
         self.factor = affine_slope(self.attention.score)  # of the raw score, if it has one per tile
         self.slope = derivative(self.attention.score) if self.factor is None else self.factor
         terms = captured_terms(spec)
@@ -55,11 +64,28 @@ class BackwardGenerator(Generator):
         self.share = self.factor is None or bool(terms)
         keys = self.tile_ranges
         bounds = (*keys.lower, *keys.upper, *(keys.near_lower or ()), *keys.near_upper, keys.prefix or 0)
-        by_head = any(sympy.sympify(bound).has(expr.h) for bound in bounds)
+        of_bounds = bounds if not self.over_map else (self.attention.rule,)
+        by_head = any(expr.h in expr.free_symbols(bound) for bound in of_bounds)
         # heads that share a key see other rows, or have sums of their own: one loop for each
         self.by_head = by_head or (spec.groups > 1 and bool(self.terms["grad_key_value"]))
         self.rows_before = Lines()
         self.head_before = self.rows_before.inner() if self.by_head else self.rows_before
+
+    @property
+    def over_map(self) -> bool:
+        """Whether the tiles come from a block map and its transpose."""
+        return bool(self.spec.list_block)
+
+    def ranges(self) -> Ranges:
+        return Ranges(listed("tile", "head"), (), ()) if self.over_map else super().ranges()
+
+    def sweeps(self, ranges: Ranges) -> list[Sweep]:
+        if not self.over_map:
+            return super().sweeps(ranges)
+        return [
+            self.sweep_over("full blocks: nothing is tested", LISTED[False]("key_tile"), partial=False),
+            self.sweep_over("partial blocks: every condition is tested", LISTED[True]("key_tile"), partial=True),
+        ]
 
     def algebra(self, before: Lines, inside: Lines, **more: Any) -> Source:
         return super().algebra(before, inside, share=self.share, **more)
@@ -75,11 +101,16 @@ class BackwardGenerator(Generator):
             # the query changes during the bisection: no part of a bound may be computed before it
             return self.scalar_text(bound, self.head_before, row, UNLIMITED)
 
-        ranges = rows_of(self.tile_ranges, bound_text, self.allowed)
-        data = "" if self.residual == sympy.true else " but for conditions on data"
+        if self.over_map:
+            head = "head" if self.by_head else "(kv_head * GROUPS)"
+            ranges = Ranges(listed("first_key // BLOCK_M", head), (), ())
+            loops = {partial: LISTED[partial]("row_tile") for partial in (False, True)}
+        else:
+            ranges = rows_of(self.tile_ranges, bound_text)
+            loops = {False: flatten(ranges.full, "i", "row_tile"), True: flatten(ranges.partial, "i", "row_tile")}
         sweeps = [
-            self.rows_sweep(f"rows that keep every key of the tile{data}", ranges.full, partial=False),
-            self.rows_sweep("rows that keep some keys of the tile", ranges.partial, partial=True),
+            self.rows_sweep("rows that keep every key of the tile", loops[False], partial=False),
+            self.rows_sweep("rows that keep some keys of the tile", loops[True], partial=True),
         ]
         return found | {
             "query_params": parameters(self.spec, "grad_query"),
@@ -89,9 +120,10 @@ class BackwardGenerator(Generator):
             "large_lse": LARGE_LSE,
             "varying_slope": self.factor is None,
             "by_head": self.by_head,
+            "listed": self.over_map,
             "rows_before": self.rows_before.lines,
             "head_before": self.head_before.lines if self.by_head else [],
-            "rows_lines": [*(allowed.sums(True) if self.allowed else ()), *ranges.lines],
+            "rows_lines": ranges.lines,
             "rows_sweeps": sweeps,
             "row_terms": [term for term in self.terms["grad_query"] if term.reduced == "rows"],
             "pair_terms": [term for term in self.terms["grad_query"] if term.reduced == "pairs"],
@@ -108,9 +140,9 @@ class BackwardGenerator(Generator):
         places += ["-1"] if any(term.whole for term in self.terms[kernel]) else []
         return "".join(f" captured[{place}]," for place in places)
 
-    def rows_sweep(self, title: str, parts: tuple[Part, ...], partial: bool) -> Sweep:
-        """Like :meth:`sweep`, with keys as the first axis of a tile and queries as the second."""
-        before, steps, count = flatten(parts, "i", "row_tile")
+    def rows_sweep(self, title: str, loop: Loop, partial: bool) -> Sweep:
+        """Like :meth:`sweep_over`, with keys as the first axis of a tile and queries as the second."""
+        before, steps, count = loop
         inside = self.rows_before.inner()
         tile = ("first_key", self.spec.tiles.block_m)
         symbols = self.symbols(q=Value("rows", KEYS, plain=True), k=Value("keys", ROWS, plain=True, tile=tile))

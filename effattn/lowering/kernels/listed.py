@@ -15,26 +15,14 @@ import sympy
 
 from effattn.ir.fold import fold
 from effattn.lowering.dialects.triton.terms import KEYS, TILE, Source, Value
-from effattn.lowering.kernels.range_source import Ranges
+from effattn.lowering.kernels.range_source import Ranges, listed
 from effattn.lowering.kernels.source import Generator, Sweep
 from effattn.lowering.kernels.spec import KernelSpec
 
-# the start of a query tile's list, and how much of it is visited; strides of what is shared are 0
-LIST = (
-    "row_block = tile_row // LIST_BLOCK",
-    "own_list = (head // (heads // lists)).to(tl.int64)",
-    "own_count = (head // (heads // counted)).to(tl.int64)",
-    "kv_indices += batch.to(tl.int64) * kv_indices_stride_b + own_list * kv_indices_stride_h",
-    "kv_indices += row_block.to(tl.int64) * width",
-    "kv_num_blocks += batch.to(tl.int64) * kv_num_blocks_stride_b + own_count * kv_num_blocks_stride_h",
-    "partial_blocks += batch.to(tl.int64) * partial_blocks_stride_b + own_list * partial_blocks_stride_h",
-    "count = tl.load(kv_num_blocks + row_block)",
-    "partial_count = tl.minimum(tl.load(partial_blocks + row_block), count)",
-)
 GATHER = (
     "place = ({first} + i) * BLOCK_N + columns",
-    "key_ok = place < count * LIST_UNIT",
-    "keys = tl.load(kv_indices + place // LIST_UNIT, mask=key_ok, other=0) * LIST_UNIT + place % LIST_UNIT",
+    "key_ok = place < visited * LIST_UNIT",
+    "keys = tl.load(listed + place // LIST_UNIT, mask=key_ok, other=0) * LIST_UNIT + place % LIST_UNIT",
     "key_ok = key_ok & (keys < k_len)",
 )
 TILES = "(LIST_UNIT // BLOCK_N)"
@@ -62,21 +50,21 @@ class ListedGenerator(Generator):
         return super().context() | more
 
     def ranges(self) -> Ranges:
-        lines = list(LIST)
+        lines = list(listed("tile_row // LIST_BLOCK", "head"))
         if self.gathered:
-            lines.append("partial_turns = tl.cdiv(partial_count * LIST_UNIT, BLOCK_N)")
+            lines.append("partial_turns = tl.cdiv(partial_visited * LIST_UNIT, BLOCK_N)")
         return Ranges(tuple(lines), (), ())
 
     def sweeps(self, ranges: Ranges) -> list[Sweep]:
         if self.gathered:
-            whole = "tl.cdiv(count * LIST_UNIT, BLOCK_N) - partial_turns"
+            whole = "tl.cdiv(visited * LIST_UNIT, BLOCK_N) - partial_turns"
             partial_steps = [line.format(first="0") for line in GATHER]
             whole_steps = [line.format(first="partial_turns") for line in GATHER]
             partial = "partial_turns"
         else:
-            partial, whole = f"partial_count * {TILES}", f"(count - partial_count) * {TILES}"
-            partial_steps = [f"key_tile = tl.load(kv_indices + i // {TILES}) * {TILES} + i % {TILES}"]
-            whole_steps = [f"key_tile = tl.load(kv_indices + partial_count + i // {TILES}) * {TILES} + i % {TILES}"]
+            partial, whole = f"partial_visited * {TILES}", f"(visited - partial_visited) * {TILES}"
+            partial_steps = [f"key_tile = tl.load(listed + i // {TILES}) * {TILES} + i % {TILES}"]
+            whole_steps = [f"key_tile = tl.load(listed + partial_visited + i // {TILES}) * {TILES} + i % {TILES}"]
         data = "only conditions on data are tested" if self.residual != sympy.true else "nothing is tested"
         found = [
             self.listed_sweep("partial blocks: every condition is tested", partial, partial_steps, True),

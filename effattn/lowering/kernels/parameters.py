@@ -52,7 +52,7 @@ def parameters(spec: KernelSpec, kernel: str = "forward") -> list[Param]:
         sums = sums if loses_totals(spec.attention.score) else ("lse", "delta")
         found = [Param(name, element) for name in inputs] + [Param(name, "*fp32") for name in sums]
         terms = [term for term in captured_terms(spec) if kernel == CAPTURED[term.reduced]]
-        found += [*allowed_keys, *(Param(name, element) for name in grads)]
+        found += [*list_pointers(spec), *(Param(name, element) for name in grads)]
         found += [Param(term.pointer, f"*{_POINTER.get(term.type, term.type)}") for term in terms]
         found += [Param("units", "*fp32")] if any(term.whole for term in terms) else []
         found += data_parameters(spec.attention)
@@ -60,24 +60,33 @@ def parameters(spec: KernelSpec, kernel: str = "forward") -> list[Param]:
         for term in terms:
             dims = len(term.read.load.indices) if term.reduced == "pairs" else 0
             found += [Param(f"{term.pointer}_stride_{dim}", "i32") for dim in range(dims)]
-        return found + _common_parameters(spec)
+        return found + list_sizes(spec) + _common_parameters(spec)
     found = [Param(name, element) for name in ("query", "key", "value", "out")]
     found += [Param("lse", "*fp32"), *allowed_keys]
     if spec.kind == "decode":
         found += [Param(name, "*fp32") for name in ("parts", "parts_top", "parts_total")]
-    if spec.kind == "listed":
-        found += [Param(name, "*i32") for name in LISTS]
+    found += list_pointers(spec)
     if spec.tiles.descriptors:
         for name, width in (("key_tiles", spec.block_d), ("value_tiles", spec.block_dv)):
             shape = f"1, 1, {spec.tiles.block_n}, {width}"
             found.append(Param(name, f"tensordesc<{DTYPES[spec.dtype]}[{shape}]>", False))
     found += data_parameters(spec.attention)
     found += [Param(f"{name}_stride_{dim}", "i32") for name in ("query", "key", "value", "out") for dim in "bhnd"]
-    if spec.kind == "listed":
-        found += [Param(f"{name}_stride_{dim}", "i32", False) for name in LISTS for dim in "bh"]
-        found += [Param(name, "i32", False) for name in ("lists", "counted", "width")]
+    found += list_sizes(spec)
     found.append(Param("splits" if spec.kind == "decode" else "together", "i32", False))
     return found + _common_parameters(spec)
+
+
+def list_pointers(spec: KernelSpec) -> list[Param]:
+    return [Param(name, "*i32") for name in LISTS] if spec.list_block else []
+
+
+def list_sizes(spec: KernelSpec) -> list[Param]:
+    """Strides of batch and list, and how long a list may be."""
+    if not spec.list_block:
+        return []
+    strides = [Param(f"{name}_stride_{dim}", "i32", False) for name in LISTS for dim in "bh"]
+    return strides + [Param(name, "i32", False) for name in ("lists", "counted", "width")]
 
 
 def data_parameters(attention: AttentionSpec) -> list[Param]:
@@ -104,7 +113,7 @@ def _common_parameters(spec: KernelSpec) -> list[Param]:
 
 def key_condition(spec: KernelSpec) -> Any:
     """The condition on keys that ``find_allowed`` evaluates before the main kernel; true: there is none."""
-    if not spec.key_ranges or spec.kind in ("prefill", "listed"):
+    if not spec.key_ranges or spec.kind != "decode":
         return sympy.true
     return key_conditions(tile_ranges(spec.attention.rule).residual)[0]
 

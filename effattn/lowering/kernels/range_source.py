@@ -54,14 +54,13 @@ def visits(ranges: TileRanges, text: Text, aligned: bool, split: bool, allowed: 
         text: source of a bound at a query.
         aligned: the queries of a tile are in one block of the block list, ``position_block``.
         split: separate full from partial tiles; else every tile is partial.
-        allowed: only keys from ``allowed_first`` to ``allowed_end`` are kept. If ``allowed_whole``, all of these that
-            the ranges keep are; otherwise every tile is partial.
+        allowed: only keys from ``allowed_first`` to ``allowed_end`` are kept; not with ``split``.
     """
     builder = _Builder(text, split, allowed)
     builder.outer(ranges)
     if not ranges.choice or (ranges.powers is not None and not aligned):
         builder.split = split and not ranges.choice
-        builder.segment("band", "outer_tile", "outer_end", "full_tile", "full_end", bool(ranges.lower) or allowed)
+        builder.segment("band", "outer_tile", "outer_end", "full_tile", "full_end", bool(ranges.lower))
     else:
         builder.choose(ranges)
     return Ranges(tuple(builder.lines), tuple(builder.full), tuple(builder.partial))
@@ -100,20 +99,19 @@ class _Builder:
         self.let("outer_end", "tl.maximum(tl.cdiv(some_end, BLOCK_N), outer_tile)")
         if not self.split:
             return
-        if ranges.lower or self.allowed:
+        if ranges.lower:
             self.let("every_first", within(self.bound(ranges.lower, "last_row", "maximum", [zero])))
             self.let("full_tile", "tl.cdiv(every_first, BLOCK_N)")
         else:
             self.let("full_tile", "0")
         every_end = self.bound(ranges.upper, "first_row", "minimum", [k_len])
         self.let("every_end", f"tl.maximum({every_end}, 0).to(tl.int32)")
-        full_end = "every_end // BLOCK_N"
-        self.let("full_end", f"tl.where(allowed_whole, {full_end}, 0)" if self.allowed else full_end)
+        self.let("full_end", "every_end // BLOCK_N")
 
     def choose(self, ranges: TileRanges) -> None:
         """Segments of the choice: prefix, the list between prefix and near band, the near band."""
         middle, right = "outer_tile", "outer_end"
-        outer_left = bool(ranges.lower) or self.allowed
+        outer_left = bool(ranges.lower)
         if ranges.prefix is not None:
             prefix = f"tl.maximum({self.text(ranges.prefix, 'first_row')}, 0)"
             self.let("prefix_keys", f"tl.minimum({prefix}, k_len).to(tl.int32)")
@@ -152,7 +150,7 @@ class _Builder:
             end = self.bound(upper, "first_row", "minimum", ["k_len"])
             self.let("near_whole", f"tl.maximum({end}, 0).to(tl.int32) // BLOCK_N")
             full_end = "tl.minimum(near_whole, full_end)"
-        self.segment("near", "near_tile", "near_end", full_tile, full_end, bool(lower or ranges.lower) or self.allowed)
+        self.segment("near", "near_tile", "near_end", full_tile, full_end, bool(lower or ranges.lower))
 
     def listed(self, name: str, first: str, end: str, has_left: bool) -> None:
         """Tiles of listed blocks in ``[first, end)``. Places in the list run from right to left."""
@@ -188,11 +186,28 @@ class _Builder:
         self.partial.append(Part(f"{name}_right", f"{name}_full_end", end))
 
 
-def rows_of(ranges: TileRanges, text: Text, allowed: bool = False, tile: str = "BLOCK_N") -> Ranges:
+def listed(block: str, head: str) -> tuple[str, ...]:
+    """Code that finds the list of one block: ``listed`` points to its first entry, ``visited`` and ``partial_visited``
+    say how many there are and how many of them are partial. Strides of what is shared are 0.
+    """
+    return (
+        f"list_block = ({block}).to(tl.int64)",
+        f"own_list = ({head} // (heads // lists)).to(tl.int64)",
+        f"own_count = ({head} // (heads // counted)).to(tl.int64)",
+        "listed = kv_indices + batch.to(tl.int64) * kv_indices_stride_b + own_list * kv_indices_stride_h",
+        "listed += list_block * width",
+        "counts = batch.to(tl.int64) * kv_num_blocks_stride_b + own_count * kv_num_blocks_stride_h",
+        "visited = tl.load(kv_num_blocks + counts + list_block)",
+        "counts = batch.to(tl.int64) * partial_blocks_stride_b + own_list * partial_blocks_stride_h",
+        "partial_visited = tl.minimum(tl.load(partial_blocks + counts + list_block), visited)",
+    )
+
+
+def rows_of(ranges: TileRanges, text: Text, tile: str = "BLOCK_N") -> Ranges:
     """The transpose: tiles of queries that visit a tile of keys ``first_key`` to ``last_key``.
 
     Bounds never decrease in q, so the queries are consecutive, and bisection finds both ends. Tile ranges with a block
-    list have no such ends. ``allowed``: see :func:`visits`; ``tile``: the name of the number of queries of a tile.
+    list have no such ends. ``tile``: the name of the number of queries of a tile.
     """
     conditions = {
         "rows_first": ("first_key", ranges.upper, ranges.near_upper, "all"),
@@ -223,11 +238,6 @@ def rows_of(ranges: TileRanges, text: Text, allowed: bool = False, tile: str = "
         f"whole_tile = {_clamp(f'tl.cdiv(whole_first, {tile})', 'row_tile_first', 'row_tile_end')}",
         f"whole_tile_end = {_clamp(f'whole_end // {tile}', 'whole_tile', 'row_tile_end')}",
     ]
-    if allowed:
-        lines.insert(-2, "some_allowed = (first_key < allowed_end) & (last_key >= allowed_first)")
-        lines.insert(-2, "row_tile_end = tl.where(some_allowed, row_tile_end, row_tile_first)")
-        lines.append("all_allowed = allowed_whole & (first_key >= allowed_first) & (last_key < allowed_end)")
-        lines.append("whole_tile_end = tl.where(all_allowed, whole_tile_end, whole_tile)")
     partial = (Part("before", "row_tile_first", "whole_tile"), Part("after", "whole_tile_end", "row_tile_end"))
     return Ranges(tuple(lines), (Part("whole", "whole_tile", "whole_tile_end"),), partial)
 

@@ -221,7 +221,7 @@ class Generator:
         found = visits(
             self.tile_ranges, lambda bound, row: self.scalar_text(bound, self.before, row), listed, split, self.allowed
         )
-        lines = [*(allowed.sums(split) if self.allowed else ()), *found.lines]
+        lines = [*(allowed.SUMS if self.allowed else ()), *found.lines]
         if listed and self.tile_ranges.choice:
             powers = self.tile_ranges.powers
             assert powers is not None
@@ -252,7 +252,11 @@ class Generator:
         """Add what gradients need to a loop; the forward needs nothing."""
 
     def sweep(self, title: str, parts: tuple[Part, ...], partial: bool) -> Sweep:
-        before, steps, count = flatten(parts, "i")
+        return self.sweep_over(title, flatten(parts, "i"), partial)
+
+    def sweep_over(self, title: str, loop: tuple[list[str], list[str], str], partial: bool) -> Sweep:
+        """``loop``: lines before it, lines in it that set the tile number from ``i``, the trip count."""
+        before, steps, count = loop
         inside = self.before.inner()
         algebra = self.algebra(self.before, inside, key_mask="key_ok" if partial else "")
         sweep = Sweep(title, partial, count, before, steps, lines=inside.lines)

@@ -57,8 +57,8 @@ class KernelSpec:
     tiles: Tiles
     tf32: bool = False  # fp32 products may round their inputs to TF32
     key_ranges: bool = True  # find the keys that data allow first, and visit only these
-    list_block: int = 0  # listed: queries that share a list of units
-    list_unit: int = 0  # listed: consecutive keys per unit
+    list_block: int = 0  # queries that share a list of units; 0: tiles come by formula, and not from a list
+    list_unit: int = 0  # consecutive keys per unit
     tests_data: bool = False  # listed by a selector: conditions on data are tested on every unit
     precise: bool = True  # tanh to single precision; else the chip's own, where the dialect has it
     wanted: tuple[WantedGradient, ...] = ()  # backward: captured tensors that need a gradient

@@ -102,12 +102,18 @@ LOOPS: dict[tuple[str, str], list[tuple[dict[str, str], str]]] = {
         ({"query": "row_ok", "grad_out": "row_ok", "lse": "row_ok", "delta": "row_ok"}, "keys rows"),
     ],
     ("padding backward", "grad_query"): [
-        ({"key": "", "value": ""}, ""),
-        ({"key": "key_ok", "value": "key_ok", "data_padding": "key_ok"}, f"data_padding {EVERYTHING}"),
+        ({"kv_indices": "", "key": "", "value": ""}, ""),
+        (
+            {"kv_indices": "", "key": "key_ok", "value": "key_ok", "data_padding": "key_ok"},
+            f"data_padding {EVERYTHING}",
+        ),
     ],
     ("padding backward", "grad_key_value"): [  # the padding of the program's own keys is loaded before
-        ({"query": "", "grad_out": "", "lse": "row_ok", "delta": "row_ok"}, ""),
-        ({"query": "row_ok", "grad_out": "row_ok", "lse": "row_ok", "delta": "row_ok"}, "data_padding keys rows"),
+        ({"kv_indices": "", "query": "", "grad_out": "", "lse": "row_ok", "delta": "row_ok"}, ""),
+        (
+            {"kv_indices": "", "query": "row_ok", "grad_out": "row_ok", "lse": "row_ok", "delta": "row_ok"},
+            "data_padding keys rows",
+        ),
     ],
     ("alibi backward", "grad_key_value"): [  # heads change from turn to turn, and with them the slope
         (
@@ -195,10 +201,11 @@ def test_nothing_is_loaded_in_vain(name):
     assert not Kernel(source_of(one), kernel).needless_loads()
 
 
+LISTED = {"lists", "counted", "width"} | {f"{name}_stride_{dim}" for name in LISTS for dim in "bh"}
 # numbers that change from call to call, beside lengths: how programs are laid out, how long lists are
 LAID_OUT = {
     "prefill": {"together"},
-    "listed": {"together", "lists", "counted", "width"} | {f"{name}_stride_{dim}" for name in LISTS for dim in "bh"},
+    "listed": {"together"},
     "decode": {"splits"},
     "backward": set(),
 }
@@ -209,9 +216,9 @@ def test_what_kernels_are_specialised_on(name):
     one, kernel = KERNELS[name]
     found = Kernel(source_of(one), kernel)
     lengths = {"heads", "q_len", "k_len"} | {number for number in found.parameters if "_size_" in number}
-    assert set(found.unspecialised) & set(found.parameters) == lengths | (
-        LAID_OUT[one.kind] if kernel == "forward" else set()
-    )
+    laid_out = LAID_OUT[one.kind] if kernel == "forward" else set()
+    lists = LISTED if one.list_block and kernel != "find_allowed" else set()
+    assert set(found.unspecialised) & set(found.parameters) == lengths | laid_out | lists
     assert found.setting("OPTIONS") == {"num_warps": one.tiles.warps, "num_stages": one.tiles.stages}
     if kernel != "find_allowed":
         values = {name: value for name, value in kernel_constants(one).items() if name != "DIRECT"}
@@ -256,7 +263,7 @@ def test_another_load_or_condition_is_noticed(name, kernel, old, new):
         ("causal", "forward", "pair.to(tl.int64) * q_len"),
         ("padding", "forward", "keys.to(tl.int64) * padding_stride_1"),
         ("tokens", "forward", "keys.to(tl.int64)[None, :] * key_stride_n"),
-        ("tokens", "forward", "row_block.to(tl.int64) * width"),
+        ("tokens", "forward", "(tile_row // LIST_BLOCK).to(tl.int64)"),
         ("decode", "forward", "(batch * heads + head).to(tl.int64) * q_len"),
         ("decode", "combine", "split.to(tl.int64) * tl.num_programs(0)"),
         ("causal backward", "grad_key_value", "wide = keys.to(tl.int64)[:, None]"),

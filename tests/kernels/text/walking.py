@@ -208,12 +208,12 @@ def _kept(spec: KernelSpec, call: Call, sizes: Sizes) -> tuple[np.ndarray, np.nd
     condition = key_conditions(rule.residual)[0]
     if condition == sympy.true:
         return kept, None
-    allowed = np.zeros((sizes.batch, 3, 32), dtype=int)
+    allowed = np.zeros((sizes.batch, 2, 32), dtype=int)
     allowed[:, 0] = sizes.k_len
     for batch, seen in enumerate(_grid(condition, call, sizes)[:, 0]):
         places = np.flatnonzero(seen)
         first, end = (places[0], places[-1] + 1) if len(places) else (sizes.k_len, 0)
-        allowed[batch, :, 5] = first, end, len(places)
+        allowed[batch, :, 5] = first, end
         kept[batch, :, :first], kept[batch, :, end:] = 0, 0
         if end - first != len(places):
             kept[batch] = np.minimum(kept[batch], 1)

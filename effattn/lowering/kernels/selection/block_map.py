@@ -193,6 +193,7 @@ class MapGenerator:
             "every": every,
             "tested": list(sizes_tested(spec.attention).values()),
             "descriptors": False,
+            "listed": False,
         }
 
     def depends(self, *sides: str) -> tuple[bool, bool]:

@@ -38,7 +38,7 @@ class _Call:
     given: Plan  # see the forward's _Call
     launch: Callable[..., Known]
     terms: tuple[CapturedTerm, ...] = ()
-    blocks: int = 0  # queries and keys of a block of the block map that it visits; 0: it needs none
+    blocks: tuple[int, int] | None = None  # sizes of the blocks of the block map that it visits
     known: Known | None = None
 
 
@@ -46,8 +46,10 @@ CALLS = LaunchCache()
 
 
 def both_ways(call: _Call, shape, captures, scalars, numbers, device: torch.device):
-    """The block map of a call, for blocks of queries and for blocks of keys."""
-    given = (call.given.spec, shape, captures, scalars, numbers, call.blocks, call.blocks, device)
+    """The block map of a call, for blocks of queries and for blocks of keys; nothing if tiles come by formula."""
+    if call.blocks is None:
+        return ()
+    given = (call.given.spec, shape, captures, scalars, numbers, *call.blocks, device)
     return tuple(block_map(*given, transposed).tensors() for transposed in (False, True))
 
 
@@ -111,12 +113,13 @@ def run_backward(
         fast = in_gluon(spec, architecture(query.device), settings.current().precise) if config is None else None
         if fast is not None and fits_gluon((*inputs[:3], inputs[5], *grads)):
             spec = fast
-        return _Call(plan, kernels.load(spec).module.launch, captured_terms(spec), blocks=spec.list_block)
+        blocks = (spec.list_block, spec.list_unit) if spec.list_block else None
+        return _Call(plan, kernels.load(spec).module.launch, captured_terms(spec), blocks)
 
     def started(call: _Call) -> tuple[list[torch.Tensor], Known]:
         if not call.terms:
             with on_device(query.device):
-                lists = both_ways(call, shape, captures, scalars, given, query.device) if call.blocks else ()
+                lists = both_ways(call, shape, captures, scalars, given, query.device)
                 known = call.launch(*inputs, grad_lse, grads, captures, scalars, given, *lists, call.known)
             return gradients(plan.spec, (), (), None, wanted, (captures, scalars, given), shape), known
         names = (load.name for load in plan.spec.captures)
@@ -125,7 +128,9 @@ def run_backward(
         if any(term.whole for term in call.terms):
             unit = inverse_unit(value, grad_out, lse, grad_lse)
         with on_device(query.device):
-            known = call.launch(*inputs, grad_lse, grads, (*filled, unit), captures, scalars, given, call.known)
+            lists = both_ways(call, shape, captures, scalars, given, query.device)
+            own = (*filled, unit)
+            known = call.launch(*inputs, grad_lse, grads, own, captures, scalars, given, *lists, call.known)
         return gradients(plan.spec, call.terms, filled, unit, wanted, (captures, scalars, given), shape), known
 
     of_captures = CALLS.run(launch_key, prepared, started)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
+from typing import Any
 
 import torch
 
@@ -78,18 +79,24 @@ def specialise(
     bits = 32 if name == "float32" else 16
     tiles = config or configs.choose(kind, plan, arch, bits, head_dim, value_dim, rows)
     spec = KernelSpec(kind, plan.form, plan.spec, name, head_dim, value_dim, groups, tiles, tf32 and bits == 32)
+    if plan.sparsity.select is None:
+        return over_map(spec) if kind == "listed" or (kind == "backward" and not transposes(plan.spec.rule)) else spec
     if kind != "listed":
         return spec
-    if plan.sparsity.select is None:
-        return over_map(spec)
     expand = plan.sparsity.select.expand
     return replace(spec, key_ranges=False, list_block=expand.block, list_unit=expand.unit, tests_data=True)
 
 
+def transposes(rule: Any) -> bool:
+    """Whether a formula says which queries see a tile of keys, too."""
+    return by_formula(rule) and tile_ranges(rule).powers is None
+
+
 def over_map(spec: KernelSpec) -> KernelSpec:
     """The specialisation that reads a block map with a block for each of its tiles."""
-    tiles = spec.tiles
-    return replace(spec, kind="listed", key_ranges=False, list_block=tiles.block_m, list_unit=tiles.block_n)
+    tiles, kind = spec.tiles, spec.kind
+    sizes = {"list_block": tiles.block_m, "list_unit": tiles.block_n}
+    return replace(spec, kind="listed" if kind == "prefill" else kind, key_ranges=False, **sizes)  # type: ignore[arg-type]
 
 
 @lru_cache(maxsize=4096)
@@ -109,6 +116,7 @@ def in_gluon(spec: KernelSpec, arch: str, precise: bool) -> KernelSpec | None:
             continue
         found = replace(spec, tiles=tiles, precise=precise)
         if kind == "backward":
+            found = replace(found, list_block=0, list_unit=0)
             mapped = replace(found, list_block=hopper_backward.OWNED, list_unit=hopper_backward.OWNED)
             return next((one for one in (found, mapped) if hopper_backward.why_not(one) is None), None)
         if kind == "listed" and not spec.tests_data:
