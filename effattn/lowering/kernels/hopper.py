@@ -190,14 +190,16 @@ class HopperForward:
         return self.tile_ranges.residual if self.spec.kind == "listed" and self.spec.tests_data else sympy.true
 
     def by_formula(self) -> Place:
+        needed = Lines()  # the bounds are computed by the producer, too
+
         def bound(term: Any, row: str) -> str:
-            return fold(term, self.algebra(self.symbols(q=Value(row)), self.captures, self.before)).text
+            return fold(term, self.algebra(self.symbols(q=Value(row)), self.captures, needed)).text
 
         found = visits(self.tile_ranges, bound, False, True)
         parts = (*found.partial, *found.full)
         before, steps, count = flatten(parts, "i")
         partial = sum_of(found.partial)
-        lines = [*found.lines, *before, f"visited = {count}", f"partial_visited = {partial}"]
+        lines = [*needed.lines, *found.lines, *before, f"visited = {count}", f"partial_visited = {partial}"]
         return Place([in_gluon(line) for line in lines], [in_gluon(line) for line in steps])
 
     def listed(self, block: int, unit: int) -> Place:

@@ -1,0 +1,112 @@
+"""The text of kernels in the Gluon dialect, for every kind of mask, score and data."""
+
+from __future__ import annotations
+
+import ast
+import builtins
+from dataclasses import replace
+
+import pytest
+import torch
+from plans import CASES, Sizes
+
+from effattn.lowering.kernels.generate import generate
+from effattn.lowering.kernels.spec import KernelSpec
+from effattn.runtime.targets.triton.specialise import in_gluon
+
+CPU = torch.device("cpu")
+KINDS = ("prefill", "listed", "backward")
+
+
+def spec(name: str, kind: str) -> KernelSpec | None:
+    """The Gluon kernel of a case; None where there is none."""
+    plan = CASES[name](Sizes(head_dim=64, value_dim=64), CPU).plan.complete
+    base = KernelSpec(kind, plan.form, plan.spec, "bfloat16", 64, 64, 2, tiles=None)
+    return in_gluon(base, "sm90", False)
+
+
+def made() -> dict[str, KernelSpec]:
+    found = {f"{name} {kind}": spec(name, kind) for name in CASES for kind in KINDS}
+    return {name: one for name, one in found.items() if one is not None}
+
+
+MADE = made()
+
+
+def functions(source: str) -> dict[str, ast.FunctionDef]:
+    return {node.name: node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef)}
+
+
+def known(source: str) -> set[str]:
+    """Names of the module."""
+    found = set(dir(builtins)) | functions(source).keys()
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            found |= {(alias.asname or alias.name).split(".")[0] for alias in node.names}
+        if isinstance(node, ast.Assign):
+            found |= {target.id for target in node.targets if isinstance(target, ast.Name)}
+    return found
+
+
+def unknown(function: ast.FunctionDef, outside: set[str]) -> set[str]:
+    """Names that a function reads before it sets them, in the order of its text."""
+    seen = outside | {arg.arg for arg in function.args.args}
+    missing = set()
+    names = [node for node in ast.walk(function) if isinstance(node, ast.Name)]
+    places = {
+        id(node): place for place, node in enumerate(sorted(names, key=lambda node: (node.lineno, node.col_offset)))
+    }
+    # an assignment sets its names after its value was read
+    last = {}
+    for node in ast.walk(function):
+        if isinstance(node, ast.Assign | ast.AugAssign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            inside = [each for target in targets for each in ast.walk(target) if isinstance(each, ast.Name)]
+            last |= {id(each): node.end_lineno for each in inside}
+    for node in sorted(names, key=lambda node: (last.get(id(node), node.lineno), id(node) in last, places[id(node)])):
+        if isinstance(node.ctx, ast.Store):
+            seen.add(node.id)
+        elif node.id not in seen:
+            missing.add(node.id)
+    return missing
+
+
+def test_most_cases_have_kernels():
+    assert sum(name.endswith("listed") for name in MADE) >= len(CASES) - 5
+    assert sum(name.endswith("backward") for name in MADE) > len(CASES) // 3
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_every_partition_defines_what_it_reads(name):
+    source = generate(MADE[name])
+    outside = known(source)
+    kernels = {name: node for name, node in functions(source).items() if node.decorator_list}
+    assert len(kernels) >= 3
+    missing = {name: unknown(node, outside) for name, node in kernels.items()}
+    assert {function: names for function, names in missing.items() if names} == {}
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_copied_and_computed_tiles_are_the_same(name):
+    """Producer and consumers find the tiles to visit by the same lines."""
+    made = functions(generate(MADE[name]))
+    copies, computes = ("copy_keys", "differentiate_rows") if "copy_keys" in made else ("copy_tiles", "attend_rows")
+    lines = [ast.unparse(line) for line in made[copies].body if isinstance(line, ast.Assign)]
+    others = {ast.unparse(line) for line in made[computes].body if isinstance(line, ast.Assign)}
+    assert len(lines) > 4
+    assert [line for line in lines if line not in others] == []
+
+
+def test_a_missing_definition_is_noticed():
+    source = generate(MADE["causal prefill"])
+    changed = source.replace("    full_end = every_end // BLOCK_N\n", "", 1)
+    assert changed != source
+    assert unknown(functions(changed)["copy_tiles"], known(changed)) == {"full_end"}
+
+
+def test_longer_calls_and_other_types_have_none():
+    one = replace(MADE["causal prefill"], tiles=None)
+    assert in_gluon(one, "sm90", False) is not None
+    for changes in ({"dtype": "float32"}, {"head_dim": 60}, {"wide": True}, {"value_dim": 512}):
+        assert in_gluon(replace(one, **changes), "sm90", False) is None
+    assert in_gluon(one, "sm100", False) is None
