@@ -128,6 +128,7 @@ class HopperForward:
         self.attention = spec.attention
         self.tile_ranges = tile_ranges(self.attention.rule)
         self.captures = {load.name: load for load in self.attention.captures}
+        self.loads = expr.loads_of(self.attention.score, self.attention.rule)
         self.before = Lines()
         factor = sympy.expand(self.attention.score).coeff(expr.s, 1)
         plain = factor.is_number and factor.is_positive and sympy.expand(self.attention.score - factor * expr.s) == 0
@@ -171,8 +172,8 @@ class HopperForward:
             "before": self.before.lines,
             "partial": partial,
             "full": full,
-            # a branch within one loop is faster, unless it holds so much data that registers spill
-            "apart": any(load.has(expr.k) for load in expr.loads_of(self.attention.score, self.attention.rule)),
+            # a branch within one loop is faster, unless it holds so much that registers spill
+            "apart": self.attention.rule.has(sympy.Or) or any(load.has(expr.k) for load in self.loads),
             "scale": (1.0 if self.scale is None else self.scale) * LOG2_E,
             "large_scores": loses_totals(self.attention.score),
             "params": params,
