@@ -23,7 +23,7 @@ from effattn.lowering.iteration.tile_ranges import tile_ranges
 from effattn.lowering.kernels.parameters import Param, data_parameters, data_sizes, sizes_tested
 from effattn.lowering.kernels.range_source import flatten, visits
 from effattn.lowering.kernels.rendering import helpers_for, template_named, tidy
-from effattn.lowering.kernels.score_facts import loses_totals
+from effattn.lowering.kernels.score_facts import may_overflow
 from effattn.lowering.kernels.spec import DTYPES, KernelSpec
 
 LOG2_E = 1.4426950408889634
@@ -175,7 +175,7 @@ class HopperForward:
             # a branch within one loop is faster, unless it holds so much that registers spill
             "apart": self.attention.rule.has(sympy.Or) or any(load.has(expr.k) for load in self.loads),
             "scale": (1.0 if self.scale is None else self.scale) * LOG2_E,
-            "large_scores": loses_totals(self.attention.score),
+            "large_scores": may_overflow(self.attention.score),
             "params": params,
             "shared": [param.name for param in params if param.name not in OWN],
             "unspecialised": [p.name for p in params if p.type in ("i32", "fp32") and not p.specialise],

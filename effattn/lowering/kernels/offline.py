@@ -98,8 +98,10 @@ def _compiled_gluon(spec: KernelSpec, source: str, arch: str, kernel: str, ones:
     backend, architecture, lanes, _ = TARGETS[arch]
     module = module_from(source, Path(file_name(spec, source)))
     params = hopper_backward.parameters(spec, kernel) if spec.kind == "backward" else hopper.parameters(spec)
-    signature = {param.name: param.type for param in params} | dict.fromkeys(ones, "constexpr")
-    ast = GluonASTSource(getattr(module, kernel), signature, dict.fromkeys(ones, 1))
+    signature = {param.name: param.type for param in params}
+    signature |= {name: "constexpr" for name in ones if name in signature}
+    constants = {name: 1 for name in ones if name in signature}
+    ast = GluonASTSource(getattr(module, kernel), signature, constants)
     return triton.compile(ast, target=GPUTarget(backend, architecture, lanes), options=module.OPTIONS)
 
 

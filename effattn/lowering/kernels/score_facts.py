@@ -52,6 +52,21 @@ def loses_totals(score: Any) -> bool:
     return not interval(score, size, lambda name: UNKNOWN).within(around(LARGE_LSE))
 
 
+@lru_cache(maxsize=1024)
+def may_overflow(score: Any) -> bool:
+    """Whether a score that is finite may be infinite when it is multiplied by log2(e).
+
+    As the lowest float, in a captured tensor with numbers for queries or keys. Those for heads are factors of moderate
+    size.
+    """
+    varying = {load.name for load in expr.loads_of(score) if load.has(expr.q, expr.k)}
+
+    def size(name: str) -> Interval:
+        return NARROW
+
+    return not interval(score, size, lambda name: UNKNOWN if name in varying else NARROW).within(around(2.0**126))
+
+
 @dataclass(frozen=True)
 class CapturedTerm:
     """One load of a captured tensor, and how its gradient is reduced."""

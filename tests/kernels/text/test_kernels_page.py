@@ -9,7 +9,7 @@ from specs import goldens
 from effattn.lowering.kernels.generate import generate
 
 PAGE = Path(__file__).parents[3] / "docs" / "kernels.md"
-SHOWN = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
+SHOWN = re.findall(r"```text\n(.*?)```", PAGE.read_text(), re.DOTALL)
 
 
 def test_the_page_shows_code():

@@ -119,4 +119,5 @@ def test_large_scores_are_not_scaled_before_the_greatest_is_taken_away():
     biased = generate(on_hopper("bias", 128, kind="listed"))
     assert "exp2((scores - base[:, None]) * SCALE)" in biased
     assert "top + gl.log2(total)" in biased
-    assert "exp2(scores * SCALE - (base * SCALE)[:, None])" in generate(on_hopper("causal", 128))
+    for name in ("causal", "soft_cap", "alibi"):
+        assert "exp2(scores * SCALE - (base * SCALE)[:, None])" in generate(on_hopper(name, 128))
