@@ -100,7 +100,7 @@ def attention(
     plan = _plan(form, bool(causal), tuple(params.items()), boundaries is not None, sizes)
     factor = 1.0 / math.sqrt(q.shape[3]) if scale is None else scale
     captures = [] if boundaries is None else [_checked_boundaries(boundaries, k)]
-    return torch.ops.effattn.attend(q, k, v, captures, [], [factor], plan)[0]
+    return torch.ops.effattn.attend.default(q, k, v, captures, [], [factor], plan)[0]
 
 
 def _without_softmax(
@@ -192,16 +192,20 @@ def _checked_boundaries(boundaries: Tensor, k: Tensor) -> Tensor:
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
+    dtype, device = q.dtype, q.device
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         if tensor.ndim != 4:
             raise ValueError(f"attention: {name} must be [batch, heads, length, head_dim], not {tuple(tensor.shape)}")
-        if not tensor.is_floating_point():
-            raise ValueError(f"attention: {name} must be floating point, got {tensor.dtype}")
-        if tensor.dtype != q.dtype or tensor.device != q.device:
-            raise ValueError(f"attention: q is {q.dtype} on {q.device}, {name} is {tensor.dtype} on {tensor.device}")
-    if k.shape[:3] != v.shape[:3]:
+        if tensor.dtype != dtype or tensor.device != device:
+            raise ValueError(f"attention: q is {dtype} on {device}, {name} is {tensor.dtype} on {tensor.device}")
+    if not dtype.is_floating_point:
+        raise ValueError(f"attention: q must be floating point, got {dtype}")
+    batch, heads, _, head_dim = q.shape
+    k_batch, kv_heads, k_len, k_head_dim = k.shape
+    v_batch, v_heads, v_len, _ = v.shape
+    if k_batch != v_batch or kv_heads != v_heads or k_len != v_len:
         raise ValueError(f"attention: k {tuple(k.shape)} and v {tuple(v.shape)} must agree in batch, heads and length")
-    if q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
+    if batch != k_batch or head_dim != k_head_dim:
         raise ValueError(f"attention: q {tuple(q.shape)} and k {tuple(k.shape)} must agree in batch and head_dim")
-    if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
-        raise ValueError(f"attention: {q.shape[1]} query heads are not a multiple of {k.shape[1]} key/value heads")
+    if kv_heads == 0 or heads % kv_heads:
+        raise ValueError(f"attention: {heads} query heads are not a multiple of {kv_heads} key/value heads")
