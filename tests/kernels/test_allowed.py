@@ -8,6 +8,7 @@ import pytest
 import sympy
 import torch
 from checking import check, check_gradients
+from comparing import assert_close
 from plans import CASES, CAUSAL, Call, Sizes, power_keep, tensors
 from sites import causal_site
 
@@ -89,6 +90,22 @@ def of_form(form: str, pattern: str, position=q) -> Call:
 @pytest.mark.parametrize("pattern", ["left", "right", "holes", "nothing"])
 def test_forms_on_padding(pattern, form):
     check(of_form(form, pattern), *tensors(SIZES), config=SMALL, kind="prefill")
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("pattern", ["left", "holes", "nothing"])
+def test_gradients_of_forms_on_padding(pattern, form):
+    """By the op, which counts from where the text begins in the backward, too."""
+    call = of_form(form, pattern)
+    check_gradients(call, tensors(SIZES))
+    given = replace(call.plan, spec=call.plan.spec.given)
+    grads = []
+    for plan, captures in ((call.plan, call.captures), (given, call.captures[:-1])):
+        inputs = [tensor.requires_grad_() for tensor in tensors(SIZES)]
+        out, _ = torch.ops.effattn.attend(*inputs, captures, [], [], plan.dispatched(target="portable").encode())
+        weights = torch.linspace(-1, 1, out.numel()).view_as(out)
+        grads.append(torch.autograd.grad((out * weights).sum(), inputs))
+    assert_close(*grads)
 
 
 @pytest.mark.parametrize("form", FORMS)

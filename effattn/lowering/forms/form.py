@@ -195,7 +195,7 @@ SINKS_ON_PADDING = Rule(
 NO_BACKWARD = Rule(
     Why.GRADIENT,
     no_gradient,
-    "gradients are needed and this form has no backward",
+    "gradients are needed, and there is none where keys are chosen by query and key",
     "run under torch.no_grad() or torch.inference_mode(), or keep this site exact for training",
 )
 ONLY_CAUSAL = Rule(

@@ -10,7 +10,6 @@ from effattn.ir.site import Site
 from effattn.lowering.forms.form import (
     CAUSAL,
     FROM_THE_FIRST_KEY,
-    NO_BACKWARD,
     SINKS_ON_PADDING,
     Form,
     Params,
@@ -65,7 +64,7 @@ POWER = Form(
     summary="window, blocks at power-of-two distances, sinks: O(N log N), every token reachable in log N layers",
     source="Chen et al., PowerAttention, arXiv 2503.03588",
     params=PowerParams,
-    rules=(CAUSAL, FROM_THE_FIRST_KEY, SINKS_ON_PADDING, NO_BACKWARD),
+    rules=(CAUSAL, FROM_THE_FIRST_KEY, SINKS_ON_PADDING),
     keep=keep,
     kept_keys=kept_keys,
     reference=reference,

@@ -10,7 +10,6 @@ from effattn.ir.site import Site
 from effattn.lowering.forms.form import (
     CAUSAL,
     FROM_THE_FIRST_KEY,
-    NO_BACKWARD,
     SINKS_ON_PADDING,
     Form,
     Params,
@@ -40,7 +39,7 @@ WINDOW = Form(
     summary="sliding window with sinks: recent keys and the first few",
     source="Xiao et al., Efficient Streaming Language Models with Attention Sinks, arXiv 2309.17453",
     params=WindowParams,
-    rules=(CAUSAL, FROM_THE_FIRST_KEY, SINKS_ON_PADDING, NO_BACKWARD),
+    rules=(CAUSAL, FROM_THE_FIRST_KEY, SINKS_ON_PADDING),
     keep=keep,
     kept_keys=lambda params: sympy.Min(Nk, params.window + params.sinks),
     reference=reference,

@@ -167,6 +167,7 @@ def attend_backward(
     """
     place = (plan, key.shape[2], query.dtype, query.device.type, query.shape[3], value.shape[3], *wanted)
     call = BACKWARD_CALLS.find(place) or BACKWARD_CALLS.keep(place, _prepare_backward(plan, query, key, value, wanted))
+    captures = with_first_keys(call.plan, query, key, captures, scalars, numbers)
     given = (grad_out, grad_lse, query, key, value, out, lse, captures, scalars, numbers, call.wanted)
     return call.target.run_backward(call.plan, *given)
 
@@ -183,7 +184,8 @@ BACKWARD_CALLS = LaunchCache()
 
 def _prepare_backward(plan: str, query: Tensor, key: Tensor, value: Tensor, wanted: Sequence[bool]) -> _BackwardCall:
     decoded = Plan.decode(plan).at(key.shape[2])
-    names = tuple(load.name for load, needed in zip(decoded.spec.given.captures, wanted, strict=True) if needed)
+    # the plan may read one more, which the op itself computes
+    names = tuple(load.name for load, needed in zip(decoded.spec.captures, wanted, strict=False) if needed)
     if decoded.spec.empty_rows == "uniform" and any(reads_of(decoded.spec.score, name) for name in names):
         raise NoGradient(
             "effattn::attend has no gradient for data that the score reads where queries without keys have uniform "

@@ -10,6 +10,7 @@ from compiled import compiled
 from small import INF, B, D, H, N, qkv
 
 from effattn.ir.refusal import Why
+from effattn.lowering.forms import FORMS
 
 
 def detached_weights(q, k, v):
@@ -179,3 +180,31 @@ def test_a_learned_bias_needs_no_gradient_where_none_is_recorded():
         report, _ = compiled(Learned(), *qkv())
     assert "softmax" not in report.graph()
     assert [site.stage for site in report.sites] == ["encoder"]
+
+
+@pytest.mark.parametrize("target", ["portable", "triton"])
+@pytest.mark.parametrize("form", ["window", "power"])
+def test_forms_that_are_trained(form, target):
+    """A policy that names the stage: gradients of what the form keeps, nothing of what it does not."""
+    params = {"window": {"window": 5, "sinks": 2}, "power": {"block": 16, "window": 16, "sinks": 3}}[form]
+    policy = {"schema": 1, "rule": [{"stage": "train", "forms": [form], "params": {form: params}}]}
+    length = 70
+    places = torch.arange(length)
+    made = FORMS[form]
+    kept = made.reference(made.params(**params), places[:, None], places)
+
+    def attention(q, k, v, kept=None):
+        scores = (q @ k.mT * 0.3).masked_fill(torch.arange(length) > torch.arange(length)[:, None], -INF)
+        return (scores if kept is None else scores.masked_fill(~kept, -INF)).softmax(-1) @ v
+
+    given = [torch.randn(1, 2, length, 8, generator=torch.Generator().manual_seed(seed)) for seed in range(3)]
+    torch._dynamo.reset()
+    options = {"rest": "eager", "strict": True, "policy": policy, "target": target}
+    fast = torch.compile(attention, backend="effattn", options=options)
+    found = []
+    for run, more in ((fast, ()), (attention, (kept,))):
+        inputs = [x.clone().requires_grad_() for x in given]
+        out = run(*inputs, *more)
+        grads = torch.autograd.grad((out * torch.linspace(-1, 1, out.numel()).view_as(out)).sum(), inputs)
+        found.append((out, *grads))
+    assert_close(*found, 1e-4)

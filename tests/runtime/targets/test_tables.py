@@ -15,7 +15,7 @@ from effattn.ir.bounds import UNKNOWN, Interval, interval
 from effattn.ir.expr import Nk, Table, h, k, q, s
 from effattn.ir.text import text
 from effattn.lowering import forms
-from effattn.lowering.forms.form import CAUSAL, FROM_THE_START, NO_BACKWARD, Form, Params
+from effattn.lowering.forms.form import CAUSAL, FROM_THE_START, Form, Params
 from effattn.lowering.iteration.tile_ranges import tile_ranges
 from effattn.runtime.algebra import evaluate
 
@@ -75,7 +75,7 @@ HEADS = Form(
     summary="some heads keep everything, others a window",
     source="a test",
     params=HeadsParams,
-    rules=(CAUSAL, FROM_THE_START, NO_BACKWARD),
+    rules=(CAUSAL, FROM_THE_START),
     keep=heads_keep,
     kept_keys=lambda params: Nk,
     reference=None,
