@@ -15,7 +15,7 @@ from effattn.errors import PlanError
 from effattn.ir.attention import AttentionSpec
 from effattn.ir.selector import Selector
 
-VERSION = 6
+VERSION = 7
 LAYOUTS = ("bhnd", "bnhd")
 Kernel = Literal["auto", "sdpa", "generated"]
 KERNELS: tuple[Kernel, ...] = ("auto", "sdpa", "generated")
@@ -26,6 +26,7 @@ class Sparsity:
     """How the keys to visit are found: from predicate and ``keep``, or by a selector among those."""
 
     select: Selector | None = None  # chooses among the kept keys at run time; None: visits all of them
+    blocks: tuple[int, int] | None = None  # queries and keys of a block of the block map that the op is passed
 
 
 @dataclass(frozen=True)
@@ -125,6 +126,7 @@ class Plan:
             "v": VERSION,
             "form": self.form,
             "spec": self.spec.encode(),
+            "blocks": None if self.sparsity.blocks is None else list(self.sparsity.blocks),
             "select": None if select is None else select.model_dump(mode="json"),
             "dispatch": self.dispatch.encode(),
         }
@@ -148,7 +150,8 @@ class Plan:
             if not isinstance(body["form"], str) or not body["form"].isidentifier():
                 raise PlanError(f"bad form name in plan: {body['form']!r}")
             select = None if body["select"] is None else Selector.decode(body["select"])
+            blocks = None if body["blocks"] is None else (int(body["blocks"][0]), int(body["blocks"][1]))
             spec, dispatch = AttentionSpec.decode(body["spec"]), Dispatch.decode(body["dispatch"])
         except (KeyError, TypeError, ValueError) as error:
             raise PlanError(f"a plan lacks or misuses a field: {error!r}") from error
-        return Plan(body["form"], spec, Sparsity(select), dispatch)
+        return Plan(body["form"], spec, Sparsity(select, blocks), dispatch)

@@ -8,6 +8,7 @@ query and key are tabulated by pairs of blocks.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -16,6 +17,7 @@ import sympy
 from sympy.logic.boolalg import Boolean
 
 from effattn.ir import expr
+from effattn.ir.attention import AttentionSpec
 from effattn.ir.expr import IsPowerOfTwo, Load, Modulo, Where, b, h, k, q
 
 SIDES = {"q": (q,), "k": (k,), "qk": (q, k)}
@@ -44,6 +46,41 @@ class BlockRule:
 
     def of_side(self, *sides: str) -> tuple[Table, ...]:
         return tuple(table for table in self.tables if table.side in sides)
+
+
+@dataclass(frozen=True)
+class RuleAlone:
+    """What a block map reads of an attention: equal for all layers that share a mask."""
+
+    spec: AttentionSpec  # without keep and score, and with the captured tensors and numbers of the rule only
+    captures: tuple[int, ...]  # places of these among those of the attention
+    scalars: tuple[int, ...]
+    numbers: tuple[int, ...]
+
+    def given(self, captures: Sequence[Any], scalars: Sequence[Any], numbers: Sequence[Any]) -> tuple[list, list, list]:
+        """The captured tensors, scalars and numbers of the rule, from those of the attention."""
+        return (
+            [captures[place] for place in self.captures],
+            [scalars[place] for place in self.scalars],
+            [numbers[place] for place in self.numbers],
+        )
+
+
+def rule_alone(attention: AttentionSpec) -> RuleAlone:
+    """The rule of an attention as an attention of its own."""
+    loaded = {load.name for load in expr.loads_of(attention.rule)}
+    symbols = {symbol.name for symbol in expr.free_symbols(attention.rule)}
+    captures = tuple(place for place, each in enumerate(attention.captures) if each.name in loaded)
+    scalars = tuple(place for place, name in enumerate(attention.scalars) if name in symbols)
+    numbers = tuple(place for place, name in enumerate(attention.numbers) if name in symbols)
+    spec = AttentionSpec(
+        expr.s,
+        attention.rule,
+        captures=tuple(attention.captures[place] for place in captures),
+        scalars=tuple(attention.scalars[place] for place in scalars),
+        numbers=tuple(attention.numbers[place] for place in numbers),
+    )
+    return RuleAlone(spec, captures, scalars, numbers)
 
 
 @lru_cache(maxsize=1024)

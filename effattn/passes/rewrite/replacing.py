@@ -20,6 +20,7 @@ from effattn.passes.graph.dead_code import erase_orphans
 from effattn.passes.graph.insertion import Inserter, difference, fake_mode
 from effattn.passes.graph.known_values import Known
 from effattn.passes.graph.view import GraphView
+from effattn.passes.rewrite.maps import Maps
 from effattn.passes.rewrite.memory_order import in_order_of
 from effattn.passes.symbolic import CaptureSource
 
@@ -40,7 +41,7 @@ class Rewriting:
 
     def __init__(self, work: Compilation):
         self.view, self.saved = work.view, SavedCaptures(work.view)
-        self.known = Known(work.view, work.inputs)
+        self.known, self.maps = Known(work.view, work.inputs), Maps()
         self._left_alone = partial(left_alone, missed=work.outcome.missed, strict=work.strict)
         self.replaced: dict[fx.Node, fx.Node] = {}  # node -> replacement
         self._before, self._inserted = len(work.graph.nodes), 0
@@ -107,7 +108,7 @@ class Writer(Inserter):
     def __init__(self, rewriting: Rewriting, like: fx.Node):
         super().__init__(rewriting.view.graph, like)
         self.view, self.saved, self.replaced = rewriting.view, rewriting.saved, rewriting.replaced
-        self.known = rewriting.known
+        self.known, self.maps = rewriting.known, rewriting.maps
 
     def now(self, node: fx.Node) -> fx.Node:
         """The node that now has the value ``node`` had when it was matched."""

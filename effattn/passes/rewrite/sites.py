@@ -112,8 +112,9 @@ def _op(writer: Writer, choice: Choice) -> Emitted:
     assert choice.plan is not None
     nodes = choice.match.nodes
     plan = choice.plan if nodes.lse is None else choice.plan.reading_lse()
-    args = (*op_arguments(writer, choice.match), plan.encode())
-    both = writer.call(torch.ops.effattn.attend.default, *args)
+    args = op_arguments(writer, choice.match)
+    plan, blocks = writer.maps.of(writer, plan, args, _when(writer, nodes))
+    both = writer.call(torch.ops.effattn.attend.default, *args, plan.encode(), *([] if blocks is None else [blocks]))
     out = writer.call(operator.getitem, both, 0)
     if nodes.lse is not None:
         lse = writer.call(operator.mul, writer.call(operator.getitem, both, 1), 1 / math.log(2.0))  # flex_attention's

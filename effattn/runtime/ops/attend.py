@@ -33,8 +33,8 @@ from effattn.runtime.targets.target import Gradients, PreparingTarget, Target
 
 SCHEMAS = {
     "attend": (
-        "(Tensor query, Tensor key, Tensor value, Tensor[] captures, SymInt[] scalars, Scalar[] numbers, str plan)"
-        " -> (Tensor, Tensor)"
+        "(Tensor query, Tensor key, Tensor value, Tensor[] captures, SymInt[] scalars, Scalar[] numbers, str plan,"
+        " Tensor[]? blocks=None) -> (Tensor, Tensor)"
     ),
     "attend_backward": (
         "(Tensor? grad_out, Tensor? grad_lse, Tensor query, Tensor key, Tensor value, Tensor out, Tensor lse,"
@@ -56,6 +56,7 @@ def attend(
     scalars: Sequence[int],
     numbers: Sequence[float],
     plan: str,
+    blocks: Sequence[Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Output and LSE of one attention.
 
@@ -63,6 +64,7 @@ def attend(
         query: [B, Hq, Nq, D], any strides; key: [B, Hkv, Nk, D]; value: [B, Hkv, Nk, Dv]; one floating-point dtype.
         captures, scalars, numbers: in the plan's order.
         plan: the result of :meth:`Plan.encode`.
+        blocks: what ``effattn::block_map`` made of the same mask and sizes; None: made here where it is needed.
 
     Returns:
         out [B, Hq, Nq, Dv] in query's dtype and the plan's memory order; lse [B, Hq, Nq] float32, natural logarithm,
@@ -77,8 +79,8 @@ def attend(
     inputs = (query, key, value, captures, scalars, numbers)
     call = CALLS.find(place)
     if call is not None:
-        return _start(call, *inputs)[0]
-    return CALLS.run(place, lambda: _prepare(plan, *inputs), lambda call: _start(call, *inputs))
+        return _start(call, *inputs, blocks)[0]
+    return CALLS.run(place, lambda: _prepare(plan, *inputs), lambda call: _start(call, *inputs, blocks))
 
 
 @dataclass(frozen=True)
@@ -130,11 +132,11 @@ def _dense(plan: Plan, query: Tensor, key: Tensor, value: Tensor) -> sdpa.Dense 
     return None if found.kind is not None and generated_is_faster(found.kind, *where) else found
 
 
-def _start(call: _Call, query, key, value, captures, scalars, numbers) -> tuple[tuple[Tensor, Tensor], Any]:
+def _start(call: _Call, query, key, value, captures, scalars, numbers, blocks) -> tuple[tuple[Tensor, Tensor], Any]:
     if call.lacks_first_keys:
         captures = with_first_keys(call.plan, query, key, captures, scalars, numbers)
     if call.preparing is not None:
-        return call.preparing.start(call.prepared, query, key, value, captures, scalars, numbers, call.known)
+        return call.preparing.start(call.prepared, query, key, value, captures, scalars, numbers, call.known, blocks)
     done = None if call.dense is None else call.dense.run(query, key, value, scalars, numbers)
     if done is None:
         target = call.target or target_of(call.plan, query, value)
@@ -142,7 +144,7 @@ def _start(call: _Call, query, key, value, captures, scalars, numbers) -> tuple[
     return done, None
 
 
-def attend_fake(query, key, value, captures, scalars, numbers, plan):
+def attend_fake(query, key, value, captures, scalars, numbers, plan, blocks=None):
     """Empty outputs of :func:`attend` with its shapes and strides, for any symbolic sizes."""
     return allocate_output(Plan.decode(plan), query, value)
 
@@ -224,7 +226,7 @@ def target_of(plan: Plan, query: Tensor, value: Tensor) -> Target:
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    query, key, value, captures, scalars, numbers, plan = inputs
+    query, key, value, captures, scalars, numbers, plan, _ = inputs
     decoded = Plan.decode(plan)
     if decoded.selects:
         raise NoGradient(
@@ -239,13 +241,13 @@ def _setup_context(ctx, inputs, output) -> None:
 def _backward(ctx, grad_out, grad_lse):
     query, key, value, out, lse, *captures = ctx.saved_tensors
     if grad_out is None and grad_lse is None:
-        return None, None, None, [None] * len(captures), None, None, None
+        return None, None, None, [None] * len(captures), None, None, None, None
     wanted = list(ctx.needs_input_grad[3])
     *grads, found = torch.ops.effattn.attend_backward.default(
         grad_out, grad_lse, query, key, value, out, lse, captures, ctx.scalars, ctx.numbers, ctx.plan, wanted
     )
     of_captures = iter(found)
-    return *grads, [next(of_captures) if needed else None for needed in wanted], None, None, None
+    return *grads, [next(of_captures) if needed else None for needed in wanted], None, None, None, None
 
 
 def _no_second_gradient(ctx, *grads):

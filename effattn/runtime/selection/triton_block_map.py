@@ -14,6 +14,7 @@ from effattn.ir.attention import AttentionSpec
 from effattn.lowering.kernels.selection.block_map import MapSpec, generate
 from effattn.runtime import kernels
 from effattn.runtime.launching import Known, LaunchCache, far, on_device, tensor_key, width
+from effattn.runtime.selection import block_map as portable
 from effattn.runtime.selection.block_list import BlockList
 
 
@@ -30,6 +31,8 @@ def block_map(
 ) -> BlockList:
     """The list of every block of queries; arguments as of :func:`effattn.runtime.selection.block_map.block_map`."""
     sides = (unit, block) if transposed else (block, unit)
+    if 0 in sizes:
+        return portable.block_map(attention, sizes, captures, scalars, numbers, block, unit, device, transposed)
 
     def prepared() -> _Call:
         spec = MapSpec(attention, *sides, transposed, far(*sizes, *scalars))

@@ -137,6 +137,12 @@ class Target(Protocol):
 class PreparingTarget(Protocol):
     """A target that decides once what holds for many calls. One that does not have these has :meth:`Target.run`."""
 
+    def map_blocks(
+        self, plan: Plan, dtype: torch.dtype, groups: int, head_dim: int, value_dim: int, device: torch.device
+    ) -> tuple[int, int] | None:
+        """The sizes of the blocks of the block map that long calls visit; None if they visit none."""
+        ...
+
     def prepare(
         self,
         plan: Plan,
@@ -160,8 +166,11 @@ class PreparingTarget(Protocol):
         scalars: Sequence[int],
         numbers: Sequence[float],
         known: Any,
+        blocks: Sequence[Tensor] | None = None,
     ) -> tuple[tuple[Tensor, Tensor], Any]:
         """The same as :meth:`Target.run`, of a call that :meth:`prepare` returned.
+
+        ``blocks``: the tensors of the block map whose blocks ``plan.sparsity`` names; None: it is made here.
 
         Returns:
             the result, and what to pass as ``known`` to later calls; it is None in the first.

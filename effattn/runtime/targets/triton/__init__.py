@@ -11,7 +11,7 @@ from effattn.runtime.targets.triton import linear
 from effattn.runtime.targets.triton.backward import run_backward
 from effattn.runtime.targets.triton.forward import CALLS, prepare, run, start
 from effattn.runtime.targets.triton.limits import why_no_backward, why_not, why_not_on
-from effattn.runtime.targets.triton.specialise import spec_of
+from effattn.runtime.targets.triton.specialise import map_blocks, spec_of
 
 alone = True
 
@@ -30,6 +30,7 @@ __all__ = [
     "describe",
     "forget",
     "linear",
+    "map_blocks",
     "prepare",
     "run",
     "run_backward",

@@ -10,6 +10,7 @@ import torch
 
 from effattn import settings
 from effattn.ir.plan import Plan
+from effattn.lowering.iteration.block_rule import RuleAlone, rule_alone
 from effattn.lowering.iteration.tile_ranges import by_formula
 from effattn.lowering.kernels.spec import Kind, Tiles
 from effattn.runtime import kernels
@@ -29,7 +30,15 @@ from effattn.runtime.selection.run import select
 from effattn.runtime.selection.triton_block_map import block_map
 from effattn.runtime.targets.memory_order import strides_of
 from effattn.runtime.targets.triton.limits import check
-from effattn.runtime.targets.triton.specialise import describable, fits_gluon, in_gluon, kind_of, spec_of, splits_for
+from effattn.runtime.targets.triton.specialise import (
+    describable,
+    fits_gluon,
+    in_gluon,
+    kind_of,
+    over_given_map,
+    spec_of,
+    splits_for,
+)
 
 
 def run(
@@ -70,7 +79,7 @@ def run(
     )
 
 
-def start(call: _Call, query, key, value, captures, scalars, numbers, known: Known | None):
+def start(call: _Call, query, key, value, captures, scalars, numbers, known: Known | None, blocks=None):
     """(out, LSE) of a call, and what its launcher found out; see :class:`effattn.runtime.targets.target.Target`."""
     out = query.new_empty_strided(call.shape, call.strides)
     lse = query.new_empty(call.shape[:3], dtype=torch.float32)
@@ -87,10 +96,11 @@ def start(call: _Call, query, key, value, captures, scalars, numbers, known: Kno
     with on_device(query.device):
         if call.plan.sparsity.select is not None:
             extra = select(call.plan, query, key, captures, scalars, numbers, triton_steps).tensors()
-        elif call.blocks is not None:
-            sizes = (*query.shape[:3], key.shape[2])
-            given = (captures, scalars, numbers)
-            extra = block_map(call.plan.spec, sizes, *given, *call.blocks, query.device).tensors()
+        elif call.map is not None and blocks is not None and call.takes_map:
+            extra = tuple(blocks)
+        elif call.map is not None:
+            sizes, given = (*query.shape[:3], key.shape[2]), call.map.given(captures, scalars, numbers)
+            extra = block_map(call.map.spec, sizes, *given, *call.blocks, query.device).tensors()
         known = call.launch(query, key, value, out, lse, captures, scalars, numbers, *extra, known)
     return (out, lse), known
 
@@ -107,7 +117,9 @@ class _Call:
     widened: dict[str, Any] | None = None  # arguments of the same call in float32
     narrowed: bool = False
     splits: tuple[int, ...] = ()  # one number for decode
-    blocks: tuple[int, int] | None = None  # sizes of the blocks of the block map that it visits
+    map: RuleAlone | None = None  # of the block map that it visits
+    blocks: tuple[int, int] = (0, 0)  # sizes of its blocks
+    takes_map: bool = False  # whether they are those of the plan, so that the op's own block map serves
     known: Known | None = None
 
 
@@ -158,9 +170,12 @@ def prepare(
     if kind == "decode":
         parts = (splits or splits_for(batches * kv_heads, k_len, multiprocessors(device)),)
     narrowed = any(narrow is not tensor for narrow, tensor in zip(tensors, (query, key, value), strict=True))
-    mapped = spec.kind == "listed" and plan.sparsity.select is None
-    blocks = (spec.list_block, spec.list_unit) if mapped else None
-    return replace(call, launch=kernels.load(spec).module.launch, narrowed=narrowed, splits=parts, blocks=blocks)
+    if spec.kind == "listed" and plan.sparsity.select is None:
+        given_map = over_given_map(spec, plan.sparsity.blocks)
+        spec = given_map or spec
+        sizes = (spec.list_block, spec.list_unit)
+        call = replace(call, map=rule_alone(plan.spec), blocks=sizes, takes_map=given_map is not None)
+    return replace(call, launch=kernels.load(spec).module.launch, narrowed=narrowed, splits=parts)
 
 
 def _never(*arguments: Any) -> Known:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from effattn import settings
 from effattn.ir import expr
 from effattn.ir.plan import Plan
 from effattn.lowering.iteration.tile_ranges import by_formula, tile_ranges
@@ -97,6 +98,25 @@ def over_map(spec: KernelSpec) -> KernelSpec:
     tiles, kind = spec.tiles, spec.kind
     sizes = {"list_block": tiles.block_m, "list_unit": tiles.block_n}
     return replace(spec, kind="listed" if kind == "prefill" else kind, key_ranges=False, **sizes)  # type: ignore[arg-type]
+
+
+def over_given_map(spec: KernelSpec, blocks: tuple[int, int] | None) -> KernelSpec | None:
+    """The same over a block map with blocks of these sizes; None if tiles do not divide them."""
+    if blocks is None or blocks[0] % spec.tiles.block_m or blocks[1] % spec.tiles.block_n:
+        return None
+    return replace(spec, list_block=blocks[0], list_unit=blocks[1])
+
+
+def map_blocks(
+    plan: Plan, dtype: torch.dtype, groups: int, head_dim: int, value_dim: int, device: torch.device
+) -> tuple[int, int] | None:
+    """The sizes of the blocks of the block map that long calls visit; None if they visit none."""
+    if plan.sparsity.select is not None:
+        return None
+    kind: Kind = "prefill" if by_formula(plan.spec.rule) else "listed"
+    spec = spec_of(plan, dtype, DECODE_ROWS, groups, head_dim, value_dim, device, kind)
+    spec = in_gluon(spec, architecture(device), settings.current().precise) or spec
+    return (spec.list_block, spec.list_unit) if spec.list_block else None
 
 
 @lru_cache(maxsize=4096)

@@ -1,0 +1,143 @@
+"""A mask without a formula has one block map in the graph, for all layers that share it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from compiled import compiled
+from torch.utils.checkpoint import checkpoint
+
+B, H, N, D = 2, 2, 50, 16
+
+
+def qkv(length: int = N, grad: bool = False):
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(B, H, length, D, generator=generator).requires_grad_(grad) for _ in range(3)]
+
+
+def documents(length: int = N, width: int = 13):
+    return torch.arange(length).div(width, rounding_mode="floor").long().expand(B, -1).contiguous()
+
+
+def seen(document):
+    places = torch.arange(document.shape[1])
+    same = document[:, None, :, None] == document[:, None, None, :]
+    return same & (places[None] <= places[:, None])
+
+
+def layers(q, k, v, document):
+    mask = seen(document)
+    for _ in range(3):
+        q = q + F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    return q
+
+
+def layers_that_make_it_anew(q, k, v, document):
+    for _ in range(3):
+        q = q + F.scaled_dot_product_attention(q, k, v, attn_mask=seen(document))
+    return q
+
+
+def other_scores(q, k, v, document):
+    """What the score reads does not matter."""
+    mask = seen(document)
+    one = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=0.5)
+    scores = torch.tanh(one @ k.mT) + document.float()[:, None, None, :]
+    return scores.masked_fill(~mask, -torch.inf).softmax(-1) @ v
+
+
+def two_masks(q, k, v, document):
+    one = F.scaled_dot_product_attention(q, k, v, attn_mask=seen(document))
+    return F.scaled_dot_product_attention(one, k, v, attn_mask=seen(document // 2))
+
+
+def written_between(q, k, v, document):
+    one = F.scaled_dot_product_attention(q, k, v, attn_mask=seen(document))
+    document.add_(torch.arange(document.shape[1]) > 20)
+    return F.scaled_dot_product_attention(one, k, v, attn_mask=seen(document))
+
+
+def of_other_sizes(q, k, v, document):
+    one = F.scaled_dot_product_attention(q, k, v, attn_mask=seen(document))
+    half = [x[:, :, : N // 2] for x in (one, k, v)]
+    return one.mean() + F.scaled_dot_product_attention(*half, attn_mask=seen(document)[:, :, : N // 2, : N // 2])
+
+
+def by_formula(q, k, v, document):
+    return F.scaled_dot_product_attention(q * document[:1, :1, None, None], k, v, is_causal=True)
+
+
+NUMBERS = {
+    layers: 1,
+    layers_that_make_it_anew: 1,
+    other_scores: 1,
+    two_masks: 2,
+    written_between: 2,
+    of_other_sizes: 2,
+    by_formula: 0,
+}
+
+
+@pytest.mark.parametrize("function", NUMBERS, ids=lambda function: function.__name__)
+def test_how_many(function):
+    report, _ = compiled(function, *qkv(), documents(), target="triton", verify=False)
+    assert report.graph().count("ops.effattn.block_map") == NUMBERS[function], report.graph()
+
+
+def test_the_portable_target_needs_none():
+    report, _ = compiled(layers, *qkv(), documents(), target="portable")
+    assert "block_map" not in report.graph()
+
+
+def test_every_call_has_its_own_data_and_length():
+    torch._dynamo.reset()
+    options = {"rest": "eager", "strict": True, "target": "triton"}
+    fast = torch.compile(layers, backend="effattn", dynamic=True, options=options)
+    for length, width in ((50, 13), (50, 7), (33, 40), (81, 20)):
+        given = (*qkv(length), documents(length, width))
+        torch.testing.assert_close(fast(*given), layers(*given), atol=2e-5, rtol=2e-5)
+
+
+def in_checkpoints(q, k, v, document):
+    mask = seen(document)
+
+    def layer(q):
+        return q + F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+    for _ in range(2):
+        q = checkpoint(layer, q, use_reentrant=False)
+    return q
+
+
+@pytest.mark.parametrize(("function", "number"), [(layers, 1), (in_checkpoints, 2)])
+def test_gradients(function, number):
+    """A checkpoint computes what it needs again."""
+    torch._dynamo.reset()
+    options = {"rest": "eager", "strict": True, "target": "triton"}
+    fast = torch.compile(function, backend="effattn", options=options)
+    found = []
+    for one in (fast, function):
+        inputs = qkv(grad=True)
+        out = one(*inputs, documents())
+        found.append([out, *torch.autograd.grad(out.sum(), inputs)])
+    for got, want in zip(*found, strict=True):
+        torch.testing.assert_close(got, want, atol=5e-5, rtol=5e-5)
+
+
+def test_the_op():
+    from effattn.ir.attention import AttentionSpec, CaptureSpec
+    from effattn.ir.expr import b, k, load, q, s
+    from effattn.ir.plan import Plan, Sparsity
+
+    rule = (k <= q) & (load("document", [b, k], integer=True) > 1)
+    spec = AttentionSpec(s, rule, captures=(CaptureSpec("document", "int64", 2),))
+    plan = Plan("mask", spec, Sparsity(blocks=(16, 32))).encode()
+    query, key, _ = qkv(grad=True)
+    torch.library.opcheck(torch.ops.effattn.block_map.default, (query, key, [documents()], [], [], plan))
+    found = torch.ops.effattn.block_map(query, key, [documents()], [], [], plan)
+    assert [tuple(each.shape) for each in found] == [(B, 1, 4, 2), (B, 1, 4), (B, 1, 4)]
+    assert not any(each.requires_grad for each in found)
+    empty = [x[:, :, :0] for x in (query, key)]
+    found = torch.ops.effattn.block_map(*empty, [documents()], [], [], plan)
+    assert [tuple(each.shape) for each in found] == [(B, 1, 0, 0), (B, 1, 0), (B, 1, 0)]
