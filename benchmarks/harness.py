@@ -51,7 +51,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Bar:
-    """``variant`` may cost at most ``at_most`` times what the better of ``against`` costs."""
+    """``variant`` may cost at most ``at_most`` times what the better of ``against`` costs; of none: ``at_most``."""
 
     case: str
     variant: str
@@ -184,7 +184,10 @@ class Suite:
     # --- ratios and bars ---
 
     def bar(self, case: str, variant: str, against: str | Sequence[str], at_most: float, what: str = "ms") -> None:
-        """Ask for ``variant`` <= ``at_most`` * the better of ``against``; only the full sizes are held against it."""
+        """Ask for ``variant`` <= ``at_most`` * the better of ``against``; only the full sizes are held against it.
+
+        Where nothing else does the same, ``against`` is empty, and ``at_most`` is in the unit of ``what``.
+        """
         names = (against,) if isinstance(against, str) else tuple(against)
         if not self.options.tiny:
             self.bars.append(Bar(case, variant, names, at_most, what))

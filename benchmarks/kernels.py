@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+import sympy
 import torch
 
 from benchmarks import harness
@@ -22,6 +23,8 @@ from effattn.bench.mods import MASKS, SCORES, chosen, fields
 from effattn.bench.peers import EFFATTN, PEERS, Given, Peer
 from effattn.bench.problem import Mod, Pairs, Problem
 from effattn.bench.run import BACKWARD, FORWARD, built, parts_of
+from effattn.ir import expr
+from effattn.ir.attention import AttentionSpec, CaptureSpec
 from effattn.lowering.forms import FORMS
 
 FLEX, FLASH, CUDNN, PLAIN = "FlexAttention", "SDPA flash", "SDPA cuDNN", "SDPA cuDNN, plain causal"
@@ -53,6 +56,7 @@ def _targets(direction: str, rows: tuple[tuple[str, str, tuple[int, ...], int, s
 
 
 LONG = (32_768, 131_072)
+MAP_TOKENS, MAP_BLOCKS, MAP_AT_MOST = 131_072, (128, 128), 0.1  # ms
 TARGETS = [
     *_targets(
         FORWARD,
@@ -134,6 +138,31 @@ def _measure_one(suite: harness.Suite, case: str, given: Given, peer: Peer, pair
     suite.measure(case, peer.name, partial(built, given, peer), compare=compared if peer.same else None)
 
 
+def block_map(suite: harness.Suite) -> None:
+    """The map of blocks of packed documents, which FlexAttention's create_block_mask would make of all pairs."""
+    target = Target("documents:5000", "none", MAP_TOKENS, 128, FORWARD, (), 0.0)
+    one = problem(target, suite.options)
+    document = torch.arange(one.tokens, device=one.device).div(TINY_NUMBER if suite.options.tiny else 5000).long()[None]
+    same = expr.load("document", [expr.b, expr.q], integer=True) - expr.load("document", [expr.b, expr.k], integer=True)
+    spec = AttentionSpec(
+        expr.s, sympy.And(expr.k <= expr.q, sympy.Eq(same, 0)), captures=(CaptureSpec("document", "int64", 2),)
+    )
+    sizes, device = (one.batch, one.heads, one.tokens, one.tokens), torch.device(one.device)
+    document = document.expand(one.batch, -1).contiguous()
+    make = partial(maker(device), spec, sizes, [document], [], [], *MAP_BLOCKS, device)
+    case = f"block map, {one.name}"
+    suite.measure(case, EFFATTN, lambda: make, compare=None)
+    suite.bar(case, EFFATTN, (), MAP_AT_MOST)
+
+
+def maker(device: torch.device) -> Any:
+    """What makes a block map there."""
+    from effattn.runtime.selection import block_map as in_torch
+    from effattn.runtime.selection import triton_block_map
+
+    return in_torch.block_map if device.type == "cpu" else triton_block_map.block_map
+
+
 def run(argv: list[str] | None) -> int:
     parser = harness.parser(__doc__.split("\n\n")[0])
     parser.add_argument("--only", help="cases whose name holds one of these words, separated by commas")
@@ -149,6 +178,8 @@ def run(argv: list[str] | None) -> int:
         if wanted and case not in seen:
             seen.add(case)
             measure(suite, target)
+    if options.only is None or "block map" in options.only:
+        block_map(suite)
     return suite.finish()
 
 

@@ -17,8 +17,10 @@ def cost(rows: Rows, case: str, variant: str, what: str = "ms") -> float | None:
 
 
 def ratio(rows: Rows, case: str, variant: str, against: Sequence[str], what: str = "ms") -> float | None:
-    """``variant`` over the cheapest of ``against``; None where one side was not measured."""
+    """``variant`` over the cheapest of ``against`` (of none: its cost); None where one side was not measured."""
     over = cost(rows, case, variant, what)
+    if not against:
+        return over
     under = [found for name in against if (found := cost(rows, case, name, what))]
     return over / min(under) if over is not None and under else None
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 WHAT = {"ms": "time", "peak_gib": "peak memory", "above_gib": "memory above weights"}
+UNITS = {"ms": " ms", "peak_gib": " GiB", "above_gib": " GiB"}
 
 
 def show(result: dict[str, Any]) -> None:
@@ -44,8 +45,8 @@ def bars(results: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
     lines = []
     for result in results:
         for bar in result["bars"]:
-            against = " and ".join(bar["against"])
-            asked = f"{WHAT.get(bar['what'], bar['what'])} <= {bar['at_most']:g} of {against}'s"
+            over = f" of {' and '.join(bar['against'])}'s" if bar["against"] else UNITS.get(bar["what"], "")
+            asked = f"{WHAT.get(bar['what'], bar['what'])} <= {bar['at_most']:g}{over}"
             lines.append([bar["case"], bar["variant"], asked, number(bar["reached"]), verdict(bar)])
     return ["case", "variant", "needed", "reached", ""], lines
 

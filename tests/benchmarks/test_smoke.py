@@ -103,8 +103,11 @@ def test_bars_are_held_against_the_better_one(tmp_path):
     made.bar("case", "ours", "slow", 0.8)
     made.bar("case", "ours", ("slow", "fast"), 1.0)
     made.bar("case", "ours", "absent", 1.0)
+    made.bar("case", "ours", (), 2.5)
     verdicts = [(bar["reached"], tables.verdict(bar)) for bar in made.reached()]
-    assert verdicts == [(0.75, "met"), (1.5, "missed"), (None, "not measured")]
+    assert verdicts == [(0.75, "met"), (1.5, "missed"), (None, "not measured"), (3.0, "missed")]
+    asked = [line[2] for line in tables.bars([made.to_dict()])[1]]
+    assert asked == [f"time <= {text}" for text in ("0.8 of slow's", "1 of slow and fast's", "1 of absent's", "2.5 ms")]
 
 
 def test_nothing_starts_when_time_is_up(tmp_path):

@@ -110,10 +110,16 @@ def _prepare(plan: str, query, key, value, captures, scalars, numbers) -> _Call:
     if lacks:
         captures = [*captures, empty_first_keys(decoded, query)]
     target = target_of(decoded, query, value)
-    if not isinstance(target, PreparingTarget):
+    preparing = _preparing(target)
+    if preparing is None:
         return _Call(decoded, lacks, None, target)
-    prepared = target.prepare(decoded, query, key, value, captures, scalars, numbers)
-    return _Call(decoded, lacks, None, target, target, prepared)
+    prepared = preparing.prepare(decoded, query, key, value, captures, scalars, numbers)
+    return _Call(decoded, lacks, None, target, preparing, prepared)
+
+
+def _preparing(target: Any) -> PreparingTarget | None:
+    """The target, if it is one that prepares calls. (``isinstance`` of a protocol is slow.)"""
+    return target if hasattr(target, "prepare") else None
 
 
 def _dense(plan: Plan, query: Tensor, key: Tensor, value: Tensor) -> sdpa.Dense | None:
