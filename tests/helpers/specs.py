@@ -87,7 +87,9 @@ def hopper() -> dict[str, KernelSpec]:
 
 def hopper_backward() -> dict[str, KernelSpec]:
     found = {
-        f"{name} D {dim}": on_hopper(name, dim, kind="backward") for name in ("causal", "soft_cap") for dim in (64, 128)
+        f"{name} D {dim}": on_hopper(name, dim, kind="backward")
+        for name in ("causal", "soft_cap", "alibi")
+        for dim in (64, 128)
     }
     return found | {"documents": replace(on_hopper("documents", 128, kind="backward"), list_block=128, list_unit=128)}
 

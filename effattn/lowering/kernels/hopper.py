@@ -28,6 +28,7 @@ from effattn.lowering.kernels.spec import DTYPES, KernelSpec
 
 LOG2_E = 1.4426950408889634
 WIDEST = 256  # head_dim
+NARROWEST = 64  # padded head_dim
 CACHED_KEYS = 20 << 20  # bytes of L2 cache for the keys and values of heads that run side by side
 # consumer warpgroups -> (registers per thread when the program starts, of the other consumers, of the producer)
 REGISTERS = {2: (168, 240, 24), 3: (128, 160, 32)}
@@ -73,8 +74,9 @@ def why_not_tensors(spec: KernelSpec, widest: int) -> Refusal | None:
     """Why tiles of a specialisation are not copied and multiplied by warpgroups; None if they are."""
     if spec.dtype not in ("bfloat16", "float16"):
         return Refusal(Why.DTYPE, f"warpgroups multiply 16-bit tensors, not {spec.dtype}")
-    if spec.head_dim % 8 or spec.value_dim % 8 or max(spec.block_d, spec.block_dv) > widest:
-        return Refusal(Why.HEAD_DIM, f"tiles are copied for head dimensions up to {widest} that 8 divides")
+    widths = (spec.block_d, spec.block_dv)
+    if spec.head_dim % 8 or spec.value_dim % 8 or max(widths) > widest or min(widths) < NARROWEST:
+        return Refusal(Why.HEAD_DIM, f"tiles are copied for head dimensions from 40 to {widest} that 8 divides")
     if spec.wide:
         return Refusal(Why.EXPRESSION, "lengths or scalars need 64 bits")
     return None

@@ -54,8 +54,8 @@ def why_not(spec: KernelSpec) -> Refusal | None:
     attention = spec.attention
     if spec.wanted:
         return Refusal(Why.GRADIENT, "captured tensors that require a gradient are summed by the Triton dialect")
-    if loses_totals(attention.score):
-        return Refusal(Why.GRADIENT, "the LSE may be too large to hold how many keys share it")
+    if spec.list_block and loses_totals(attention.score):
+        return Refusal(Why.GRADIENT, "the LSE may be too large to hold how many keys share it, and tiles need a list")
     if spec.groups > 1 and sympy.sympify(attention.rule).has(expr.h):
         return Refusal(Why.GRADIENT, "heads that share a key see different queries")
     ranges = tile_ranges(attention.rule)
@@ -76,7 +76,8 @@ def parameters(spec: KernelSpec, kernel: str) -> list[Param]:
         found = [tile_param(spec, "query", queries, wide), tile_param(spec, "grad_out", queries, narrow)]
         layout = "NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2, transposed=False, "
         vectors = f"tensordesc<fp32[1, {queries}],{layout}fp4_padded=False, cga_layout=[])>"
-        found += [Param("lse_tiles", vectors, False), Param("delta_tiles", vectors, False)]
+        names = ["lse_tiles", *(["total_tiles"] if loses_totals(spec.attention.score) else []), "delta_tiles"]
+        found += [Param(name, vectors, False) for name in names]
         found += [tile_param(spec, "key", 64, wide), tile_param(spec, "value", 64, narrow)]
         found += [tile_param(spec, "grad_of_key", 64, wide), tile_param(spec, "grad_of_value", 64, narrow)]
     return found + handed(spec, kernel)
@@ -84,7 +85,8 @@ def parameters(spec: KernelSpec, kernel: str) -> list[Param]:
 
 def handed(spec: KernelSpec, kernel: str) -> list[Param]:
     """The parameters that every partition of a kernel gets."""
-    found = [Param("row_lse", "*fp32"), Param("row_delta", "*fp32")] if kernel == "grad_query" else []
+    names = ["row_lse", *(["row_total"] if loses_totals(spec.attention.score) else []), "row_delta"]
+    found = [Param(name, "*fp32") for name in names if kernel == "grad_query"]
     if spec.list_block:
         found += [Param(name, "*i32") for name in (*LISTS[kernel], "partial_blocks")]
         found += [Param(name, "i32", False) for name in LIST_SIZES]
@@ -145,6 +147,7 @@ class HopperBackward(HopperForward):
             "of_keys": names["grad_key_value"],
             "unspecialised": sorted({p.name for p in plain if p.type in ("i32", "fp32") and not p.specialise}),
             "listed": self.is_listed,
+            "totals": loses_totals(self.attention.score),
             "tested": list(sizes_tested(self.attention).values()),
             "together": f"{spec.groups} * max(1, {hopper.CACHED_KEYS} // ({width} * max(1, key.shape[2])))",
         }

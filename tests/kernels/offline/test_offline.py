@@ -18,6 +18,7 @@ HOPPER = {  # every release: masks and scores read so much at once, and smaller 
     "hopper alibi D 64 sm90": 24,
     "hopper bias listed sm90": 120,
     "hopper documents listed sm90": 8,
+    "hopper alibi D 128 grad_key_value sm90": 32,
     "hopper causal D 64 grad_key_value sm90": 8,
     "hopper causal D 128 grad_key_value sm90": 8,
     "hopper soft_cap D 128 grad_key_value sm90": 96,

@@ -107,6 +107,6 @@ def test_a_missing_definition_is_noticed():
 def test_longer_calls_and_other_types_have_none():
     one = replace(MADE["causal prefill"], tiles=None)
     assert in_gluon(one, "sm90", False) is not None
-    for changes in ({"dtype": "float32"}, {"head_dim": 60}, {"wide": True}, {"value_dim": 512}):
+    for changes in ({"dtype": "float32"}, {"head_dim": 60}, {"head_dim": 32}, {"wide": True}, {"value_dim": 512}):
         assert in_gluon(replace(one, **changes), "sm90", False) is None
     assert in_gluon(one, "sm100", False) is None

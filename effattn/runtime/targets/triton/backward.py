@@ -9,7 +9,7 @@ import torch
 
 from effattn import settings
 from effattn.ir.plan import Plan
-from effattn.lowering.kernels.score_facts import CapturedTerm, captured_terms
+from effattn.lowering.kernels.score_facts import CapturedTerm, captured_terms, loses_totals
 from effattn.lowering.kernels.spec import Tiles
 from effattn.runtime import kernels
 from effattn.runtime.launching import (
@@ -39,6 +39,7 @@ class _Call:
     launch: Callable[..., Known]
     terms: tuple[CapturedTerm, ...] = ()
     blocks: tuple[int, int] | None = None  # sizes of the blocks of the block map that it visits
+    totals: Callable[..., tuple] | None = None  # finds what the LSE of large scores does not hold, for Gluon kernels
     known: Known | None = None
 
 
@@ -111,17 +112,27 @@ def run_backward(
         spec = replace(spec, wide=far(*query.shape[:3], *key.shape[:3], *scalars))
         spec = replace(spec, wanted=wanted_gradients(plan.spec, wanted, captures, shape))
         fast = in_gluon(spec, architecture(query.device), settings.current().precise) if config is None else None
+        totals = None
         if fast is not None and fits_gluon((*inputs[:3], inputs[5], *grads)):
+            totals = kernels.load(spec).module.totals if loses_totals(plan.spec.score) else None
             spec = fast
         blocks = (spec.list_block, spec.list_unit) if spec.list_block else None
-        return _Call(plan, kernels.load(spec).module.launch, captured_terms(spec), blocks)
+        return _Call(plan, kernels.load(spec).module.launch, captured_terms(spec), blocks, totals)
 
     def started(call: _Call) -> tuple[list[torch.Tensor], Known]:
         if not call.terms:
             with on_device(query.device):
                 lists = both_ways(call, shape, captures, scalars, given, query.device)
-                known = call.launch(*inputs, grad_lse, grads, captures, scalars, given, *lists, call.known)
-            return gradients(plan.spec, (), (), None, wanted, (captures, scalars, given), shape), known
+                found = dict(call.known or {})
+                rows: tuple[torch.Tensor, ...] = (lse,)
+                if call.totals is not None:
+                    greatest, log_totals, found["totals"] = call.totals(
+                        *inputs[:2], lse, captures, scalars, given, found.get("totals")
+                    )
+                    rows = (greatest, log_totals)
+                tensors = (*inputs[:4], *rows, inputs[5], grad_lse, grads, captures)
+                found["launch"] = call.launch(*tensors, scalars, given, *lists, found.get("launch"))
+            return gradients(plan.spec, (), (), None, wanted, (captures, scalars, given), shape), found
         names = (load.name for load in plan.spec.captures)
         filled = buffers(call.terms, dict(zip(names, captures, strict=True)), shape)
         unit = None
