@@ -14,14 +14,17 @@ from effattn.ir.plan import Plan, Sparsity
 from effattn.ir.site import Layout, called_site
 from effattn.lowering.forms import FORMS
 from effattn.lowering.iteration.tile_ranges import by_formula
+from effattn.lowering.kernels.parameters import CAPTURED
+from effattn.lowering.kernels.score_facts import captured_terms
 from effattn.lowering.kernels.selection.block_map import MapSpec
 from effattn.lowering.kernels.selection.score import ScoreSpec
-from effattn.lowering.kernels.spec import KernelSpec, Tiles
+from effattn.lowering.kernels.spec import KernelSpec, Tiles, WantedGradient
 from effattn.lowering.schedules import attention as configs
 from effattn.runtime.targets.triton.specialise import over_map, transposes
 
 ARCHS = ("sm80", "sm90", "sm100", "gfx942")
 PREFILL = ("causal", "left_padding", "window_and_sinks", "power_128", "documents", "soft_cap", "alibi", "bias")
+LEARNED = (("bias", "bias", True), ("bias_by_distance", "table", False), ("decay_of_times", "times", False))
 DECODE = ("cache_by_pointer", "left_padding", "power_128")
 
 
@@ -163,6 +166,11 @@ def compiled() -> dict[str, tuple[KernelSpec | ScoreSpec | MapSpec | int, str, s
             one = spec(name, arch, "backward")
             kernels = ["grad_query", "grad_key_value", *(["row_totals"] if name == "bias" else [])]
             found |= {f"{name} {kernel} {arch}": (one, arch, kernel) for kernel in kernels}
+        for name, capture, owned in LEARNED:
+            one = replace(spec(name, arch, "backward"), wanted=(WantedGradient(capture, owned),))
+            one = replace(one, tiles=configs.beside_captures(one.tiles))
+            kernels = {CAPTURED[term.reduced] for term in captured_terms(one)}
+            found |= {f"learned {name} {kernel} {arch}": (one, arch, kernel) for kernel in kernels}
     return found
 
 

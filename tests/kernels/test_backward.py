@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from checking import check_gradients
@@ -48,6 +50,29 @@ def test_shapes_and_strides(dim, order, layout):
         assert (grad if layout == "bhnd" else grad.transpose(1, 2)).is_contiguous()
 
 
+MATRIX = [  # score and mask, head_dim, groups, queries, keys, dtype
+    ("soft_cap", 60, 1, 17, 40, torch.float32),
+    ("alibi", 64, 3, 40, 17, torch.float16),
+    ("bias_by_distance", 96, 4, 33, 20, torch.bfloat16),
+    ("left_padding", 128, 8, 20, 36, torch.float32),
+    ("bias", 256, 1, 18, 21, torch.float32),
+    ("window_per_head", 64, 4, 35, 35, torch.float16),
+    ("power_at_an_offset", 64, 8, 33, 50, torch.float32),
+    ("scale_per_head", 96, 3, 21, 33, torch.bfloat16),
+    ("decomposed_positions", 60, 4, 24, 40, torch.float16),
+    ("empty_rows_uniform", 64, 3, 30, 30, torch.float32),
+    ("smallest_number_bias", 128, 4, 19, 19, torch.bfloat16),
+]
+
+
+@pytest.mark.parametrize(("name", "dim", "groups", "q_len", "k_len", "dtype"), MATRIX, ids=[row[0] for row in MATRIX])
+def test_sizes_and_dtypes(name, dim, groups, q_len, k_len, dtype):
+    """Through output and LSE, and of captured tensors."""
+    sizes = Sizes(1, 2 * groups, 2, q_len, k_len, dim, dim)
+    tolerance = {torch.float32: 5e-5, torch.float16: 1e-2, torch.bfloat16: 6e-2}[dtype]
+    check_gradients(CASES[name](sizes, CPU), tensors(sizes, dtype=dtype), tolerance)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("name", ["causal", "soft_cap", "bias"])
 def test_half_precision(name, dtype):
@@ -55,6 +80,16 @@ def test_half_precision(name, dtype):
     check_gradients(
         CASES[name](sizes, CPU), tensors(sizes, dtype=dtype), tolerance=1e-2 if dtype == torch.float16 else 6e-2
     )
+
+
+def test_a_learned_bias_of_documents():
+    """The tiles that such a gradient has, and a block map of them."""
+    sizes = Sizes(q_len=80, k_len=80)
+    call, masked = CASES["bias"](sizes, CPU), CASES["documents"](sizes, CPU)
+    captures = (*call.plan.spec.captures, *masked.plan.spec.captures)
+    call.plan = replace(call.plan, spec=replace(masked.plan.spec, score=call.plan.spec.score, captures=captures))
+    call.captures += masked.captures
+    check_gradients(call, tensors(sizes), config=None)
 
 
 def test_scores_that_are_large_in_every_row():

@@ -153,3 +153,8 @@ def aligned(tiles: Tiles, plan: Plan) -> Tiles:
     block_m, block_n = min(tiles.block_m, divisor), min(tiles.block_n, divisor)
     warps = tiles.warps if block_m >= 128 else min(tiles.warps, 4)
     return replace(tiles, block_m=block_m, block_n=block_n, warps=warps)
+
+
+def beside_captures(tiles: Tiles) -> Tiles:
+    """Tiles of a backward that also computes gradients of captured tensors: a tile of them takes registers, too."""
+    return replace(tiles, block_m=min(tiles.block_m, 64), block_n=max(tiles.block_n // 2, MIN_TILE))

@@ -11,6 +11,7 @@ from effattn import settings
 from effattn.ir.plan import Plan
 from effattn.lowering.kernels.score_facts import CapturedTerm, captured_terms, loses_totals
 from effattn.lowering.kernels.spec import Tiles
+from effattn.lowering.schedules.attention import beside_captures
 from effattn.runtime import kernels
 from effattn.runtime.launching import (
     Known,
@@ -30,7 +31,7 @@ from effattn.runtime.targets.memory_order import allocate
 from effattn.runtime.targets.target import Gradients
 from effattn.runtime.targets.triton.captured import buffers, gradients, inverse_unit, wanted_gradients
 from effattn.runtime.targets.triton.limits import UnsupportedCall, why_no_backward
-from effattn.runtime.targets.triton.specialise import fits_gluon, in_gluon, spec_of
+from effattn.runtime.targets.triton.specialise import fits_gluon, in_gluon, over_map, spec_of
 
 
 @dataclass(frozen=True)
@@ -111,6 +112,9 @@ def run_backward(
         spec = spec_of(plan, query.dtype, query.shape[2], groups, *widths, query.device, "backward", config)
         spec = replace(spec, wide=far(*query.shape[:3], *key.shape[:3], *scalars))
         spec = replace(spec, wanted=wanted_gradients(plan.spec, wanted, captures, shape))
+        if config is None and captured_terms(spec):
+            spec = replace(spec, tiles=beside_captures(spec.tiles))
+            spec = over_map(spec) if spec.list_block else spec
         fast = in_gluon(spec, architecture(query.device), settings.current().precise) if config is None else None
         totals = None
         if fast is not None and fits_gluon((*inputs[:3], inputs[5], *grads)):
