@@ -10,6 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from effattn.ir.expr import FloorDiv, IsPowerOfTwo, Modulo, Nk, Nq, Table, b, h, k, q, scalar
+from effattn.lowering.iteration.block_rule import undecided
 from effattn.runtime.selection import block_map, triton_block_map
 
 CPU = torch.device("cpu")
@@ -114,3 +115,15 @@ def test_what_cannot_be_decided_is_tested():
         some, every = listed(block_map, rule, (48, 48), (16, 16))
         assert (some & ~every).any()
         assert not every.any()
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_what_is_decided_is_not_reported(name):
+    assert undecided(EXACT[name]) == ()
+
+
+def test_what_is_undecided_is_reported():
+    stride = sympy.Eq(Modulo(q - k, 3), 0)
+    assert undecided(sympy.And(CAUSAL, sympy.Or(SAME, stride))) == (stride,)
+    assert undecided(sympy.And(IsPowerOfTwo(q - k), PADDING)) == (IsPowerOfTwo(q - k),)
+    assert undecided(IsPowerOfTwo(FloorDiv(q, 16) - FloorDiv(k, 16))) == ()

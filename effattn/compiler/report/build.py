@@ -10,7 +10,7 @@ from effattn.compiler.report.effect import Reached, shortcomings
 from effattn.compiler.report.model import Report
 from effattn.compiler.report.outside import Outside
 from effattn.compiler.report.records import GraphReport, MissedReport, SiteReport, ranges
-from effattn.compiler.report.target import described
+from effattn.compiler.report.target import described, how_tiles_are_found
 from effattn.ir.refusal import Why
 from effattn.ir.site import Site
 from effattn.ir.text import text
@@ -64,6 +64,7 @@ def _site(choice: Choice) -> SiteReport:
             for one in choice.considered
         ),
         kernel=described(choice),
+        tiles=how_tiles_are_found(choice),
         location=site.location,
         layout=str(site.layout),
         empty_rows=site.spec.empty_rows,

@@ -36,6 +36,7 @@ class SiteReport:
     reads: dict[str, str] = field(default_factory=dict)  # captured tensor to its name in user code
     predicate_shown: str = ""  # with the names in user code: attention_mask[b, k] for padding[b, k]
     score_shown: str = ""
+    tiles: str = ""  # how the keys to visit are found; "" where no op of ours does it
     rules: tuple[str, ...] = ()  # of effattn.ir.refusal.Why: those that keep exact attention from being replaced
 
 

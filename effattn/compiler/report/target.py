@@ -6,6 +6,9 @@ from collections.abc import Callable
 
 import torch
 
+from effattn.ir.text import text
+from effattn.lowering.iteration.block_rule import undecided
+from effattn.lowering.iteration.tile_ranges import by_formula
 from effattn.passes.choose.record import Choice
 from effattn.passes.choose.routes import Route
 from effattn.runtime.targets.choice import chosen
@@ -16,6 +19,20 @@ SDPA = "torch.nn.functional.scaled_dot_product_attention"
 def described(choice: Choice) -> str | None:
     """The op or kernel file that runs a choice, written now if it is missing. None: the user's code runs."""
     return _RUN[choice.route](choice)
+
+
+def how_tiles_are_found(choice: Choice) -> str:
+    """How an op finds the keys that it visits: by formula, by a block map, or by a selector."""
+    if choice.route != "op" or choice.plan is None:
+        return ""
+    if choice.plan.selects:
+        return "by selector"
+    rule = choice.plan.spec.rule
+    if by_formula(rule):
+        return "by formula"
+    left = undecided(rule)
+    tested = f"; it cannot decide {' & '.join(map(text, left))}, which is tested: right, and slower" if left else ""
+    return f"by block map{tested}"
 
 
 def _as_written(choice: Choice) -> str | None:

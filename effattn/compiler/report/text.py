@@ -33,6 +33,8 @@ def render(report: Contents) -> str:
         lines.append(f"    form       {first.form}{f' ({params})' if params else ''}{kind}: {first.reason}")
         if first.kernel:
             lines.append(f"    runs       {first.kernel}")
+        if first.tiles:
+            lines.append(f"    tiles      {first.tiles}")
         if calls > 1:
             lines.append(f"    calls      {calls}: calls of one graph per call of the model")
         for candidate in first.candidates:

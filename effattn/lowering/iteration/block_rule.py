@@ -18,7 +18,7 @@ from sympy.logic.boolalg import Boolean
 
 from effattn.ir import expr
 from effattn.ir.attention import AttentionSpec
-from effattn.ir.expr import IsPowerOfTwo, Load, Modulo, Where, b, h, k, q
+from effattn.ir.expr import FloorDiv, IsPowerOfTwo, Load, Modulo, Where, b, h, k, q
 
 SIDES = {"q": (q,), "k": (k,), "qk": (q, k)}
 # operations whose result for a block is known better token by token
@@ -92,8 +92,21 @@ def block_rule(rule: Any) -> BlockRule:
     return BlockRule(found, tuple(builder.tables.values()), b in symbols, h in symbols)
 
 
-def depends(tables: tuple[Table, ...], index: sympy.Symbol) -> bool:
-    return any(sympy.sympify(table.term).has(index) for table in tables)
+def undecided(rule: Any) -> tuple[Any, ...]:
+    """The conditions that ranges rarely decide for a pair of blocks. Its tiles are tested: right, and slower."""
+    found = block_rule(rule)
+    names = {table.name for table in found.tables}
+    atoms = found.rule.atoms(sympy.core.relational.Relational, IsPowerOfTwo)
+    return tuple(sorted((atom for atom in atoms if _is_undecided(atom, names)), key=sympy.default_sort_key))
+
+
+def _is_undecided(atom: Any, tables: set[str]) -> bool:
+    """Whether an operation of it mixes single queries with single keys unevenly."""
+    return any(
+        _side(part.xreplace({whole: sympy.Integer(0) for whole in part.atoms(FloorDiv)})) == "qk"
+        and not (isinstance(part, Load) and part.name in tables)
+        for part in atom.atoms(Modulo, IsPowerOfTwo, expr.Bits, Load)
+    )
 
 
 class _Builder:

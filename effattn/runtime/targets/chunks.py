@@ -1,5 +1,6 @@
 """The keys that each chunk of queries visits, and which of them need no mask.
 
+Keys that no query of a chunk sees by conditions that no bound says (documents, padding) are left out in whole blocks.
 Runs on the host, from a :class:`~effattn.lowering.iteration.tile_ranges.TileRanges`. A chunk of queries gets sorted
 runs of keys. A run is *full* if every query of every batch and head structurally keeps all its keys. Captured tensors
 that bounds depend on are read only if they are in host memory; otherwise the bound is unknown, so nothing synchronises.
@@ -9,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 import sympy
@@ -20,8 +21,11 @@ from effattn.ir import expr
 from effattn.lowering.device import HOST, on_host
 from effattn.lowering.iteration.tile_ranges import TileRanges, tile_ranges
 from effattn.runtime.algebra import evaluate, evaluate_integer
+from effattn.runtime.selection.block_map import block_grid
 
 Interval = tuple[int, int]
+
+BLOCK = 64  # queries and keys of a block that may be left out
 
 
 @dataclass(frozen=True)
@@ -74,13 +78,15 @@ class Walker:
         shape: tuple[int | range, int | range, int, int],
         symbols: Mapping[str, Any],
         captures: Mapping[str, Tensor],
+        dtype: torch.dtype = torch.float32,
     ):
         """``shape`` is (B, Hq, Nq, Nk), B and Hq also as the range of some batches and heads; ``symbols`` has the
-        scalars, ``captures`` the captured tensors of the rule."""
+        scalars, ``captures`` the captured tensors of the rule, whose floats are computed in ``dtype``."""
         batch, heads, self.q_len, self.k_len = shape
         batches, heads = (range(size) if isinstance(size, int) else size for size in (batch, heads))
-        self.tile_ranges = tile_ranges_of(rule)
-        self.captures = captures
+        self.tile_ranges, self.rule = tile_ranges_of(rule), rule
+        self.captures, self.dtype, self.scalars = captures, dtype, symbols
+        self.sizes = (len(batches), len(heads), self.q_len, self.k_len)
         self.symbols = {
             **symbols,
             "Nq": self.q_len,
@@ -104,6 +110,16 @@ class Walker:
 
     def runs(self, start: int, stop: int) -> tuple[Run, ...]:
         """The keys that queries ``start <= q < stop`` visit."""
+        runs = self.bounded(start, stop)
+        if self._seen is None:
+            return runs
+        seen = self._seen[start // BLOCK : (stop - 1) // BLOCK + 1].any(dim=0).tolist()
+        blocks = union([(place * BLOCK, (place + 1) * BLOCK) for place, some in enumerate(seen) if some])
+        parts = [(*clip((run.start, run.stop), block), run.full) for run in runs for block in blocks]
+        return tuple(Run(*part) for part in parts if part[0] < part[1])
+
+    def bounded(self, start: int, stop: int) -> tuple[Run, ...]:
+        """The same by bounds alone."""
         ranges, first, last = self.tile_ranges, start, stop - 1
         needed, full = self._band(ranges.lower, ranges.upper, first, last)
         if not ranges.choice:
@@ -117,6 +133,16 @@ class Walker:
         rest = subtract(union(visited), whole)
         runs = [Run(*part, True) for part in whole] + [Run(*part, False) for part in rest]
         return tuple(sorted(runs, key=lambda run: run.start))
+
+    @cached_property
+    def _seen(self) -> Tensor | None:
+        """Blocks of queries and keys in which some query may see a key, bool [M, N]; None: bounds say it, or data are
+        not in host memory, or there are too few queries."""
+        loaded = [self.captures[name] for name in names_of_loads(self.rule)]
+        if self.tile_ranges.residual == sympy.true or self.q_len < BLOCK or not all(map(on_host, loaded)):
+            return None
+        some, _ = block_grid(self.rule, self.sizes, self.scalars, self.captures, BLOCK, BLOCK, HOST, self.dtype)
+        return some.flatten(0, 1).any(dim=0)
 
     def _choices(self, first: int, last: int) -> Iterator[tuple[list[Interval], list[Interval]]]:
         """For each alternative of the choice: intervals that some query may keep, and that all queries keep."""

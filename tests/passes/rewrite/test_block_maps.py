@@ -90,6 +90,32 @@ def test_the_portable_target_needs_none():
     assert "block_map" not in report.graph()
 
 
+def strided(q, k, v, document):
+    distance = torch.arange(q.shape[2])[:, None] - torch.arange(q.shape[2])
+    mask = (distance >= 0) & ((distance < 8) | (distance % 8 == 0))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+
+def window(q, k, v, document):
+    distance = torch.arange(q.shape[2])[:, None] - torch.arange(q.shape[2])
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=(distance >= 0) & (distance < 8))
+
+
+TILES = {
+    layers: "by block map",
+    strided: "by block map; it cannot decide (q - k)%8 == 0, which is tested: right, and slower",
+    window: "by formula",
+    by_formula: "",  # SDPA's own
+}
+
+
+@pytest.mark.parametrize("function", TILES, ids=lambda function: function.__name__)
+def test_the_report_says_how_tiles_are_found(function):
+    report, _ = compiled(function, *qkv(), documents(), target="triton", verify=False)
+    assert {site.tiles for site in report.sites} == {TILES[function]}
+    assert ("    tiles      " + TILES[function] in str(report)) == bool(TILES[function])
+
+
 def test_every_call_has_its_own_data_and_length():
     torch._dynamo.reset()
     options = {"rest": "eager", "strict": True, "target": "triton"}

@@ -10,8 +10,8 @@ from plans import CASES, Call, Sizes, tensors
 from sites import causal_site
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from effattn.ir.attention import AttentionSpec
-from effattn.ir.expr import Nk, Nq, k, q, s
+from effattn.ir.attention import AttentionSpec, CaptureSpec
+from effattn.ir.expr import Nk, Nq, b, k, load, q, s
 from effattn.ir.plan import Plan
 from effattn.lowering.forms import FORMS
 from effattn.runtime.reference.attention import reference
@@ -272,3 +272,26 @@ def test_only_kept_keys_are_visited(form, params, most):
     call = portable_call.Call(plan_of(form, **params), *made, (), (), ())
     visited = sum(piece.chunk.keys * (piece.chunk.stop - piece.chunk.start) for piece in call.pieces())
     assert visited < most * length * length
+
+
+@pytest.mark.parametrize("score", ["plain", "soft-cap"])
+def test_documents_visit_their_own_keys(score):
+    """Blocks of other documents are not read: what they hold does not matter, not even NaN."""
+    places = torch.arange(300)
+    document = torch.stack([places // 128, places // 64])
+    raw = 0.25 * s if score == "plain" else 9 * sympy.tanh(s / 40)
+    same = sympy.Eq(load("document", [b, q], integer=True), load("document", [b, k], integer=True))
+    spec = AttentionSpec(raw, (k <= q) & same, captures=(CaptureSpec("document", "int64", 2),))
+    plan = Plan("exact", spec)
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(2, 2, 300, 16, generator=generator) for _ in range(3))
+    walker = portable_call.Call(plan, query, key, value, [document], [], []).walker
+    assert walker.runs(128, 192)[0].start == 128
+    assert walker.runs(0, 300)[0].start == 0
+    out, lse = portable.run(plan, query, key, value, [document])
+    wanted, wanted_lse = reference(plan, query, key, value, [document])
+    assert_close(out, wanted, exact_dtype=False)
+    assert_close(lse, wanted_lse, exact_dtype=False)
+    key[:, :, :128], value[:, :, :128] = torch.nan, torch.nan
+    again, _ = portable.run(plan, query, key, value, [document])
+    torch.testing.assert_close(again[:, :, 128:], out[:, :, 128:], atol=0, rtol=0)

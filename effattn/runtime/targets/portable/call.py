@@ -55,7 +55,7 @@ class Call:
         self.names, self.captures = bindings(plan.spec, captures, scalars, numbers)
         self.tile_ranges = tile_ranges_of(plan.spec.rule)
         self.walker = Walker(
-            plan.spec.rule, (self.batch, self.heads, self.q_len, self.k_len), self.names, self.captures
+            plan.spec.rule, (self.batch, self.heads, self.q_len, self.k_len), self.names, self.captures, self.dtype
         )
         # the score as scale * s + bias; scale is None if it is another function
         factor, self.bias = scale_and_bias(plan.spec.score)
@@ -87,7 +87,7 @@ class Call:
     def _rows(self) -> int:
         """Queries per chunk, so that one head fits. The first or the last queries visit the most keys."""
         ends = (0, min(ROWS, self.q_len)), (max(self.q_len - ROWS, 0), self.q_len)
-        widest = max(sum(run.stop - run.start for run in self.walker.runs(*rows)) for rows in ends)
+        widest = max(sum(run.stop - run.start for run in self.walker.bounded(*rows)) for rows in ends)
         return max(min(ROWS, self.budget // max(self.groups * widest, 1)), 1)
 
     def rows(self, grouped: Tensor, piece: Piece) -> Tensor:
