@@ -37,6 +37,9 @@ def block_map(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The tensors of a :class:`~effattn.runtime.selection.block_list.BlockList` for every block of queries.
 
+    kv_indices has its last two dimensions as one: for a tensor of four, PyTorch compares symbolic sizes to tell whether
+    it is in channels-last order, and graphs are compiled again where a size becomes 1.
+
     Args:
         query: [B, Hq, Nq, D]; key: [B, Hkv, Nk, D].
         captures, scalars, numbers: in the plan's order.
@@ -45,7 +48,8 @@ def block_map(
     decoded = Plan.decode(plan)
     assert decoded.sparsity.blocks is not None
     sizes = (*query.shape[:3], key.shape[2])
-    return made(decoded.spec, sizes, captures, scalars, numbers, *decoded.sparsity.blocks, query.device).tensors()
+    found = made(decoded.spec, sizes, captures, scalars, numbers, *decoded.sparsity.blocks, query.device)
+    return found.kv_indices.flatten(2), found.kv_num_blocks, found.partial
 
 
 def block_map_fake(query, key, captures, scalars, numbers, plan):
@@ -55,7 +59,7 @@ def block_map_fake(query, key, captures, scalars, numbers, plan):
     rule, (block, unit) = block_rule(decoded.spec.rule), decoded.sparsity.blocks
     batches, heads = query.shape[0] if rule.by_batch else 1, query.shape[1] if rule.by_head else 1
     rows, columns = (query.shape[2] + block - 1) // block, (key.shape[2] + unit - 1) // unit
-    shapes = ((batches, heads, rows, columns), (batches, heads, rows), (batches, heads, rows))
+    shapes = ((batches, heads, rows * columns), (batches, heads, rows), (batches, heads, rows))
     return tuple(query.new_empty(shape, dtype=torch.int32) for shape in shapes)
 
 

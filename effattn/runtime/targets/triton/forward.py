@@ -97,7 +97,8 @@ def start(call: _Call, query, key, value, captures, scalars, numbers, known: Kno
         if call.plan.sparsity.select is not None:
             extra = select(call.plan, query, key, captures, scalars, numbers, triton_steps).tensors()
         elif call.map is not None and blocks is not None and call.takes_map:
-            extra = tuple(blocks)
+            kv_indices, kv_num_blocks, partial = blocks
+            extra = (kv_indices.unflatten(2, (kv_num_blocks.shape[2], -1)), kv_num_blocks, partial)
         elif call.map is not None:
             sizes, given = (*query.shape[:3], key.shape[2]), call.map.given(captures, scalars, numbers)
             extra = block_map(call.map.spec, sizes, *given, *call.blocks, query.device).tensors()
