@@ -164,6 +164,7 @@ class HopperForward:
         start, consumers, producer = REGISTERS[tiles.consumers]
         params = parameters(spec)
         width = (spec.head_dim + spec.value_dim) * 2
+        reads_keys = any(load.has(expr.k) for load in self.loads)
         return {
             "spec": spec,
             "tiles": tiles,
@@ -175,7 +176,9 @@ class HopperForward:
             "partial": partial,
             "full": full,
             # a branch within one loop is faster, unless it holds so much that registers spill
-            "apart": self.attention.rule.has(sympy.Or) or any(load.has(expr.k) for load in self.loads),
+            "apart": bool(full.keep)
+            or self.attention.rule.has(sympy.Or)
+            or any(load.has(expr.k) for load in self.loads),
             "scale": (1.0 if self.scale is None else self.scale) * LOG2_E,
             "large_scores": may_overflow(self.attention.score),
             "params": params,

@@ -7,9 +7,11 @@ import builtins
 from dataclasses import replace
 
 import pytest
+import sympy
 import torch
 from plans import CASES, Sizes
 
+from effattn.ir.expr import Modulo, k
 from effattn.lowering.kernels.generate import generate
 from effattn.lowering.kernels.spec import KernelSpec
 from effattn.runtime.targets.triton.specialise import in_gluon
@@ -102,6 +104,21 @@ def test_a_missing_definition_is_noticed():
     changed = source.replace("    full_end = every_end // BLOCK_N\n", "", 1)
     assert changed != source
     assert unknown(functions(changed)["copy_tiles"], known(changed)) == {"full_end"}
+
+
+def test_what_a_selector_does_not_know_is_tested_on_every_tile():
+    """Its lists say what precedes the queries; other conditions hold for single keys."""
+    one = replace(MADE["causal listed"], tests_data=True)
+    plain = one.attention.rule
+    loops = {}
+    for name, rule in (("plain", plain), ("some keys", plain & sympy.Eq(Modulo(k, 7), 0))):
+        spec = replace(one, attention=replace(one.attention, predicate=rule))
+        consumer = functions(generate(spec))["attend_rows"]
+        loops[name] = [ast.unparse(node) for node in consumer.body if isinstance(node, ast.For)]
+    assert len(loops["plain"]) == 1
+    assert "if i < partial_visited" in loops["plain"][0]
+    assert len(loops["some keys"]) == 2
+    assert all("_modulo(keys, 7)" in loop and "-inf" in loop for loop in loops["some keys"])
 
 
 def test_longer_calls_and_other_types_have_none():
