@@ -176,9 +176,7 @@ class HopperForward:
             "partial": partial,
             "full": full,
             # a branch within one loop is faster, unless it holds so much that registers spill
-            "apart": bool(full.keep)
-            or self.attention.rule.has(sympy.Or)
-            or any(load.has(expr.k) for load in self.loads),
+            "apart": bool(full.keep) or self.attention.rule.has(sympy.Or) or reads_keys,
             "scale": (1.0 if self.scale is None else self.scale) * LOG2_E,
             "large_scores": may_overflow(self.attention.score),
             "params": params,
