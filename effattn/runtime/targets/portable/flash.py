@@ -1,6 +1,6 @@
 """Long calls by PyTorch's CPU flash kernel: keys that need no mask without one, all chunks of a strip at once.
 
-A strip's keys are computed in at most two parts, whose results are added by their LSE.
+A strip's keys are computed in up to three parts, whose results are added by their LSE.
 """
 
 from __future__ import annotations
@@ -29,15 +29,20 @@ class Part:
     """Some keys of a strip, and the mask that they need."""
 
     keys: tuple[Keys, ...]
+    causal: bool = False
     mask: Tensor | None = None  # [Hkv or 1, C or 1, G * rows, n], added to the scores
     hidden: Tensor | None = (
-        None  # bool [Hkv or 1, C or 1, G * rows]: queries that see none of them; None: there are none
+        None  # bool [Hkv or 1, C or 1, G, rows]: queries that see none of the keys, if there are any
     )
 
 
 @dataclass(frozen=True)
 class Work:
-    """A strip of one batch."""
+    """A strip of one batch.
+
+    The kernel's heads are chunks, and the query heads of a group become rows, so that keys are not expanded. In a part
+    that is causal its heads are the query heads.
+    """
 
     share: Share
     batch: int
@@ -51,10 +56,19 @@ class Work:
         return rows.unflatten(2, (self.strip.chunks, self.strip.rows)).transpose(1, 2)
 
     def visited(self, tensor: Tensor, part: Part) -> Tensor:
-        """The keys (or values) of a part, from [B, Hkv, Nk, D]: [Hkv, C, n, D], where possible as a view."""
+        """The keys (or values) of a part, from [B, Hkv, Nk, D], as the kernel takes them; where possible as a view."""
         heads = self.share.kv_heads
         views = [_view(tensor[self.batch, heads.start : heads.stop], keys, self.strip.chunks) for keys in part.keys]
-        return views[0] if len(views) == 1 else torch.cat(views, dim=2)
+        found = views[0] if len(views) == 1 else torch.cat(views, dim=2)
+        return found.expand(-1, self.share.groups, -1, -1) if part.causal else found
+
+    def to_kernel(self, rows: Tensor, part: Part) -> Tensor:
+        """A result of :meth:`rows` as the kernel takes it."""
+        return rows[:, 0] if part.causal else rows.flatten(2, 3)
+
+    def from_kernel(self, rows: Tensor, part: Part) -> Tensor:
+        """The inverse of :meth:`to_kernel`."""
+        return rows[:, None] if part.causal else rows.unflatten(2, (self.share.groups, self.strip.rows))
 
 
 def work(call: Call) -> Iterator[Work]:
@@ -72,50 +86,57 @@ def run(call: Call, out: Tensor, lse: Tensor, fill: Tensor) -> None:
     query, key, value = contiguous_rows(*widened_for_lse(call.plan, call.query, call.key, call.value))
     for one in work(call):
         out_rows, lse_rows = one.rows(out), one.rows(lse)
-        shape, heads = out_rows.shape[2:4], one.share.kv_heads
+        heads = one.share.kv_heads
         instead = fill[one.batch, heads.start : heads.stop, None]
         if not one.parts:
             out_rows.copy_(instead.expand_as(out_rows))
             lse_rows.fill_(-torch.inf)
             continue
-        rows = one.rows(query).flatten(2, 3)
-        results = [_attend(call, one, part, rows, key, value) for part in one.parts]
-        result, result_lse = results[0] if len(results) == 1 else _merged(results[0], results[1], call.dtype)
-        result, result_lse = result.unflatten(2, shape), result_lse.unflatten(2, shape)
-        if len(results) == 1 and (hidden := one.parts[0].hidden) is not None:
-            result = torch.where(hidden.unflatten(2, shape)[..., None], instead, result)
+        rows = one.rows(query)
+        result, result_lse = _attend(call, one, one.parts[0], rows, key, value)
+        for part in one.parts[1:]:
+            more, more_lse = _attend(call, one, part, rows, key, value)
+            weight = torch.sigmoid(more_lse - result_lse).to(call.dtype)
+            result = torch.lerp(result.to(call.dtype), more.to(call.dtype), weight[..., None])
+            result_lse = torch.logaddexp(result_lse, more_lse)
+        if (hidden := one.parts[0].hidden) is not None:
+            result = torch.where(hidden[..., None], instead, result)
         out_rows.copy_(result)
         lse_rows.copy_(result_lse)
 
 
-def contiguous_rows(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Query [B, Hkv, G, Nq, D], key and value as the kernel takes them."""
-    key, value = (tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in (key, value))
-    return query, key, value
+def contiguous_rows(*tensors: Tensor) -> Iterator[Tensor]:
+    """Tensors as the kernel takes them."""
+    return (tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in tensors)
 
 
 def _attend(call: Call, one: Work, part: Part, rows: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    """Output [Hkv, C, G * rows, D] and LSE of one part."""
+    """Output [Hkv, C, G, rows, D] and LSE of one part."""
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        rows, one.visited(key, part), one.visited(value, part), 0.0, False, attn_mask=part.mask, scale=call.scale
+        one.to_kernel(rows, part),
+        one.visited(key, part),
+        one.visited(value, part),
+        0.0,
+        part.causal,
+        attn_mask=part.mask,
+        scale=call.scale,
     )
+    out, lse = one.from_kernel(out, part), one.from_kernel(lse, part)
     if part.hidden is not None:
         out, lse = out.masked_fill(part.hidden[..., None], 0.0), lse.masked_fill(part.hidden, -torch.inf)
     return out, lse
 
 
-def _merged(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Output and LSE over the keys of both; every query sees some of the first."""
-    (out, lse), (more, more_lse) = one, other
-    weight = torch.sigmoid(more_lse - lse).to(dtype)
-    return torch.lerp(out.to(dtype), more.to(dtype), weight[..., None]), torch.logaddexp(lse, more_lse)
-
-
 def _parts(share: Share, planned: Planned) -> Iterator[Part]:
-    """The keys of a strip: the longest run without a mask, and all others."""
+    """The keys of a strip: the longest run without a mask, those that are kept causally, and all others.
+
+    Every query sees keys of the first part, if there are more.
+    """
     strip = planned.strip
     if strip.main is not None:
         yield Part((strip.main,))
+    if strip.diagonal is not None:
+        yield Part((strip.diagonal,), causal=True)
     beside = (*strip.free, *strip.tested)
     if not strip.tested:
         if beside:
@@ -126,14 +147,8 @@ def _parts(share: Share, planned: Planned) -> Iterator[Part]:
     added = torch.zeros(*kept.shape[:-1], free + kept.shape[-1], dtype=share.dtype)
     added[..., free:].masked_fill_(~kept, -torch.inf)
     hidden = None if free else ~kept.any(dim=-1)
-    if hidden is not None:
-        hidden = _by_row(hidden, share.groups) if bool(hidden.any()) else None
-    yield Part(beside, _by_row(added, share.groups), hidden)
-
-
-def _by_row(tensor: Tensor, groups: int) -> Tensor:
-    """[Hkv, C, G or 1, rows, ...] as [Hkv, C, G * rows, ...]."""
-    return tensor.expand(-1, -1, groups, *tensor.shape[3:]).flatten(2, 3)
+    mask = added.expand(-1, -1, share.groups, -1, -1).flatten(2, 3)
+    yield Part(beside, mask=mask, hidden=hidden if hidden is not None and bool(hidden.any()) else None)
 
 
 def _view(heads: Tensor, keys: Keys, chunks: int) -> Tensor:

@@ -21,21 +21,21 @@ def run(
     All others are grouped by kv heads. Queries without keys have zero gradients.
     """
     query, key, value = contiguous_rows(call.query, call.key, call.value)
+    grad_out, out = contiguous_rows(grad_out.to(query.dtype), out.to(query.dtype))
     for one in work(call):
         of_query = one.rows(grad_query)
         if not one.parts:
             of_query.zero_()
             continue
-        rows = [
-            one.rows(tensor).flatten(2, 3) for tensor in (query, grad_out.to(query.dtype), out.to(query.dtype), lse)
-        ]
+        rows = [one.rows(tensor) for tensor in (query, grad_out, out, lse)]
         empty = rows[3] == -torch.inf
         if bool(empty.any()):  # their output may be NaN, and no weight is to be left of their scores
             rows[2] = rows[2].masked_fill(empty[..., None], 0.0)
             rows[3] = rows[3].masked_fill(empty, torch.inf)
-        found = [_part(call, one, part, rows, key, value, grad_key, grad_value) for part in one.parts]
-        total = found[0] if len(found) == 1 else found[0].to(call.dtype) + found[1]
-        of_query.copy_(total.unflatten(2, of_query.shape[2:4]))
+        total, *others = (_part(call, one, part, rows, key, value, grad_key, grad_value) for part in one.parts)
+        for found in others:
+            total = total.to(call.dtype) + found
+        of_query.copy_(total)
 
 
 def _part(
@@ -48,8 +48,8 @@ def _part(
     grad_key: Tensor,
     grad_value: Tensor,
 ) -> Tensor:
-    """The gradient [Hkv, C, G * rows, D] of a strip's queries from one part; adds those of its keys and values."""
-    query, grad_out, out, lse = rows
+    """The gradient [Hkv, C, G, rows, D] of a strip's queries from one part; adds those of its keys and values."""
+    query, grad_out, out, lse = (one.to_kernel(tensor, part) for tensor in rows)
     of_query, of_key, of_value = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
         grad_out,
         query,
@@ -58,15 +58,16 @@ def _part(
         out,
         lse,
         0.0,
-        False,
+        part.causal,
         attn_mask=part.mask,
         scale=call.scale,
     )
     for total, found in ((grad_key, of_key), (grad_value, of_value)):
+        found = found.sum(dim=1, keepdim=True) if part.causal else found
         heads, column = total[one.batch, one.share.kv_heads.start : one.share.kv_heads.stop], 0
         for keys in part.keys:
             for chunk in range(one.strip.chunks):
                 start, stop = keys.of(chunk)
                 heads[:, start:stop] += found[:, chunk, column : column + keys.width]
             column += keys.width
-    return of_query
+    return one.from_kernel(of_query, part)

@@ -6,7 +6,7 @@ not visited, and those that all of them see are not tested.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
@@ -19,16 +19,17 @@ from effattn.ir import expr
 from effattn.lowering.device import HOST
 from effattn.runtime.algebra import Span, evaluate
 from effattn.runtime.selection.block_map import block_grid
-from effattn.runtime.targets.chunks import Chunk, Walker
+from effattn.runtime.targets.chunks import Chunk, Run, Walker
 from effattn.runtime.targets.portable import tilings
 from effattn.runtime.targets.portable.call import Call
-from effattn.runtime.targets.portable.strips import Strip, strips
-from effattn.runtime.targets.portable.tilings import ALL, NONE, SOME, ByBlocks, ByFormula, Tiling
+from effattn.runtime.targets.portable.strips import Strip, alone, causal, joined, strips
+from effattn.runtime.targets.portable.tilings import ALL, NONE, SOME, ByBlocks, ByFormula, Tiling, runs_of
 
 ROWS_AT_ONCE = 2**14  # rows of a strip: enough for many cores
 HEIGHTS = (256, 128, 64, 32, 16, 8, 4, 2, 1)  # queries per chunk that are tried
 # the kernel takes 256, 64 or 32 rows at a time: (rows of a chunk, time for each key relative to the best)
 SPEEDS = ((768, 1.0), (192, 1.03), (0, 1.13))
+MOST_RUNS = 8  # of keys in a chunk; more are not worth being told apart
 PER_CHUNK = 2**14  # what a chunk costs beside its pairs of queries and keys, in pairs
 
 
@@ -57,6 +58,7 @@ class Share:
     names: tuple[tuple[str, Any], ...]  # scalars and numbers with their values
     dtype: torch.dtype  # in which floats are computed
     budget: int  # most elements of a mask
+    scale_is_positive: bool  # else the kernel, which masks before it scales, must not mask causally
     captures: Mapping[str, Tensor] = field(default_factory=dict, compare=False)
     blocks: Tensor | None = field(default=None, compare=False)  # see ByBlocks; None: the rule is a formula
 
@@ -66,7 +68,10 @@ class Share:
 
     def plan(self) -> Iterator[Planned]:
         tiling, last = self._tiling(), None
-        for strip in strips(tiling.chunks(self._height(tiling)), self._most):
+        chunks: Iterable[Chunk] = tiling.chunks(self._height(tiling))
+        if self.blocks is not None:
+            chunks = map(self._refined, chunks)
+        for strip in strips(causal(chunks, self._is_diagonal) if self.scale_is_positive else chunks, self._most):
             kept = self.kept(strip) if strip.tested else None
             if kept is not None and last is not None and torch.equal(kept, last):
                 kept = last  # most strips have the same: it is held once
@@ -89,6 +94,23 @@ class Share:
         kept = torch.as_tensor(evaluate(self.rule, symbols, self.captures, self.dtype, HOST)).to(torch.bool)
         kept = kept.expand(torch.broadcast_shapes(kept.shape, (1, 1, 1, strip.rows, strip.width_tested)))
         return kept[:, :1] if kept.shape[1] > 1 and bool((kept == kept[:, :1]).all()) else kept
+
+    def _refined(self, chunk: Chunk) -> Chunk:
+        """The chunk with runs of single keys in the place of blocks, where these are few."""
+        strip = alone(chunk)
+        if not strip.tested:
+            return chunk
+        kept = self.kept(strip).flatten(0, 3)
+        kinds = torch.where(kept.all(dim=0), ALL, torch.where(kept.any(dim=0), SOME, NONE))
+        found = [run for run in chunk.runs if run.full]
+        for keys, part in zip(strip.tested, kinds.split([keys.width for keys in strip.tested]), strict=True):
+            seen = [run for run in runs_of(part) if run[2] != NONE]
+            found += [Run(keys.first + start, keys.first + stop, kind == ALL) for start, stop, kind in seen]
+        runs = joined(found)
+        return Chunk(chunk.start, chunk.stop, runs) if len(runs) <= max(len(chunk.runs), MOST_RUNS) else chunk
+
+    def _is_diagonal(self, strip: Strip) -> bool:
+        return bool((self.kept(strip) == torch.ones(strip.rows, strip.rows, dtype=torch.bool).tril()).all())
 
     def _heads(self) -> range:
         return range(self.kv_heads.start * self.groups, self.kv_heads.stop * self.groups)
@@ -144,6 +166,7 @@ def shares(call: Call) -> Iterator[Share]:
                 tuple(call.names.items()),
                 call.dtype,
                 call.budget,
+                call.scale is not None and call.scale > 0,
                 captures,
                 None if grid is None else _blocks_of(grid, batches, kv_heads, call.groups),
             )

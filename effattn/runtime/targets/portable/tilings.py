@@ -64,7 +64,7 @@ class ByBlocks:
         for start in range(0, self.q_len, rows):
             runs = (
                 Run(first * BLOCK, min(last * BLOCK, self.k_len), kind == ALL)
-                for first, last, kind in _runs(kinds[start // max(rows, BLOCK)])
+                for first, last, kind in runs_of(kinds[start // max(rows, BLOCK)])
                 if kind != NONE
             )
             yield Chunk(start, min(start + rows, self.q_len), tuple(runs))
@@ -84,7 +84,7 @@ class ByBlocks:
         return torch.where(low == high, low, SOME)
 
 
-def _runs(kinds: Tensor) -> Iterator[tuple[int, int, int]]:
+def runs_of(kinds: Tensor) -> Iterator[tuple[int, int, int]]:
     """(start, stop, value) of each run of equal values."""
     values, counts = torch.unique_consecutive(kinds, return_counts=True)
     start = 0
