@@ -54,7 +54,7 @@ class Calls(TorchDispatchMode):
 
     def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         if function is torch.ops.effattn.attend.default:
-            query, key, value, captures, scalars, numbers, text = args
+            query, key, value, captures, scalars, numbers, text = args[:7]
             plan = Plan.decode(text)
             held = [load.detach().cpu() for load in captures]
             held = [load.double() if load.is_floating_point() else load for load in held]
