@@ -98,8 +98,11 @@ class LaunchCache:
 
 def narrow(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor, copied if its strides could overflow 32-bit offsets within a tile."""
+    _, _, of_rows, of_dims = tensor.stride()
+    if of_rows <= WIDEST_STRIDE and of_dims <= WIDEST_STRIDE:
+        return tensor
     rows, dims = tensor.shape[2:]
-    if (rows > 1 and tensor.stride(2) > WIDEST_STRIDE) or (dims > 1 and tensor.stride(3) > WIDEST_STRIDE):
+    if (rows > 1 and of_rows > WIDEST_STRIDE) or (dims > 1 and of_dims > WIDEST_STRIDE):
         return tensor.contiguous()
     return tensor
 

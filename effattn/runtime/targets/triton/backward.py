@@ -18,16 +18,15 @@ from effattn.runtime.launching import (
     LaunchCache,
     architecture,
     far,
+    launch_key,
     narrow,
     on_device,
     tensor_key,
-    tf32,
     too_narrow,
-    width,
 )
 from effattn.runtime.selection.triton_block_map import block_map
 from effattn.runtime.targets.empty_rows import add_empty_rows
-from effattn.runtime.targets.memory_order import allocate
+from effattn.runtime.targets.memory_order import allocate, strides_of
 from effattn.runtime.targets.target import Gradients
 from effattn.runtime.targets.triton.captured import buffers, gradients, inverse_unit, wanted_gradients
 from effattn.runtime.targets.triton.limits import UnsupportedCall, why_no_backward
@@ -98,10 +97,11 @@ def run_backward(
     groups = query.shape[1] // key.shape[1]
     inputs = (narrow(query), narrow(key), narrow(value), out, lse, narrow(grad_out))
     grad_lse = None if grad_lse is None else grad_lse.float().contiguous()
-    launch_key: tuple = (id(plan), config, tf32(), *map(tensor_key, (*inputs, *captures)), *map(width, scalars))
-    launch_key += (None if grad_lse is None else tensor_key(grad_lse), *wanted)
+    own: tuple = (id(plan), config, *launch_key((*inputs, *captures), scalars, numbers))
+    own += (None if grad_lse is None else tensor_key(grad_lse), *wanted)
+    layout = plan.dispatch.layout
     of_query, of_key, of_value = (
-        allocate(plan.dispatch.layout, tensor, tensor.shape) for tensor in (query, key, value)
+        tensor.new_empty_strided(tensor.shape, strides_of(layout, tensor.shape)) for tensor in (query, key, value)
     )
     grads = (of_query, of_key, of_value)
     given = [float(number) for number in numbers]
@@ -148,6 +148,6 @@ def run_backward(
             known = call.launch(*inputs, grad_lse, grads, own, captures, scalars, given, *lists, call.known)
         return gradients(plan.spec, call.terms, filled, unit, wanted, (captures, scalars, given), shape), known
 
-    of_captures = CALLS.run(launch_key, prepared, started)
+    of_captures = CALLS.run(own, prepared, started)
     add_empty_rows(plan.spec, grads, grad_out, (query, key, value), lse, (captures, scalars, numbers))
     return *grads, of_captures

@@ -73,6 +73,8 @@ def gradients(
     shape: tuple[int, int, int, int],
 ) -> list[Tensor]:
     """The gradients of the tensors in ``wanted``, from the buffers that kernels have filled."""
+    if not wanted:
+        return []
     symbols, captures = bindings(spec, *given)
     found: dict[str, Tensor] = {}
     for term, buffer in zip(terms, filled, strict=True):
