@@ -95,11 +95,15 @@ def data_parameters(attention: AttentionSpec) -> list[Param]:
 
 
 def data_sizes(attention: AttentionSpec, tested: dict[str, list[int]] | None = None) -> list[Param]:
-    """Strides of captured tensors and the sizes that kernels check (``tested``); scalars and numbers."""
+    """Strides of captured tensors and the sizes that kernels check (``tested``); scalars and numbers.
+
+    From batch to batch a mask's stride is its length: were kernels specialised on it, new lengths would compile.
+    """
     found = []
     tested = sizes_tested(attention) if tested is None else tested
     for load in attention.captures:
-        found += [Param(f"{load.name}_stride_{dim}", "i32") for dim in range(load.ndim)]
+        rows = load.ndim != 2  # of larger tensors they are worth it: tiles are loaded, not vectors
+        found += [Param(f"{load.name}_stride_{dim}", "i32", rows or dim == 1) for dim in range(load.ndim)]
         found += [Param(f"{load.name}_size_{dim}", "i32", False) for dim in tested[load.name]]
     found += [Param(f"scalar_{name}", "i32", False) for name in attention.scalars]
     return found + [Param(f"number_{name}", "fp32", False) for name in attention.numbers]

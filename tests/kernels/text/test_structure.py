@@ -216,6 +216,8 @@ def test_what_kernels_are_specialised_on(name):
     one, kernel = KERNELS[name]
     found = Kernel(source_of(one), kernel)
     lengths = {"heads", "q_len", "k_len"} | {number for number in found.parameters if "_size_" in number}
+    masks = {f"{load.name}_stride_0" for load in one.attention.captures if load.ndim == 2}
+    lengths |= masks & set(found.parameters)  # their length, from batch to batch
     laid_out = LAID_OUT[one.kind] if kernel == "forward" else set()
     lists = LISTED if one.list_block and kernel != "find_allowed" else set()
     assert set(found.unspecialised) & set(found.parameters) == lengths | laid_out | lists
