@@ -20,6 +20,8 @@ s = sympy.Symbol("s", real=True)
 Nq = sympy.Symbol("Nq", integer=True, positive=True)
 Nk = sympy.Symbol("Nk", integer=True, positive=True)
 
+LOWEST = -3.4028234663852886e38  # the lowest float32
+
 
 def scalar(name: str) -> sympy.Symbol:
     """An integer passed at run time (a symbolic length other than Nq and Nk)."""

@@ -11,8 +11,11 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from typing import Any, Literal
 
+import sympy
+
 from effattn.errors import PlanError
-from effattn.ir.attention import AttentionSpec
+from effattn.ir import expr
+from effattn.ir.attention import AttentionSpec, CaptureSpec
 from effattn.ir.selector import Selector
 
 VERSION = 7
@@ -113,6 +116,19 @@ class Plan:
     @cached_property
     def _dense(self) -> Plan:
         return self.dense()
+
+    @cached_property
+    def of_empty_rows(self) -> Plan:
+        """The plan of the queries without keys alone, where these have uniform weights.
+
+        Its last capture, bool [B, Hq, Nq], says which they are. They see every key, and a large number leaves their
+        scores equal.
+        """
+        spec, mask = self.spec, CaptureSpec("without_keys", "bool", 3)
+        predicate = sympy.Ne(expr.load(mask.name, (expr.b, expr.h, expr.q), integer=True), 0)
+        score = spec.score + sympy.Float(expr.LOWEST)
+        alone = AttentionSpec(score, predicate, sympy.true, (*spec.captures, mask), spec.scalars, spec.numbers)
+        return Plan("exact", alone, dispatch=Dispatch(layout=self.dispatch.layout))
 
     @cached_property
     def complete(self) -> Plan:

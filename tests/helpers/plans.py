@@ -425,6 +425,17 @@ def empty_rows_uniform(sizes, device):
 
 
 @case
+def empty_rows_uniform_and_learned(sizes, device):
+    """The same with another slope for each pair, and a bias that needs a gradient."""
+    seen = sympy.And(CAUSAL, sympy.Ne(load("padding", [b, k], integer=True), 0))
+    score = 3 * sympy.tanh(sizes.scale * s + load("bias", [0 * b, h, q, k], integer=False))
+    captures = (CaptureSpec("padding", "bool", 2), CaptureSpec("bias", "float32", 4))
+    plan = Plan("exact", AttentionSpec(score, seen, empty_rows="uniform", captures=captures))
+    bias = _random((1, sizes.heads, sizes.q_len, sizes.k_len), device)
+    return Call(plan, captures=[_padding(sizes, device, left=True), bias])
+
+
+@case
 def nothing_at_all(sizes, device):
     return Call(Plan("exact", AttentionSpec(sizes.scale * s, k < 0 * q - 3, empty_rows="zero")))
 

@@ -12,7 +12,6 @@ from torch import fx
 from effattn.errors import PlanError
 from effattn.ir import expr, wire
 from effattn.ir.attention import EmptyRows
-from effattn.ir.derivative import affine_slope
 from effattn.ir.expr import Nk, k, q
 from effattn.ir.linear import LinearSpec
 from effattn.ir.refusal import Why
@@ -91,17 +90,7 @@ def _score_and_mask(view: GraphView, candidate: Candidate, layout: Layout) -> Me
         notes = ("a row may attend to nothing: the mask's fill values are added as the user adds them",)
     empty = _after_softmax(candidate, layout, predicate, empty)
     if empty == "mean" and any(not fill.replaces for fill in found.fills) and _is_trained(view, candidate):
-        # a fill that is added hides a key, not the gradient of its score
-        if affine_slope(score) is not None and not _learned(view, candidate, score):
-            empty = "uniform"
-        elif masks.may_stay_in_score(found, candidate.term, dtype):
-            score, predicate, position, empty = with_lengths(candidate.term, layout), sympy.true, None, "nan"
-            notes = (
-                "a row may attend to nothing: for its gradient, the mask's fill values are added as the user adds them",
-            )
-        else:
-            reason = "a row may attend to nothing, and its gradients depend on rounding"
-            raise Refused(Why.ROWS_WITHOUT_KEYS, reason, "use a boolean mask with SDPA, or run under torch.no_grad()")
+        empty = "uniform"  # a fill that is added hides a key, not the gradient of its score
     return Meaning(score, predicate, position, empty, found.threshold, notes=notes)
 
 
@@ -110,12 +99,6 @@ def _is_trained(view: GraphView, candidate: Candidate) -> bool:
     nodes = candidate.nodes
     tensors = (view.held(operand.node) for operand in (nodes.query, nodes.key))
     return view.gradient_flows(view.time[nodes.replaced]) and any(tensor.requires_grad for tensor in tensors)
-
-
-def _learned(view: GraphView, candidate: Candidate, score) -> bool:
-    """Whether the score reads a tensor that needs a gradient."""
-    captures = candidate.space.reader.captures
-    return any(view.held(captures[load.name].node).requires_grad for load in expr.loads_of(score))
 
 
 def _after_softmax(candidate: Candidate, layout: Layout, predicate, empty: EmptyRows) -> EmptyRows:

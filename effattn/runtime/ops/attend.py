@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from effattn.errors import EffattnError
-from effattn.ir.derivative import reads_of
 from effattn.ir.plan import Plan
 from effattn.ir.refusal import Refusal
 from effattn.lowering.schedules.exact import generated_is_faster
@@ -194,11 +193,6 @@ def _prepare_backward(plan: str, query: Tensor, key: Tensor, value: Tensor, want
     decoded = Plan.decode(plan).at(key.shape[2])
     # the plan may read one more, which the op itself computes
     names = tuple(load.name for load, needed in zip(decoded.spec.captures, wanted, strict=False) if needed)
-    if decoded.spec.empty_rows == "uniform" and any(reads_of(decoded.spec.score, name) for name in names):
-        raise NoGradient(
-            "effattn::attend has no gradient for data that the score reads where queries without keys have uniform "
-            "weights; put the mask's numbers into the score"
-        )
     target = target_of(decoded, query, value)
     if target.why_no_backward(decoded.spec, query.shape[3], value.shape[3], names) is not None:
         target = TARGETS[ANYWHERE]

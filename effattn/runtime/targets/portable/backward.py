@@ -73,14 +73,14 @@ def run_backward(
         _add_visited(grad_key, of_key, piece)
         _add_visited(grad_value, of_value, piece)
 
-    grads, data = (grad_query, grad_key, grad_value), (captures, scalars, numbers)
-    add_empty_rows(plan.spec, grads, grad_out, (query, key, value), lse, data)
-    return (
-        grad_query,
-        allocate(plan.dispatch.layout, key, key.shape).copy_(grad_key),
-        allocate(plan.dispatch.layout, value, value.shape).copy_(grad_value),
-        captured.results(),
+    grads = (grad_query, grad_key, grad_value, captured.results())
+    given, data = (grad_out, query, key, value, out, lse), (captures, scalars, numbers)
+    add_empty_rows(plan, grads, run_backward, given, data, wanted)
+    of_key, of_value = (
+        allocate(plan.dispatch.layout, like, like.shape).copy_(grad)
+        for like, grad in ((key, grad_key), (value, grad_value))
     )
+    return grad_query, of_key, of_value, grads[3]
 
 
 def _piece(

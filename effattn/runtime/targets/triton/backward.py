@@ -149,5 +149,6 @@ def run_backward(
         return gradients(plan.spec, call.terms, filled, unit, wanted, (captures, scalars, given), shape), known
 
     of_captures = CALLS.run(own, prepared, started)
-    add_empty_rows(plan.spec, grads, grad_out, (query, key, value), lse, (captures, scalars, numbers))
-    return *grads, of_captures
+    every = (*grads, of_captures)
+    add_empty_rows(plan, every, run_backward, (grad_out, query, key, value, out, lse), data[:3], wanted)
+    return every
