@@ -144,7 +144,7 @@ def _flex(given: Given) -> Run:
 
 
 def _no_flex(given: Given) -> str | None:
-    return None if given.on_gpu else "compiled for GPUs"
+    return None if given.on_gpu else "is compiled for GPUs"
 
 
 def _sdpa(backend: SDPBackend | None, causal: bool | None) -> Callable[[Given], Run]:
@@ -177,8 +177,8 @@ def _plain(given: Given) -> str | None:
 
 def _no_gpu_kernel(given: Given) -> str | None:
     if not given.on_gpu:
-        return "exists on GPUs"
-    return "computes half precision" if given.problem.dtype == "float32" else None
+        return "exists on GPUs only"
+    return "computes half precision only" if given.problem.dtype == "float32" else None
 
 
 def _only_plain_on_gpu(given: Given) -> str | None:
