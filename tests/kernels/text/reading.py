@@ -192,7 +192,8 @@ class Kernel(Block):
             for access in loop.loads
             if loop.unchanging(access)
         ]
-        for block in (self.own_statements(), *(loop.nodes for loop in self.loops)):
+        of_loops = ([node for node in loop.nodes if not isinstance(node, ast.For)] for loop in self.loops)
+        for block in (self.own_statements(), *of_loops):
             texts = [ast.unparse(call) for call in calls(block, "load")]
             found += [f"twice: {text}" for text in set(texts) if texts.count(text) > 1]
         read = {node.id for node in ast.walk(self.function) if _is_read(node)}
