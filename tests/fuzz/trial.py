@@ -7,6 +7,7 @@ import time
 import traceback
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +23,8 @@ from effattn.ir import expr
 from tests.fuzz.case import Case
 from tests.fuzz.expected import problem
 from tests.fuzz.watching import Call, Calls, judged_by_math, one_interpreter_at_a_time, seen, small_tiles
+from tests.fuzz.where import DEVICE
+from tests.helpers.small_strips import small_strips
 
 # rounding that is forgiven beside twice the user's own, of values about 1
 EPSILON = {torch.float32: 4e-6, torch.float64: 1e-12, torch.bfloat16: 8e-3, torch.float16: 1e-3}
@@ -63,7 +66,8 @@ def run(case: Case) -> Trial:
     """Try a case; whatever fails is in the trial."""
     trial, start = Trial(case), time.perf_counter()
     try:
-        with small_tiles(case.seed % 2 == 0), judged_by_math(case):
+        strips = small_strips() if case.seed % 2 == 0 and DEVICE == "cpu" else nullcontext()
+        with small_tiles(case.seed % 2 == 0), strips, judged_by_math(case):
             _run(case, trial)
     except NoCase as raised:
         trial.eager = str(raised)

@@ -36,6 +36,13 @@ def _packed(i, j, given):
     return (starts[:, :, None] == starts[:, None, :])[:, None] & (j <= i)
 
 
+def _compared(i, j, given):
+    """The same with positions for indices, and a window of them."""
+    places, starts = given["positions"], _packed(i, j, given)
+    i, j = places[:, None, :, None], places[:, None, None, :]
+    return starts & (j <= i) & (i - j < 6)
+
+
 def _cumulated(i, j, given):
     """Documents by where they start: a row of zeros and ones."""
     number = given["starts"].cumsum(-1)
@@ -231,6 +238,11 @@ MASKS: dict[str, Mask] = {
     ),
     "documents: packed positions": Mask(
         _packed, lambda b, h, i, j, given, n: (given["ids"][b, i] == given["ids"][b, j]) & (j <= i),
+        ("positions", "ids"), square=True,
+    ),
+    "documents: positions compared": Mask(
+        _compared,
+        lambda b, h, i, j, given, n: (given["ids"][b, i] == given["ids"][b, j]) & (j <= i) & (i - j < 6),
         ("positions", "ids"), square=True,
     ),
     "documents: starts": Mask(
