@@ -16,7 +16,8 @@ from effattn.ir import bounds
 from effattn.ir.attention import AttentionSpec
 from effattn.ir.fold import fold
 from effattn.lowering.iteration.block_rule import Table, block_rule
-from effattn.lowering.iteration.intervals import BlockAlgebra, Range, Truth, few_elements
+from effattn.lowering.iteration.intervals import BlockAlgebra, few_elements
+from effattn.lowering.iteration.ranges import Range, Truth
 from effattn.runtime.algebra import TorchAlgebra, bindings, evaluate
 from effattn.runtime.selection.block_list import BlockList
 

@@ -35,7 +35,8 @@ from effattn.lowering.dialects.triton.terms import (
     tested_dims,
 )
 from effattn.lowering.iteration.block_rule import BlockRule, Table, block_rule
-from effattn.lowering.iteration.intervals import BlockAlgebra, Range, few_elements
+from effattn.lowering.iteration.intervals import BlockAlgebra, few_elements
+from effattn.lowering.iteration.ranges import Range
 from effattn.lowering.kernels.parameters import Param, data_parameters, data_sizes
 from effattn.lowering.kernels.rendering import helpers_for, template_named, tidy
 from effattn.lowering.kernels.spec import padded
