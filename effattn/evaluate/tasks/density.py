@@ -57,8 +57,8 @@ def kept_pairs(predicate: Any, q_len: int, k_len: int) -> int:
         FormRefused: the predicate depends on data, or its keys are not a union of intervals.
     """
     keys = tile_ranges(predicate)
-    if keys.residual != sympy.true:
-        reason = f"cannot count the pairs of a predicate that depends on data: {keys.residual}"
+    if keys.residual != sympy.true or expr.loads_of(predicate) or expr.free_symbols(predicate) & {expr.b, expr.h}:
+        reason = f"cannot count the pairs of a predicate that depends on data, or on the head: {predicate}"
         raise FormRefused.because("", Refusal(Why.DATA_MASK, reason))
     total = 0
     for start in range(0, q_len, ROWS_AT_ONCE):

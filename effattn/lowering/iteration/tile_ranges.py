@@ -2,7 +2,7 @@
 
 A predicate over (q, k) is split into
 
-* a *band* ``lower(q) <= k < upper(q)`` from its linear conditions;
+* a *band* ``lower(q) <= k < upper(q)`` from its linear conditions, also with minima, maxima and choices by head;
 * at most one *choice* (an Or) of a narrower band, a *prefix* ``k < c`` (sinks) and a *list* of blocks at power-of-two
   distances, for sliding windows with sinks and PowerAttention;
 * a *residual* of conditions on data, which are tested on every tile.
@@ -66,9 +66,10 @@ def tile_ranges(predicate) -> TileRanges:
     residual: list = []
     choice: TileRanges | None = None
     for part in expr.conjuncts(predicate):
-        bound = _bound(part)
-        if bound is not None:
-            (lower if bound[0] == "lower" else upper).append(bound[1])
+        bounds = [_bound(atom) for atom in _atoms(part)]
+        if None not in bounds:
+            for side, value in (bound for bound in bounds if bound is not None):
+                (lower if side == "lower" else upper).append(value)
             structural.append(part)
         elif isinstance(part, sympy.Or) and choice is None and (choice := _choice(part)) is not None:
             structural.append(part)
@@ -120,6 +121,18 @@ def text_conditions(predicate):
     return sympy.And(*[part for part in parts if part not in lists or not expr.is_of_blocks(part.lhs)])
 
 
+def _atoms(part) -> list:
+    """Conditions that together say the same as one, each of which may be a bound."""
+    if isinstance(part, (sympy.Le, sympy.Lt)) and isinstance(part.lhs, sympy.Abs) and part.lhs.has(k):
+        return [part.func(sign * part.lhs.args[0], part.rhs) for sign in (1, -1)]
+    if isinstance(part, (sympy.Ge, sympy.Gt)) and isinstance(part.rhs, sympy.Abs) and part.rhs.has(k):
+        return [part.func(part.lhs, sign * part.rhs.args[0]) for sign in (1, -1)]
+    if isinstance(part, sympy.Or) and len(moving := [arg for arg in part.args if arg.has(q, k)]) == 1:
+        for_all = [arg for arg in part.args if arg not in moving]
+        return [sympy.Or(*for_all, atom) for each in expr.conjuncts(moving[0]) for atom in _atoms(each)]
+    return [part]
+
+
 def _choice(disjunction: sympy.Or) -> TileRanges | None:
     """An Or of one band, prefixes and one power-of-two list; None for any other."""
     near_lower = near_upper = prefix = powers = None
@@ -145,6 +158,8 @@ def _choice(disjunction: sympy.Or) -> TileRanges | None:
 
 def _bound(atom) -> tuple[str, Any] | None:
     """``("lower", e)`` for k >= e(q) or ``("upper", e)`` for k < e(q), e never decreasing in q; else None."""
+    if isinstance(atom, sympy.Or):
+        return _bound_or_none(atom)
     if not isinstance(atom, (sympy.Le, sympy.Lt, sympy.Ge, sympy.Gt)):
         return None
     slack = atom.lhs - atom.rhs if isinstance(atom, (sympy.Le, sympy.Lt)) else atom.rhs - atom.lhs
@@ -176,17 +191,35 @@ def _bound(atom) -> tuple[str, Any] | None:
     return ("upper" if sign == 1 else "lower", sympy.expand(limit * block))
 
 
+def _bound_or_none(disjunction: sympy.Or) -> tuple[str, Any] | None:
+    """The bound of ``Or(condition, atom)``; a condition that is the same for all pairs of a head lifts it."""
+    moving = [arg for arg in disjunction.args if arg.has(q, k)]
+    condition = sympy.Or(*[arg for arg in disjunction.args if arg not in moving])
+    if len(moving) != 1 or not _only_row_terms(condition) or (found := _bound(moving[0])) is None:
+        return None
+    side, value = found
+    return side, expr.Where(condition, sympy.Integer(0 if side == "lower" else MOST_KEYS), value)
+
+
 def _whole(term, up: bool):
     """``term`` rounded to an integer; None if other parts than its constant may be fractions.
 
     Kernels compare in float32. A fraction that float32 might round to an integer gives None, so it is compared there.
     """
     constant, rest = sympy.expand(term).as_coeff_Add()
-    if not rest.is_integer or not constant.is_finite:
+    if not _is_whole(rest) or not constant.is_finite:
         return None
     if constant.is_integer is not True and 0 < abs(constant - round(constant)) < CLEAR_FRACTION:
         return None
     return rest + (sympy.ceiling(constant) if up else sympy.floor(constant))
+
+
+def _is_whole(term) -> bool:
+    if isinstance(term, expr.Where):
+        return all(_is_whole(branch) for branch in term.args[1:])
+    if isinstance(term, (sympy.Add, sympy.Mul, sympy.Min, sympy.Max, FloorDiv)):
+        return all(_is_whole(arg) for arg in term.args)
+    return bool(term.is_integer)
 
 
 def _only_row_terms(term) -> bool:
@@ -205,6 +238,10 @@ def _never_decreases(term) -> bool:
             return False
         if isinstance(row, FloorDiv) and row.args[1].is_Integer and not row.args[1].has(q):
             if not _never_decreases(row.args[0]):
+                return False
+        elif isinstance(row, (sympy.Min, sympy.Max)) or (isinstance(row, expr.Where) and not row.args[0].has(q)):
+            branches = row.args[1:] if isinstance(row, expr.Where) else row.args
+            if not all(_never_decreases(branch) for branch in branches):
                 return False
         elif row != q:
             return False
