@@ -352,3 +352,29 @@ def test_what_lies_askew_is_copied_for_kernels_on_a_gpu():
         assert copy.stride() == (copy.shape[2] * 24, copy.shape[2] * 8, 8, 1)
     for straight in (torch.randn(2, 5, 3, 8).transpose(1, 2), torch.randn(1, 1, 5, 8).expand(2, 3, 5, 8)):
         assert sdpa.aligned(straight) is straight
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_inductor_takes_the_gradients_of_captured_tensors(dynamic):
+    """The backward returns as many as need one."""
+    sizes = Sizes(2, 6, 2, 33, 33, 16, 8)
+    call = CASES["alibi"](sizes, CPU)
+    spec = replace(
+        call.plan.spec,
+        predicate=call.plan.spec.predicate & _kept(PADDING),
+        captures=(CaptureSpec("padding", "bool", 2), *call.plan.spec.captures),
+    )
+    text = replace(call.plan, spec=spec).encode()
+
+    def block(query, key, value, padding, slopes):
+        return torch.ops.effattn.attend(query, key, value, [padding, slopes * 2], [], [], text)[0] + 1
+
+    torch._dynamo.reset()
+    compiled = torch.compile(block, backend="inductor", fullgraph=True, dynamic=dynamic)
+    made = [tensor.requires_grad_() for tensor in tensors(sizes)]
+    slopes = call.captures[0].clone().requires_grad_()
+    given = (*made, torch.rand(2, 33) > 0.2, slopes)
+    expected, found = block(*given), compiled(*given)
+    weights = torch.randn_like(expected)
+    leaves = [*made, slopes]
+    assert_close(torch.autograd.grad(found, leaves, weights), torch.autograd.grad(expected, leaves, weights))

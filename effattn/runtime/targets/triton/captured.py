@@ -5,6 +5,7 @@ See :mod:`effattn.lowering.kernels.score_facts` for what is summed up where.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -54,7 +55,8 @@ def inverse_unit(value: Tensor, grad_out: Tensor, lse: Tensor, grad_lse: Tensor 
 
     The weights of a query sum to one, so its gradients are at most twice the largest product of a gradient and a value.
     """
-    most = 2 * grad_out.float().norm(dim=-1).amax() * value.float().norm(dim=-1).amax()
+    norms = (torch.linalg.vector_norm(each, dim=-1, dtype=torch.float32).amax() for each in (grad_out, value))
+    most = 2 * math.prod(norms)
     if grad_lse is not None:
         most = most + grad_lse.abs().amax()
     every = most.double() * lse.numel()
