@@ -99,7 +99,7 @@ def test_gradients_use_the_same_mask(name):
     q, k, v = (tensor.double().requires_grad_() for tensor in (query, key, value))
     wanted, _ = reference(call.plan, q, k, v, call.captures, call.scalars)
     wanted.backward(grad.double())
-    for one, other in zip(found, (q, k, v), strict=True):
+    for one, other in zip(found[:3], (q, k, v), strict=True):
         torch.testing.assert_close(one.double(), other.grad, atol=5e-5, rtol=5e-5)
 
 
