@@ -69,11 +69,6 @@ def test_head_dimensions(dim, value_dim, name, kind):
     run_and_check(name, kind, torch.bfloat16, sizes_of(kind, 700, dim, value_dim))
 
 
-def test_tensor_descriptors():
-    tiles = Tiles(128, 64, 8, 3, descriptors=True)
-    run_and_check("left_padding", "prefill", torch.bfloat16, sizes_of("prefill", 1500, 128, 128), tiles)
-
-
 @pytest.mark.parametrize(
     ("name", "dtype", "dim", "value_dim"),
     [

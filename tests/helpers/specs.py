@@ -154,7 +154,6 @@ def compiled() -> dict[str, tuple[KernelSpec | ScoreSpec | MapSpec | int, str, s
                 for name, one in hopper_backward().items()
                 for kernel in ("grad_query", "grad_key_value")
             }
-            made["descriptors"] = spec("left_padding", arch, tiles=Tiles(128, 64, 8, 4, descriptors=True))
         found |= {f"{name} {arch}": (one, arch, "forward") for name, one in made.items()}
         found[f"left_padding find_allowed {arch}"] = (made["left_padding decode"], arch, "find_allowed")
         found |= {f"{name} {arch}": (one, arch, kernel) for name, (one, kernel) in selectors(arch).items()}

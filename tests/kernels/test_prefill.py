@@ -145,14 +145,3 @@ def test_what_kernels_do_not_serve():
     refusal = triton_target.why_not(strange, torch.bfloat16, 64, 64)
     assert refusal.rule == Why.EXPRESSION
     assert "besselj" in refusal.reason
-
-
-@pytest.mark.parametrize("name", ["causal", "left_padding", "power_16", "alibi"])
-@pytest.mark.parametrize("order", ["bhnd", "bnhd", "bhdn"])
-def test_tensor_descriptors(name, order):
-    """Keys and values through descriptors; tensors that none can stand for take pointers."""
-    sizes = Sizes(heads=4, kv_heads=2, q_len=40, k_len=40, value_dim=24)
-    tiles = Tiles(16, 16, 4, 1, descriptors=True)
-    check(
-        CASES[name](sizes, CPU), *tensors(sizes, order=order, dtype=torch.float16), 5e-3, config=tiles, kind="prefill"
-    )

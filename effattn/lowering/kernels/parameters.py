@@ -66,10 +66,6 @@ def parameters(spec: KernelSpec, kernel: str = "forward") -> list[Param]:
     if spec.kind == "decode":
         found += [Param(name, "*fp32") for name in ("parts", "parts_top", "parts_total")]
     found += list_pointers(spec)
-    if spec.tiles.descriptors:
-        for name, width in (("key_tiles", spec.block_d), ("value_tiles", spec.block_dv)):
-            shape = f"1, 1, {spec.tiles.block_n}, {width}"
-            found.append(Param(name, f"tensordesc<{DTYPES[spec.dtype]}[{shape}]>", False))
     found += data_parameters(spec.attention)
     found += [Param(f"{name}_stride_{dim}", "i32") for name in ("query", "key", "value", "out") for dim in "bhnd"]
     found += list_sizes(spec)

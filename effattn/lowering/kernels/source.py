@@ -142,8 +142,6 @@ class Generator:
             "warps": tiles.warps,
             "stages": tiles.stages,
             "together": self.together(),
-            "descriptors": tiles.descriptors,
-            "descriptor_arguments": self.descriptor_arguments(),
             "empty_rows": self.attention.empty_rows,
             "empty_output": self.attention.empty_output,
             "constants": {name: value for name, value in kernel_constants(spec).items() if name != "DIRECT"},
@@ -184,12 +182,6 @@ class Generator:
             "allowed_parts": allowed.PARTS,
             "allowed_keys": allowed.KEYS_AT_ONCE,
         }
-
-    def descriptor_arguments(self) -> str:
-        if not self.spec.tiles.descriptors:
-            return ""
-        sides = (("key", self.spec.block_d), ("value", self.spec.block_dv))
-        return "".join(f" tiles_of({name}, {self.spec.tiles.block_n}, {width})," for name, width in sides)
 
     def together(self) -> str:
         """How many heads run side by side, as source in the launcher."""

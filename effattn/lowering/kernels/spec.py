@@ -25,14 +25,12 @@ class Tiles:
     stages: int
     partial_stages: int = 0  # stages of the loop over partial tiles; 0: as ``stages``
     heads_together: int = 0  # heads that run side by side; 0: as many groups as have keys that fit in the L2 cache
-    descriptors: bool = False  # load keys and values through tensor descriptors (TMA); needs aligned strides
     block_q: int = 0  # Gluon backward: queries of a tile that passes by; ``partial_stages`` of them are on their way
     consumers: int = 0  # warpgroups of 64 queries each, fed by a warp that copies: the Gluon dialect; 0: the Triton one
 
     def __str__(self) -> str:
         programs = f"{self.consumers} consumer warpgroups" if self.consumers else f"{self.warps} warps"
-        text = f"{self.block_m} queries x {self.block_n} keys, {programs}, {self.stages} stages"
-        return text + (", tensor descriptors" if self.descriptors else "")
+        return f"{self.block_m} queries x {self.block_n} keys, {programs}, {self.stages} stages"
 
 
 @dataclass(frozen=True)

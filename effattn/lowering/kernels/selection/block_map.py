@@ -193,7 +193,6 @@ class MapGenerator:
             "some": some,
             "every": every,
             "tested": list(sizes_tested(spec.attention).values()),
-            "descriptors": False,
             "listed": False,
         }
 

@@ -31,7 +31,6 @@ from effattn.runtime.selection.triton_block_map import block_map
 from effattn.runtime.targets.memory_order import strides_of
 from effattn.runtime.targets.triton.limits import check
 from effattn.runtime.targets.triton.specialise import (
-    describable,
     fits_gluon,
     in_gluon,
     kind_of,
@@ -165,8 +164,6 @@ def prepare(
         spec = fast
     if kind == "decode" and batches == 1:
         spec = replace(spec, key_ranges=False)  # a single sequence is rarely padded: not worth a second kernel
-    if spec.tiles.descriptors and not (describable(tensors[1]) and describable(tensors[2])):
-        spec = replace(spec, tiles=replace(spec.tiles, descriptors=False))
     parts: tuple[int, ...] = ()
     if kind == "decode":
         parts = (splits or splits_for(batches * kv_heads, k_len, multiprocessors(device)),)
