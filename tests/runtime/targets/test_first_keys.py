@@ -263,3 +263,20 @@ def test_texts_with_lengths(form):
         run(form, None, q, k, v, padded([0, 16], [0, 10])),
     )
     torch.testing.assert_close(out, wanted, atol=1e-5, rtol=1e-5)
+
+
+@TARGETS
+@pytest.mark.parametrize("form", FORMS)
+def test_gradients_of_documents(form, target):
+    """The backward counts as the forward does, from the first key that it finds again."""
+    inputs = [x.requires_grad_() for x in tensors(1)]
+    parts = zip(*(x.split((5, 65), dim=2) for x in inputs), strict=True)
+    weights = torch.randn(1, HEADS, LENGTH, DIM, generator=torch.Generator().manual_seed(1))
+    alone = torch.cat([of_reference(form, *part) for part in parts], dim=2)
+    wanted = torch.autograd.grad(alone, inputs, weights)
+    options = {"rest": "eager", "policy": {"rule": [{"forms": [form], "params": {form: FORMS[form]}}]}, "strict": True}
+    torch._dynamo.reset()
+    compiled = torch.compile(packed, backend="effattn", options=options | ({"target": target} if target else {}))
+    out = compiled(*inputs, documents(5, 65))
+    torch.testing.assert_close(out, alone, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(torch.autograd.grad(out, inputs, weights), wanted, atol=1e-5, rtol=1e-4)
