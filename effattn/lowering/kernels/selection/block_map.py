@@ -71,6 +71,11 @@ class Entry:
     bounds: Interval
     value: str
 
+    @property
+    def narrow(self) -> bool:
+        """Whether its values are computed in 32 bits."""
+        return self.kind == "int" and self.bounds.within(INT32)
+
 
 def sizes_tested(attention: AttentionSpec) -> dict[str, list[int]]:
     """Captured tensor -> dimensions whose index kernels check: more than attention kernels do, as q is a block here."""
@@ -242,9 +247,8 @@ class MapGenerator:
             else:
                 at = f"{buffer}_here + {place} * table_width + " + ("row_block" if row else "columns")
             loaded = f"tl.load({at})" if row else f"tl.load({at}, mask=column_ok, other=0)"
-            narrow = entry.kind == "int" and entry.bounds.within(INT32)
-            name = lines.assign(f"{'least' if end == 0 else 'most'}", loaded + (".to(tl.int32)" if narrow else ""))
-            wide = entry.kind == "int" and not narrow
+            name = lines.assign("least" if end == 0 else "most", loaded + (".to(tl.int32)" if entry.narrow else ""))
+            wide = entry.kind == "int" and not entry.narrow
             ends.append(Value(name, axes, entry.kind, bounds=entry.bounds, wide=wide))
         return Range(ends[0], ends[1], entry.kind, entry.bounds)
 
