@@ -69,7 +69,7 @@ def _site(choice: Choice) -> SiteReport:
         layout=str(site.layout),
         empty_rows=site.spec.empty_rows,
         notes=site.notes,
-        params=choice.params.model_dump(),
+        params=choice.params.shown(),
         path=site.path,
         replaced=choice.route != "keep",
         **_shown(site),
@@ -105,7 +105,7 @@ def stanza(choices: list[Choice], policy: str) -> str:
     """A policy file that repeats these choices."""
     groups: dict[tuple, list[Choice]] = {}
     for choice in choices:
-        if choice.form != "exact":
+        if choice.form != "exact" or choice.params.shown():
             key = (
                 choice.form,
                 choice.match.site.stage,
@@ -118,7 +118,7 @@ def stanza(choices: list[Choice], policy: str) -> str:
         layers = sorted({choice.match.site.layer for choice in members if choice.match.site.layer is not None})
         rule: dict[str, Any] = {"layers": ranges(layers)} if layers else {}
         rule |= {"stage": [stage], **({"min_length": min_length} if min_length else {}), "forms": [form]}
-        params = members[0].params.model_dump()
+        params = members[0].params.shown()
         rules.append({**rule, **({"params": {form: params}} if params else {})})
     return write.policy({"schema": 1, "name": f"{policy}-as-chosen", "rule": rules})
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from pydantic import Field
 
@@ -16,6 +18,10 @@ class ExactParams(Params):
     kernel: Kernel = Field(
         default="auto", description="where SDPA's kernels compute it: sdpa, generated, or the one that measured faster"
     )
+
+    def shown(self) -> dict[str, Any]:
+        """Only what was asked for: the function is the same whatever the kernel."""
+        return self.model_dump(exclude_defaults=True)
 
 
 def kernel_of(params: Params) -> Kernel:

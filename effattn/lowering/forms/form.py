@@ -26,6 +26,10 @@ class Params(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
     files: ClassVar[tuple[str, ...]] = ()  # parameters that are paths; what they mean changes with the file
 
+    def shown(self) -> dict[str, Any]:
+        """What a report says of them, and a policy that repeats a choice."""
+        return self.model_dump()
+
 
 @dataclass(frozen=True)
 class Rule:

@@ -106,6 +106,16 @@ def test_a_generated_one_where_it_is_asked_for(kernels_here):
         assert_close(fast(*made), causal(*made))
 
 
+def test_reports_say_it_where_it_was_asked_for(kernels_here):
+    for kernel, params in (("auto", {}), ("generated", {"kernel": "generated"})):
+        policy = {"rule": [{"forms": ["exact"], "params": {"exact": {"kernel": kernel}}}]}
+        torch._dynamo.reset()
+        with torch.no_grad():
+            report = effattn.explain(causal, *tensors(40), policy=policy)
+        assert report.sites[0].params == params
+        assert ('kernel = "generated"' in report.stanza) is bool(params)
+
+
 def test_not_where_no_kernels_run():
     """A CPU's own target has none: SDPA is faster than pieces in ATen."""
     assert "SDPA" in route(tensors(), "generated")
