@@ -53,6 +53,13 @@ def test_chunks_that_see_more_and_more_are_one():
     assert len(shown(growing(4), is_diagonal=lambda strip: strip.start != 16)) == 3
 
 
+def test_a_causal_chunk_is_a_strip_of_its_own():
+    """Also beside others of its size: a document of two chunks, and one with as many queries that is masked."""
+    masked = Chunk(32, 64, (Run(32, 64, False),))
+    found = shown([*growing(2), masked], is_diagonal=lambda strip: strip.rows == 16)
+    assert [(strip.start, strip.chunks, strip.diagonal is None) for strip in found] == [(0, 1, False), (32, 1, True)]
+
+
 def test_what_only_looks_causal_is_not_joined():
     """Tested keys elsewhere than after those before, or keys that are not seen any more."""
     elsewhere = [chunk(0, (0, 16, False)), chunk(16, (0, 16, True), (32, 48, False))]
@@ -63,10 +70,10 @@ def test_what_only_looks_causal_is_not_joined():
 
 @pytest.mark.parametrize(
     ("name", "least", "most"),
-    [("causal", 1, 1), ("left_padding", 2, 4), ("window", 2, 5), ("window_and_sinks", 2, 5), ("documents", 10, 60)],
+    [("causal", 1, 1), ("left_padding", 2, 4), ("window", 2, 5), ("window_and_sinks", 2, 5), ("documents", 17, 40)],
 )
 def test_how_many_calls(name, least, most, small_strips):
-    """A causal call is one of the kernel's own; padding adds those of its border."""
+    """A causal call is one of the kernel's own, and so is each of 17 documents; padding adds those of its border."""
     sizes = Sizes(
         batch=1 + (name == "left_padding"), heads=2, kv_heads=1, q_len=320, k_len=320, head_dim=8, value_dim=8
     )

@@ -6,6 +6,7 @@ not visited, and those that all of them see are not tested.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -70,7 +71,7 @@ class Share:
         tiling, last = self._tiling(), None
         chunks: Iterable[Chunk] = tiling.chunks(self._height(tiling))
         if self.blocks is not None:
-            chunks = map(self._refined, chunks)
+            chunks = itertools.chain.from_iterable(map(self._refined, chunks))
         for strip in strips(causal(chunks, self._is_diagonal) if self.scale_is_positive else chunks, self._most):
             kept = self.kept(strip) if strip.tested else None
             if kept is not None and last is not None and torch.equal(kept, last):
@@ -92,22 +93,30 @@ class Share:
             "k": Span.of([keys.of(0) for keys in strip.tested], HOST) if chunks == 1 else _of_chunks(strip),
         }
         kept = torch.as_tensor(evaluate(self.rule, symbols, self.captures, self.dtype, HOST)).to(torch.bool)
-        kept = kept.expand(torch.broadcast_shapes(kept.shape, (1, 1, 1, strip.rows, strip.width_tested)))
+        leading = ((1,) * (5 - kept.ndim) + kept.shape)[:3]
+        kept = kept.expand(*leading, strip.rows, strip.width_tested)
         return kept[:, :1] if kept.shape[1] > 1 and bool((kept == kept[:, :1]).all()) else kept
 
-    def _refined(self, chunk: Chunk) -> Chunk:
-        """The chunk with runs of single keys in the place of blocks, where these are few."""
+    def _refined(self, chunk: Chunk) -> Iterator[Chunk]:
+        """The chunk with runs of single keys in the place of blocks, cut where queries share no keys with those before
+        (a document ends), if these are few."""
         strip = alone(chunk)
         if not strip.tested:
-            return chunk
-        kept = self.kept(strip).flatten(0, 3)
-        kinds = torch.where(kept.all(dim=0), ALL, torch.where(kept.any(dim=0), SOME, NONE))
-        found = [run for run in chunk.runs if run.full]
-        for keys, part in zip(strip.tested, kinds.split([keys.width for keys in strip.tested]), strict=True):
-            seen = [run for run in runs_of(part) if run[2] != NONE]
-            found += [Run(keys.first + start, keys.first + stop, kind == ALL) for start, stop, kind in seen]
-        runs = joined(found)
-        return Chunk(chunk.start, chunk.stop, runs) if len(runs) <= max(len(chunk.runs), MOST_RUNS) else chunk
+            yield chunk
+            return
+        kept = self.kept(strip).flatten(0, 2)
+        cuts = [0, *([] if any(run.full for run in chunk.runs) else _cuts(kept)), strip.rows]
+        found = []
+        for first, last in itertools.pairwise(cuts):
+            rows = kept[:, first:last].flatten(0, 1)
+            kinds = torch.where(rows.all(dim=0), ALL, torch.where(rows.any(dim=0), SOME, NONE))
+            runs = [run for run in chunk.runs if run.full]
+            for keys, part in zip(strip.tested, kinds.split([keys.width for keys in strip.tested]), strict=True):
+                seen = [run for run in runs_of(part) if run[2] != NONE]
+                runs += [Run(keys.first + start, keys.first + stop, kind == ALL) for start, stop, kind in seen]
+            found.append(Chunk(chunk.start + first, chunk.start + last, joined(runs)))
+        few = all(len(one.runs) <= max(len(chunk.runs), MOST_RUNS) for one in found)
+        yield from found if few else [chunk]
 
     def _is_diagonal(self, strip: Strip) -> bool:
         return bool((self.kept(strip) == torch.ones(strip.rows, strip.rows, dtype=torch.bool).tril()).all())
@@ -152,7 +161,7 @@ def shares(call: Call) -> Iterator[Share]:
     if call.tile_ranges.residual != sympy.true:
         sizes, block = (call.batch, call.heads, call.q_len, call.k_len), tilings.BLOCK
         some, every = block_grid(rule, sizes, call.names, captures, block, block, HOST, call.dtype)
-        grid = torch.where(every, ALL, torch.where(some, SOME, NONE))
+        grid = torch.where(every, ALL, torch.where(some, SOME, NONE)).to(torch.int8)
     for batches in _each(range(call.batch), expr.b in dependent):
         for kv_heads in _each(range(call.kv_heads), expr.h in dependent):
             yield Share(
@@ -170,6 +179,14 @@ def shares(call: Call) -> Iterator[Share]:
                 captures,
                 None if grid is None else _blocks_of(grid, batches, kv_heads, call.groups),
             )
+
+
+def _cuts(kept: Tensor) -> list[int]:
+    """Rows of ``kept`` [..., rows, n] that share no key with the row before, if they are few; not among empty rows."""
+    shared = (kept[:, :-1] & kept[:, 1:]).any(dim=2).any(dim=0)
+    empty = ~kept.any(dim=2).any(dim=0)
+    cuts = (~shared & ~(empty[:-1] & empty[1:])).nonzero()[:, 0] + 1
+    return cuts.tolist() if len(cuts) <= MOST_RUNS else []
 
 
 def _each(whole: range, apart: bool) -> list[range]:

@@ -157,7 +157,7 @@ def _as_one(chunks: list[Chunk]) -> Iterator[Chunk | Strip]:
 
 def _with(strip: Strip, chunk: Chunk) -> Strip | None:
     """The strip and one more chunk; None if the chunk does not continue it."""
-    if chunk.stop - chunk.start != strip.rows or len(chunk.runs) != len(strip.keys):
+    if chunk.stop - chunk.start != strip.rows or len(chunk.runs) != len(strip.keys) or strip.diagonal is not None:
         return None
     keys = [_continued(keys, run, strip.chunks) for keys, run in zip(strip.keys, chunk.runs, strict=True)]
     found = tuple(one for one in keys if one is not None)

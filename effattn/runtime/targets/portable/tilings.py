@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -58,6 +58,7 @@ class ByBlocks:
     table: Tensor
     q_len: int
     k_len: int
+    by_height: dict[int, Tensor] = field(default_factory=dict)  # the table for chunks of so many blocks
 
     def chunks(self, rows: int) -> Iterator[Chunk]:
         kinds = self._kinds(rows)
@@ -78,10 +79,12 @@ class ByBlocks:
     def _kinds(self, rows: int) -> Tensor:
         """The table for chunks of ``rows`` queries; one with fewer than a block is as its block."""
         height = max(rows // BLOCK, 1)
-        missing = -self.table.shape[0] % height
-        table = torch.cat([self.table, self.table[-1:].expand(missing, -1)]).unflatten(0, (-1, height))
-        low, high = table.amin(dim=1), table.amax(dim=1)
-        return torch.where(low == high, low, SOME)
+        if height not in self.by_height:
+            missing = -self.table.shape[0] % height
+            table = torch.cat([self.table, self.table[-1:].expand(missing, -1)]).unflatten(0, (-1, height))
+            low, high = table.amin(dim=1), table.amax(dim=1)
+            self.by_height[height] = torch.where(low == high, low, SOME)
+        return self.by_height[height]
 
 
 def runs_of(kinds: Tensor) -> Iterator[tuple[int, int, int]]:
