@@ -64,6 +64,6 @@ def test_kernels_fit(arch):
     allowed = HOPPER | (SPILLS.get(release) or list(SPILLS.values())[-1])
     found = used(arch)
     assert len(found) > 30
-    assert all(registers > 10 for registers, *_ in found.values())
+    assert all(registers > 5 for registers, *_ in found.values())
     assert {name: spilled for name, (_, spilled, *_) in found.items() if spilled > allowed.get(name, 0)} == {}
     assert {name: shared for name, (*_, shared, limit) in found.items() if shared > limit} == {}
