@@ -18,7 +18,7 @@ HOPPER = {  # every release: masks and scores read so much at once, and smaller 
     "hopper alibi D 64 sm90": 24,
     "hopper bias listed sm90": 120,
     "hopper documents listed sm90": 8,
-    "hopper alibi D 128 grad_key_value sm90": 32,
+    "hopper alibi D 128 grad_key_value sm90": 40,
     "hopper causal D 64 grad_key_value sm90": 8,
     "hopper causal D 128 grad_key_value sm90": 8,
     "hopper soft_cap D 128 grad_key_value sm90": 96,
@@ -64,6 +64,6 @@ def test_kernels_fit(arch):
     allowed = HOPPER | (SPILLS.get(release) or list(SPILLS.values())[-1])
     found = used(arch)
     assert len(found) > 30
-    assert all(registers > 5 for registers, *_ in found.values())
+    assert all(registers > 4 for registers, *_ in found.values())
     assert {name: spilled for name, (_, spilled, *_) in found.items() if spilled > allowed.get(name, 0)} == {}
     assert {name: shared for name, (*_, shared, limit) in found.items() if shared > limit} == {}
