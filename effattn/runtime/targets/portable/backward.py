@@ -64,11 +64,10 @@ def run_backward(
         grad_rows = call.rows(grouped_grad, piece).to(call.dtype)
         # a query's weights sum to one, so the gradients of its scores sum to the gradient of its LSE
         correction = (grad_rows * call.rows(grouped_out, piece).to(call.dtype)).sum(dim=-1)
-        if through_lse is not None:
-            correction = correction - call.rows(through_lse, piece)
         empty = call.rows(grouped_lse, piece) == -torch.inf
         correction = correction.masked_fill(empty, 0.0)  # the output of such a query may be NaN
-        of_query, of_key, of_value = _piece(call, piece, grad_rows, correction, empty, captured)
+        through = None if through_lse is None else call.rows(through_lse, piece).masked_fill(empty, 0.0)
+        of_query, of_key, of_value = _piece(call, piece, grad_rows, correction, through, empty, captured)
         query_grad_rows.copy_(of_query)
         _add_visited(grad_key, of_key, piece)
         _add_visited(grad_value, of_value, piece)
@@ -84,7 +83,13 @@ def run_backward(
 
 
 def _piece(
-    call: Call, piece: Piece, grad_rows: Tensor, correction: Tensor, empty: Tensor, captured: Captured
+    call: Call,
+    piece: Piece,
+    grad_rows: Tensor,
+    correction: Tensor,
+    through: Tensor | None,
+    empty: Tensor,
+    captured: Captured,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of one piece: queries [b, hkv, G, rows, D], and the keys and values that it visits."""
     query = call.rows(call.query, piece).to(call.dtype)
@@ -96,6 +101,10 @@ def _piece(
     flat_weights, flat_grad = weights.flatten(2, 3), grad_rows.flatten(2, 3)
     of_value = flat_weights.transpose(-1, -2) @ flat_grad
     of_score = (flat_grad @ value.transpose(-1, -2)).unflatten(2, shape)
+    if captured.reads:  # rounded as these products are, or sums of gradients times scores would not cancel
+        correction = (of_score * weights).sum(dim=-1)
+    if through is not None:
+        correction = correction - through
     of_score.sub_(correction[..., None]).mul_(weights)
     captured.add(piece, of_score, weights, symbols)
     if call.only_scale is not None:
