@@ -23,7 +23,19 @@ def _clean(monkeypatch):
 
 
 def test_defaults():
-    assert settings.current() == settings.Settings(debug=settings.Debug(), cache_dir=None)
+    assert settings.current() == settings.Settings(debug=settings.Debug(), cache_dir=None, precise=False)
+
+
+@pytest.mark.parametrize(("text", "precise"), [("1", True), ("0", False), ("", False)])
+def test_precise(monkeypatch, text, precise):
+    monkeypatch.setenv("EFFATTN_PRECISE", text)
+    assert settings.current().precise is precise
+
+
+def test_precise_is_a_switch(monkeypatch):
+    monkeypatch.setenv("EFFATTN_PRECISE", "yes")
+    with pytest.raises(OptionError, match="EFFATTN_PRECISE='yes' is not valid; allowed: 0 or 1"):
+        settings.current()
 
 
 @pytest.mark.parametrize(("text", "level"), [("0", 0), ("4", 4), (" 2 ", 2), ("", 0), ("  ", 0)])
