@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import sympy
 import torch
-from plans import CASES, Sizes
+from plans import BY_HEAD, CASES, Sizes
 
 from effattn.ir.expr import Modulo, k
 from effattn.lowering.kernels.generate import generate
@@ -20,15 +20,16 @@ CPU = torch.device("cpu")
 KINDS = ("prefill", "listed", "backward")
 
 
-def spec(name: str, kind: str) -> KernelSpec | None:
+def spec(name: str, kind: str, groups: int = 2) -> KernelSpec | None:
     """The Gluon kernel of a case; None where there is none."""
     plan = CASES[name](Sizes(head_dim=64, value_dim=64), CPU).plan.complete
-    base = KernelSpec(kind, plan.form, plan.spec, "bfloat16", 64, 64, 2, tiles=None)
+    base = KernelSpec(kind, plan.form, plan.spec, "bfloat16", 64, 64, groups, tiles=None)
     return in_gluon(base, "sm90", False)
 
 
 def made() -> dict[str, KernelSpec]:
     found = {f"{name} {kind}": spec(name, kind) for name in CASES for kind in KINDS}
+    found |= {f"{name} backward, a key head for each": spec(name, "backward", groups=1) for name in BY_HEAD}
     return {name: one for name, one in found.items() if one is not None}
 
 
