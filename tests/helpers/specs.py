@@ -168,7 +168,7 @@ def compiled() -> dict[str, tuple[KernelSpec | ScoreSpec | MapSpec | int, str, s
         for name, capture, owned in LEARNED:
             one = replace(spec(name, arch, "backward"), wanted=(WantedGradient(capture, owned),))
             one = replace(one, tiles=configs.beside_captures(one.tiles))
-            kernels = {CAPTURED[term.reduced] for term in captured_terms(one)}
+            kernels = sorted({CAPTURED[term.reduced] for term in captured_terms(one)})
             found |= {f"learned {name} {kernel} {arch}": (one, arch, kernel) for kernel in kernels}
     return found
 
