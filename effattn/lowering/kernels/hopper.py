@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import reduce
-from typing import Any
+from typing import Any, ClassVar
 
 import sympy
 
@@ -23,13 +23,12 @@ from effattn.lowering.iteration.tile_ranges import tile_ranges
 from effattn.lowering.kernels.parameters import Param, data_parameters, data_sizes, sizes_tested
 from effattn.lowering.kernels.range_source import flatten, visits
 from effattn.lowering.kernels.rendering import helpers_for, template_named, tidy
-from effattn.lowering.kernels.score_facts import may_overflow
+from effattn.lowering.kernels.score_facts import linear_scale, may_overflow
+from effattn.lowering.kernels.source import LOG2_E, heads_together
 from effattn.lowering.kernels.spec import DTYPES, KernelSpec
 
-LOG2_E = 1.4426950408889634
 WIDEST = 256  # head_dim
 NARROWEST = 64  # padded head_dim
-CACHED_KEYS = 20 << 20  # bytes of L2 cache for the keys and values of heads that run side by side
 # consumer warpgroups -> (registers per thread when the program starts, of the other consumers, of the producer)
 REGISTERS = {2: (168, 240, 24), 3: (128, 160, 32)}
 
@@ -125,6 +124,8 @@ def swizzle(width: int) -> int:
 class HopperForward:
     """Fills the template of one specialisation."""
 
+    template: ClassVar[str] = "hopper_forward.py.jinja"
+
     def __init__(self, spec: KernelSpec):
         self.spec = spec
         self.attention = spec.attention
@@ -132,9 +133,9 @@ class HopperForward:
         self.captures = {load.name: load for load in self.attention.captures}
         self.loads = expr.loads_of(self.attention.score, self.attention.rule)
         self.before = Lines()
-        factor = sympy.expand(self.attention.score).coeff(expr.s, 1)
-        plain = factor.is_number and factor.is_positive and sympy.expand(self.attention.score - factor * expr.s) == 0
-        self.scale = float(factor) if plain else None
+        scale = linear_scale(self.attention.score, spec)
+        # queries lie in shared memory, so the sign of a scale cannot move into them
+        self.scale = float(scale) if scale is not None and scale.is_number and scale.is_positive else None
         self.algebra = GluonSource if spec.precise else FastSource
 
     def symbols(self, **more: Value) -> dict[str, Value]:
@@ -152,7 +153,7 @@ class HopperForward:
     def source(self) -> str:
         context = self.context()
         context["host_helpers"] = template_named("start.jinja").render(context)
-        template = template_named("hopper_forward.py.jinja")
+        template = template_named(self.template)
         body = template.render(context, helpers="")
         return tidy(template.render(context, helpers=helpers_for(body, GLUON_FUNCTIONS)))
 
@@ -163,12 +164,10 @@ class HopperForward:
         full = self.scores(self.everywhere(), partial=False)
         start, consumers, producer = REGISTERS[tiles.consumers]
         params = parameters(spec)
-        width = (spec.head_dim + spec.value_dim) * 2
         reads_keys = any(load.has(expr.k) for load in self.loads)
         return {
             "spec": spec,
             "tiles": tiles,
-            "element": {"bfloat16": "bfloat16", "float16": "float16"}[spec.dtype],
             "predicate_text": text(self.attention.rule),
             "score_text": text(self.attention.score),
             "place": place,
@@ -186,7 +185,7 @@ class HopperForward:
             "worker_registers": [*[consumers] * (tiles.consumers - 1), producer],
             "listed": spec.kind == "listed",
             "tested": list(sizes_tested(self.attention).values()),
-            "together": f"{spec.groups} * max(1, {CACHED_KEYS} // ({width} * max(1, key.shape[2])))",
+            "together": heads_together(spec),
         }
 
     def everywhere(self) -> Any:
@@ -212,18 +211,11 @@ class HopperForward:
         place = "i" if ratio == 1 else f"i // {ratio}"
         more = "" if ratio == 1 else f" * {ratio} + i % {ratio}"
         times = "" if ratio == 1 else f" * {ratio}"
-        return Place(
-            [
-                f"row_block = tile_row // {block}",
-                "item = (batch * list_batch + head // list_heads).to(gl.int64) * row_blocks + row_block",
-                "listed = kv_indices + item * width",
-                "item = (batch * count_batch + head // count_heads).to(gl.int64) * row_blocks + row_block",
-                f"visited = gl.load(kv_num_blocks + item){times}",
-                "item = (batch * partial_batch + head // partial_heads).to(gl.int64) * row_blocks + row_block",
-                f"partial_visited = gl.minimum(gl.load(partial_blocks + item){times}, visited)",
-            ],
-            [f"key_tile = gl.load(listed + {place}){more}"],
-        )
+        found = [
+            f"row_block = tile_row // {block}",
+            *list_of("kv_indices", "kv_num_blocks", "head", "row_block", times),
+        ]
+        return Place(found, [f"key_tile = gl.load(listed + {place}){more}"])
 
     def scores(self, condition: Any, partial: bool) -> Scores:
         inside = self.before.inner()
@@ -235,6 +227,22 @@ class HopperForward:
         kept = reduce(lambda x, y: algebra.call("and", x, y), keep).spread(TILE) if keep else ""
         used = " ".join([*inside.lines, score, kept])
         return Scores(inside.lines, score, kept, partial or "keys" in used, "key_numbers" in used, partial)
+
+
+def list_of(indices: str, counts: str, head: str, block: str, times: str) -> list[str]:
+    """Lines that find the list of a block: ``listed``, and how many of its tiles are visited, and partial."""
+
+    def item(table: str) -> str:
+        return f"item = (batch * {table}_batch + {head} // {table}_heads).to(gl.int64) * row_blocks + {block}"
+
+    return [
+        item("list"),
+        f"listed = {indices} + item * width",
+        item("count"),
+        f"visited = gl.load({counts} + item){times}",
+        item("partial"),
+        f"partial_visited = gl.minimum(gl.load(partial_blocks + item){times}, visited)",
+    ]
 
 
 def sum_of(parts) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import reduce
-from typing import Any
+from typing import Any, ClassVar
 
 import sympy
 
@@ -17,15 +17,15 @@ from effattn.ir.derivative import affine_slope, derivative
 from effattn.ir.fold import fold
 from effattn.ir.refusal import Refusal, Why
 from effattn.ir.text import text
-from effattn.lowering.dialects.gluon.terms import GLUON_FUNCTIONS, in_gluon
+from effattn.lowering.dialects.gluon.terms import in_gluon
 from effattn.lowering.dialects.triton.terms import KEYS, ROWS, TILE, UNLIMITED, Lines, Value
 from effattn.lowering.iteration.tile_ranges import tile_ranges
 from effattn.lowering.kernels import hopper
-from effattn.lowering.kernels.hopper import LIST_SIZES, LOG2_E, POSITION, HopperForward, Place, tile_param
+from effattn.lowering.kernels.hopper import LIST_SIZES, POSITION, HopperForward, Place, list_of, tile_param
 from effattn.lowering.kernels.parameters import Param, data_parameters, data_sizes, sizes_tested
 from effattn.lowering.kernels.range_source import rows_of
-from effattn.lowering.kernels.rendering import helpers_for, template_named, tidy
 from effattn.lowering.kernels.score_facts import loses_totals
+from effattn.lowering.kernels.source import LOG2_E, heads_together
 from effattn.lowering.kernels.spec import KernelSpec
 
 WIDEST = 128  # head_dim; two accumulators of 64 keys each must fit in a warpgroup's registers
@@ -98,6 +98,8 @@ def handed(spec: KernelSpec, kernel: str) -> list[Param]:
 class HopperBackward(HopperForward):
     """Fills the template of one specialisation."""
 
+    template: ClassVar[str] = "hopper_backward.py.jinja"
+
     def __init__(self, spec: KernelSpec):
         super().__init__(spec)
         score = self.attention.score
@@ -109,13 +111,6 @@ class HopperBackward(HopperForward):
     def is_listed(self) -> bool:
         return bool(self.spec.list_block)
 
-    def source(self) -> str:
-        context = self.context()
-        context["host_helpers"] = template_named("start.jinja").render(context)
-        template = template_named("hopper_backward.py.jinja")
-        body = template.render(context, helpers="")
-        return tidy(template.render(context, helpers=helpers_for(body, GLUON_FUNCTIONS)))
-
     def context(self) -> dict[str, Any]:
         spec, tiles = self.spec, self.spec.tiles
         place = self.listed(OWNED, spec.list_unit) if self.is_listed else self.by_formula()
@@ -125,7 +120,6 @@ class HopperBackward(HopperForward):
         transposed = self.transposed_list() if self.is_listed else self.transposed(ranges_before)
         names = {kernel: [param.name for param in handed(spec, kernel)] for kernel in LISTS}
         plain = [param for kernel in LISTS for param in handed(spec, kernel)]
-        width = (spec.head_dim + spec.value_dim) * 2
         return {
             "spec": spec,
             "tiles": tiles,
@@ -149,7 +143,7 @@ class HopperBackward(HopperForward):
             "listed": self.is_listed,
             "totals": loses_totals(self.attention.score),
             "tested": list(sizes_tested(self.attention).values()),
-            "together": f"{spec.groups} * max(1, {hopper.CACHED_KEYS} // ({width} * max(1, key.shape[2])))",
+            "together": heads_together(spec),
         }
 
     def rows(self, partial: bool) -> Gradients:
@@ -213,15 +207,8 @@ class HopperBackward(HopperForward):
 
     def transposed_list(self) -> Place:
         ratio = OWNED // self.spec.tiles.block_q
+        found = list_of(*LISTS["grad_key_value"], "kv_head", "key_block", f" * {ratio}")
         return Place(
-            [
-                f"key_block = first_key // {OWNED}",
-                "item = (batch * list_batch + kv_head // list_heads).to(gl.int64) * row_blocks + key_block",
-                "listed = q_indices + item * width",
-                "item = (batch * count_batch + kv_head // count_heads).to(gl.int64) * row_blocks + key_block",
-                f"visited = gl.load(q_num_blocks + item) * {ratio}",
-                "item = (batch * partial_batch + kv_head // partial_heads).to(gl.int64) * row_blocks + key_block",
-                f"partial_visited = gl.minimum(gl.load(partial_blocks + item) * {ratio}, visited)",
-            ],
+            [f"key_block = first_key // {OWNED}", *found],
             [f"row_tile = gl.load(listed + j // {ratio}) * {ratio} + j % {ratio}"],
         )

@@ -42,6 +42,14 @@ LOG2_E = 1.4426950408889634
 CACHED_KEYS = 20 << 20  # bytes of L2 cache for the keys and values of heads that run side by side
 
 
+def heads_together(spec: KernelSpec) -> str:
+    """How many heads run side by side, as source in the launcher."""
+    if spec.tiles.heads_together:
+        return str(spec.tiles.heads_together)
+    width = (spec.head_dim + spec.value_dim) * (4 if spec.dtype == "float32" else 2)
+    return f"{spec.groups} * max(1, {CACHED_KEYS} // ({width} * max(1, key.shape[2])))"
+
+
 @dataclass
 class Sweep:
     """One loop over key tiles, as the template needs it."""
@@ -141,7 +149,7 @@ class Generator:
             "block_n": tiles.block_n,
             "warps": tiles.warps,
             "stages": tiles.stages,
-            "together": self.together(),
+            "together": heads_together(spec),
             "empty_rows": self.attention.empty_rows,
             "empty_output": self.attention.empty_output,
             "constants": {name: value for name, value in kernel_constants(spec).items() if name != "DIRECT"},
@@ -182,14 +190,6 @@ class Generator:
             "allowed_parts": allowed.PARTS,
             "allowed_keys": allowed.KEYS_AT_ONCE,
         }
-
-    def together(self) -> str:
-        """How many heads run side by side, as source in the launcher."""
-        spec = self.spec
-        if spec.tiles.heads_together:
-            return str(spec.tiles.heads_together)
-        width = (spec.head_dim + spec.value_dim) * (4 if spec.dtype == "float32" else 2)
-        return f"{spec.groups} * max(1, {CACHED_KEYS} // ({width} * max(1, key.shape[2])))"
 
     def precision(self) -> str:
         if self.spec.dtype != "float32":
