@@ -58,7 +58,6 @@ def _site(choice: Choice) -> SiteReport:
         predicate=text(site.spec.predicate),
         score=text(site.spec.score) + _without_softmax(site),
         reason=choice.reason,
-        rules=tuple(str(refusal.rule) for refusal in choice.refusals),
         candidates=tuple(
             {"form": one.form, "accepted": one.accepted, "rules": tuple(map(str, one.rules)), "reasons": one.reasons}
             for one in choice.considered

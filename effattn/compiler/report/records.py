@@ -37,7 +37,6 @@ class SiteReport:
     predicate_shown: str = ""  # with the names in user code: attention_mask[b, k] for padding[b, k]
     score_shown: str = ""
     tiles: str = ""  # how the keys to visit are found; "" where no op of ours does it
-    rules: tuple[str, ...] = ()  # of effattn.ir.refusal.Why: those that keep exact attention from being replaced
 
 
 @dataclass(frozen=True)

@@ -201,4 +201,4 @@ def _exact(
     routed = EXACT[site.op](site, match.nodes, kernel_of(params), target)
     plan = plan_of(site, "exact", params, 0, target) if routed.route == "op" else None
     reason = f"{routed.reason}; {why}" if why else routed.reason
-    return Choice(match, "exact", params, routed.route, reason, plan, considered, target, routed.refusals)
+    return Choice(match, "exact", params, routed.route, reason, plan, considered, target)

@@ -46,7 +46,6 @@ class Choice:
     plan: Plan | None
     considered: tuple[Considered, ...]
     target: str | None = None  # the target of an op without a plan
-    refusals: tuple[Refusal, ...] = ()  # why the op cannot run exact attention, if the site is left alone for it
 
     @property
     def exact(self) -> bool:

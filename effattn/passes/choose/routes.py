@@ -11,27 +11,24 @@ import torch
 
 from effattn.ir import expr
 from effattn.ir.plan import Dispatch, Kernel, Plan, Sparsity
-from effattn.ir.refusal import Refusal
 from effattn.ir.site import Op, Site
 from effattn.lowering.forms import FORMS
 from effattn.lowering.forms.exact import kernel_of
 from effattn.lowering.forms.form import Params
-from effattn.lowering.schedules.exact import Kind, generated_is_faster
+from effattn.lowering.schedules.exact import Kind
 from effattn.passes.candidate.record import MatchedNodes
-from effattn.runtime.launching import architecture
 from effattn.runtime.targets import sdpa
-from effattn.runtime.targets.choice import ANYWHERE, asked_for
+from effattn.runtime.targets.choice import ANYWHERE, asked_for, why_generated
 
 Route = Literal["keep", "sdpa", "op", "features", "linear"]
 
 
 @dataclass(frozen=True)
 class Routed:
-    """The route of exact attention at a site, its reason, and the rules that refuse the op, if any."""
+    """The route of exact attention at a site, and its reason."""
 
     route: Route
     reason: str
-    refusals: tuple[Refusal, ...] = ()
 
 
 def linear_route(_site: Site, _nodes: MatchedNodes, _kernel: Kernel, _target: str | None) -> Routed:
@@ -66,16 +63,10 @@ def _generated_instead(site: Site, kernel: Kernel, target: str | None) -> str | 
     """Why a generated kernel computes a site that SDPA's kernels compute too; None if it does not."""
     if kernel == "sdpa" or not sdpa_takes(site):
         return None
-    asked, dtype = asked_for(target, site.device), getattr(torch, site.dtype)
-    widths = int(site.layout.head_dim), int(site.layout.value_dim)
-    if not asked.alone or asked.why_not_on(site.device) or asked.why_not(site.spec.complete, dtype, *widths):
-        return None
-    if kernel == "generated":
-        return "a generated kernel, as the policy asks"
     kind: Kind = "all" if site.spec.predicate == sympy.true else "causal"
-    where = (kind, architecture(torch.device(site.device)), site.dtype, widths[0], site.hints.q_len)
-    faster = generated_is_faster(*where, training=site.stage == "train")
-    return "a generated kernel, which measured faster than SDPA's" if faster else None
+    shape = getattr(torch, site.dtype), int(site.layout.head_dim), site.hints.q_len
+    given = kernel, asked_for(target, site.device), torch.device(site.device), site.spec.complete, kind, *shape
+    return why_generated(*given, training=site.stage == "train")
 
 
 def needs_all_heads(site: Site) -> bool:

@@ -20,12 +20,11 @@ from torch import Tensor
 from effattn.errors import EffattnError
 from effattn.ir.plan import Plan
 from effattn.ir.refusal import Refusal
-from effattn.lowering.schedules.exact import generated_is_faster
 from effattn.runtime.algebra import check_counts
-from effattn.runtime.launching import LaunchCache, architecture, launch_key
+from effattn.runtime.launching import LaunchCache, launch_key
 from effattn.runtime.ops.registry import Op, register
 from effattn.runtime.targets import sdpa
-from effattn.runtime.targets.choice import ANYWHERE, TARGETS, asked_for, named, serving
+from effattn.runtime.targets.choice import ANYWHERE, TARGETS, asked_for, named, serving, why_generated
 from effattn.runtime.targets.first_keys import empty_first_keys, lacks_first_keys, with_first_keys
 from effattn.runtime.targets.memory_order import allocate, allocate_output
 from effattn.runtime.targets.target import Gradients, PreparingTarget, Target
@@ -123,18 +122,13 @@ def _preparing(target: Any) -> PreparingTarget | None:
 
 def _dense(plan: Plan, query: Tensor, key: Tensor, value: Tensor) -> sdpa.Dense | None:
     """SDPA's kernel, if it computes calls like this one and none that was asked for, or is faster, goes before it."""
-    wanted, device, head_dim = plan.dispatch.target, query.device, query.shape[3]
+    wanted, device = plan.dispatch.target, query.device
     if wanted is not None and named(wanted).alone:
         return None
-    found, target = sdpa.dense(plan, query, key, value), asked_for(wanted, device.type)
-    if found is None or plan.dispatch.kernel == "sdpa" or not target.alone:
-        return found
-    if target.why_not_on(device.type) or target.why_not(plan.spec, query.dtype, head_dim, head_dim):
-        return found
-    if plan.dispatch.kernel == "generated":
+    if (found := sdpa.dense(plan, query, key, value)) is None:
         return None
-    where = (architecture(device), str(query.dtype).removeprefix("torch."), head_dim, query.shape[2])
-    return None if found.kind is not None and generated_is_faster(found.kind, *where) else found
+    given = plan.dispatch.kernel, asked_for(wanted, device.type), device, plan.spec, found.kind
+    return found if why_generated(*given, query.dtype, query.shape[3], query.shape[2]) is None else None
 
 
 def _start(call: _Call, query, key, value, captures, scalars, numbers, blocks) -> tuple[tuple[Tensor, Tensor], Any]:

@@ -4,9 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
+
 from effattn.errors import TargetError
+from effattn.ir.attention import AttentionSpec
+from effattn.ir.plan import Kernel
 from effattn.ir.refusal import Refusal
 from effattn.lowering.device import device_type
+from effattn.lowering.schedules.exact import Kind, generated_is_faster
+from effattn.runtime.launching import architecture
 from effattn.runtime.targets import portable, triton
 from effattn.runtime.targets.target import Target
 from effattn.settings import warn_once
@@ -63,3 +69,32 @@ def serving(wanted: str | None, device: str, why_not: WhyNot) -> Target:
         return target
     warn_once(f"{refusal.reason}: using the portable target there, which is slower on a GPU")
     return TARGETS[ANYWHERE]
+
+
+def why_generated(
+    kernel: Kernel,
+    target: Target,
+    device: torch.device,
+    spec: AttentionSpec,
+    kind: Kind | None,
+    dtype: torch.dtype,
+    head_dim: int,
+    queries: int,
+    training: bool = False,
+) -> str | None:
+    """Why the target's generated kernel computes attention that SDPA's kernels compute too; None if theirs does.
+
+    Args:
+        kernel: what a policy asks for.
+        kind: which keys are kept; None: that depends on the call.
+        queries, training: see :func:`generated_is_faster`.
+    """
+    if kernel == "sdpa" or not target.alone or target.why_not_on(device.type):
+        return None
+    if target.why_not(spec, dtype, head_dim, head_dim) is not None:
+        return None
+    if kernel == "generated":
+        return "a generated kernel, as the policy asks"
+    where = architecture(device), str(dtype).removeprefix("torch."), head_dim, queries
+    faster = kind is not None and generated_is_faster(kind, *where, training)
+    return "a generated kernel, which measured faster than SDPA's" if faster else None
