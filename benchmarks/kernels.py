@@ -26,6 +26,7 @@ from effattn.bench.run import BACKWARD, FORWARD, built, parts_of
 from effattn.ir import expr
 from effattn.ir.attention import AttentionSpec, CaptureSpec
 from effattn.lowering.forms import FORMS
+from effattn.runtime.selection.block_map import Wanted
 
 FLEX, FLASH, CUDNN, PLAIN = "FlexAttention", "SDPA flash", "SDPA cuDNN", "SDPA cuDNN, plain causal"
 ON_CPU = ("SDPA", "eager")
@@ -149,7 +150,7 @@ def block_map(suite: harness.Suite) -> None:
     )
     sizes, device = (one.batch, one.heads, one.tokens, one.tokens), torch.device(one.device)
     document = document.expand(one.batch, -1).contiguous()
-    make = partial(maker(device), spec, sizes, [document], [], [], *MAP_BLOCKS, device)
+    make = partial(maker(device), Wanted(spec, sizes, [document], [], [], *MAP_BLOCKS, device))
     case = f"block map, {one.name}"
     suite.measure(case, EFFATTN, lambda: make, compare=None)
     suite.bar(case, EFFATTN, (), MAP_AT_MOST)

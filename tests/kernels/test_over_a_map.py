@@ -15,7 +15,7 @@ from effattn.ir.expr import FloorDiv, Modulo, Nk, Table, b, h, k, load, q, s
 from effattn.ir.plan import Plan
 from effattn.lowering.iteration.tile_ranges import by_formula
 from effattn.lowering.kernels.spec import Tiles
-from effattn.runtime.selection import block_map
+from effattn.runtime.selection.block_map import Wanted, block_map
 from effattn.runtime.targets import triton as triton_target
 
 SMALL = Tiles(16, 16, 4, 1)
@@ -104,7 +104,7 @@ def test_what_is_not_visited_is_not_read(name):
     if name == "blocks":
         call.captures[0] = call.captures[0][:2]
     sizes = (2, 2, 90, 90)
-    listed = block_map.block_map(call.plan.spec, sizes, call.captures, [], [], 16, 16, torch.device("cpu"))
+    listed = block_map(Wanted(call.plan.spec, sizes, call.captures, [], [], 16, 16, torch.device("cpu")))
     wanted, _ = triton_target.run(call.plan, query, key, value, call.captures, config=SMALL)
     for row in (0, 3, 5):
         seen = listed.rows(row * 16, row * 16 + 1, 2, 90)[:, :, 0].expand(2, 2, -1)
@@ -144,7 +144,7 @@ def test_gradients_do_not_read_what_is_not_visited():
 
 def test_documents_visit_the_tiles_of_their_own_document():
     call = call_of("documents")
-    found = block_map.block_map(call.plan.spec, (2, 4, 90, 90), call.captures, [], [], 16, 16, torch.device("cpu"))
+    found = block_map(Wanted(call.plan.spec, (2, 4, 90, 90), call.captures, [], [], 16, 16, torch.device("cpu")))
     document = call.captures[0]
     for batch in range(2):
         for row in range(6):

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from effattn.ir.expr import FloorDiv, IsPowerOfTwo, Modulo, Nk, Nq, Table, b, h, k, q, scalar
 from effattn.lowering.iteration.block_rule import undecided
 from effattn.runtime.selection import block_map, triton_block_map
+from effattn.runtime.selection.block_map import Wanted
 
 CPU = torch.device("cpu")
 CAUSAL = k <= q
@@ -25,7 +26,7 @@ sizes_of_blocks = st.sampled_from([(8, 8), (16, 8), (12, 16), (32, 16)])
 def listed(module, rule, sizes, blocks, transposed=False):
     """Pairs of blocks that are visited, and those that are not tested: bool [B, H, M, N]."""
     spec, sides = spec_of(rule), blocks[::-1] if transposed else blocks
-    found = module.block_map(spec, (BATCH, HEADS, *sizes), *given_to(spec), *sides, CPU, transposed)
+    found = module.block_map(Wanted(spec, (BATCH, HEADS, *sizes), *given_to(spec), *sides, CPU, transposed))
     assert (found.block, found.unit) == sides
     assert all(tensor.dtype == torch.int32 and tensor.is_contiguous() for tensor in found.tensors())
     place, indices = torch.arange(found.kv_indices.shape[3]), found.kv_indices.long()
@@ -104,7 +105,7 @@ def test_lists_are_shared_where_the_rule_is():
     for rule, shape in ((CAUSAL, (1, 1)), (SAME, (BATCH, 1)), (q - k < of("per_head", h), (1, HEADS))):
         spec = spec_of(rule)
         for module in (block_map, triton_block_map):
-            found = module.block_map(spec, (BATCH, HEADS, 40, 40), *given_to(spec), 16, 16, CPU)
+            found = module.block_map(Wanted(spec, (BATCH, HEADS, 40, 40), *given_to(spec), 16, 16, CPU))
             assert found.kv_indices.shape == (*shape, 3, 3)
             assert found.kv_num_blocks.shape == found.partial.shape == (*shape, 3)
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from effattn.ir.plan import Plan
 from effattn.lowering.iteration.block_rule import block_rule
 from effattn.runtime.ops.registry import Op, register
+from effattn.runtime.selection.block_map import Wanted
 from effattn.runtime.selection.triton_block_map import block_map as made
 
 SCHEMAS = {
@@ -48,7 +49,7 @@ def block_map(
     decoded = Plan.decode(plan)
     assert decoded.sparsity.blocks is not None
     sizes = (*query.shape[:3], key.shape[2])
-    found = made(decoded.spec, sizes, captures, scalars, numbers, *decoded.sparsity.blocks, query.device)
+    found = made(Wanted(decoded.spec, sizes, captures, scalars, numbers, *decoded.sparsity.blocks, query.device))
     return found.kv_indices.flatten(2), found.kv_num_blocks, found.partial
 
 

@@ -7,7 +7,7 @@ Nothing is evaluated for pairs of tokens but tensors that hold a value for each;
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,33 +25,34 @@ POSITIONS = bounds.around(2**40)  # no length or scalar is larger
 PAIRS = 2**24  # most elements of a tensor of pairs that are looked at together
 
 
-def block_map(
-    attention: AttentionSpec,
-    sizes: tuple[int, int, int, int],
-    captures: Sequence[Tensor],
-    scalars: Sequence[int],
-    numbers: Sequence[float],
-    block: int,
-    unit: int,
-    device: Any,
-    transposed: bool = False,
-) -> BlockList:
-    """The list of every block of queries; ``transposed``: of every block of keys, the queries that see it.
+class Wanted(NamedTuple):
+    """A block map that is wanted."""
 
-    Args:
-        attention: its rule; its captures, scalars and numbers name the next three.
-        sizes: (B, Hq, Nq, Nk).
-        block, unit: queries and keys of a block; transposed, keys and queries.
-    """
-    sides = (unit, block) if transposed else (block, unit)
-    names, tensors = bindings(attention, captures, scalars, numbers)
-    some, every = block_grid(attention.rule, sizes, names, tensors, *sides, device)
-    if transposed:
+    attention: AttentionSpec  # its rule; its captures, scalars and numbers name those below
+    sizes: tuple[int, int, int, int]  # (B, Hq, Nq, Nk)
+    captures: Sequence[Tensor]
+    scalars: Sequence[int]
+    numbers: Sequence[float]
+    block: int  # queries of a block; transposed, keys
+    unit: int  # keys of a block; transposed, queries
+    device: torch.device
+    transposed: bool = False  # the list of every block of keys: the queries that see it
+
+    @property
+    def tile(self) -> tuple[int, int]:
+        """Queries and keys of a pair of blocks."""
+        return (self.unit, self.block) if self.transposed else (self.block, self.unit)
+
+
+def block_map(wanted: Wanted) -> BlockList:
+    """The list of every block of queries, or of keys."""
+    attention, sizes, device = wanted.attention, wanted.sizes, wanted.device
+    names, tensors = bindings(attention, wanted.captures, wanted.scalars, wanted.numbers)
+    some, every = block_grid(attention.rule, sizes, names, tensors, *wanted.tile, device)
+    if wanted.transposed:
         some, every = some.mT, every.mT
-    length = sizes[2] if transposed else sizes[3]
-    every = every & (
-        torch.arange(some.shape[3], device=some.device) < length // unit
-    )  # a block that ends early is tested
+    whole = sizes[2 if wanted.transposed else 3] // wanted.unit
+    every = every & (torch.arange(some.shape[3], device=device) < whole)  # a block that ends early is tested
     partial = some & ~every
     rank = torch.where(partial, 0, torch.where(some, 1, 2))
     indices = rank.argsort(dim=-1, stable=True)
@@ -59,8 +60,8 @@ def block_map(
         indices.to(torch.int32).contiguous(),
         some.sum(dim=-1, dtype=torch.int32),
         partial.sum(dim=-1, dtype=torch.int32),
-        block,
-        unit,
+        wanted.block,
+        wanted.unit,
     )
 
 
@@ -77,7 +78,7 @@ def block_grid(
     """(pairs of blocks in which some query may keep a key; those in which every query keeps every key).
 
     bool [B or 1, Hq or 1, blocks of queries, blocks of keys]; 1 where the rule does not depend on batch or head.
-    ``dtype``: that in which the rule's floats are computed. Other arguments as of :func:`block_map`.
+    ``dtype``: that in which the rule's floats are computed. Other arguments as in :class:`Wanted`.
     """
     parts = block_rule(rule)
     grid = _Grid(sizes, names, captures, block_m, block_n, device, dtype)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from effattn.ir.attention import AttentionSpec
@@ -16,26 +15,17 @@ from effattn.runtime import kernels
 from effattn.runtime.launching import Known, LaunchCache, far, on_device, tensor_key, width
 from effattn.runtime.selection import block_map as portable
 from effattn.runtime.selection.block_list import BlockList
+from effattn.runtime.selection.block_map import Wanted
 
 
-def block_map(
-    attention: AttentionSpec,
-    sizes: tuple[int, int, int, int],
-    captures: Sequence[Tensor],
-    scalars: Sequence[int],
-    numbers: Sequence[float],
-    block: int,
-    unit: int,
-    device: torch.device,
-    transposed: bool = False,
-) -> BlockList:
-    """The list of every block of queries; arguments as of :func:`effattn.runtime.selection.block_map.block_map`."""
-    sides = (unit, block) if transposed else (block, unit)
+def block_map(wanted: Wanted) -> BlockList:
+    """The list of every block of queries, or of keys; as :func:`effattn.runtime.selection.block_map.block_map`."""
+    attention, sizes, captures, scalars, numbers, block, unit, device, transposed = wanted
     if 0 in sizes:
-        return portable.block_map(attention, sizes, captures, scalars, numbers, block, unit, device, transposed)
+        return portable.block_map(wanted)
 
     def prepared() -> _Call:
-        spec = MapSpec(attention, *sides, transposed, far(*sizes, *scalars))
+        spec = MapSpec(attention, *wanted.tile, transposed, far(*sizes, *scalars))
         return _Call(attention, _launcher(spec))
 
     def started(call: _Call) -> tuple[tuple[Tensor, Tensor, Tensor], Known]:
@@ -43,7 +33,7 @@ def block_map(
             return call.launch(*sizes, captures, scalars, [float(each) for each in numbers], device, call.known)
 
     # by id, since hashing expressions is slow; the call keeps the record alive
-    key = (id(attention), *sides, transposed, sizes, device, *map(tensor_key, captures), *map(width, scalars))
+    key = (id(attention), block, unit, transposed, sizes, device, *map(tensor_key, captures), *map(width, scalars))
     indices, counts, partial = CALLS.run(key, prepared, started)
     return BlockList(indices, counts, partial, block, unit)
 

@@ -24,6 +24,7 @@ from effattn.runtime.launching import (
     tensor_key,
     too_narrow,
 )
+from effattn.runtime.selection.block_map import Wanted
 from effattn.runtime.selection.triton_block_map import block_map
 from effattn.runtime.targets.empty_rows import add_empty_rows
 from effattn.runtime.targets.memory_order import allocate, strides_of
@@ -51,7 +52,7 @@ def both_ways(call: _Call, shape, captures, scalars, numbers, device: torch.devi
     if call.blocks is None:
         return ()
     given = (call.given.spec, shape, captures, scalars, numbers, *call.blocks, device)
-    return tuple(block_map(*given, transposed).tensors() for transposed in (False, True))
+    return tuple(block_map(Wanted(*given, transposed)).tensors() for transposed in (False, True))
 
 
 def run_backward(

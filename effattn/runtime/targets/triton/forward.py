@@ -26,6 +26,7 @@ from effattn.runtime.launching import (
     too_narrow,
 )
 from effattn.runtime.selection import triton_steps
+from effattn.runtime.selection.block_map import Wanted
 from effattn.runtime.selection.run import select
 from effattn.runtime.selection.triton_block_map import block_map
 from effattn.runtime.targets.memory_order import strides_of
@@ -100,7 +101,7 @@ def start(call: _Call, query, key, value, captures, scalars, numbers, known: Kno
             extra = (kv_indices.unflatten(2, (kv_num_blocks.shape[2], -1)), kv_num_blocks, partial)
         elif call.map is not None:
             sizes, given = (*query.shape[:3], key.shape[2]), call.map.given(captures, scalars, numbers)
-            extra = block_map(call.map.spec, sizes, *given, *call.blocks, query.device).tensors()
+            extra = block_map(Wanted(call.map.spec, sizes, *given, *call.blocks, query.device)).tensors()
         known = call.launch(query, key, value, out, lse, captures, scalars, numbers, *extra, known)
     return (out, lse), known
 
