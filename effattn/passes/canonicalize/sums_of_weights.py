@@ -165,7 +165,8 @@ def _with_own_softmax(view: GraphView, term: _Term) -> _Term:
             for link in chain:
                 if not _is_cast(link):
                     scores = _again(insert, link, scores)
-            weights = insert.call(torch.softmax, scores, -1, dtype=call.get("dtype"))
+            softmax = torch._safe_softmax if call.get("safe") else torch.softmax
+            weights = insert.call(softmax, scores, -1, dtype=call.get("dtype"))
             for link in chain:
                 if _is_cast(link):
                     weights = _again(insert, link, weights)

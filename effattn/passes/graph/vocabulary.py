@@ -67,6 +67,9 @@ def _attributes() -> Iterator[Spelling]:
         yield Spelling(operation, ("input",), (("name", name),))
 
 
+# rows of -inf alone give 0
+SAFE_SOFTMAX = (torch._safe_softmax, torch.ops.aten._safe_softmax, torch.ops.aten._safe_softmax.default)
+
 ROWS: tuple[tuple[str, tuple[Spelling, ...]], ...] = (
     # arithmetic
     _row("add", "input other alpha", (operator.add, torch.add, operator.iadd), "add add_ __add__ __radd__ __iadd__"),
@@ -228,12 +231,13 @@ ROWS: tuple[tuple[str, tuple[Spelling, ...]], ...] = (
     _row("matmul", "input other", (operator.matmul, torch.matmul, torch.bmm, torch.mm), "matmul bmm mm __matmul__"),
     _row("baddbmm", "input batch1 batch2 beta alpha", (torch.baddbmm,), "baddbmm"),
     _row("einsum", "equation *operands", (torch.einsum, torch.functional.einsum)),
-    _row(
+    (
         "softmax",
-        "input dim dtype",
-        (torch.softmax, torch.special.softmax, torch._safe_softmax),
-        "softmax",
-        ((F.softmax, "input dim _stacklevel dtype"),),
+        (
+            *_row("softmax", "input dim dtype", (torch.softmax, torch.special.softmax), "softmax")[1],
+            Spelling(F.softmax, ("input", "dim", "_stacklevel", "dtype")),
+            *(Spelling(function, ("input", "dim", "dtype"), (("safe", True),)) for function in SAFE_SOFTMAX),
+        ),
     ),
     _row(
         "log_softmax",

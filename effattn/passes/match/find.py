@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._ops import OpOverload, OpOverloadPacket
 
 from effattn.ir.refusal import Refusal, Why
 from effattn.passes.assemble.site import assemble
@@ -24,6 +25,7 @@ from effattn.passes.compilation import Compilation, Pass
 from effattn.passes.diagnose.not_softmax import why_no_softmax
 from effattn.passes.graph.provenance import location, module_path, spelled
 from effattn.passes.graph.view import CHECKPOINT, GraphView
+from effattn.passes.graph.vocabulary import named
 from effattn.passes.graph.writes import bodies_of
 from effattn.passes.match import anchors
 from effattn.passes.match.anchors.anchor import Anchor
@@ -115,9 +117,10 @@ def _inside(node: fx.Node) -> Missed:
 
 def _is_operator(node: fx.Node) -> bool:
     """Whether a node is an ATen softmax or SDPA, as in programs from torch.export."""
-    if not isinstance(node.target, torch._ops.OpOverload) or node.target.namespace != "aten":
+    if named(node.target) is not None or not isinstance(node.target, (OpOverload, OpOverloadPacket)):
         return False
-    return "softmax" in node.target.__name__ or "scaled_dot_product" in node.target.__name__
+    name = str(node.target)  # "aten.softmax.int"
+    return name.startswith("aten.") and ("softmax" in name or "scaled_dot_product" in name)
 
 
 def _as_operator(node: fx.Node) -> Missed:

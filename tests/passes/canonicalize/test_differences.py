@@ -105,6 +105,18 @@ def test_each_summand_is_a_site(function, grad):
             assert_close(got, want, 1e-4)
 
 
+def test_neighbouring_heads_where_a_row_sees_nothing():
+    """A safe softmax stays one when its heads are taken apart."""
+
+    def function(q, k, p, r, v, x):
+        scores = torch.cat([q, p], 1) @ torch.cat([k, r], 1).mT + torch.full((N, N), -torch.inf).triu()
+        w = torch._safe_softmax(scores, -1).view(B, H, 2, N, N)
+        return (w[:, :, 0] - 0.3 * w[:, :, 1]) @ v
+
+    report, _ = compiled(function, *tensors())
+    assert [site.empty_rows for site in report.sites] == ["zero"] * 2
+
+
 def total(out):
     return sum(part.square().sum() for part in torch.utils._pytree.tree_leaves(out))
 

@@ -196,6 +196,11 @@ def logarithm_without_gradient(q, k, v):
 
 
 HIDDEN = torch.ones(N, N).tril(-1) < 1  # the first row sees nothing
+SAFE = [torch._safe_softmax, torch.ops.aten._safe_softmax, torch.ops.aten._safe_softmax.default]
+
+
+def logarithm_of_weights(scores, dim):
+    return scores.log_softmax(dim).exp()
 
 
 def one_more(q, k, v):
@@ -269,18 +274,25 @@ def test_one_more_in_the_denominator_is_a_sink(function):
 
 
 @pytest.mark.parametrize("fill", [-torch.inf, torch.finfo(torch.float32).min])
-@pytest.mark.parametrize("spelling", ["safe", "logarithm"])
-def test_rows_without_keys(spelling, fill):
+@pytest.mark.parametrize("softmax", [*SAFE, logarithm_of_weights, torch.special.softmax], ids=str)
+def test_rows_without_keys(softmax, fill):
     """A safe softmax gives 0 where -inf hides all keys; any other gives NaN."""
 
     def attention(q, k, v):
-        scores = (q @ k.mT).masked_fill(HIDDEN, fill)
-        weights = torch._safe_softmax(scores, -1) if spelling == "safe" else scores.log_softmax(-1).exp()
-        return weights @ v
+        return softmax((q @ k.mT).masked_fill(HIDDEN, fill), -1) @ v
 
     report, _ = compiled(attention, *qkv())
-    nothing = "zero" if spelling == "safe" else "nan"
+    nothing = "zero" if softmax in SAFE else "nan"
     assert [site.empty_rows for site in report.sites] == [nothing if fill == -torch.inf else "mean"]
+    assert report.missed == []
+
+
+def test_operators_that_are_not_read_are_named():
+    def attention(q, k, v):
+        return torch.ops.aten.softmax(q @ k.mT, -1) @ v
+
+    report, _ = compiled(attention, *qkv())
+    assert [missed.rule for missed in report.missed] == [Why.OPERATOR]
 
 
 def added_to_the_sum(q, k, v):

@@ -6,7 +6,6 @@ from dataclasses import replace
 from typing import Any
 
 import sympy
-import torch
 from torch import fx
 
 from effattn.ir.expr import b, h, k, q, s
@@ -114,7 +113,7 @@ def from_softmax(
         space=space,
         term=term.subs(s, query.factor * key.factor * s),
         out_index=out_index,
-        zero_when_empty=call.node.target is torch._safe_softmax or (found.sink is not None and not found.nan_rows),
+        zero_when_empty=call.get("safe", False) or (found.sink is not None and not found.nan_rows),
         nan_when_empty=nan_when_empty,
         zeroed=end.zeroed,
         nan_is_zero=end.nan_is_zero,
