@@ -30,7 +30,7 @@ def test_names_of_test_files_are_unique():
     assert [name for name, count in names.items() if count > 1] == []
 
 
-@pytest.mark.parametrize("helper", sorted(HELPERS.glob("*.py")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("helper", sorted(HELPERS.rglob("*.py")), ids=lambda path: path.stem)
 def test_no_helper_is_idle(helper):
     """Whatever a helper defines is used by a test, or by another helper."""
     defined = {
