@@ -5,7 +5,6 @@ It only reads the sizes of query and key, so the first site's stand for those of
 
 from __future__ import annotations
 
-import operator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -21,17 +20,15 @@ from effattn.passes.graph.view import as_sympy
 from effattn.runtime.targets.choice import chosen
 from effattn.runtime.targets.target import PreparingTarget, Target
 
-Nodes = tuple[fx.Node, fx.Node, fx.Node]
-
 
 @dataclass
 class Maps:
     """The block maps of one graph, each with the time of the site that it was made for."""
 
-    made: dict[tuple, tuple[int, Nodes]] = field(default_factory=dict)
+    made: dict[tuple, tuple[int, fx.Node]] = field(default_factory=dict)
 
-    def of(self, writer: Inserter, plan: Plan, args: tuple[Any, ...], time: int) -> tuple[Plan, Nodes | None]:
-        """The plan with the sizes of its blocks, and the block map's tensors; the plan as it is if it visits none.
+    def of(self, writer: Inserter, plan: Plan, args: tuple[Any, ...], time: int) -> tuple[Plan, fx.Node | None]:
+        """The plan with the sizes of its blocks, and the block map; the plan as it is if it visits none.
 
         ``args``: those of ``effattn::attend`` before the plan; ``time``: of the site.
         """
@@ -46,13 +43,11 @@ class Maps:
         lengths = [each.meta["example_value"] if isinstance(each, fx.Node) else each for each in given[1]]
         # what a checkpoint computes stays within it
         place = (text, *given[0], *given[2], *map(as_sympy, (*sizes, *lengths)), writer.like.meta.get(REGION))
-        when, nodes = self.made.get(place, (time + 1, None))
-        if nodes is None or when > time or any(node._erased for node in nodes):
-            call = writer.call(torch.ops.effattn.block_map.default, query, key, *given, text)
-            first, second, third = (writer.call(operator.getitem, call, part) for part in range(3))
-            nodes = (first, second, third)
-            self.made[place] = time, nodes
-        return replace(plan, sparsity=Sparsity(blocks=blocks)), nodes
+        when, node = self.made.get(place, (time + 1, None))
+        if node is None or when > time or node._erased:
+            node = writer.call(torch.ops.effattn.block_map.default, query, key, *given, text)
+            self.made[place] = time, node
+        return replace(plan, sparsity=Sparsity(blocks=blocks)), node
 
 
 def _blocks(plan: Plan, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> tuple[int, int] | None:

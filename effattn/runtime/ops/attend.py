@@ -32,7 +32,7 @@ from effattn.runtime.targets.target import Gradients, PreparingTarget, Target
 SCHEMAS = {
     "attend": (
         "(Tensor query, Tensor key, Tensor value, Tensor[] captures, SymInt[] scalars, Scalar[] numbers, str plan,"
-        " Tensor[]? blocks=None) -> (Tensor, Tensor)"
+        " Tensor? blocks=None) -> (Tensor, Tensor)"
     ),
     "attend_backward": (
         "(Tensor? grad_out, Tensor? grad_lse, Tensor query, Tensor key, Tensor value, Tensor out, Tensor lse,"
@@ -54,7 +54,7 @@ def attend(
     scalars: Sequence[int],
     numbers: Sequence[float],
     plan: str,
-    blocks: Sequence[Tensor] | None = None,
+    blocks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Output and LSE of one attention.
 

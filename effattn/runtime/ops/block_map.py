@@ -1,6 +1,6 @@
 """The op ``torch.ops.effattn.block_map``: the block map of a mask, once for all layers that share it.
 
-    block_map(query, key, captures, scalars, numbers, plan) -> (kv_indices, kv_num_blocks, partial)
+    block_map(query, key, captures, scalars, numbers, plan) -> parts
 
 Of query and key only sizes and device are read. ``plan`` holds the rule alone
 (:func:`effattn.lowering.iteration.block_rule.rule_alone`) and the sizes of the blocks, so that equal masks have equal
@@ -15,15 +15,14 @@ import torch
 from torch import Tensor
 
 from effattn.ir.plan import Plan
-from effattn.lowering.iteration.block_rule import block_rule
 from effattn.runtime.ops.registry import Op, register
+from effattn.runtime.selection.block_list import sizes_of_parts
 from effattn.runtime.selection.block_map import Wanted
-from effattn.runtime.selection.triton_block_map import block_map as made
+from effattn.runtime.selection.triton_block_map import parts_of_map
 
 SCHEMAS = {
     "block_map": (
-        "(Tensor query, Tensor key, Tensor[] captures, SymInt[] scalars, Scalar[] numbers, str plan)"
-        " -> (Tensor, Tensor, Tensor)"
+        "(Tensor query, Tensor key, Tensor[] captures, SymInt[] scalars, Scalar[] numbers, str plan) -> Tensor"
     ),
 }
 
@@ -35,11 +34,11 @@ def block_map(
     scalars: Sequence[int],
     numbers: Sequence[float],
     plan: str,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> Tensor:
     """The tensors of a :class:`~effattn.runtime.selection.block_list.BlockList` for every block of queries.
 
-    kv_indices has its last two dimensions as one: for a tensor of four, PyTorch compares symbolic sizes to tell whether
-    it is in channels-last order, and graphs are compiled again where a size becomes 1.
+    They lie one behind another in one tensor, int32 with one dimension: PyTorch asks of each symbolic size whether it
+    is 1, and compiles a graph again where the answer changes. A number of blocks may be 1, the size of the whole not.
 
     Args:
         query: [B, Hq, Nq, D]; key: [B, Hkv, Nk, D].
@@ -49,19 +48,16 @@ def block_map(
     decoded = Plan.decode(plan)
     assert decoded.sparsity.blocks is not None
     sizes = (*query.shape[:3], key.shape[2])
-    found = made(Wanted(decoded.spec, sizes, captures, scalars, numbers, *decoded.sparsity.blocks, query.device))
-    return found.kv_indices.flatten(2), found.kv_num_blocks, found.partial
+    return parts_of_map(Wanted(decoded.spec, sizes, captures, scalars, numbers, *decoded.sparsity.blocks, query.device))
 
 
 def block_map_fake(query, key, captures, scalars, numbers, plan):
-    """Empty tensors with the sizes of :func:`block_map`, for any symbolic sizes."""
+    """An empty tensor with the size of :func:`block_map`'s, for any symbolic sizes."""
     decoded = Plan.decode(plan)
     assert decoded.sparsity.blocks is not None
-    rule, (block, unit) = block_rule(decoded.spec.rule), decoded.sparsity.blocks
-    batches, heads = query.shape[0] if rule.by_batch else 1, query.shape[1] if rule.by_head else 1
-    rows, columns = (query.shape[2] + block - 1) // block, (key.shape[2] + unit - 1) // unit
-    shapes = ((batches, heads, rows * columns), (batches, heads, rows), (batches, heads, rows))
-    return tuple(query.new_empty(shape, dtype=torch.int32) for shape in shapes)
+    sizes = (*query.shape[:3], key.shape[2])
+    shape = Wanted(decoded.spec, sizes, captures, scalars, numbers, *decoded.sparsity.blocks, query.device).shape
+    return query.new_empty(sum(sizes_of_parts(shape)), dtype=torch.int32)
 
 
 def _no_gradient(ctx, *grads):
@@ -71,7 +67,7 @@ def _no_gradient(ctx, *grads):
 
 def _setup_context(ctx, inputs, output) -> None:
     ctx.captures = len(inputs[2])
-    ctx.mark_non_differentiable(*output)
+    ctx.mark_non_differentiable(output)
 
 
 OPS = {"block_map": Op(SCHEMAS["block_map"], block_map, block_map_fake, _no_gradient, _setup_context)}

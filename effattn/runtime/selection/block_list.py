@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 
 import torch
 from torch import Tensor
@@ -33,6 +35,28 @@ class BlockList:
     def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
         return self.kv_indices, self.kv_num_blocks, self.partial
 
+    @staticmethod
+    def of_parts(parts: Tensor, shape: Sequence[int], block: int, unit: int) -> BlockList:
+        """The block map whose tensors lie one behind another in ``parts``; ``shape``: of ``kv_indices``."""
+        lists, rows, width = shape[1:]
+        first, second, _ = sizes_of_parts(shape)
+        few, of_few = shape[:3], (lists * rows, rows, 1)
+        return BlockList(
+            parts.as_strided(shape, (lists * rows * width, rows * width, width, 1)),
+            parts.as_strided(few, of_few, first),
+            parts.as_strided(few, of_few, first + second),
+            block,
+            unit,
+        )
+
+    def parts(self) -> Tensor:
+        """The inverse of :meth:`of_parts`: int32, contiguous."""
+        found = self.kv_indices.new_zeros(sum(sizes_of_parts(self.kv_indices.shape)))
+        parts = BlockList.of_parts(found, self.kv_indices.shape, self.block, self.unit)
+        for part, tensor in zip(parts.tensors(), self.tensors(), strict=True):
+            part.copy_(tensor)
+        return found
+
     def rows(self, start: int, stop: int, heads: int, k_len: int) -> Tensor:
         """Keys that queries ``start <= q < stop`` visit, without conditions: bool [B or 1, Hq, stop - start, Nk].
 
@@ -49,3 +73,13 @@ class BlockList:
         kept = kept.bool().repeat_interleave(self.unit, dim=3)[..., :k_len]
         kept = kept.repeat_interleave(heads // count.shape[1], dim=1)
         return kept[:, :, torch.arange(start, stop, device=kept.device) // self.block - blocks.start]
+
+
+def sizes_of_parts(shape: Sequence[int]) -> tuple[int, int, int]:
+    """Elements of a block map's tensors where they lie one behind another; each begins at a multiple of 16 bytes."""
+    few = _aligned(prod(shape[:3]))
+    return _aligned(prod(shape)), few, few
+
+
+def _aligned(elements: int) -> int:
+    return (elements + 3) // 4 * 4

@@ -43,6 +43,15 @@ class Wanted(NamedTuple):
         """Queries and keys of a pair of blocks."""
         return (self.unit, self.block) if self.transposed else (self.block, self.unit)
 
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """Of the list's ``kv_indices``; sizes may be symbolic."""
+        batches, heads, *lengths = self.sizes
+        rule = block_rule(self.attention.rule)
+        rows, width = ((length + size - 1) // size for length, size in zip(lengths, self.tile, strict=True))
+        sides = (width, rows) if self.transposed else (rows, width)
+        return batches if rule.by_batch else 1, heads if rule.by_head else 1, *sides
+
 
 def block_map(wanted: Wanted) -> BlockList:
     """The list of every block of queries, or of keys."""

@@ -20,22 +20,26 @@ from effattn.runtime.selection.block_map import Wanted
 
 def block_map(wanted: Wanted) -> BlockList:
     """The list of every block of queries, or of keys; as :func:`effattn.runtime.selection.block_map.block_map`."""
+    return BlockList.of_parts(parts_of_map(wanted), wanted.shape, wanted.block, wanted.unit)
+
+
+def parts_of_map(wanted: Wanted) -> Tensor:
+    """The same as one tensor; see :meth:`BlockList.parts`."""
     attention, sizes, captures, scalars, numbers, block, unit, device, transposed = wanted
     if 0 in sizes:
-        return portable.block_map(wanted)
+        return portable.block_map(wanted).parts()
 
     def prepared() -> _Call:
         spec = MapSpec(attention, *wanted.tile, transposed, far(*sizes, *scalars))
         return _Call(attention, _launcher(spec))
 
-    def started(call: _Call) -> tuple[tuple[Tensor, Tensor, Tensor], Known]:
+    def started(call: _Call) -> tuple[Tensor, Known]:
         with on_device(device):
             return call.launch(*sizes, captures, scalars, [float(each) for each in numbers], device, call.known)
 
     # by id, since hashing expressions is slow; the call keeps the record alive
     key = (id(attention), block, unit, transposed, sizes, device, *map(tensor_key, captures), *map(width, scalars))
-    indices, counts, partial = CALLS.run(key, prepared, started)
-    return BlockList(indices, counts, partial, block, unit)
+    return CALLS.run(key, prepared, started)
 
 
 @dataclass(frozen=True)

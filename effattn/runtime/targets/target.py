@@ -166,11 +166,11 @@ class PreparingTarget(Protocol):
         scalars: Sequence[int],
         numbers: Sequence[float],
         known: Any,
-        blocks: Sequence[Tensor] | None = None,
+        blocks: Tensor | None = None,
     ) -> tuple[tuple[Tensor, Tensor], Any]:
         """The same as :meth:`Target.run`, of a call that :meth:`prepare` returned.
 
-        ``blocks``: the tensors of the block map whose blocks ``plan.sparsity`` names; None: it is made here.
+        ``blocks``: what ``effattn::block_map`` makes, with blocks as ``plan.sparsity`` has them; None: it is made here.
 
         Returns:
             the result, and what to pass as ``known`` to later calls; it is None in the first.

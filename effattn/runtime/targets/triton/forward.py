@@ -26,6 +26,7 @@ from effattn.runtime.launching import (
     too_narrow,
 )
 from effattn.runtime.selection import triton_steps
+from effattn.runtime.selection.block_list import BlockList
 from effattn.runtime.selection.block_map import Wanted
 from effattn.runtime.selection.run import select
 from effattn.runtime.selection.triton_block_map import block_map
@@ -96,9 +97,8 @@ def start(call: _Call, query, key, value, captures, scalars, numbers, known: Kno
     with on_device(query.device):
         if call.plan.sparsity.select is not None:
             extra = select(call.plan, query, key, captures, scalars, numbers, triton_steps).tensors()
-        elif call.map is not None and blocks is not None and call.takes_map:
-            kv_indices, kv_num_blocks, partial = blocks
-            extra = (kv_indices.unflatten(2, (kv_num_blocks.shape[2], -1)), kv_num_blocks, partial)
+        elif call.given_map is not None and blocks is not None:
+            extra = BlockList.of_parts(blocks, call.given_map, *call.blocks).tensors()
         elif call.map is not None:
             sizes, given = (*query.shape[:3], key.shape[2]), call.map.given(captures, scalars, numbers)
             extra = block_map(Wanted(call.map.spec, sizes, *given, *call.blocks, query.device)).tensors()
@@ -120,7 +120,7 @@ class _Call:
     splits: tuple[int, ...] = ()  # one number for decode
     map: RuleAlone | None = None  # of the block map that it visits
     blocks: tuple[int, int] = (0, 0)  # sizes of its blocks
-    takes_map: bool = False  # whether they are those of the plan, so that the op's own block map serves
+    given_map: tuple[int, ...] | None = None  # where they are those of the plan: the shape of the map that is passed
     known: Known | None = None
 
 
@@ -173,7 +173,10 @@ def prepare(
         given_map = over_given_map(spec, plan.sparsity.blocks)
         spec = given_map or spec
         sizes = (spec.list_block, spec.list_unit)
-        call = replace(call, map=rule_alone(plan.spec), blocks=sizes, takes_map=given_map is not None)
+        call = replace(call, map=rule_alone(plan.spec), blocks=sizes)
+        if given_map is not None:
+            wanted = Wanted(plan.spec, (*query.shape[:3], k_len), captures, scalars, numbers, *sizes, device)
+            call = replace(call, given_map=wanted.shape)
     return replace(call, launch=kernels.load(spec).module.launch, narrowed=narrowed, splits=parts)
 
 
