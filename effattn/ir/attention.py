@@ -17,6 +17,7 @@ from effattn.ir import expr, wire
 
 EmptyRows = Literal["never", "zero", "nan", "mean", "uniform"]
 EMPTY_ROWS: tuple[EmptyRows, ...] = ("never", "zero", "nan", "mean", "uniform")
+DROPOUT_SEED = "dropout_seed"  # the captured tensor from which random bits are made
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,8 @@ class AttentionSpec:
     """The function that an op computes.
 
     out[b, h, q] = softmax(score(s = query[b, h, q] . key[b, h // G, k])) . value[b, h // G, k], over the keys k where
-    ``predicate & keep`` holds.
+    ``predicate & keep`` holds. With ``dropout`` each weight, after the softmax, is either 0 or divided by 1 - dropout;
+    ``effattn.runtime.philox`` says which. The LSE is that of all keys.
     """
 
     score: Any  # sympy term in s and the indices; natural exponent, scale included
@@ -45,6 +47,7 @@ class AttentionSpec:
     # output where no key is allowed: 0, NaN, or the mean of all values. Its gradient reaches the values; if it is
     # "uniform", a softmax of scores that a large number leaves equal, also query and key
     empty_rows: EmptyRows = "zero"
+    dropout: float = 0.0  # probability of a weight to be dropped, less than 1
 
     @cached_property
     def rule(self) -> Any:
@@ -55,6 +58,23 @@ class AttentionSpec:
     def empty_output(self) -> Literal["zero", "nan", "mean"]:
         """The output where no key is allowed."""
         return "mean" if self.empty_rows == "uniform" else "zero" if self.empty_rows == "never" else self.empty_rows
+
+    @property
+    def kept_scale(self) -> float:
+        """What dropout multiplies the weights by that it keeps."""
+        return 1.0 / (1.0 - self.dropout)
+
+    @property
+    def least_kept(self) -> int:
+        """The least random word of 32 bits, as a signed number, with which dropout keeps a weight."""
+        return min(round(self.dropout * 2**32), 2**32 - 1) - 2**31
+
+    @cached_property
+    def seeded(self) -> AttentionSpec:
+        """The record with ``DROPOUT_SEED`` (int64, no dimensions) among its captures if it has dropout."""
+        if not self.dropout or any(load.name == DROPOUT_SEED for load in self.captures):
+            return self
+        return replace(self, captures=(*self.captures, CaptureSpec(DROPOUT_SEED, "int64", 0)))
 
     def dense(self) -> AttentionSpec:
         """The same without a form: every key the mask allows, and only captures that callers pass."""
@@ -83,6 +103,7 @@ class AttentionSpec:
             "scalars": list(self.scalars),
             "numbers": list(self.numbers),
             "empty_rows": self.empty_rows,
+            "dropout": self.dropout,
         }
 
     @staticmethod
@@ -107,8 +128,11 @@ class AttentionSpec:
             scalars=tuple(body["scalars"]),
             numbers=tuple(body["numbers"]),
             empty_rows=body["empty_rows"],
+            dropout=float(body["dropout"]),
         )
         used = {load.name for load in expr.loads_of(spec.score, spec.predicate, spec.keep)}
         if unknown := used - {expr.FIRST_KEY} - {load.name for load in captures}:
             raise PlanError(f"a plan reads tensors that it does not list: {sorted(unknown)}")
+        if not 0.0 <= spec.dropout < 1.0 or spec.seeded is not spec:
+            raise PlanError(f"a plan with dropout={spec.dropout} needs a probability below 1 and the seed")
         return spec

@@ -18,7 +18,7 @@ from effattn.ir import expr
 from effattn.ir.attention import AttentionSpec, CaptureSpec
 from effattn.ir.selector import Selector
 
-VERSION = 7
+VERSION = 8
 LAYOUTS = ("bhnd", "bnhd")
 Kernel = Literal["auto", "sdpa", "generated"]
 KERNELS: tuple[Kernel, ...] = ("auto", "sdpa", "generated")
@@ -127,7 +127,8 @@ class Plan:
         spec, mask = self.spec, CaptureSpec("without_keys", "bool", 3)
         predicate = sympy.Ne(expr.load(mask.name, (expr.b, expr.h, expr.q), integer=True), 0)
         score = spec.score + sympy.Float(expr.LOWEST)
-        alone = AttentionSpec(score, predicate, sympy.true, (*spec.captures, mask), spec.scalars, spec.numbers)
+        captures = (*spec.captures, mask)
+        alone = AttentionSpec(score, predicate, sympy.true, captures, spec.scalars, spec.numbers, dropout=spec.dropout)
         return Plan("exact", alone, dispatch=Dispatch(layout=self.dispatch.layout))
 
     @cached_property

@@ -33,6 +33,9 @@ def spec(name: str, arch: str, kind="prefill", dtype="bfloat16", dim=128, value_
     sizes = Sizes(head_dim=dim, heads=4, q_len=1 if kind == "decode" else 57)
     if name == "power_128":
         plan = Plan("power", AttentionSpec(sizes.scale * s, CAUSAL, power_keep(128, 2048, 128), empty_rows="never"))
+    elif name == "dropout":
+        plan = CASES["left_padding"](sizes, torch.device("cpu")).plan
+        plan = replace(plan, spec=replace(plan.spec, dropout=0.1).seeded)
     else:
         plan = CASES[name](sizes, torch.device("cpu")).plan
     value_dim = value_dim or dim
@@ -165,6 +168,10 @@ def compiled() -> dict[str, tuple[KernelSpec | ScoreSpec | MapSpec | int, str, s
             one = spec(name, arch, "backward")
             kernels = ["grad_query", "grad_key_value", *(["row_totals"] if name == "bias" else [])]
             found |= {f"{name} {kernel} {arch}": (one, arch, kernel) for kernel in kernels}
+        dropped = {kind: spec("dropout", arch, kind) for kind in ("prefill", "backward")}
+        found[f"dropout prefill {arch}"] = (dropped["prefill"], arch, "forward")
+        for kernel in ("grad_query", "grad_key_value"):
+            found[f"dropout {kernel} {arch}"] = (dropped["backward"], arch, kernel)
         for name, capture, owned in LEARNED:
             one = replace(spec(name, arch, "backward"), wanted=(WantedGradient(capture, owned),))
             one = replace(one, tiles=configs.beside_captures(one.tiles))

@@ -78,6 +78,8 @@ def why_not_tensors(spec: KernelSpec, widest: int) -> Refusal | None:
         return Refusal(Why.HEAD_DIM, f"tiles are copied for head dimensions from 40 to {widest} that 8 divides")
     if spec.wide:
         return Refusal(Why.EXPRESSION, "lengths or scalars need 64 bits")
+    if spec.attention.dropout:
+        return Refusal(Why.DROPOUT, "the Triton dialect draws what dropout keeps")
     return None
 
 

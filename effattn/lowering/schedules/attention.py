@@ -116,7 +116,7 @@ def choose(kind: Kind, plan: Plan, arch: str, bits: int, head_dim: int, value_di
         tiles = SPARSE.get((arch, bits, mask_kind(plan), width), tiles)
     if plan.sparsity.select is not None:
         return within_block(tiles, plan.sparsity.select.expand.block, plan.sparsity.select.expand.unit)
-    fitting = aligned(tiles, plan)
+    fitting = beside_dropout(aligned(tiles, plan)) if plan.spec.dropout else aligned(tiles, plan)
     return replace(fitting, block_m=padded(rows), warps=tiles.warps) if kind == "decode" else fitting
 
 
@@ -153,6 +153,11 @@ def aligned(tiles: Tiles, plan: Plan) -> Tiles:
     block_m, block_n = min(tiles.block_m, divisor), min(tiles.block_n, divisor)
     warps = tiles.warps if block_m >= 128 else min(tiles.warps, 4)
     return replace(tiles, block_m=block_m, block_n=block_n, warps=warps)
+
+
+def beside_dropout(tiles: Tiles) -> Tiles:
+    """Tiles of a kernel that draws which weights it keeps, whose words take registers, too."""
+    return replace(tiles, block_n=max(tiles.block_n // 2, MIN_TILE))
 
 
 def beside_captures(tiles: Tiles) -> Tiles:

@@ -5,14 +5,16 @@ For tests and small inputs only.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from effattn.errors import PlanError
+from effattn.ir.attention import DROPOUT_SEED
 from effattn.ir.plan import Plan
 from effattn.lowering.device import HOST
+from effattn.runtime import philox
 from effattn.runtime.algebra import bindings, evaluate
 
 
@@ -80,17 +82,29 @@ def reference(
     if plan.spec.empty_rows == "nan":
         weights = torch.where(empty, torch.nan, weights)
     lse = torch.where(empty, 0.0, score).logsumexp(dim=-1)
-    out = weights @ value
-    out = torch.where(empty, _empty_output(plan, value, equal, out), out)
+    drop = _dropout(plan, shape, tensors)
+    out = drop(weights) @ value
+    out = torch.where(empty, _empty_output(plan, value, equal, out, drop), out)
     return out, torch.where(empty[..., 0], -torch.inf, lse)
 
 
-def _empty_output(plan: Plan, value: Tensor, equal: Tensor, out: Tensor) -> Tensor:
+def _dropout(plan: Plan, shape: tuple[int, int, int, int], captures: dict[str, Tensor]) -> Callable[[Tensor], Tensor]:
+    """What happens to weights after the softmax."""
+    spec, (batch, heads, q_len, k_len) = plan.spec, shape
+    if not spec.dropout:
+        return lambda weights: weights
+    seed = captures[DROPOUT_SEED]
+    pairs = torch.arange(batch * heads, device=seed.device).view(batch, heads, 1, 1)
+    kept = philox.kept(seed, spec.least_kept, pairs, (0, q_len), [(0, k_len)])
+    return lambda weights: weights * kept * spec.kept_scale
+
+
+def _empty_output(plan: Plan, value: Tensor, equal: Tensor, out: Tensor, drop: Callable[[Tensor], Tensor]) -> Tensor:
     match plan.spec.empty_rows:
         case "uniform":
-            return equal.softmax(dim=-1) @ value
+            return drop(equal.softmax(dim=-1)) @ value
         case "mean":
-            return value.mean(dim=2, keepdim=True)
+            return drop(torch.full_like(equal, 1 / equal.shape[-1])) @ value
         case "nan":
             return out
         case _:

@@ -45,12 +45,16 @@ def add_empty_rows(
         of_value += torch.where(empty.unflatten(1, heads).any(dim=3).any(dim=2), torch.nan, 0.0)[..., None, None]
     if spec.empty_output != "mean":
         return
-    if spec.empty_rows == "uniform" and not _closed(spec, wanted):
+    if spec.dropout or (spec.empty_rows == "uniform" and not _closed(spec, wanted)):
         captures, *rest = data
         lse = torch.where(empty, expr.LOWEST, -torch.inf)
+        wanted = wanted if spec.empty_rows == "uniform" else ()
         more = run_backward(
             plan.of_empty_rows, grad_out, None, query, key, value, out, lse, [*captures, empty], *rest, wanted
         )
+        if spec.empty_rows == "mean":
+            of_value += more[2]
+            return
         for total, part in zip((*grads[:3], *of_captures), (*more[:3], *more[3]), strict=True):
             total += part
         return

@@ -175,6 +175,8 @@ def dense(plan: Plan, query: Tensor, key: Tensor, value: Tensor) -> Dense | None
     """SDPA's flash or cuDNN kernel for calls like this one; None if it computes none of them."""
     if plan.sparsity.select is not None or 0 in query.shape or 0 in key.shape or query.shape[3] != value.shape[3]:
         return None
+    if plan.spec.dropout:
+        return None
     kernel = kernels_on(query.device.type)
     if kernel is None or query.shape[2] < kernel.least_rows:
         return None

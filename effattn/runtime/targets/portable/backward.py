@@ -12,7 +12,7 @@ from effattn.ir.plan import Plan
 from effattn.runtime.targets.empty_rows import add_empty_rows
 from effattn.runtime.targets.memory_order import allocate
 from effattn.runtime.targets.portable import flash, flash_backward
-from effattn.runtime.targets.portable.call import Call, Piece
+from effattn.runtime.targets.portable.call import OF_DROPOUT, Call, Piece
 from effattn.runtime.targets.portable.captured import Captured
 from effattn.runtime.targets.target import Gradients
 
@@ -38,7 +38,7 @@ def run_backward(
 
     Queries without keys: see :func:`effattn.runtime.targets.empty_rows.add_empty_rows`.
     """
-    live_blocks = LIVE_BLOCKS + (OF_CAPTURES if wanted else 0)
+    live_blocks = LIVE_BLOCKS + (OF_CAPTURES if wanted else 0) + (OF_DROPOUT if plan.spec.dropout else 0)
     call = Call(plan, query, key, value, captures, scalars, numbers, live_blocks=live_blocks)
     captured = Captured(call, wanted)
     grad_out = torch.zeros_like(out) if grad_out is None else grad_out
@@ -98,9 +98,9 @@ def _piece(
     shape = query.shape[2:4]
     weights = score.softmax(dim=-1).masked_fill_(empty[..., None], 0.0)
 
-    flat_weights, flat_grad = weights.flatten(2, 3), grad_rows.flatten(2, 3)
-    of_value = flat_weights.transpose(-1, -2) @ flat_grad
-    of_score = (flat_grad @ value.transpose(-1, -2)).unflatten(2, shape)
+    flat_grad, drop = grad_rows.flatten(2, 3), call.dropout(piece)
+    of_value = drop(weights).flatten(2, 3).transpose(-1, -2) @ flat_grad
+    of_score = drop((flat_grad @ value.transpose(-1, -2)).unflatten(2, shape))
     if captured.reads:  # rounded as these products are, or sums of gradients times scores would not cancel
         correction = (of_score * weights).sum(dim=-1)
     if through is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,15 +10,17 @@ import sympy
 import torch
 from torch import Tensor
 
-from effattn.ir.attention import AttentionSpec
+from effattn.ir.attention import DROPOUT_SEED, AttentionSpec
 from effattn.ir.plan import Plan
 from effattn.lowering.device import on_host
-from effattn.runtime.algebra import Span, bindings, evaluate
+from effattn.runtime import philox
+from effattn.runtime.algebra import Span, bindings, evaluate, plain
 from effattn.runtime.targets.chunks import Chunk, Walker, tile_ranges_of
 from effattn.runtime.targets.sdpa import scale_and_bias
 
 SCORES = 2**24  # most elements of the blocks of scores in memory at a time: 64 MiB in float32
 ROWS = 128
+OF_DROPOUT = 5  # live blocks of random words, of 64 bits each
 
 
 @dataclass(frozen=True)
@@ -64,8 +66,10 @@ class Call:
         self.only_scale = self.scale if self.bias == 0 else None  # c if the score is c * s
 
     def takes_flash_kernel(self) -> bool:
-        """Whether PyTorch's CPU flash kernel computes this: scale * s plus a mask, and equal head dimensions."""
-        return on_host(self.query) and self.scale is not None and self.head_dim == self.value_dim
+        """Whether PyTorch's CPU flash kernel computes this: scale * s plus a mask, equal head dimensions, no
+        dropout."""
+        plain = self.scale is not None and not self.plan.spec.dropout
+        return on_host(self.query) and plain and self.head_dim == self.value_dim
 
     def by_group(self, tensor: Tensor) -> Tensor:
         """[B, Hq, Nq, ...] viewed as [B, Hkv, G, Nq, ...]."""
@@ -171,6 +175,21 @@ class Call:
             return None
         return added.amax(dim=-1) == -torch.inf
 
+    def kept(self, piece: Piece, keys: Sequence[tuple[int, int]] | None = None) -> Tensor:
+        """Which weights dropout keeps: bool [b, hkv, G, rows, n]. ``keys``: intervals; None: those that are visited."""
+        symbols, spec = self.indices(piece), self.plan.spec
+        pairs = plain(symbols["b"]) * self.heads + plain(symbols["h"])
+        rows = (piece.chunk.start, piece.chunk.stop)
+        keys = piece.chunk.slices() if keys is None else keys
+        return philox.kept(self.captures[DROPOUT_SEED], spec.least_kept, pairs, rows, keys)
+
+    def dropout(self, piece: Piece) -> Callable[[Tensor], Tensor]:
+        """What happens to the weights of a piece after the softmax, and to their gradients before it."""
+        if not self.plan.spec.dropout:
+            return lambda weights: weights
+        lost, scale = ~self.kept(piece), self.plan.spec.kept_scale
+        return lambda weights: (weights * scale).masked_fill_(lost, 0.0)
+
     def _conditions(self, piece: Piece, symbols: dict[str, Any]) -> list[tuple[slice, Tensor | bool]]:
         """Conditions by columns of the visited keys. The structural condition is evaluated only in runs that need
         it."""
@@ -194,6 +213,13 @@ def _mask(score: Tensor, conditions: list[tuple[slice, Tensor | bool]]) -> None:
             score[..., columns].masked_fill_(~kept, -torch.inf)
         elif not kept:
             score[..., columns].fill_(-torch.inf)
+
+
+def dropped_mean(call: Call, piece: Piece) -> Tensor:
+    """The output of queries without keys, where it is a mean, after dropout: [b, hkv, G, rows, Dv]."""
+    kept = call.kept(piece, [(0, call.k_len)]).to(call.dtype).mul_(call.plan.spec.kept_scale / max(call.k_len, 1))
+    values = call.value[piece.batches, piece.kv_heads].to(call.dtype)
+    return (kept.flatten(2, 3) @ values).unflatten(2, kept.shape[2:4])
 
 
 def empty_output(spec: AttentionSpec, value: Tensor, dtype: torch.dtype) -> Tensor:

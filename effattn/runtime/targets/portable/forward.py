@@ -10,7 +10,7 @@ from torch import Tensor
 from effattn.ir.plan import Plan
 from effattn.runtime.targets.memory_order import allocate_output
 from effattn.runtime.targets.portable import flash, listed
-from effattn.runtime.targets.portable.call import Call, Piece, empty_output
+from effattn.runtime.targets.portable.call import OF_DROPOUT, Call, Piece, dropped_mean, empty_output
 from effattn.runtime.targets.sdpa import widened_for_lse
 
 
@@ -26,7 +26,8 @@ def run(
     """Output and LSE of a plan, as ``effattn::attend`` defines them. Scores are computed in float32 (or float64)."""
     if plan.sparsity.select is not None:
         return listed.run(plan, query, key, value, captures, scalars, numbers)
-    call = Call(plan, query, key, value, captures, scalars, numbers)
+    live_blocks = 1 + (OF_DROPOUT if plan.spec.dropout else 0)
+    call = Call(plan, query, key, value, captures, scalars, numbers, live_blocks=live_blocks)
     out, lse = allocate_output(plan, query, value)
     grouped_out, grouped_lse = call.by_group(out), call.by_group(lse)
     fill = empty_output(plan.spec, value, call.dtype)
@@ -37,6 +38,8 @@ def run(
     for piece in call.pieces():
         out_rows, lse_rows = call.rows(grouped_out, piece), call.rows(grouped_lse, piece)
         instead = fill[piece.batches, piece.kv_heads].expand_as(out_rows)
+        if plan.spec.dropout and plan.spec.empty_output == "mean":
+            instead = dropped_mean(call, piece)
         if not piece.chunk.runs:
             out_rows.copy_(instead)
             lse_rows.fill_(-torch.inf)
@@ -56,9 +59,11 @@ def by_products(call: Call, piece: Piece) -> tuple[Tensor, Tensor, Tensor | None
     score, _ = call.scores(piece, query, key)
     top = score.amax(dim=-1)
     weights = score.softmax(dim=-1)
-    out = (weights.flatten(2, 3) @ call.visited(call.value, piece).to(call.dtype)).unflatten(2, weights.shape[2:4])
     # the greatest weight is exp(top - lse), which saves another pass of exp and sum
-    return out, top - weights.amax(dim=-1).log(), top == -torch.inf
+    lse = top - weights.amax(dim=-1).log()
+    weights = call.dropout(piece)(weights)
+    out = (weights.flatten(2, 3) @ call.visited(call.value, piece).to(call.dtype)).unflatten(2, weights.shape[2:4])
+    return out, lse, top == -torch.inf
 
 
 def by_flash_kernel(call: Call, piece: Piece) -> tuple[Tensor, Tensor, Tensor | None]:

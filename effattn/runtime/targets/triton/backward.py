@@ -142,7 +142,7 @@ def run_backward(
         filled = buffers(call.terms, dict(zip(names, captures, strict=True)), shape)
         unit = None
         if any(term.whole for term in call.terms):
-            unit = inverse_unit(value, grad_out, lse, grad_lse)
+            unit = inverse_unit(value, grad_out, lse, grad_lse, plan.spec.kept_scale)
         with on_device(query.device):
             lists = both_ways(call, shape, captures, scalars, given, query.device)
             own = (*filled, unit)

@@ -50,13 +50,16 @@ def buffers(
     return found
 
 
-def inverse_unit(value: Tensor, grad_out: Tensor, lse: Tensor, grad_lse: Tensor | None) -> Tensor:
+def inverse_unit(
+    value: Tensor, grad_out: Tensor, lse: Tensor, grad_lse: Tensor | None, kept_scale: float = 1.0
+) -> Tensor:
     """A power of two, float32 [1]: times this, no sum of gradients of scores exceeds an int64. NaN if one may be NaN.
 
-    The weights of a query sum to one, so its gradients are at most twice the largest product of a gradient and a value.
+    The weights of a query sum to one, so its gradients are at most twice the largest product of a gradient and a value,
+    times what dropout multiplies weights by.
     """
     norms = (torch.linalg.vector_norm(each, dim=-1, dtype=torch.float32).amax() for each in (grad_out, value))
-    most = 2 * math.prod(norms)
+    most = 2 * kept_scale * math.prod(norms)
     if grad_lse is not None:
         most = most + grad_lse.abs().amax()
     every = most.double() * lse.numel()

@@ -29,7 +29,8 @@ def kind_of(plan: Plan, q_len: int, groups: int) -> Kind:
     """The kind of kernel. A call with few queries splits keys over programs, if the plan's tile ranges allow it."""
     if plan.sparsity.select is not None:
         return "listed"
-    if q_len <= DECODE_QUERIES and q_len * groups <= DECODE_ROWS and _walk_allows_decode(plan, q_len == 1):
+    few = q_len <= DECODE_QUERIES and q_len * groups <= DECODE_ROWS and not plan.spec.dropout
+    if few and _walk_allows_decode(plan, q_len == 1):
         return "decode"
     return "prefill" if by_formula(plan.spec.rule) else "listed"
 
