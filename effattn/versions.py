@@ -46,6 +46,16 @@ def cache_argument(forward: Callable[..., Any]) -> str:
     return "cache" if "cache" in inspect.signature(forward).parameters else "past_key_values"
 
 
+def quick_empty(kind: str) -> Callable[[tuple[int, ...], tuple[int, ...], torch.dtype], torch.Tensor] | None:
+    """``torch.empty_strided`` on the current device of a type, past the dispatcher, as Inductor's code calls it.
+
+    None if there is none.
+    """
+    from torch._C._dynamo import guards
+
+    return getattr(guards, f"_empty_strided_{kind}", None)
+
+
 # -- what Dynamo keeps of its compilations ----------------------------------------------------------------------------
 
 

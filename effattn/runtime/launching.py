@@ -28,10 +28,16 @@ def tensor_key(tensor: torch.Tensor) -> tuple:
     return tensor.shape, tensor.stride(), tensor.dtype, tensor.data_ptr() % 16 == 0, tensor.get_device()
 
 
-def launch_key(tensors: Sequence[torch.Tensor], scalars: Sequence[int], numbers: Sequence[float]) -> tuple:
-    """What all decisions about a call of one plan depend on; the first tensor is the query."""
-    rounded = tensors[0].dtype == torch.float32 and tf32()
-    return rounded, len(numbers), *map(tensor_key, tensors), *map(width, scalars)
+def launch_key(
+    plan: Any, tensors: Sequence[torch.Tensor], scalars: Sequence[int] = (), numbers: Sequence[float] = ()
+) -> tuple:
+    """What all decisions about a call of a plan depend on; the first tensor is the query."""
+    key = [plan, tensors[0].dtype == torch.float32 and tf32(), len(numbers)]
+    for tensor in tensors:  # as tensor_key, which would be a call for each
+        key += (tensor.shape, tensor.stride(), tensor.dtype, tensor.data_ptr() % 16 == 0, tensor.get_device())
+    for size in scalars:
+        key.append(width(size))
+    return tuple(key)
 
 
 def width(size: int) -> int:
@@ -150,4 +156,7 @@ def on_device(device: torch.device):
         return ALONE
     if device.index != torch.accelerator.current_device_index():
         return torch.accelerator.device_index(device.index)
-    return contextlib.nullcontext()
+    return _NOTHING
+
+
+_NOTHING = contextlib.nullcontext()

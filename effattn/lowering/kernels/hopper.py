@@ -154,7 +154,6 @@ class HopperForward:
 
     def source(self) -> str:
         context = self.context()
-        context["host_helpers"] = template_named("start.jinja").render(context)
         template = template_named(self.template)
         body = template.render(context, helpers="")
         return tidy(template.render(context, helpers=helpers_for(body, GLUON_FUNCTIONS)))

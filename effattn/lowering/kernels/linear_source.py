@@ -21,7 +21,6 @@ KERNELS = {
 def generate(spec: LinearSpec) -> str:
     """The source of a Python module with the kernels of ``spec`` and their ``launch``."""
     context = _context(spec)
-    context["host_helpers"] = template_named("start.jinja").render()
     return tidy(template_named(f"linear_{spec.kind}.py.jinja").render(context))
 
 

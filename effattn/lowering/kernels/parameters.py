@@ -64,7 +64,7 @@ def parameters(spec: KernelSpec, kernel: str = "forward") -> list[Param]:
     found = [Param(name, element) for name in ("query", "key", "value", "out")]
     found += [Param("lse", "*fp32"), *allowed_keys]
     if spec.kind == "decode":
-        found += [Param(name, "*fp32") for name in ("parts", "parts_top", "parts_total")]
+        found.append(Param("parts", "*fp32"))
     found += list_pointers(spec)
     found += data_parameters(spec.attention)
     found += [Param(f"{name}_stride_{dim}", "i32") for name in ("query", "key", "value", "out") for dim in "bhnd"]

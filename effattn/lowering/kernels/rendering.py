@@ -9,7 +9,10 @@ from pathlib import Path
 
 import jinja2
 
+from effattn.lowering.dialects.triton import starting
 from effattn.lowering.dialects.triton.device_functions import DEVICE_FUNCTIONS
+
+STARTING = ("allocator", "data_strides", "described", "sizes_of", "start", "strides")  # for use in launchers
 
 
 @cache
@@ -37,6 +40,9 @@ def helpers_for(body: str, functions: Mapping[str, str] = DEVICE_FUNCTIONS) -> s
 
 
 def tidy(source: str) -> str:
+    """Without the empty lines that a template leaves, and with the names that it imports written out."""
+    names = (name for name in STARTING if re.search(rf"\b{name}\(", source))
+    source = source.replace(f"from {starting.__name__} import *", f"from {starting.__name__} import {', '.join(names)}")
     source = re.sub(r"[ \t]+\n", "\n", source)
     source = re.sub(r"\n{4,}", "\n\n\n", source)
     source = re.sub(r"(\n    [^\n]*)\n{3,}(?=    )", r"\1\n\n", source)

@@ -119,7 +119,6 @@ class Generator:
 
     def source(self) -> str:
         context = self.context()
-        context["host_helpers"] = template_named("host.jinja").render(context)
         template = template_named(f"{self.template}.py.jinja")
         body = template.render(context, helpers="")
         return tidy(template.render(context, helpers=helpers_for(body)))

@@ -11,7 +11,7 @@ computed from. Floats, ints, SymFloats and SymInts may be passed.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -27,7 +27,7 @@ from effattn.runtime.targets import sdpa
 from effattn.runtime.targets.choice import ANYWHERE, TARGETS, asked_for, named, serving, why_generated
 from effattn.runtime.targets.first_keys import empty_first_keys, lacks_first_keys, with_first_keys
 from effattn.runtime.targets.memory_order import allocate, allocate_output
-from effattn.runtime.targets.target import Gradients, PreparingTarget, Target
+from effattn.runtime.targets.target import Differentiated, Gradients, PreparingTarget, Target
 
 SCHEMAS = {
     "attend": (
@@ -73,7 +73,7 @@ def attend(
         TargetError: the plan names a target that does not exist, or cannot run on this device.
         ValueError: shapes or counts do not match.
     """
-    place = (plan, *launch_key((query, key, value, *captures), scalars, numbers))
+    place = launch_key(plan, (query, key, value, *captures), scalars, numbers)
     inputs = (query, key, value, captures, scalars, numbers)
     call = CALLS.find(place)
     if call is not None:
@@ -83,14 +83,15 @@ def attend(
 
 @dataclass(frozen=True)
 class _Call:
-    """What is decided once for all calls with the same plan, sizes, strides, dtypes, device and alignment."""
+    """What is decided once for all calls, or their gradients, of one plan, sizes, strides, dtypes and alignment."""
 
     plan: Plan  # the one for this number of keys
     lacks_first_keys: bool
-    dense: sdpa.Dense | None  # SDPA's kernel, if it computes such calls
+    dense: sdpa.Dense | None = None  # SDPA's kernel, if it computes such calls
     target: Target | None = None  # what runs them otherwise
     preparing: PreparingTarget | None = None  # the same target, if it has prepared them
     prepared: Any = None
+    wanted: tuple[str, ...] = ()  # captured tensors that need a gradient
     known: Any = None
 
 
@@ -166,31 +167,45 @@ def attend_backward(
 
     And those of the captured tensors for which ``wanted`` holds (one bool for each), contiguous, in their dtypes.
     """
-    place = (plan, key.shape[2], query.dtype, query.device.type, query.shape[3], value.shape[3], *wanted)
-    call = BACKWARD_CALLS.find(place) or BACKWARD_CALLS.keep(place, _prepare_backward(plan, query, key, value, wanted))
-    captures = with_first_keys(call.plan, query, key, captures, scalars, numbers)
-    given = (grad_out, grad_lse, query, key, value, out, lse, captures, scalars, numbers, call.wanted)
-    return call.target.run_backward(call.plan, *given)
-
-
-@dataclass(frozen=True)
-class _BackwardCall:
-    plan: Plan  # the one for this number of keys
-    target: Target
-    wanted: tuple[str, ...]  # captured tensors that need a gradient
+    inputs: Differentiated = (grad_out, grad_lse, query, key, value, out, lse)
+    tensors = [query, key, value, out, lse, *captures, *(grad for grad in inputs[:2] if grad is not None)]
+    place = launch_key((plan, grad_out is None, grad_lse is None, *wanted), tensors, scalars, numbers)
+    data = (captures, scalars, numbers)
+    call = BACKWARD_CALLS.find(place)
+    if call is not None:
+        return _start_backward(call, inputs, *data)[0]
+    prepare = lambda: _prepare_backward(plan, inputs, *data, wanted)  # noqa: E731
+    return BACKWARD_CALLS.run(place, prepare, lambda call: _start_backward(call, inputs, *data))
 
 
 BACKWARD_CALLS = LaunchCache()
 
 
-def _prepare_backward(plan: str, query: Tensor, key: Tensor, value: Tensor, wanted: Sequence[bool]) -> _BackwardCall:
+def _prepare_backward(plan: str, inputs: Differentiated, captures, scalars, numbers, wanted: Sequence[bool]) -> _Call:
+    query, key, value = inputs[2:5]
     decoded = Plan.decode(plan).at(key.shape[2])
     # the plan may read one more, which the op itself computes
     names = tuple(load.name for load, needed in zip(decoded.spec.captures, wanted, strict=False) if needed)
+    lacks = lacks_first_keys(decoded, captures)
     target = target_of(decoded, query, value)
     if target.why_no_backward(decoded.spec, query.shape[3], value.shape[3], names) is not None:
         target = TARGETS[ANYWHERE]
-    return _BackwardCall(decoded, target, names)
+    call, preparing = _Call(decoded, lacks, target=target, wanted=names), _preparing(target)
+    if preparing is None:
+        return call
+    if lacks:
+        captures = [*captures, empty_first_keys(decoded, query)]
+    prepared = preparing.prepare_backward(decoded, *inputs, captures, scalars, numbers, names)
+    return replace(call, preparing=preparing, prepared=prepared)
+
+
+def _start_backward(call: _Call, inputs: Differentiated, captures, scalars, numbers) -> tuple[Gradients, Any]:
+    if call.lacks_first_keys:
+        captures = with_first_keys(call.plan, inputs[2], inputs[3], captures, scalars, numbers)
+    if call.preparing is not None:
+        return call.preparing.start_backward(call.prepared, *inputs, captures, scalars, numbers, call.known)
+    assert call.target is not None
+    return call.target.run_backward(call.plan, *inputs, captures, scalars, numbers, call.wanted), None
 
 
 def attend_backward_fake(grad_out, grad_lse, query, key, value, out, lse, captures, scalars, numbers, plan, wanted):

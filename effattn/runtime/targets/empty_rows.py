@@ -16,6 +16,11 @@ from effattn.runtime.algebra import bindings, evaluate
 from effattn.runtime.targets.target import Gradients
 
 
+def have_gradients(spec: AttentionSpec) -> bool:
+    """Whether queries without keys give anything to gradients."""
+    return spec.empty_rows == "nan" or spec.empty_output == "mean"
+
+
 def add_empty_rows(
     plan: Plan,
     grads: Gradients,
@@ -36,7 +41,7 @@ def add_empty_rows(
     """
     spec, (of_query, of_key, of_value, of_captures) = plan.spec, grads
     grad_out, query, key, value, out, lse = given
-    if spec.empty_rows != "nan" and spec.empty_output != "mean":
+    if not have_gradients(spec):
         return
     heads = (key.shape[1], query.shape[1] // key.shape[1])
     empty = lse == -torch.inf

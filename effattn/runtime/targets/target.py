@@ -19,6 +19,9 @@ from effattn.ir.site import Site
 
 Gradients = tuple[Tensor, Tensor, Tensor, list[Tensor]]  # of query, key, value, and of captured tensors in order
 
+Differentiated = tuple[Tensor | None, Tensor | None, Tensor, Tensor, Tensor, Tensor, Tensor]
+"""What a gradient is computed from: grad_out, grad_lse, query, key, value, out, lse."""
+
 
 class LinearTarget(Protocol):
     """Linear attention on one target. Arguments as in :mod:`effattn.runtime.targets.portable.linear`."""
@@ -175,4 +178,40 @@ class PreparingTarget(Protocol):
         Returns:
             the result, and what to pass as ``known`` to later calls; it is None in the first.
         """
+        ...
+
+    def prepare_backward(
+        self,
+        plan: Plan,
+        grad_out: Tensor | None,
+        grad_lse: Tensor | None,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        captures: Sequence[Tensor],
+        scalars: Sequence[int],
+        numbers: Sequence[float],
+        wanted: Sequence[str],
+    ) -> Any:
+        """The same for gradients: what is decided once."""
+        ...
+
+    def start_backward(
+        self,
+        call: Any,
+        grad_out: Tensor | None,
+        grad_lse: Tensor | None,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        captures: Sequence[Tensor],
+        scalars: Sequence[int],
+        numbers: Sequence[float],
+        known: Any,
+    ) -> tuple[Gradients, Any]:
+        """The same as :meth:`Target.run_backward`, of a call that :meth:`prepare_backward` returned."""
         ...

@@ -57,10 +57,12 @@ class Block:
         return found
 
     def masks(self) -> dict[str, str]:
-        """Tensor that is loaded -> the names in its mask, sorted; each tensor is loaded once."""
-        names = [access.tensor for access in self.loads]
-        assert len(set(names)) == len(names), f"loaded more than once: {names}"
-        return {access.tensor: " ".join(sorted(access.mask)) for access in self.loads}
+        """Tensor that is loaded -> the names in its mask, sorted; each tensor, or all its parts, are loaded by one."""
+        found: dict[str, str] = {}
+        for access in self.loads:
+            mask = " ".join(sorted(access.mask))
+            assert found.setdefault(access.tensor, mask) == mask, f"{access.tensor} is loaded by two masks"
+        return found
 
     @property
     def tested(self) -> str:

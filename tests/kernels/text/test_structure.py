@@ -91,7 +91,7 @@ LOOPS: dict[tuple[str, str], list[tuple[dict[str, str], str]]] = {
     ("decode", "forward"): [
         ({"key": "key_ok", "data_padding": "key_ok", "value": "key_ok"}, f"data_padding {EVERYTHING}"),
     ],
-    ("decode", "combine"): [({"parts_top": "splits", "parts_total": "splits", "parts": "splits"}, "")],
+    ("decode", "combine"): [({"parts": "splits"}, "")],
     ("causal backward", "prepare"): [],
     ("causal backward", "grad_query"): [
         ({"key": "", "value": ""}, ""),

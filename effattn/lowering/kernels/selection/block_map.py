@@ -158,7 +158,6 @@ class MapGenerator:
     def source(self) -> str:
         template = template_named("block_map.py.jinja")
         context = self.context()
-        context["host_helpers"] = template_named("host.jinja").render(context)
         body = template.render(context, helpers="")
         return tidy(template.render(context, helpers=helpers_for(body)))
 

@@ -204,6 +204,5 @@ def generate(spec: ScoreSpec) -> str:
         "unspecialised": [p.name for p in params if p.type in ("i32", "fp32") and not p.specialise],
         "tested": list(sizes_tested(spec.attention).values()),
     }
-    context["host_helpers"] = template_named("host.jinja").render({**context, "listed": False})
     body = template.render(context, helpers="")
     return tidy(template.render(context, helpers=helpers_for(body)))

@@ -9,7 +9,7 @@ from effattn.runtime import kernels
 from effattn.runtime.launching import architecture, forget
 from effattn.runtime.selection import triton_steps as steps
 from effattn.runtime.targets.triton import linear
-from effattn.runtime.targets.triton.backward import run_backward
+from effattn.runtime.targets.triton.backward import prepare_backward, run_backward, start_backward
 from effattn.runtime.targets.triton.forward import CALLS, prepare, run, start
 from effattn.runtime.targets.triton.limits import why_no_backward, why_not, why_not_on
 from effattn.runtime.targets.triton.specialise import in_gluon, map_blocks, spec_of
@@ -35,9 +35,11 @@ __all__ = [
     "linear",
     "map_blocks",
     "prepare",
+    "prepare_backward",
     "run",
     "run_backward",
     "start",
+    "start_backward",
     "steps",
     "why_no_backward",
     "why_not",

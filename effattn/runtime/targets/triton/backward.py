@@ -6,65 +6,60 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
 from effattn import settings
 from effattn.ir.plan import Plan
+from effattn.lowering.dialects.triton.starting import allocator
 from effattn.lowering.kernels.score_facts import CapturedTerm, captured_terms, loses_totals
 from effattn.lowering.kernels.spec import Tiles
 from effattn.lowering.schedules.attention import beside_captures
 from effattn.runtime import kernels
-from effattn.runtime.launching import (
-    Known,
-    LaunchCache,
-    architecture,
-    far,
-    launch_key,
-    narrow,
-    on_device,
-    tensor_key,
-    too_narrow,
-)
+from effattn.runtime.launching import Known, LaunchCache, architecture, far, launch_key, narrow, on_device, too_narrow
 from effattn.runtime.selection.block_map import Wanted
 from effattn.runtime.selection.triton_block_map import block_map
-from effattn.runtime.targets.empty_rows import add_empty_rows
+from effattn.runtime.targets import portable
+from effattn.runtime.targets.empty_rows import add_empty_rows, have_gradients
 from effattn.runtime.targets.memory_order import allocate, strides_of
-from effattn.runtime.targets.target import Gradients
+from effattn.runtime.targets.target import Differentiated, Gradients
 from effattn.runtime.targets.triton.captured import buffers, gradients, inverse_unit, wanted_gradients
 from effattn.runtime.targets.triton.limits import UnsupportedCall, why_no_backward
 from effattn.runtime.targets.triton.specialise import fits_gluon, in_gluon, over_map, spec_of
 
+Data = tuple[Sequence[Tensor], Sequence[int], Sequence[float]]  # captured tensors, scalars, numbers
+
 
 @dataclass(frozen=True)
 class _Call:
-    given: Plan  # see the forward's _Call
-    launch: Callable[..., Known]
+    """The common part of gradients with the same plan, shapes, strides, dtypes and alignment."""
+
+    plan: Plan
+    wanted: tuple[str, ...]
+    instead: Callable[[Differentiated, Data], Gradients] | None = None  # computes calls for which there is no kernel
+    grads: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...] = ()  # sizes and strides
+    empty: Callable[..., Tensor] | None = None  # see :func:`allocator`
+    launch: Callable[..., Known] | None = None
     terms: tuple[CapturedTerm, ...] = ()
     blocks: tuple[int, int] | None = None  # sizes of the blocks of the block map that it visits
     totals: Callable[..., tuple] | None = None  # finds what the LSE of large scores does not hold, for Gluon kernels
+    narrowed: bool = False
+    empty_rows: bool = False  # whether queries without keys have gradients
     known: Known | None = None
 
 
 CALLS = LaunchCache()
 
 
-def both_ways(call: _Call, shape, captures, scalars, numbers, device: torch.device):
-    """The block map of a call, for blocks of queries and for blocks of keys; nothing if tiles come by formula."""
-    if call.blocks is None:
-        return ()
-    given = (call.given.spec, shape, captures, scalars, numbers, *call.blocks, device)
-    return tuple(block_map(Wanted(*given, transposed)).tensors() for transposed in (False, True))
-
-
 def run_backward(
     plan: Plan,
-    grad_out: torch.Tensor | None,
-    grad_lse: torch.Tensor | None,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    captures: Sequence[torch.Tensor] = (),
+    grad_out: Tensor | None,
+    grad_lse: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    captures: Sequence[Tensor] = (),
     scalars: Sequence[int] = (),
     numbers: Sequence[float] = (),
     wanted: Sequence[str] = (),
@@ -80,76 +75,126 @@ def run_backward(
     Raises:
         UnsupportedCall: :func:`why_no_backward` says why.
     """
-    if (refusal := why_no_backward(plan.spec, query.shape[3], value.shape[3], tuple(wanted))) is not None:
-        raise UnsupportedCall(f"no gradient by generated kernels: {refusal}")
-    data = (captures, scalars, numbers, wanted)
-    if lse.numel() == 0 or key.shape[2] == 0:
-        from effattn.runtime.targets import portable
-
-        return portable.run_backward(plan, grad_out, grad_lse, query, key, value, out, lse, *data)
-    grad_out = torch.zeros_like(out) if grad_out is None else grad_out
-    if too_narrow(query):
-        q, k, v, o = (tensor.float() for tensor in (query, key, value, out))
-        *found, of_captures = run_backward(plan, grad_out.float(), grad_lse, q, k, v, o, lse, *data, config=config)
-        of_query, of_key, of_value = (
-            allocate(plan.dispatch.layout, grad, grad.shape, query.dtype).copy_(grad) for grad in found
-        )
-        return of_query, of_key, of_value, of_captures
-    groups = query.shape[1] // key.shape[1]
-    inputs = (narrow(query), narrow(key), narrow(value), out, lse, narrow(grad_out))
-    grad_lse = None if grad_lse is None else grad_lse.float().contiguous()
-    own: tuple = (id(plan), config, *launch_key((*inputs, *captures), scalars, numbers))
-    own += (None if grad_lse is None else tensor_key(grad_lse), *wanted)
-    layout = plan.dispatch.layout
-    of_query, of_key, of_value = (
-        tensor.new_empty_strided(tensor.shape, strides_of(layout, tensor.shape)) for tensor in (query, key, value)
+    tensors, data = (grad_out, grad_lse, query, key, value, out, lse), (captures, scalars, numbers)
+    given = [query, key, value, out, lse, *captures, *(grad for grad in tensors[:2] if grad is not None)]
+    # the plan's id, since hashing its expressions is slow; the call keeps the plan alive, so the id stays unique
+    own = (id(plan), config, grad_out is None, grad_lse is None, *wanted)
+    return CALLS.run(
+        launch_key(own, given, scalars, numbers),
+        lambda: prepare_backward(plan, *tensors, *data, wanted, config=config),
+        lambda call: start_backward(call, *tensors, *data, call.known),
     )
-    grads = (of_query, of_key, of_value)
-    given = [float(number) for number in numbers]
-    shape = (*query.shape[:3], key.shape[2])
 
-    def prepared() -> _Call:
-        widths = (query.shape[3], value.shape[3])
-        spec = spec_of(plan, query.dtype, query.shape[2], groups, *widths, query.device, "backward", config)
-        spec = replace(spec, wide=far(*query.shape[:3], *key.shape[:3], *scalars))
-        spec = replace(spec, wanted=wanted_gradients(plan.spec, wanted, captures, shape))
-        if config is None and captured_terms(spec):
-            spec = replace(spec, tiles=beside_captures(spec.tiles))
-            spec = over_map(spec) if spec.list_block else spec
-        fast = in_gluon(spec, architecture(query.device), settings.current().precise) if config is None else None
-        totals = None
-        if fast is not None and fits_gluon((*inputs[:3], inputs[5], *grads)):
-            totals = kernels.load(spec).module.totals if loses_totals(plan.spec.score) else None
-            spec = fast
-        blocks = (spec.list_block, spec.list_unit) if spec.list_block else None
-        return _Call(plan, kernels.load(spec).module.launch, captured_terms(spec), blocks, totals)
 
-    def started(call: _Call) -> tuple[list[torch.Tensor], Known]:
-        if not call.terms:
-            with on_device(query.device):
-                lists = both_ways(call, shape, captures, scalars, given, query.device)
-                found = dict(call.known or {})
-                rows: tuple[torch.Tensor, ...] = (lse,)
-                if call.totals is not None:
-                    greatest, log_totals, found["totals"] = call.totals(
-                        *inputs[:2], lse, captures, scalars, given, found.get("totals")
-                    )
-                    rows = (greatest, log_totals)
-                tensors = (*inputs[:4], *rows, inputs[5], grad_lse, grads, captures)
-                found["launch"] = call.launch(*tensors, scalars, given, *lists, found.get("launch"))
-            return gradients(plan.spec, (), (), None, wanted, (captures, scalars, given), shape), found
-        names = (load.name for load in plan.spec.captures)
+def prepare_backward(
+    plan: Plan,
+    grad_out: Tensor | None,
+    grad_lse: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    captures: Sequence[Tensor],
+    scalars: Sequence[int],
+    numbers: Sequence[float],
+    wanted: Sequence[str],
+    *,
+    config: Tiles | None = None,
+) -> _Call:
+    """Check a call and choose its kernels; see :func:`run_backward`."""
+    widths = (query.shape[3], value.shape[3])
+    if (refusal := why_no_backward(plan.spec, *widths, tuple(wanted))) is not None:
+        raise UnsupportedCall(f"no gradient by generated kernels: {refusal}")
+    call = _Call(plan, tuple(wanted))
+    if lse.numel() == 0 or key.shape[2] == 0:
+        return replace(call, instead=lambda tensors, data: portable.run_backward(plan, *tensors, *data, wanted))
+    if too_narrow(query):
+        return replace(call, instead=lambda tensors, data: _widened(plan, tensors, data, wanted, config))
+    inputs = (query, key, value, torch.zeros_like(out) if grad_out is None else grad_out)
+    narrowed = tuple(map(narrow, inputs))
+    shape, groups = (*query.shape[:3], key.shape[2]), query.shape[1] // key.shape[1]
+    spec = spec_of(plan, query.dtype, query.shape[2], groups, *widths, query.device, "backward", config)
+    spec = replace(spec, wide=far(*query.shape[:3], *key.shape[:3], *scalars))
+    spec = replace(spec, wanted=wanted_gradients(plan.spec, wanted, captures, shape))
+    if config is None and captured_terms(spec):
+        spec = replace(spec, tiles=beside_captures(spec.tiles))
+        spec = over_map(spec) if spec.list_block else spec
+    grads = tuple((tuple(each.shape), strides_of(plan.dispatch.layout, each.shape)) for each in inputs[:3])
+    fast = in_gluon(spec, architecture(query.device), settings.current().precise) if config is None else None
+    totals = None
+    written = (torch.empty_strided(*each, dtype=query.dtype, device="meta") for each in grads)
+    if fast is not None and fits_gluon((*narrowed, *written)):
+        totals = kernels.load(spec).module.totals if loses_totals(plan.spec.score) else None
+        spec = fast
+    return replace(
+        call,
+        grads=grads,
+        empty=allocator(query.device),
+        launch=kernels.load(spec).module.launch,
+        terms=captured_terms(spec),
+        blocks=(spec.list_block, spec.list_unit) if spec.list_block else None,
+        totals=totals,
+        narrowed=any(each is not tensor for each, tensor in zip(narrowed, inputs, strict=True)),
+        empty_rows=have_gradients(plan.spec),
+    )
+
+
+def start_backward(
+    call: _Call, grad_out, grad_lse, query, key, value, out, lse, captures, scalars, numbers, known: Known | None
+) -> tuple[Gradients, Known | None]:
+    """The gradients of a call, and what its launcher found out; see :class:`PreparingTarget`."""
+    if call.instead is not None:
+        return call.instead((grad_out, grad_lse, query, key, value, out, lse), (captures, scalars, numbers)), None
+    grad_out = torch.zeros_like(out) if grad_out is None else grad_out
+    grad_lse = None if grad_lse is None else grad_lse.float().contiguous()
+    given = (grad_out, query, key, value, out, lse)
+    if call.narrowed:
+        query, key, value, grad_out = map(narrow, (query, key, value, grad_out))
+    device, shape, dtype = query.device, (*query.shape[:3], key.shape[2]), query.dtype
+    numbers = [float(number) for number in numbers]
+    data = (captures, scalars, numbers)
+    assert call.empty is not None
+    assert call.launch is not None
+    own: tuple = ()
+    filled, unit = [], None
+    if call.terms:
+        names = (load.name for load in call.plan.spec.captures)
         filled = buffers(call.terms, dict(zip(names, captures, strict=True)), shape)
-        unit = None
         if any(term.whole for term in call.terms):
-            unit = inverse_unit(value, grad_out, lse, grad_lse, plan.spec.kept_scale)
-        with on_device(query.device):
-            lists = both_ways(call, shape, captures, scalars, given, query.device)
-            own = (*filled, unit)
-            known = call.launch(*inputs, grad_lse, grads, own, captures, scalars, given, *lists, call.known)
-        return gradients(plan.spec, call.terms, filled, unit, wanted, (captures, scalars, given), shape), known
+            unit = inverse_unit(value, grad_out, lse, grad_lse, call.plan.spec.kept_scale)
+        own = ((*filled, unit),)
+    found = {"totals": None, "launch": None} if known is None else known
+    rows: tuple[Tensor, ...] = (lse,)
+    of_totals = None
+    with on_device(device):
+        of_query, of_key, of_value = grads = [call.empty(*each, dtype) for each in call.grads]
+        lists = _both_ways(call.plan, shape, data, call.blocks, device) if call.blocks is not None else ()
+        if call.totals is not None:
+            *rows, of_totals = call.totals(query, key, lse, *data, found["totals"])  # type: ignore[assignment]
+        inputs = (query, key, value, out, *rows, grad_out, grad_lse, grads, *own, *data, *lists)
+        launched = call.launch(*inputs, found["launch"])
+    if known is None:
+        known = {"totals": of_totals, "launch": launched}
+    of_captures = gradients(call.plan.spec, call.terms, filled, unit, call.wanted, data, shape) if call.wanted else []
+    every = (of_query, of_key, of_value, of_captures)
+    if call.empty_rows:
+        add_empty_rows(call.plan, every, run_backward, given, data, call.wanted)
+    return every, known
 
-    of_captures = CALLS.run(own, prepared, started)
-    every = (*grads, of_captures)
-    add_empty_rows(plan, every, run_backward, (grad_out, query, key, value, out, lse), data[:3], wanted)
-    return every
+
+def _both_ways(plan: Plan, shape, data: Data, blocks: tuple[int, int], device: torch.device):
+    """The block map of a call, for blocks of queries and for blocks of keys."""
+    given = (plan.spec, shape, *data, *blocks, device)
+    return tuple(block_map(Wanted(*given, transposed)).tensors() for transposed in (False, True))
+
+
+def _widened(plan: Plan, tensors: Differentiated, data: Data, wanted: Sequence[str], config: Tiles | None) -> Gradients:
+    grads = [None if grad is None else grad.float() for grad in tensors[:2]]
+    query, key, value, out, lse = (each.float() for each in tensors[2:])
+    wide = (grads[0], grads[1], query, key, value, out, lse)
+    *found, of_captures = run_backward(plan, *wide, *data, wanted, config=config)
+    of_query, of_key, of_value = (
+        allocate(plan.dispatch.layout, grad, grad.shape, tensors[2].dtype).copy_(grad) for grad in found
+    )
+    return of_query, of_key, of_value, of_captures

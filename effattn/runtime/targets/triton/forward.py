@@ -10,6 +10,7 @@ import torch
 
 from effattn import settings
 from effattn.ir.plan import Plan
+from effattn.lowering.dialects.triton.starting import allocator
 from effattn.lowering.iteration.block_rule import RuleAlone, rule_alone
 from effattn.lowering.iteration.tile_ranges import by_formula
 from effattn.lowering.kernels.spec import Kind, Tiles
@@ -72,7 +73,7 @@ def run(
     """
     inputs = (query, key, value, captures, scalars, numbers)
     # the plan's id, since hashing its expressions is slow; the call keeps the plan alive, so the id stays unique
-    own = (id(plan), config, kind, splits, *launch_key((query, key, value, *captures), scalars, numbers))
+    own = launch_key((id(plan), config, kind, splits), (query, key, value, *captures), scalars, numbers)
     return CALLS.run(
         own,
         lambda: prepare(plan, *inputs, config=config, kind=kind, splits=splits),
@@ -82,8 +83,8 @@ def run(
 
 def start(call: _Call, query, key, value, captures, scalars, numbers, known: Known | None, blocks=None):
     """(out, LSE) of a call, and what its launcher found out; see :class:`effattn.runtime.targets.target.Target`."""
-    out = query.new_empty_strided(call.shape, call.strides)
-    lse = query.new_empty(call.shape[:3], dtype=torch.float32)
+    with on_device(query.device):
+        out, lse = call.empty(call.shape, call.strides, query.dtype), call.empty(*call.of_lse, torch.float32)
     if call.launch is None:
         return (out, lse), None
     if call.widened is not None:
@@ -114,6 +115,8 @@ class _Call:
     given: Plan  # the plan that was passed; kept alive so that its id stays unique
     shape: tuple[int, ...]  # of the output, as its strides
     strides: tuple[int, ...]
+    of_lse: tuple[tuple[int, ...], tuple[int, ...]]  # its sizes and strides
+    empty: Callable[..., torch.Tensor]  # see :func:`allocator`
     launch: Callable[..., Known] | None = None  # None: nothing to compute
     widened: dict[str, Any] | None = None  # arguments of the same call in float32
     narrowed: bool = False
@@ -147,10 +150,11 @@ def prepare(
     plan = plan.at(k_len)
     check(plan, query, key, value, captures)
     shape = (batches, heads, q_len, value_dim)
-    call = _Call(plan, given, shape, strides_of(plan.dispatch.layout, shape))
+    device = query.device
+    of_lse = (shape[:3], (max(heads, 1) * max(q_len, 1), max(q_len, 1), 1))
+    call = _Call(plan, given, shape, strides_of(plan.dispatch.layout, shape), of_lse, allocator(device))
     if 0 in shape[:3]:
         return call
-    device = query.device
     if too_narrow(query):
         return replace(call, launch=_never, widened={"config": config, "kind": kind, "splits": splits})
     groups = heads // kv_heads
