@@ -90,6 +90,19 @@ def test_the_function_in_c(a_device):
             assert a_device.launched == [(*before, *how, None, None, "annotations", "signature", ("b", 2))]
 
 
+def test_the_launcher_of_another_triton_is_called(monkeypatch, a_device):
+    import triton
+
+    monkeypatch.setattr(triton, "__version__", "3.99.0")
+    kernel, known, called = Kernel(Compiled()), {}, []
+    has = {"__call__": lambda self, *given: called.append(given)}
+    kernel.compiled.run = type("CudaLauncher", (CudaLauncher,), has)(kernel.compiled, "3.7")
+    for argument in "ab":
+        start(known, kernel, (5, 1, 1), argument)
+    assert called == [(5, 1, 1, 307, "function", "metadata", None, None, None, "b")]
+    assert a_device.launched == []
+
+
 @pytest.mark.parametrize("size", ["global_scratch_size", "profile_scratch_size"])
 def test_a_launcher_that_needs_room_is_called_as_triton_does(size, a_device):
     kernel, known, called = Kernel(Compiled()), {}, []

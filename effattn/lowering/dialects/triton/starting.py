@@ -15,6 +15,7 @@ import torch
 
 from effattn.versions import quick_empty
 
+KNOWN_VERSIONS = ("3.6.", "3.7.")  # of Triton: how its launchers are made
 MOST_ADDRESSES = 256  # descriptors that are kept of one parameter of one kernel
 
 
@@ -65,7 +66,11 @@ def launcher_of(compiled: Any, arguments: Sequence[Any]) -> Callable[..., None]:
 
 
 def _in_c(compiled: Any) -> Callable[..., None] | None:
-    """The function in C that starts a kernel; None if it is not known, or its launcher has more to do."""
+    """The function in C that starts a kernel on NVIDIA GPUs; None if it is not known, or the launcher does more."""
+    import triton
+
+    if not triton.__version__.startswith(KNOWN_VERSIONS):
+        return None
     launch, packed = compiled.run, compiled.packed_metadata
     scratch = [getattr(launch, f"{name}_scratch_size", 1) for name in ("global", "profile")]
     if type(launch).__name__ != "CudaLauncher" or any(scratch):
