@@ -143,10 +143,6 @@ def has_sinks(site: Site, params: Any) -> bool:
     return _data(site) == sympy.true or kept or site.spec.empty_rows != "nan"
 
 
-def no_gradient(site: Site, _params: Params) -> bool:
-    return not site.needs_grad
-
-
 def only_causal(site: Site, _params: Params) -> bool:
     """Whether the mask is ``k <= position`` and conditions on data, with one position for all batches and heads."""
     keys = tile_ranges(site.spec.predicate)
@@ -195,12 +191,6 @@ SINKS_ON_PADDING = Rule(
     "the mask depends on data (padding or documents), and without sinks in reach a padded query may be left without "
     "any key, which gives NaN here",
     "set sinks to 1 or more, or leave attention_mask out where nothing is padded",
-)
-NO_BACKWARD = Rule(
-    Why.GRADIENT,
-    no_gradient,
-    "gradients are needed, and there is none where keys are chosen by query and key",
-    "run under torch.no_grad() or torch.inference_mode(), or keep this site exact for training",
 )
 ONLY_CAUSAL = Rule(
     Why.ONLY_CAUSAL,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from effattn.ir.chosen import blocks_of_choice
 from effattn.ir.plan import Plan
 from effattn.lowering.iteration.tile_ranges import tile_ranges
 from effattn.lowering.kernels.spec import MIN_TILE, Kind, Tiles, padded
@@ -116,7 +117,9 @@ def choose(kind: Kind, plan: Plan, arch: str, bits: int, head_dim: int, value_di
         tiles = SPARSE.get((arch, bits, mask_kind(plan), width), tiles)
     if plan.sparsity.select is not None:
         return within_block(tiles, plan.sparsity.select.expand.block, plan.sparsity.select.expand.unit)
-    fitting = beside_dropout(aligned(tiles, plan)) if plan.spec.dropout else aligned(tiles, plan)
+    blocks = blocks_of_choice(plan.spec) if kind != "decode" else None
+    fitting = aligned(tiles, plan) if blocks is None else within_block(tiles, *blocks)
+    fitting = beside_dropout(fitting) if plan.spec.dropout else fitting
     return replace(fitting, block_m=padded(rows), warps=tiles.warps) if kind == "decode" else fitting
 
 

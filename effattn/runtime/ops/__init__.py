@@ -3,6 +3,24 @@
 Importing this package, or any of its modules, registers all of them. Triton is not imported.
 """
 
-from effattn.runtime.ops import attend, block_lists, block_map, decay_tables, linear, mask_tables, window_hybrid
+from effattn.runtime.ops import (
+    attend,
+    block_lists,
+    block_map,
+    chosen_keys,
+    decay_tables,
+    linear,
+    mask_tables,
+    window_hybrid,
+)
 
-__all__ = ["attend", "block_lists", "block_map", "decay_tables", "linear", "mask_tables", "window_hybrid"]
+__all__ = [
+    "attend",
+    "block_lists",
+    "block_map",
+    "chosen_keys",
+    "decay_tables",
+    "linear",
+    "mask_tables",
+    "window_hybrid",
+]

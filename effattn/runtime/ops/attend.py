@@ -12,12 +12,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from effattn.errors import EffattnError
+from effattn.ir.chosen import over_chosen
 from effattn.ir.plan import Plan
 from effattn.ir.refusal import Refusal
 from effattn.runtime.algebra import check_counts
@@ -234,14 +236,32 @@ def target_of(plan: Plan, query: Tensor, value: Tensor) -> Target:
     return serving(plan.dispatch.target, query.device.type, why_not)
 
 
+def _over_chosen_keys(query, key, value, captures, scalars, numbers, plan, blocks):
+    """The arguments of the same call over keys that are chosen before it, so that its backward visits the same."""
+    if not Plan.decode(plan).selects:
+        return query, key, value, captures, scalars, numbers, plan, blocks
+    sizes = (key.shape[2], query.shape[1], key.shape[1])
+    chooses, number, plan = (_in_two if isinstance(sizes[0], int) else _in_two.__wrapped__)(plan, *sizes)
+    if chooses is not None:
+        chosen = torch.ops.effattn.chosen_keys.default(query, key, captures, scalars, numbers, chooses)
+        captures = [*captures, *chosen[:number]]
+    return query, key, value, captures, scalars, numbers, plan, None
+
+
+@lru_cache(maxsize=4096)
+def _in_two(plan: str, k_len: int, heads: int, kv_heads: int) -> tuple[str | None, int, str]:
+    """The plan that chooses keys in calls with so many, None if there is no choice; how many captured tensors say
+    which; and the plan over these keys.
+    """
+    whole = Plan.decode(plan).at(k_len)
+    if not whole.selects:
+        return None, 0, whole.encode()
+    over = over_chosen(whole, heads, kv_heads)
+    return whole.encode(), len(over.spec.captures) - len(whole.spec.captures), over.encode()
+
+
 def _setup_context(ctx, inputs, output) -> None:
     query, key, value, captures, scalars, numbers, plan, _ = inputs
-    decoded = Plan.decode(plan)
-    if decoded.selects:
-        raise NoGradient(
-            f"effattn::attend has no gradient where keys are chosen at run time (form {decoded.form!r}); run it under "
-            "torch.no_grad(), or use another form for training"
-        )
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(query, key, value, *output, *captures)
     ctx.scalars, ctx.numbers, ctx.plan = scalars, numbers, plan
@@ -264,7 +284,7 @@ def _no_second_gradient(ctx, *grads):
 
 
 OPS = {
-    "attend": Op(SCHEMAS["attend"], attend, attend_fake, _backward, _setup_context),
+    "attend": Op(SCHEMAS["attend"], attend, attend_fake, _backward, _setup_context, _over_chosen_keys),
     "attend_backward": Op(SCHEMAS["attend_backward"], attend_backward, attend_backward_fake, _no_second_gradient),
 }
 _LIBRARY = register(OPS) or globals().get("_LIBRARY")

@@ -18,7 +18,11 @@ _BACKENDS = frozenset(getattr(DispatchKey, name) for name in ("CPU", "CUDA", "XP
 
 
 def autograd_kernel(
-    operator: Any, kernel: Callable, backward: Callable, setup_context: Callable | None
+    operator: Any,
+    kernel: Callable,
+    backward: Callable,
+    setup_context: Callable | None,
+    differentiable: Callable[..., tuple] | None = None,
 ) -> Callable[..., Any]:
     """A kernel for the key Autograd, called with the keyset first.
 
@@ -28,6 +32,7 @@ def autograd_kernel(
         backward, setup_context: as ``torch.library.register_autograd`` takes them. Gradients of a list of tensors are
             a list, and so is its part of ``ctx.needs_input_grad``. The last result may be a list of tensors, whose
             gradients are the last arguments of ``backward``.
+        differentiable: from the arguments, those with which it runs where gradients are needed.
     """
     arguments = operator._schema.arguments
     assert not any(argument.kwarg_only for argument in arguments), operator
@@ -69,6 +74,9 @@ def autograd_kernel(
     def autograd(keyset: DispatchKeySet, *args: Any) -> Any:
         if torch.is_grad_enabled() and _any_requires_grad(*args):
             args = (*args, *defaults[len(args) :])  # the dispatcher leaves out what equals a default
+            if differentiable is not None:
+                with _AutoDispatchBelowAutograd():
+                    args = differentiable(*args)
             counts = [len(args[place]) for place in lists]
             result = node.apply(keyset, counts, *_flat(args, lists))  # type: ignore[attr-defined]
             return result if single is None else (*result[:single], list(result[single:]))

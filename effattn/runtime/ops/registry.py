@@ -19,6 +19,7 @@ class Op:
     fake: Callable
     backward: Callable
     setup_context: Callable | None = None
+    differentiable: Callable[..., tuple] | None = None  # see :func:`autograd_kernel`
 
 
 def register(ops: Mapping[str, Op]) -> torch.library.Library | None:
@@ -31,6 +32,6 @@ def register(ops: Mapping[str, Op]) -> torch.library.Library | None:
         library.impl(name, op.kernel, "CompositeExplicitAutograd")
         torch.library.register_fake(f"effattn::{name}", op.fake, lib=library)
         overload = getattr(torch.ops.effattn, name).default
-        gradient = autograd_kernel(overload, op.kernel, op.backward, op.setup_context)
+        gradient = autograd_kernel(overload, op.kernel, op.backward, op.setup_context, op.differentiable)
         library.impl(name, gradient, "Autograd", with_keyset=True)
     return library

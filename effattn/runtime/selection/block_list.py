@@ -57,21 +57,23 @@ class BlockList:
             part.copy_(tensor)
         return found
 
+    def units(self, blocks: slice, number: int) -> Tensor:
+        """Which of so many units some blocks of queries visit: bool [B or 1, C, blocks, number]."""
+        indices, count = self.kv_indices[:, :, blocks], self.kv_num_blocks[:, :, blocks]
+        indices = indices.repeat_interleave(count.shape[1] // indices.shape[1], dim=1).long()
+        taken = torch.arange(indices.shape[3], device=indices.device) < count[..., None]
+        found = torch.zeros(*count.shape, number, dtype=torch.uint8, device=indices.device)
+        # entries past the count are undefined and must not overwrite others
+        return found.scatter_reduce_(3, indices.clamp(0, number - 1), taken.to(torch.uint8), "amax").bool()
+
     def rows(self, start: int, stop: int, heads: int, k_len: int) -> Tensor:
         """Keys that queries ``start <= q < stop`` visit, without conditions: bool [B or 1, Hq, stop - start, Nk].
 
         The mask has Nk columns, so ask for few queries at a time.
         """
         blocks = slice(start // self.block, (stop - 1) // self.block + 1)
-        indices, count = self.kv_indices[:, :, blocks], self.kv_num_blocks[:, :, blocks]
-        indices = indices.repeat_interleave(count.shape[1] // indices.shape[1], dim=1).long()
-        taken = torch.arange(indices.shape[3], device=indices.device) < count[..., None]
-        units = -(-k_len // self.unit)
-        kept = torch.zeros(*count.shape, units, dtype=torch.uint8, device=indices.device)
-        # entries past the count are undefined and must not overwrite others
-        kept.scatter_reduce_(3, indices.clamp(0, units - 1), taken.to(torch.uint8), "amax")
-        kept = kept.bool().repeat_interleave(self.unit, dim=3)[..., :k_len]
-        kept = kept.repeat_interleave(heads // count.shape[1], dim=1)
+        kept = self.units(blocks, -(-k_len // self.unit)).repeat_interleave(self.unit, dim=3)[..., :k_len]
+        kept = kept.repeat_interleave(heads // kept.shape[1], dim=1)
         return kept[:, :, torch.arange(start, stop, device=kept.device) // self.block - blocks.start]
 
 

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from architectures import VOCABULARY, build, inputs, llama, tokens
 from comparing import assert_close
 from compiled import compiled
+from torch.utils.checkpoint import checkpoint
 
 import effattn
 from effattn.ir.refusal import Why
@@ -84,7 +85,7 @@ def test_as_a_function(name):
     out = effattn.attention(*qkv(), form=form, **params)
     assert_close(out, expected(form, params, *qkv()))
     torch._dynamo.reset()
-    whole = torch.compile(effattn.attention, backend="aot_eager", fullgraph=True)(*qkv(), form=form, **params)
+    whole = torch.compile(effattn.attention, backend="eager", fullgraph=True)(*qkv(), form=form, **params)
     assert_close(whole, out)
 
 
@@ -143,13 +144,66 @@ def test_refusals_say_why():
     assert Why.BOUNDARIES in refused(llama(), inputs("llama", False), "dhsa", given)
 
 
-def test_training_is_refused():
-    model = llama().train()
-    report = effattn.explain(model, tokens(), policy=policy("proxy", PROXY), use_cache=False)
-    assert all(site.form == "exact" for site in report.sites)
-    assert all(
-        Why.GRADIENT in one["rules"] for site in report.sites for one in site.candidates if one["form"] == "proxy"
-    )
+def gradients(function, inputs, free: bool = False):
+    """Output and gradients; ``free``: compiled for any length."""
+    inputs = [tensor.detach().requires_grad_() for tensor in inputs]
+    for tensor in inputs if free else ():
+        torch._dynamo.mark_dynamic(tensor, 2)
+    out = function(*inputs)
+    return [out.detach(), *torch.autograd.grad((out * torch.linspace(-1, 1, out.shape[2])[:, None]).sum(), inputs)]
+
+
+@pytest.mark.parametrize("rest", ["eager", "inductor"])
+@pytest.mark.parametrize("name", CASES)
+def test_training(name, rest):
+    """Gradients are those over the keys that were chosen, in one graph from ``min_length`` on, and another below."""
+    form, params = CASES[name]
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    options = {"inner_backend": rest, "strict": True, "policy": policy(form, params, min_length=64)}
+    fast = torch.compile(attention, backend="effattn", options=options, fullgraph=True)
+    for length in (90, 40, 300, 17) if rest == "eager" else (90, 40):
+        if length < 64:
+            wanted = gradients(attention, qkv(length))
+        else:
+            wanted = gradients(lambda *given: expected(form, params, *given), qkv(length))
+        for got, want in zip(gradients(fast, qkv(length), free=True), wanted, strict=True):
+            assert_close(got, want)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
+
+
+def in_a_checkpoint(q, k, v):
+    return checkpoint(lambda *given: attention(*given).tanh(), q * 2, k, v, use_reentrant=False)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_training_with_checkpoints(name):
+    form, params = CASES[name]
+    torch._dynamo.reset()
+    options = {"inner_backend": "eager", "strict": True, "policy": policy(form, params)}
+    fast = torch.compile(in_a_checkpoint, backend="effattn", options=options, fullgraph=True)
+    wanted = gradients(lambda q, k, v: expected(form, params, q * 2, k, v).tanh(), qkv())
+    for got, want in zip(gradients(fast, qkv()), wanted, strict=True):
+        assert_close(got, want)
+
+
+def test_training_of_a_model():
+    """At full budget its gradients are those of the model itself."""
+    ids, found = tokens(batch=1, length=80), []
+    for form, params in ((None, {}), ("proxy", {**PROXY, "gamma": 1.0}), ("dhsa", {**DHSA, "share": 1.0})):
+        model = llama().train()
+        torch._dynamo.reset()
+        asked = {} if form is None else {"policy": policy(form, params, stage="train")}
+        options = {"inner_backend": "eager", "strict": True, **asked}
+        fast = model if form is None else torch.compile(model, backend="effattn", options=options)
+        loss = fast(ids, labels=ids, use_cache=False).loss
+        loss.backward()
+        found.append([loss.detach(), *[parameter.grad for parameter in model.parameters()]])
+    for other in found[1:]:
+        for got, want in zip(other, found[0], strict=True):
+            assert_close(got, want)
+    report = effattn.explain(llama().train(), ids, policy=policy("dhsa", TOKENS), use_cache=False)
+    assert {site.form for site in report.sites} == {"dhsa"}
 
 
 @pytest.mark.parametrize(

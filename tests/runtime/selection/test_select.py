@@ -208,9 +208,3 @@ def test_chunks_given_by_the_caller():
     for wrong, error in (({"boundaries": begins[0]}, ValueError), ({}, effattn.EffattnError)):
         with pytest.raises(error, match="boundaries"):
             effattn.attention(query, key, key, form="dhsa", **params, **wrong)
-
-
-def test_gradients_are_refused():
-    query, key, value = (tensor.requires_grad_() for tensor in made())
-    with pytest.raises(effattn.EffattnError, match="no gradient where keys are chosen"):
-        effattn.attention(query, key, value, form="proxy", block=16, least=16)

@@ -11,6 +11,7 @@ import torch
 
 from effattn import settings
 from effattn.ir import expr
+from effattn.ir.chosen import blocks_of_choice
 from effattn.ir.plan import Plan
 from effattn.lowering.iteration.tile_ranges import by_formula, tile_ranges
 from effattn.lowering.kernels import hopper, hopper_backward
@@ -129,6 +130,9 @@ def in_gluon(spec: KernelSpec, arch: str, precise: bool) -> KernelSpec | None:
     """
     if arch != "sm90":
         return None
+    blocks = blocks_of_choice(spec.attention)
+    if blocks is not None and any(size % hopper_backward.OWNED for size in blocks):
+        return None  # its tiles would hold many blocks
     multiple = linear_scale(spec.attention.score, spec) is not None
     kinds: tuple[Kind, ...] = ("prefill", "listed") if spec.kind == "prefill" else (spec.kind,)
     for kind in kinds:
