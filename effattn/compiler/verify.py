@@ -14,6 +14,7 @@ from torch import fx
 
 from effattn.compiler import generators
 from effattn.compiler.options import Options
+from effattn.compiler.same_dropout import comparable, drop, dropped_alike
 from effattn.errors import VerificationError
 from effattn.ir import expr
 from effattn.ir.site import Op
@@ -38,16 +39,16 @@ def verified(compiled: Callable, gm: fx.GraphModule, outcome: Outcome, options: 
     assert outcome.original is not None
     original = fx.GraphModule(gm, outcome.original)
     checked = original if outcome.canonical is None else fx.GraphModule(gm, outcome.canonical)
-    exact = all(choice.exact for choice in outcome.choices)
+    exact = all(choice.exact for choice in outcome.choices) and comparable(outcome.choices)
     devices = generators.devices_of(outcome.original)
 
     def run(*args: Any) -> Any:
         random = generators.states(devices)
         copies = [_copy(arg) for arg in args]
-        checker = _Checker(checked, outcome.matches)
+        checker = _Checker(checked, outcome)
         with torch.no_grad():
             expected = checker.run(*copies)
-            if checked is not original:
+            if checked is not original and not checker.dropped:
                 generators.restore(random)
                 expected = original(*[_copy(arg) for arg in args])
         generators.restore(random)
@@ -66,14 +67,16 @@ def _copy(arg: Any) -> Any:
 class _Checker(fx.Interpreter):
     """Runs the original graph, and compares each site's mask with its predicate."""
 
-    def __init__(self, original: fx.GraphModule, matches: list[Match]):
+    def __init__(self, original: fx.GraphModule, outcome: Outcome):
         super().__init__(original)
+        matches = outcome.matches
         self.sites = {_checked_at(match).name: match for match in matches if match.nodes.loop is None}
         self.by_time: dict[int, list[str]] = {}
         self.values: dict[tuple[str, int], Any] = {}
         self.plain: dict[str, Any] = {}  # lengths and numbers by node, since the interpreter frees unused values
         self.kept = {source.node.name for match in matches for source in match.scalars}
         self.kept |= {node.name for match in matches for node in match.numbers}
+        self.dropped = dropped_alike(outcome.choices)
         self.time = 0
         self.tolerance = 0.0  # of outputs, for what rounding may do to the attention behind them
         for match in matches:
@@ -87,15 +90,31 @@ class _Checker(fx.Interpreter):
             self.values[name, self.time] = value.detach().clone()
         if n.name in self.sites:
             args, kwargs = self.fetch_args_kwargs_from_env(n)
-            if (sdpa := self.sites[n.name].nodes.sdpa) is not None:  # by name, since calls differ in form
-                held = {one.name: value for one, value in self.env.items()}
-                args, kwargs = (), fx.map_arg(dict(sdpa), lambda one: held[one.name])
+            if (sdpa := self._sdpa_arguments(self.sites[n.name])) is not None:
+                args, kwargs = (), sdpa
             self._check(self.sites[n.name], n, args, kwargs)
         self.time += 1
-        result = super().run_node(n)
+        result = self._drop(n, self.dropped[n.name]) if n.name in self.dropped else super().run_node(n)
         if n.name in self.kept:
             self.plain[n.name] = result.shape if isinstance(result, torch.Tensor) else result
         return result
+
+    def _sdpa_arguments(self, match: Match) -> dict[str, Any] | None:
+        """The arguments of an SDPA call, by name, since calls differ in form; None for another spelling."""
+        if match.nodes.sdpa is None:
+            return None
+        held = {one.name: value for one, value in self.env.items()}
+        return fx.map_arg(dict(match.nodes.sdpa), lambda one: held[one.name])
+
+    def _drop(self, node: fx.Node, match: Match) -> torch.Tensor:
+        """The result of a node that drops weights, with those dropped that the op drops."""
+        sdpa, scores = self._sdpa_arguments(match), match.nodes.scores
+        if sdpa is not None:
+            return drop(match, _sizes(match, sdpa["query"], sdpa["key"]), sdpa)
+        assert scores is not None
+        sizes = _sizes(match, self.values[scores.node.name, scores.time], None)
+        args, kwargs = self.fetch_args_kwargs_from_env(node)
+        return drop(match, sizes, args[0] if args else kwargs["input"])
 
     def _check(self, match: Match, node: fx.Node, args: tuple, kwargs: dict) -> None:
         site = match.site

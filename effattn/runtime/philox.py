@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+SEEDS = 2**63 - 1  # a seed is drawn from the numbers below
 ROUNDS = 7
 SHARED = 16  # queries, and keys, of which pairs at a distance of half of it share a call
 _WORD, _SIGN = 0xFFFFFFFF, 0x80000000

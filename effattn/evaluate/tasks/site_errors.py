@@ -71,6 +71,8 @@ def lower(captured: Captured, policy: Policy) -> Lowered:
             f"policy {policy.name!r} makes {captured.site.path or captured.site.name} {choice.form!r}, which has no "
             "softmax: error and mass by layer say nothing of it; leave out the task errors and measure perplexity"
         )
+    if captured.site.spec.dropout:
+        raise EvaluationError(f"{captured.site.path or captured.site.name} drops weights at random, also in eval()")
     plan = choice.plan or plan_of(captured.site, "exact", choice.params, 0, None)
     block = int(getattr(choice.params, "block", BLOCK))
     tile = block, int(getattr(choice.params, "unit", block))

@@ -85,7 +85,8 @@ class Form:
 
     def refusals(self, site: Site, params: Params) -> tuple[Refusal, ...]:
         """All reasons why this form does not apply to ``site``; () if it does."""
-        found = (rule.refusal(site, params) for rule in self.rules)
+        own = () if self.select is None and self.softmax else (NO_DROPOUT,)
+        found = (rule.refusal(site, params) for rule in (*own, *self.rules))
         return tuple(refusal for refusal in found if refusal is not None)
 
     def cost(self, site: Site, params: Params) -> Cost:
@@ -143,6 +144,10 @@ def has_sinks(site: Site, params: Any) -> bool:
     return _data(site) == sympy.true or kept or site.spec.empty_rows != "nan"
 
 
+def no_dropout(site: Site, _params: Params) -> bool:
+    return not site.spec.dropout
+
+
 def only_causal(site: Site, _params: Params) -> bool:
     """Whether the mask is ``k <= position`` and conditions on data, with one position for all batches and heads."""
     keys = tile_ranges(site.spec.predicate)
@@ -191,6 +196,12 @@ SINKS_ON_PADDING = Rule(
     "the mask depends on data (padding or documents), and without sinks in reach a padded query may be left without "
     "any key, which gives NaN here",
     "set sinks to 1 or more, or leave attention_mask out where nothing is padded",
+)
+NO_DROPOUT = Rule(
+    Why.DROPOUT,
+    no_dropout,
+    "attention dropout is live, and this form has none",
+    "call model.eval(), set it to 0, or keep this site exact for training",
 )
 ONLY_CAUSAL = Rule(
     Why.ONLY_CAUSAL,

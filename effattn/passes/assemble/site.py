@@ -73,6 +73,7 @@ def assemble(view: GraphView, candidate: Candidate) -> Match:
             scalars=tuple(str(symbol) for symbol, _ in scalars),
             numbers=tuple(numbers.values()),
             empty_rows=read.empty_rows,
+            dropout=0.0 if nodes.dropout is None else nodes.dropout.probability,
         ),
         position=position,
         dtype=str(view.held(nodes.replaced).dtype).removeprefix("torch."),
@@ -87,7 +88,7 @@ def assemble(view: GraphView, candidate: Candidate) -> Match:
         linear=None if read.linear is None else replace(read.linear, rate=renamed(read.linear.rate, names, numbers)),
         sink=nodes.sink is not None,
         reads=own_names(used, list(captures)),
-        notes=candidate.notes + read.notes,
+        notes=candidate.notes + read.notes + _dropped(nodes),
     )
     return Match(
         site,
@@ -99,6 +100,10 @@ def assemble(view: GraphView, candidate: Candidate) -> Match:
         numbers=tuple(reader.numbers[name] for name in numbers),
         threshold=read.threshold,
     )
+
+
+def _dropped(nodes: MatchedNodes) -> tuple[str, ...]:
+    return () if nodes.dropout is None else (f"dropout of the weights, p={nodes.dropout.probability:g}",)
 
 
 def _layout(view: GraphView, candidate: Candidate) -> Layout:

@@ -53,6 +53,27 @@ class Loop:
 
 
 @dataclass(frozen=True)
+class Dropout:
+    """Live dropout of the weights: the node that drops them, and the index of each of its dimensions.
+
+    These are those of the scores where ``node`` is an SDPA call.
+    """
+
+    node: fx.Node
+    probability: float
+    index: tuple[Any, ...]
+
+    @classmethod
+    def read(cls, node: fx.Node, probability: Any, index: tuple[Any, ...]) -> Dropout:
+        """Raises Refused if the probability is no constant below 1."""
+        if not isinstance(probability, (int, float)):
+            raise Refused(Why.DROPOUT, "the probability of attention dropout is decided when the model runs")
+        if not 0 < probability < 1:
+            raise Refused(Why.DROPOUT, f"attention dropout p={probability} drops every weight", "make p less than 1")
+        return cls(node, float(probability), index)
+
+
+@dataclass(frozen=True)
 class MatchedNodes:
     """The graph nodes of an attention. Only checks, rewriting and verify read them."""
 
@@ -68,6 +89,7 @@ class MatchedNodes:
     lse: fx.Node | None = None  # the LSE in base 2; None: unused
     sink: CaptureSource | float | None = None  # sink scores [B, H, Nq, n]: they take weight and have no value
     loop: Loop | None = None
+    dropout: Dropout | None = None
     products: tuple[fx.Node, ...] = ()  # other products that belong to it, not to be read as attention of their own
 
     @property

@@ -65,10 +65,9 @@ def _check(call: dict[str, Any], outputs: dict[int, fx.Node], node: fx.Node) -> 
             raise Refused(Why.MULTI_HEAD_ATTENTION, f"{what} ({name})")
     if call["add_zero_attn"] is not False:
         raise Refused(Why.MULTI_HEAD_ATTENTION, "a key of zeros is added (add_zero_attn)")
-    if call["training"] is not False and call["dropout_p"] != 0.0:
-        raise Refused(
-            Why.DROPOUT, f"attention dropout p={call['dropout_p']} is live", "call model.eval(), or set it to 0"
-        )
+    constant = call["training"] is True and isinstance(call["dropout_p"], (int, float))
+    if call["training"] is not False and not constant:
+        raise Refused(Why.DROPOUT, "attention dropout is decided when the model runs")
     if 1 in outputs and outputs[1].users:
         raise Refused(Why.WEIGHTS, "the attention weights are returned", "call it with need_weights=False")
     if 0 not in outputs:
@@ -99,10 +98,11 @@ def _attention(insert: Inserter, call: dict[str, Any]) -> fx.Node:
     )
     query, key, value = (_heads(insert, part, heads) for part in parts)
     mask = None if is_causal else _merged(insert, attn_mask, padding, heads, _value(query).dtype)
+    dropout = call["dropout_p"] if call["training"] else 0.0
     if call["need_weights"]:
-        out = _softmax(insert, query, key, value, mask)
+        out = _softmax(insert, query, key, value, mask, dropout)
     else:
-        out = insert.call(F.scaled_dot_product_attention, query, key, value, mask, 0.0, is_causal)
+        out = insert.call(F.scaled_dot_product_attention, query, key, value, mask, dropout, is_causal)
         out.meta[FOUND_AS] = KIND
     joined = insert.method("flatten", insert.method("permute", out, 2, 0, 1, 3), 2)
     result = insert.call(F.linear, joined, call["out_proj_weight"], call["out_proj_bias"])
@@ -165,7 +165,7 @@ def _as_floats(insert: Inserter, hidden: fx.Node, dtype: torch.dtype) -> fx.Node
     return insert.method("masked_fill", zeros, hidden, -math.inf)
 
 
-def _softmax(insert: Inserter, query, key, value, mask: fx.Node | None) -> fx.Node:
+def _softmax(insert: Inserter, query, key, value, mask: fx.Node | None, dropout: float = 0.0) -> fx.Node:
     """Attention as the function computes it when it returns weights: a query without keys gives NaN."""
     scale = math.sqrt(1.0 / _value(query).shape[-1])
     turned = insert.method("transpose", key, -2, -1)
@@ -177,6 +177,7 @@ def _softmax(insert: Inserter, query, key, value, mask: fx.Node | None) -> fx.No
             scores = insert.call(operator.add, scores, mask)
     weights = insert.call(F.softmax, scores, dim=-1)
     weights.meta[FOUND_AS] = KIND
+    weights = insert.call(F.dropout, weights, dropout) if dropout else weights
     return insert.call(torch.matmul, weights, value)
 
 

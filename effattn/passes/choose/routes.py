@@ -45,7 +45,7 @@ def exact_route(site: Site, nodes: MatchedNodes, kernel: Kernel = "auto", target
     """
     if (why := _generated_instead(site, kernel, target)) is not None:
         return Routed("op", why + _grouped(site))
-    if nodes.is_plain_sdpa and not nodes.key.folded and not needs_all_heads(site):
+    if nodes.is_plain_sdpa and not nodes.key.folded and not needs_all_heads(site) and _drops(site):
         return Routed("keep", "already an SDPA call without a mask: its own fast kernels run")
     if _one_small_row(site):
         reason = "one query over few keys, too wide for a kernel: its weights are smaller than the query itself"
@@ -54,7 +54,7 @@ def exact_route(site: Site, nodes: MatchedNodes, kernel: Kernel = "auto", target
         causal = "the mask is causal" if site.spec.predicate != sympy.true else "there is no mask"
         heads = ", which take grouped heads expanded in float32" if needs_all_heads(site) else _grouped(site)
         return Routed("sdpa", f"{causal}: SDPA's own fast kernels, no mask tensor" + heads)
-    if nodes.sdpa is not None and is_opaque(site):
+    if nodes.sdpa is not None and is_opaque(site) and _drops(site):
         return Routed("keep", "the mask is a tensor with a value for every pair: SDPA reads it as it is")
     return Routed("op", "a kernel specialised on predicate and score, no mask tensor" + _grouped(site))
 
@@ -92,7 +92,13 @@ def sdpa_takes(site: Site) -> bool:
         site.spec.predicate == sympy.Le(expr.k, expr.q) and sympy.expand(site.layout.q_len - site.layout.k_len) == 0
     )
     widths = site.layout.head_dim == site.layout.value_dim and site.layout.head_dim <= sdpa.MAX_HEAD_DIM
-    return plain and widths and site.layout.heads <= sdpa.MAX_HEADS and expr.plain_scale(site.spec.score) is not None
+    sizes = widths and site.layout.heads <= sdpa.MAX_HEADS
+    return plain and sizes and _drops(site) and expr.plain_scale(site.spec.score) is not None
+
+
+def _drops(site: Site) -> bool:
+    """Whether SDPA avoids N x N scores with the dropout of a site."""
+    return not site.spec.dropout or sdpa.drops(site.device)
 
 
 def is_opaque(site: Site) -> bool:
@@ -112,7 +118,7 @@ EXACT: dict[Op, Callable[[Site, MatchedNodes, Kernel, str | None], Routed]] = {
 
 def plan_of(site: Site, form: str, params: Params, min_length: int, target: str | None) -> Plan:
     """The plan for a site and form; on the portable target if the requested target does not support it."""
-    spec = replace(site.spec, keep=FORMS[form].keep(params, site))
+    spec = replace(site.spec, keep=FORMS[form].keep(params, site)).seeded
     sparsity = Sparsity(FORMS[form].selector(params, site))
     widths = int(site.layout.head_dim), int(site.layout.value_dim)
     dtype = getattr(torch, site.dtype)

@@ -7,6 +7,7 @@ although it writes the key/value cache.
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -69,11 +70,12 @@ def _is_pure(target: Any) -> bool:
     return not any(with_effect.intersection(operation.tags) for operation in operations)
 
 
-def erase_orphans(view: GraphView, replaced: list[fx.Node]) -> None:
+def erase_orphans(view: GraphView, replaced: list[fx.Node], drawn: Collection[fx.Node] = ()) -> None:
     """Erase the replaced nodes and the nodes that only they used: mask code, expanded heads, score arithmetic.
 
     A node is erased only if it is known to have no side effect. Nodes that share memory are erased together:
-    ``scores += mask`` is dead once nothing else reads those scores.
+    ``scores += mask`` is dead once nothing else reads those scores. ``drawn``: nodes whose random numbers are drawn
+    elsewhere now.
     """
     sharing: dict[object, list[fx.Node]] = defaultdict(list)
     for node in view.time:
@@ -84,20 +86,28 @@ def erase_orphans(view: GraphView, replaced: list[fx.Node]) -> None:
         node = waiting.pop()
         if node in erased:
             continue
-        for dead in _dead_part(view, node, sharing, erased):
+        for dead in _dead_part(view, node, sharing, erased, drawn):
             waiting += [source for source in dead.all_input_nodes if source in view.time]
             view.graph.erase_node(dead)
             erased.add(dead)
 
 
 def _dead_part(
-    view: GraphView, node: fx.Node, sharing: dict[object, list[fx.Node]], gone: set[fx.Node]
+    view: GraphView,
+    node: fx.Node,
+    sharing: dict[object, list[fx.Node]],
+    gone: set[fx.Node],
+    drawn: Collection[fx.Node],
 ) -> list[fx.Node]:
     """The nodes that can be erased together with ``node``, users first; [] if it must stay.
 
     These are all nodes that share its memory and all their users: ``scores[1:] = f(scores[1:])``.
     """
-    if not node.users and only_a_value(view, node) and not view.writes(node):
+
+    def has_effect(node: fx.Node) -> bool:
+        return node not in drawn and not only_a_value(view, node)
+
+    if not node.users and not has_effect(node) and not view.writes(node):
         return [node]
     part: set[fx.Node] = set()
     waiting = [node]
@@ -105,7 +115,7 @@ def _dead_part(
         member = waiting.pop()
         if member in part or member in gone:
             continue
-        if member not in view.time or not only_a_value(view, member) or len(part) > _LARGEST_PART:
+        if member not in view.time or has_effect(member) or len(part) > _LARGEST_PART:
             return []
         part.add(member)
         waiting += [*member.users, *sharing[view.memory_of(member)]]

@@ -291,6 +291,11 @@ def canonical(node: fx.Node) -> Call | None:
     return Call(name, node, args)
 
 
+def drops_elements(call: Call) -> bool:
+    """Whether a dropout drops each element on its own, and not whole channels, and leaves zeros."""
+    return call.name == "dropout" and call.node.target in (F.dropout, torch.dropout)
+
+
 def is_dead_dropout(call: Call) -> bool:
     """Whether a dropout has no effect: p is 0, or it is not in training mode."""
     if call.name != "dropout":

@@ -12,12 +12,13 @@ from effattn.ir import expr
 from effattn.ir.expr import k
 from effattn.ir.refusal import Why
 from effattn.passes.candidate.operands import only_new_dims
-from effattn.passes.candidate.record import Refused, Zeroed
+from effattn.passes.candidate.record import Dropout, Refused, Zeroed
 from effattn.passes.candidate.stand_ins import reads_no_values, require_stand_in
 from effattn.passes.graph.contraction import Contraction, contraction
 from effattn.passes.graph.provenance import spelled
+from effattn.passes.graph.sizes import equal
 from effattn.passes.graph.view import GraphView
-from effattn.passes.graph.vocabulary import Call, is_dead_dropout
+from effattn.passes.graph.vocabulary import Call, drops_elements, is_dead_dropout
 from effattn.passes.match.products import adds_nothing
 from effattn.passes.match.sink import Columns, dropped_columns
 from effattn.passes.symbolic import Reader
@@ -37,6 +38,7 @@ class Weighted:
     zeroed: tuple[Zeroed, ...] = ()
     nan_is_zero: bool = False
     factor: Any = 1
+    dropout: Dropout | None = None
 
 
 def follow_weights(
@@ -50,6 +52,7 @@ def follow_weights(
     """
     node, factor, nan_is_zero = softmax, sympy.Integer(1), False
     zeroed: list[Zeroed] = []
+    dropout: Dropout | None = None
     while True:
         users = _who_read_values(view, node)
         if users and (call := _zeroing_in_place(view, reader, users[0], node)) is not None:
@@ -64,16 +67,16 @@ def follow_weights(
         product = contraction(view, user)
         if product is not None:
             _require_plain_product(view, product, node, columns)
-            return Weighted(user, product, node, index, tuple(zeroed), nan_is_zero, factor)
+            return Weighted(user, product, node, index, tuple(zeroed), nan_is_zero, factor, dropout)
         call = view.call(user)
         if call is None or view.writes(user):
             raise Refused(Why.WEIGHTS, f"{spelled(user)} stands between softmax and value", at=user)
         if view.cuts_gradient(user, view.time[user] + 1):
             raise Refused(Why.GRADIENT, f"{spelled(user)} stops the gradient between softmax and value", at=user)
         if call.name == "dropout" and not is_dead_dropout(call):
-            raise Refused(
-                Why.DROPOUT, f"attention dropout p={call.get('p')} is live", "call model.eval(), or set it to 0"
-            )
+            if dropout is not None:
+                raise Refused(Why.DROPOUT, "weights are dropped twice between softmax and value", at=user)
+            dropout = _live_dropout(view, call, softmax, index, columns)
         if columns is not None and k in index and dropped_columns(view, call, index.index(k)) == columns:
             columns = None
         elif call.name == "reshape" or (call.name == "getitem" and only_new_dims(call.get("index"))):
@@ -98,6 +101,16 @@ def follow_weights(
         elif not view.held(user).dtype.is_floating_point or view.held(user).dtype.itemsize < 2:
             raise Refused(Why.WEIGHTS, f"the weights are cast to {view.held(user).dtype}", at=user)
         node = user
+
+
+def _live_dropout(view: GraphView, call: Call, softmax: fx.Node, index: tuple, columns: Columns | None) -> Dropout:
+    """Raises Refused if it does not drop each weight on its own."""
+    if not drops_elements(call) or call.get("training", True) is not True:
+        raise Refused(Why.DROPOUT, f"{spelled(call.node)} is live, and is no plain dropout", at=call.node)
+    sizes = (sympy.prod(view.shape(node)) for node in (softmax, call.node))
+    if columns is not None or not equal(view, *sizes):
+        raise Refused(Why.DROPOUT, "not each weight of the attention is dropped on its own", at=call.node)
+    return Dropout.read(call.node, call.get("p", 0.5), index)
 
 
 def _require_plain_product(view: GraphView, product: Contraction, weights: fx.Node, columns: Columns | None) -> None:

@@ -44,6 +44,7 @@ class Rewriting:
         self.known, self.maps = Known(work.view, work.inputs), Maps()
         self._left_alone = partial(left_alone, missed=work.outcome.missed, strict=work.strict)
         self.replaced: dict[fx.Node, fx.Node] = {}  # node -> replacement
+        self.drawn: set[fx.Node] = set()
         self._before, self._inserted = len(work.graph.nodes), 0
 
     @contextmanager
@@ -66,12 +67,14 @@ class Rewriting:
         *,
         keeps_result: bool = False,
         alike: Callable[[torch.Tensor, torch.Tensor], bool] = lambda old, new: False,
+        drawn: fx.Node | None = None,
     ) -> None:
         """Make all users of the first node of each pair use the second.
 
         Args:
             keeps_result: the gradient needs the result, so it is copied if the graph writes it later.
             alike: whether a replacement fits although its shape is a different expression.
+            drawn: a node whose random numbers the replacement draws.
 
         Raises:
             RewriteError: a replacement has another shape, dtype or device.
@@ -88,6 +91,8 @@ class Rewriting:
         for old, new in finished:
             old.replace_all_uses_with(new)
             self.replaced[old] = new
+        if drawn is not None:
+            self.drawn.add(drawn)
 
     def leave_stand_ins(self, weights: set[str]) -> list[fx.Node]:
         """See :func:`effattn.passes.candidate.stand_ins.leave_stand_ins`; returns the nodes that may be erased."""
@@ -98,7 +103,7 @@ class Rewriting:
     def finish(self, orphans: Sequence[fx.Node] = ()) -> int:
         """Erase nodes that are no longer used. Returns the number of erased nodes."""
         self.saved.erase_unused()
-        erase_orphans(self.view, [*self.replaced, *orphans])
+        erase_orphans(self.view, [*self.replaced, *orphans], self.drawn)
         return self._before + self._inserted + len(self.saved.copies) - len(self.view.graph.nodes)
 
 

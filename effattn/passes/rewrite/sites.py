@@ -15,7 +15,7 @@ from torch import fx
 import effattn.runtime.ops  # noqa: F401  (registers torch.ops.effattn)
 from effattn.ir.expr import plain_scale
 from effattn.lowering.forms.linear import LinearParams
-from effattn.passes.candidate.record import FOUND_AS, Match, MatchedNodes, SizeSource
+from effattn.passes.candidate.record import FOUND_AS, Dropout, Match, MatchedNodes, SizeSource
 from effattn.passes.choose.record import Choice
 from effattn.passes.choose.routes import Route, needs_all_heads
 from effattn.passes.compilation import Compilation, Pass
@@ -26,6 +26,7 @@ from effattn.passes.rewrite.linear import linear
 from effattn.passes.rewrite.loops import assumed_decays
 from effattn.passes.rewrite.replacing import Emitted, Rewriting, Writer
 from effattn.passes.symbolic import CaptureSource
+from effattn.runtime.philox import SEEDS
 from effattn.runtime.targets.sdpa import lies_well, needs_alignment
 
 
@@ -46,7 +47,8 @@ class RewriteSites(Pass):
                 with rewriting.at(nodes) as writer:
                     emitted = EMITTERS[choice.route](writer, choice)
                     pairs = [(nodes.replaced, _placed(writer, choice.match, emitted.result)), *emitted.also]
-                    rewriting.replace(writer, pairs, keeps_result=keeps_result, alike=emitted.alike)
+                    drawn = None if nodes.dropout is None else nodes.dropout.node
+                    rewriting.replace(writer, pairs, keeps_result=keeps_result, alike=emitted.alike, drawn=drawn)
                     applied.append(choice)
         # a decomposed call that is kept reads without its mask and as one projection
         work.taken.update(one.match.nodes.replaced for one in applied if FOUND_AS in one.match.nodes.replaced.meta)
@@ -81,6 +83,8 @@ def _sdpa(writer: Writer, choice: Choice) -> Emitted:
         # SDPA makes a number of the graph a constant, and its kernels mask and take the maximum before they scale
         query, scale = writer.call(operator.mul, query, scale), 1.0
     kwargs: dict[str, Any] = {"is_causal": site.spec.predicate != sympy.true, "scale": scale}
+    if site.spec.dropout:
+        kwargs["dropout_p"] = site.spec.dropout
     if needs_all_heads(site):
         key, value = (writer.method("repeat_interleave", node, site.layout.groups, 1) for node in (key, value))
     elif site.layout.groups > 1:
@@ -113,6 +117,8 @@ def _op(writer: Writer, choice: Choice) -> Emitted:
     nodes = choice.match.nodes
     plan = choice.plan if nodes.lse is None else choice.plan.reading_lse()
     args = op_arguments(writer, choice.match)
+    if nodes.dropout is not None:
+        args[3].append(_seed(writer, nodes.dropout))
     plan, blocks = writer.maps.of(writer, plan, args, _when(writer, nodes))
     both = writer.call(torch.ops.effattn.attend.default, *args, plan.encode(), *([] if blocks is None else [blocks]))
     out = writer.call(operator.getitem, both, 0)
@@ -120,6 +126,13 @@ def _op(writer: Writer, choice: Choice) -> Emitted:
         lse = writer.call(operator.mul, writer.call(operator.getitem, both, 1), 1 / math.log(2.0))  # flex_attention's
         return Emitted(out, ((nodes.lse, lse),))
     return Emitted(out if nodes.sink is None else _beside_sink(writer, both, out, nodes))
+
+
+def _seed(writer: Writer, dropout: Dropout) -> fx.Node:
+    """What the op makes random bits of, drawn where user code drew them. Its device is that of the weights."""
+    device = dropout.node.meta["example_value"].device
+    with writer.graph.inserting_before(dropout.node):
+        return writer.call(torch.randint, 0, SEEDS, (), dtype=torch.int64, device=device)
 
 
 def _beside_sink(writer: Writer, both: fx.Node, out: fx.Node, nodes: MatchedNodes) -> fx.Node:

@@ -96,5 +96,5 @@ def why_generated(
     if kernel == "generated":
         return "a generated kernel, as the policy asks"
     where = architecture(device), str(dtype).removeprefix("torch."), head_dim, queries
-    faster = kind is not None and generated_is_faster(kind, *where, training)
+    faster = kind is not None and not spec.dropout and generated_is_faster(kind, *where, training)
     return "a generated kernel, which measured faster than SDPA's" if faster else None

@@ -92,11 +92,12 @@ class Fused:
     lse_in_dtype: bool = False  # see :func:`widened_for_lse`
     grouped_only_in_half: bool = False  # in float32 they need key and value with all query heads
     aligned_only: bool = False  # see :func:`lies_well`
+    drops: bool = True  # with dropout they need no N x N scores either
 
 
 KERNELS: dict[str | None, Fused] = {  # keyed by ``DeviceType.sdpa``
     "fused": Fused(_fused, grouped_only_in_half=True, aligned_only=True),
-    "host": Fused(_on_host, MANY_ROWS, lse_in_dtype=True),
+    "host": Fused(_on_host, MANY_ROWS, lse_in_dtype=True, drops=False),
 }
 
 
@@ -109,6 +110,12 @@ def needs_all_heads(device: str, dtype: str, groups: int) -> bool:
     """Whether SDPA avoids N x N scores only if key and value have as many heads as query."""
     kernels = kernels_on(device)
     return groups > 1 and dtype == "float32" and kernels is not None and kernels.grouped_only_in_half
+
+
+def drops(device: str) -> bool:
+    """Whether SDPA with dropout avoids N x N scores on a device type, where it does without."""
+    kernels = kernels_on(device)
+    return kernels is None or kernels.drops
 
 
 def needs_alignment(device: str) -> bool:

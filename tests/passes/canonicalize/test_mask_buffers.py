@@ -124,8 +124,7 @@ def test_a_mask_that_is_also_read_elsewhere_is_the_buffer_there():
 
 def test_a_graph_without_a_site_reads_its_buffer():
     def dropped(q, k, v, mask):
-        torch.manual_seed(0)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=0.5)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=1.0)
 
     report, _ = compiled(Model(LOWER.bool().clone(), corner, dropped), *inputs(""))
     assert report.sites == []

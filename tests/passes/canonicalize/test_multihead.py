@@ -179,7 +179,7 @@ def test_autocast_inside_the_graph():
 
 LEFT_ALONE = {
     "weights are returned": lambda: (attention(), {}, Why.WEIGHTS),
-    "dropout": lambda: (attention(dropout=0.5).train(), {"need_weights": False}, Why.DROPOUT),
+    "dropout": lambda: (attention(dropout=1.0).train(), {"need_weights": False}, Why.DROPOUT),
     "add_zero_attn": lambda: (attention(add_zero_attn=True), {"need_weights": False}, Why.MULTI_HEAD_ATTENTION),
     "bias_k": lambda: (attention(add_bias_kv=True), {"need_weights": False}, Why.MULTI_HEAD_ATTENTION),
 }

@@ -190,16 +190,6 @@ def value_is_the_scores_memory(q, k, v):
     return weights @ v
 
 
-def live_dropout(q, k, v):
-    torch.manual_seed(0)
-    return F.dropout((q @ k.mT).softmax(-1), p=0.5, training=True) @ v
-
-
-def live_dropout_in_sdpa(q, k, v):
-    torch.manual_seed(0)
-    return F.scaled_dot_product_attention(q, k, v, dropout_p=0.5)
-
-
 def fill_scaled_by_data_in_float16(q, k, v):
     """-65504 times more than one is -inf: rows without keys are NaN in some heads, and a mean in others."""
     scores = (q.half() @ k.half().mT).masked_fill(torch.arange(N) > torch.arange(N)[:, None] - 3, -65504.0)
@@ -265,8 +255,6 @@ LEFT_ALONE = {
     key_written_before_the_product_with_value: Why.MEMORY,
     query_written_before_the_product_with_value: Why.MEMORY,
     value_is_the_scores_memory: Why.MEMORY,
-    live_dropout: Why.DROPOUT,
-    live_dropout_in_sdpa: Why.DROPOUT,
     fill_scaled_by_data_in_float16: Why.SCORE_AND_MASK,
     ten_thousand_added_and_scaled_in_float16: Why.ROWS_WITHOUT_KEYS,
     ten_thousand_added_and_turned_in_bfloat16: Why.ROWS_WITHOUT_KEYS,

@@ -11,7 +11,7 @@ from effattn.ir import expr
 from effattn.ir.expr import Where, h, k, q, s
 from effattn.ir.refusal import Why
 from effattn.passes.candidate.operands import Operand, depth, row
-from effattn.passes.candidate.record import FOUND_AS, Candidate, MatchedNodes, Refused, require_fixed
+from effattn.passes.candidate.record import FOUND_AS, Candidate, Dropout, MatchedNodes, Refused, require_fixed
 from effattn.passes.candidate.space import Readers, score_space
 from effattn.passes.graph.sizes import equal
 from effattn.passes.graph.view import GraphView
@@ -25,10 +25,6 @@ def from_sdpa(view: GraphView, call: Call, readers: Readers) -> Candidate:
     query, key, value = (call.get(name) for name in ("query", "key", "value"))
     if any(not isinstance(node, fx.Node) or view.tensor(node) is None for node in (query, key, value)):
         raise Refused(Why.ARGUMENTS, "query, key or value is not a tensor of the graph")
-    if call.get("dropout_p", 0.0) != 0.0:
-        raise Refused(
-            Why.DROPOUT, f"attention dropout p={call.get('dropout_p')} is live", "call model.eval(), or set it to 0"
-        )
     q_shape, k_shape, v_shape = (view.shape(node) for node in (query, key, value))
     space = score_space(view, readers, (*q_shape[:-1], k_shape[-2]))
     index, reader, time = space.index[:-2], space.reader, view.time[call.node]
@@ -68,8 +64,10 @@ def from_sdpa(view: GraphView, call: Call, readers: Readers) -> Candidate:
         term = Where(k <= q, term, -sympy.oo)
     elif call.get("is_causal", False) is not False:
         raise Refused(Why.ARGUMENTS, "is_causal is not a constant")
+    p = call.get("dropout_p", 0.0)
+    dropout = Dropout.read(call.node, p, space.index) if isinstance(p, fx.Node) or p != 0 else None
     return Candidate(
-        MatchedNodes(call.node, call.node, *operands, sdpa=call.args),
+        MatchedNodes(call.node, call.node, *operands, sdpa=call.args, dropout=dropout),
         found_as=call.node.meta.get(FOUND_AS, "sdpa"),
         space=space,
         term=term,

@@ -105,6 +105,7 @@ def from_softmax(
         value,
         scores=CaptureSource(found.node, found.time),
         sink=found.sink,
+        dropout=end.dropout,
         products=(product.node, end.product.node),
     )
     return Candidate(

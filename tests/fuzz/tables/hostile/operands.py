@@ -46,8 +46,8 @@ def cache_written(q, k, v, given):
 
 
 def live_dropout(q, k, v, given):
-    torch.manual_seed(0)
-    return F.dropout(scores(q, k).softmax(-1), 0.5) @ v
+    """All weights are dropped, so that a result can be compared."""
+    return F.dropout(scores(q, k).softmax(-1), 1.0) @ v
 
 
 def multiplied_mask(q, k, v, given):
