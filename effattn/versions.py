@@ -56,6 +56,21 @@ def quick_empty(kind: str) -> Callable[[tuple[int, ...], tuple[int, ...], torch.
     return getattr(guards, f"_empty_strided_{kind}", None)
 
 
+def sdpa_settings() -> tuple[Any, ...]:
+    """What the user has set that ``torch._fused_sdp_choice`` depends on: backends, their order, determinism."""
+    return (
+        torch._C._get_flash_sdp_enabled(),
+        torch._C._get_mem_efficient_sdp_enabled(),
+        torch._C._get_math_sdp_enabled(),
+        torch._C._get_cudnn_sdp_enabled(),
+        torch._C._get_overrideable_sdp_enabled(),
+        torch._C._get_cudnn_enabled(),
+        torch._C._get_deterministic_algorithms(),
+        torch._C._get_deterministic_algorithms_warn_only(),
+        *torch._C._get_sdp_priority_order(),
+    )
+
+
 # -- what Dynamo keeps of its compilations ----------------------------------------------------------------------------
 
 

@@ -16,10 +16,12 @@ import effattn
 import effattn.runtime.ops
 from effattn.ir.plan import Plan
 from effattn.runtime import kernels, launching
+from effattn.runtime.targets import sdpa
 
 CPU = torch.device("cpu")
 SIZES = Sizes(q_len=20, k_len=20)
-CALLS = {"none": 22, "causal": 22, "window": 22, "soft_cap": 22, "alibi": 26}  # most calls of Python functions
+CALLS = {"none": 16, "causal": 16, "window": 16, "soft_cap": 16, "alibi": 16}  # most calls of Python functions
+BACKWARD = 20
 
 
 @pytest.fixture(autouse=True)
@@ -130,3 +132,38 @@ def test_a_repeated_backward(monkeypatch):
         called = functions_called(run)
     assert STARTED["grad_query"] == STARTED["grad_key_value"] == 1
     assert not {"target_of", "serving"} & set(called)
+    assert len(called) <= BACKWARD, called
+
+
+def test_pytorchs_choice_among_its_kernels_is_kept(monkeypatch):
+    """For as long as the user's settings, and what needs a gradient, stay the same."""
+    choices = []
+    flash = torch._scaled_dot_product_flash_attention_for_cpu
+
+    def choice(*given, **more):
+        choices.append(1)
+        return sdpa.FLASH
+
+    monkeypatch.setattr(torch, "_fused_sdp_choice", choice)
+    monkeypatch.setattr(
+        torch,
+        "_scaled_dot_product_flash_attention",
+        lambda q, k, v, p, causal, mask, scale: flash(q, k, v, scale=scale),
+    )
+    made, chosen = tensors(Sizes(1, 2, 2, 30, 30)), {}
+
+    def run():
+        sdpa._fused(*made, False, 0.3, chosen)
+        return len(choices)
+
+    assert [run(), run()] == [1, 1]
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        assert [run(), run()] == [2, 2]
+    orders = [torch.nn.attention.SDPBackend.CUDNN_ATTENTION, torch.nn.attention.SDPBackend.FLASH_ATTENTION]
+    with torch.nn.attention.sdpa_kernel(orders, set_priority=True):
+        assert [run(), run()] == [3, 3]
+    made[0].requires_grad_()
+    assert [run(), run()] == [4, 4]
+    with torch.no_grad():
+        assert [run(), run()] == [5, 5]
+    assert len(chosen) == 5

@@ -24,6 +24,7 @@ from effattn.ir.plan import Plan
 from effattn.ir.refusal import Refusal
 from effattn.runtime.algebra import check_counts
 from effattn.runtime.launching import LaunchCache, launch_key
+from effattn.runtime.ops.autograd import reaches_kernels
 from effattn.runtime.ops.registry import Op, register
 from effattn.runtime.targets import sdpa
 from effattn.runtime.targets.choice import ANYWHERE, TARGETS, asked_for, named, serving, why_generated
@@ -170,7 +171,11 @@ def attend_backward(
     And those of the captured tensors for which ``wanted`` holds (one bool for each), contiguous, in their dtypes.
     """
     inputs: Differentiated = (grad_out, grad_lse, query, key, value, out, lse)
-    tensors = [query, key, value, out, lse, *captures, *(grad for grad in inputs[:2] if grad is not None)]
+    tensors = [query, key, value, out, lse, *captures]
+    if grad_out is not None:
+        tensors.append(grad_out)
+    if grad_lse is not None:
+        tensors.append(grad_lse)
     place = launch_key((plan, grad_out is None, grad_lse is None, *wanted), tensors, scalars, numbers)
     data = (captures, scalars, numbers)
     call = BACKWARD_CALLS.find(place)
@@ -272,7 +277,9 @@ def _backward(ctx, grad_out, grad_lse):
     if grad_out is None and grad_lse is None:
         return None, None, None, [None] * len(captures), None, None, None, None
     wanted = list(ctx.needs_input_grad[3])
-    *grads, found = torch.ops.effattn.attend_backward.default(
+    grad = grad_lse if grad_out is None else grad_out
+    run = attend_backward if reaches_kernels(grad) else torch.ops.effattn.attend_backward.default
+    *grads, found = run(
         grad_out, grad_lse, query, key, value, out, lse, captures, ctx.scalars, ctx.numbers, ctx.plan, wanted
     )
     of_captures = iter(found)

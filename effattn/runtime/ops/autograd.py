@@ -11,10 +11,29 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch._C import DispatchKey, DispatchKeySet, _after_autograd_keyset, _any_requires_grad, _AutoDispatchBelowAutograd
+from torch._C import (
+    DispatchKey,
+    DispatchKeySet,
+    _after_autograd_keyset,
+    _any_requires_grad,
+    _are_functorch_transforms_active,
+    _AutoDispatchBelowAutograd,
+    _dispatch_keys,
+    _dispatch_tls_local_exclude_set,
+    _dispatch_tls_local_include_set,
+)
+from torch._C._autograd import _profiler_enabled
 
 # after the Autograd key, tensors with one of these as their highest key have nothing left but the op's kernel
 _BACKENDS = frozenset(getattr(DispatchKey, name) for name in ("CPU", "CUDA", "XPU") if hasattr(DispatchKey, name))
+
+
+_PASSED = [  # of a plain tensor; our ops have no kernels for them, or do nothing there without gradients
+    key
+    for name, key in DispatchKey.__members__.items()
+    if name in ("ADInplaceOrView", "BackendSelect") or name.startswith(("Autocast", "Autograd"))
+]
+_PLAIN: dict[int, bool] = {}  # by keyset
 
 
 def autograd_kernel(
@@ -36,11 +55,14 @@ def autograd_kernel(
     """
     arguments = operator._schema.arguments
     assert not any(argument.kwarg_only for argument in arguments), operator
-    lists = tuple(place for place, argument in enumerate(arguments) if str(argument.type) == "List[Tensor]")
+    types = [str(argument.type) for argument in arguments]
+    lists = tuple(place for place, kind in enumerate(types) if kind == "List[Tensor]")
+    single = tuple(place for place, kind in enumerate(types) if kind in ("Tensor", "Optional[Tensor]"))
     defaults = tuple(argument.default_value if argument.has_default_value() else None for argument in arguments)
     returned = [str(result.type) for result in operator._schema.returns]
     assert "List[Tensor]" not in returned[:-1], operator
-    single = len(returned) - 1 if returned[-1:] == ["List[Tensor]"] else None  # results before a list
+    before = len(returned) - 1 if returned[-1:] == ["List[Tensor]"] else None  # results before a list
+
     direct: dict[int, bool] = {}  # by keyset
 
     def below(keyset: DispatchKeySet, args: Sequence[Any]) -> Any:
@@ -50,26 +72,36 @@ def autograd_kernel(
         with _AutoDispatchBelowAutograd():
             return kernel(*args) if direct[raw] else operator.redispatch(keyset & _after_autograd_keyset, *args)
 
-    def forward(ctx, keyset, counts, *flat):
-        args = _nested(flat, lists, counts)
+    def forward(ctx, keyset, args, *tensors):  # the same tensors as in ``args``, where a Function looks for them
         result = below(keyset, args)
         if setup_context is not None:
             setup_context(ctx, args, result)
-        ctx.counts = counts
-        return result if single is None else (*result[:single], *result[single])
+        ctx.counts = [len(args[place]) for place in lists]
+        return result if before is None else (*result[:before], *result[before])
 
     def gradients(ctx, *grads):
-        counts, needed = ctx.counts, ctx.needs_input_grad
-        ctx.needs_input_grad = _nested(needed[2:], lists, counts)
+        needed = ctx.needs_input_grad
+        nested: list[Any] = [False] * len(types)
+        for place, flag in zip(single, needed[2:], strict=False):
+            nested[place] = flag
+        first = 2 + len(single)
+        for place, count in zip(lists, ctx.counts, strict=True):
+            nested[place] = list(needed[first : first + count])
+            first += count
+        ctx.needs_input_grad = tuple(nested)
         try:
             found = backward(ctx, *grads)
         finally:
             ctx.needs_input_grad = needed
         found = found if isinstance(found, tuple) else (found,)
-        return None, None, *_flat(found, lists)
+        flat = [None, None, *(found[place] for place in single)]
+        for place in lists:
+            flat += found[place]
+        return tuple(flat)
 
     methods = {"forward": staticmethod(forward), "backward": staticmethod(gradients)}
     node = type(f"BackwardOf_{operator._opname}", (torch.autograd.Function,), methods)
+    apply = super(torch.autograd.Function, node).apply  # type: ignore[misc]  # without what it does for transforms
 
     def autograd(keyset: DispatchKeySet, *args: Any) -> Any:
         if torch.is_grad_enabled() and _any_requires_grad(*args):
@@ -77,28 +109,27 @@ def autograd_kernel(
             if differentiable is not None:
                 with _AutoDispatchBelowAutograd():
                     args = differentiable(*args)
-            counts = [len(args[place]) for place in lists]
-            result = node.apply(keyset, counts, *_flat(args, lists))  # type: ignore[attr-defined]
-            return result if single is None else (*result[:single], list(result[single:]))
+            tensors = [args[place] for place in single]
+            for place in lists:
+                tensors += args[place]
+            result = (node.apply if _are_functorch_transforms_active() else apply)(keyset, args, *tensors)  # type: ignore[attr-defined]
+            return result if before is None else (*result[:before], list(result[before:]))
         return below(keyset, args)
 
     return autograd
 
 
-def _flat(values: Sequence[Any], lists: Sequence[int]) -> tuple[Any, ...]:
-    """The values with those at ``lists`` replaced by their elements, as ``Function.apply`` finds tensors."""
-    flat: list[Any] = []
-    for place, value in enumerate(values):
-        if place in lists:
-            flat.extend(value)
-        else:
-            flat.append(value)
-    return tuple(flat)
+def reaches_kernels(tensor: torch.Tensor) -> bool:
+    """Whether an op of ours that is called now with tensors like this one is nothing but its kernel.
 
-
-def _nested(flat: Sequence[Any], lists: Sequence[int], counts: Sequence[int]) -> tuple[Any, ...]:
-    """The inverse of :func:`_flat`: ``counts`` elements for each of ``lists``."""
-    values = list(flat)
-    for place, count in zip(lists, counts, strict=True):
-        values[place : place + count] = [list(values[place : place + count])]
-    return tuple(values)
+    No gradient, mode, transform, profiler or subclass of tensors has a part in it.
+    """
+    if torch.is_grad_enabled() or _profiler_enabled():
+        return False
+    keys = (_dispatch_keys(tensor) | _dispatch_tls_local_include_set()) - _dispatch_tls_local_exclude_set()
+    raw = keys.raw_repr()
+    if raw not in _PLAIN:
+        for key in _PASSED:
+            keys = keys.remove(key)
+        _PLAIN[raw] = keys.highestPriorityTypeId() in _BACKENDS
+    return _PLAIN[raw]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
@@ -17,11 +17,14 @@ from effattn.lowering.device import HOST, device_type
 from effattn.lowering.schedules.exact import Kind
 from effattn.runtime.algebra import evaluate, evaluate_integer
 from effattn.runtime.targets.chunks import depends_on_head, names_of_loads, tile_ranges_of
+from effattn.runtime.targets.memory_order import strides_of
+from effattn.versions import sdpa_settings
 
 MAX_HEAD_DIM = 256  # beyond it, no SDPA kernel avoids N x N scores
 MAX_HEADS = 65535  # heads are the second or third dimension of the kernels' grid
 FLASH, CUDNN = 1, 3  # results of torch._fused_sdp_choice: values of torch.nn.attention.SDPBackend
 ALIGNMENT = 16  # bytes per load of the GPU kernels
+MOST_CHOICES = 16  # that are kept for calls of the same sizes: scales may change from call to call
 MANY_ROWS = 256  # on a CPU with fewer queries, expanding grouped heads costs more than it saves
 
 
@@ -49,23 +52,33 @@ def aligned(x: Tensor) -> Tensor:
     return x if good else x.clone(memory_format=torch.contiguous_format)
 
 
-def _fused(query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor] | None:
-    grouped = query.shape[1] != key.shape[1]
-    choice = torch._fused_sdp_choice(query, key, value, None, 0.0, causal, scale=scale, enable_gqa=grouped)
+def _fused(
+    query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float, chosen: dict[Any, int]
+) -> tuple[Tensor, Tensor] | None:
+    needs_gradient = query.requires_grad or key.requires_grad or value.requires_grad
+    place = (causal, scale, needs_gradient, torch.is_grad_enabled(), sdpa_settings())
+    choice = chosen.get(place)
+    if choice is None:
+        grouped = query.shape[1] != key.shape[1]
+        choice = torch._fused_sdp_choice(query, key, value, None, 0.0, causal, scale=scale, enable_gqa=grouped)
+        if len(chosen) >= MOST_CHOICES:
+            chosen.clear()
+        chosen[place] = choice
+    found: Sequence[Any]
     if choice == CUDNN:
-        out, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention.default(
+        found = torch._scaled_dot_product_cudnn_attention(
             query, key, value, None, True, 0.0, causal, False, scale=scale
         )
-        return out, lse
-    if choice == FLASH:
-        out, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention.default(
-            query, key, value, 0.0, causal, False, scale=scale
-        )
-        return out, lse
-    return None
+    elif choice == FLASH:
+        found = torch._scaled_dot_product_flash_attention(query, key, value, 0.0, causal, False, scale=scale)
+    else:
+        return None
+    return found[0], found[1]
 
 
-def _on_host(query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor] | None:
+def _on_host(
+    query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float, chosen: dict[Any, int]
+) -> tuple[Tensor, Tensor] | None:
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
@@ -87,7 +100,7 @@ def widened_for_lse(plan: Plan, query: Tensor, key: Tensor, value: Tensor) -> tu
 class Fused:
     """SDPA kernels without N x N scores that return the LSE, for some device types."""
 
-    run: Callable[[Tensor, Tensor, Tensor, bool, float], tuple[Tensor, Tensor] | None]
+    run: Callable[[Tensor, Tensor, Tensor, bool, float, dict[Any, int]], tuple[Tensor, Tensor] | None]
     least_rows: int = 0
     lse_in_dtype: bool = False  # see :func:`widened_for_lse`
     grouped_only_in_half: bool = False  # in float32 they need key and value with all query heads
@@ -146,6 +159,8 @@ class Dense:
     kind: Kind | None  # which keys are kept; None: that depends on the scalars of a call
     lengths: dict[str, int]
     askew: bool  # a tensor has to be copied first
+    strides: tuple[int, ...]  # of the output
+    chosen: dict[Any, int] = field(default_factory=dict)  # PyTorch's choice, by what it depends on but sizes
 
     def run(
         self, query: Tensor, key: Tensor, value: Tensor, scalars: Sequence[int], numbers: Sequence[float]
@@ -164,11 +179,15 @@ class Dense:
         dtype, shape = query.dtype, query.shape
         if self.kernel.lse_in_dtype:
             query, key, value = widened_for_lse(self.plan, query, key, value)
-        found = self.kernel.run(query, key, value, kind == "causal", scale)
+        found = self.kernel.run(query, key, value, kind == "causal", scale, self.chosen)
         if found is None:
             return None
         out, lse = found
-        return in_layout(out.to(dtype), self.plan.dispatch.layout), lse.reshape(shape[:3]).float().contiguous()
+        if out.dtype is not dtype:
+            out = out.to(dtype)
+        if lse.ndim != 3 or lse.dtype is not torch.float32 or not lse.is_contiguous():
+            lse = lse.reshape(shape[:3]).float().contiguous()
+        return (out if out.stride() == self.strides else in_layout(out, self.plan.dispatch.layout)), lse
 
     def _scale(self, scalars: Sequence[int], numbers: Sequence[float]) -> float:
         return float(evaluate(self.factor, self._symbols(scalars, numbers), {}, torch.float64, HOST))
@@ -202,7 +221,8 @@ def dense(plan: Plan, query: Tensor, key: Tensor, value: Tensor) -> Dense | None
         constant = float(evaluate(factor, lengths, {}, torch.float64, HOST))
     number = plan.spec.numbers.index(factor.name) if getattr(factor, "name", "") in plan.spec.numbers else None
     askew = kernel.aligned_only and any(aligned(x) is not x for x in (query, key, value))
-    return Dense(plan, kernel, factor, constant, number, kind, lengths, askew)
+    strides = strides_of(plan.dispatch.layout, query.shape)
+    return Dense(plan, kernel, factor, constant, number, kind, lengths, askew, strides)
 
 
 def _given(plan: Plan, *terms: Any) -> bool:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 from torch.testing._internal.logging_tensor import LoggingTensorMode, capture_logs
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import effattn.runtime.ops  # noqa: F401  (registers torch.ops.effattn)
 from effattn.ir.attention import AttentionSpec
 from effattn.ir.expr import k, q, s
 from effattn.ir.plan import Plan
-from effattn.runtime.ops.autograd import autograd_kernel
+from effattn.runtime.ops.attend import NoGradient
+from effattn.runtime.ops.autograd import autograd_kernel, reaches_kernels
 
 SCHEMA = "(Tensor x, Tensor[] more, int[] sizes, Tensor? rest=None, float factor=2.0) -> (Tensor, Tensor)"
 CAUSAL = Plan("exact", AttentionSpec(0.25 * s, k <= q)).encode()
@@ -111,3 +113,49 @@ def test_what_is_negative_by_a_flag_is_made_plain_first():
     found, _ = torch.ops.effattn.attend(lazy, lazy, lazy, [], [], [], kernels)
     wanted, _ = torch.ops.effattn.attend(plain, plain, plain, [], [], [], kernels)
     torch.testing.assert_close(found, wanted)
+
+
+class Noting(TorchDispatchMode):
+    """Notes which ops it sees."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ops: list = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.ops.append(function)
+        return function(*args, **(kwargs or {}))
+
+
+def test_who_has_a_part_in_an_op_besides_its_kernel():
+    """Where nobody has, an op is called as a function."""
+    plain, seen = torch.randn(3), []
+    assert not reaches_kernels(plain)  # a gradient may be recorded
+    with torch.no_grad():
+        assert reaches_kernels(plain)
+        assert reaches_kernels(torch.nn.Parameter(plain))
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert reaches_kernels(plain)
+        with Noting():
+            assert not reaches_kernels(plain)
+        with torch.profiler.profile():
+            assert not reaches_kernels(plain)
+        with torch._subclasses.fake_tensor.FakeTensorMode():
+            fake = torch.empty(3)
+        assert not reaches_kernels(fake)
+        torch.vmap(lambda x: seen.append(reaches_kernels(x)) or x)(torch.randn(2, 3))
+        torch.func.jvp(lambda x: seen.append(reaches_kernels(x)) or x, (plain,), (plain,))
+        assert seen == [False, False]
+        assert not reaches_kernels(torch.randn(3, dtype=torch.complex64).conj().imag)
+        assert not reaches_kernels(torch.empty(3, device="meta"))
+
+
+def test_a_gradient_is_seen_by_modes_and_recorded_where_asked_for():
+    query = torch.randn(1, 2, 5, 8, requires_grad=True)
+    out = torch.ops.effattn.attend(query, query, query, [], [], [], CAUSAL)[0].sum()
+    with Noting() as noting:
+        torch.autograd.grad(out, query, retain_graph=True)
+    assert torch.ops.effattn.attend_backward.default in noting.ops
+    (first,) = torch.autograd.grad(out, query, create_graph=True)
+    with pytest.raises(NoGradient, match="no second derivative"):
+        torch.autograd.grad(first.sum(), query)

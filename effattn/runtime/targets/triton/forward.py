@@ -85,17 +85,16 @@ def start(call: _Call, query, key, value, captures, scalars, numbers, known: Kno
     """(out, LSE) of a call, and what its launcher found out; see :class:`effattn.runtime.targets.target.Target`."""
     with on_device(query.device):
         out, lse = call.empty(call.shape, call.strides, query.dtype), call.empty(*call.of_lse, torch.float32)
-    if call.launch is None:
-        return (out, lse), None
-    if call.widened is not None:
-        wide = (query.float(), key.float(), value.float())
-        found, lse = run(call.plan, *wide, captures, scalars, numbers, **call.widened)
-        return (out.copy_(found), lse), None
-    if call.narrowed:
-        query, key, value = narrow(query), narrow(key), narrow(value)
-    extra: tuple = call.splits
-    numbers = [float(number) for number in numbers]
-    with on_device(query.device):
+        if call.launch is None:
+            return (out, lse), None
+        if call.widened is not None:
+            wide = (query.float(), key.float(), value.float())
+            found, lse = run(call.plan, *wide, captures, scalars, numbers, **call.widened)
+            return (out.copy_(found), lse), None
+        if call.narrowed:
+            query, key, value = narrow(query), narrow(key), narrow(value)
+        extra: tuple = call.splits
+        numbers = [float(number) for number in numbers]
         if call.plan.sparsity.select is not None:
             extra = select(call.plan, query, key, captures, scalars, numbers, triton_steps).tensors()
         elif call.given_map is not None and blocks is not None:
