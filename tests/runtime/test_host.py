@@ -21,7 +21,7 @@ from effattn.runtime.targets import sdpa
 CPU = torch.device("cpu")
 SIZES = Sizes(q_len=20, k_len=20)
 CALLS = {"none": 16, "causal": 16, "window": 16, "soft_cap": 16, "alibi": 16}  # most calls of Python functions
-BACKWARD = 20
+BACKWARD = 25
 
 
 @pytest.fixture(autouse=True)
