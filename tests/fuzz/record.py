@@ -38,7 +38,6 @@ class Row:
     problem: str = ""
     smallest: str = ""
     reasons: tuple[str, ...] = ()
-    kept: bool = False  # found, and left to the user's own code because of gradients
     compared: int = 0
     kernels: int = 0
     seconds: float = 0.0
@@ -55,10 +54,9 @@ class Row:
 
     @staticmethod
     def of(seed: int, number: int, trial: Trial) -> Row:
-        kept = any("kept" in form for form in trial.forms)
         return Row(
-            seed, number, asdict(trial.case), trial.verdict, trial.problem, "", tuple(trial.reasons), kept,
-            trial.compared, trial.kernels, round(trial.seconds, 2),
+            seed, number, asdict(trial.case), trial.verdict, trial.problem, "", tuple(trial.reasons), trial.compared,
+            trial.kernels, round(trial.seconds, 2),
         )  # fmt: skip
 
     def line(self) -> str:
@@ -95,7 +93,6 @@ def record(rows: list[Row]) -> dict[str, Any]:
         "verdicts": {verdict: sum(row.verdict == verdict for row in rows) for verdict in VERDICTS},
         "masks compared": sum(row.compared for row in rows),
         "calls of kernels": sum(row.kernels for row in rows),
-        "found, kept as written": sum(row.kept for row in rows),
         "axes": {axis: dict(sorted(counts.items())) for axis, counts in axes.items()},
         "reasons": dict(reasons.most_common(25)),
         "failures": [

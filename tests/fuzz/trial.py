@@ -38,7 +38,6 @@ class Trial:
     case: Case
     problem: str = ""
     sites: int = 0
-    forms: list[str] = field(default_factory=list)
     predicates: list[str] = field(default_factory=list)
     reasons: list[str] = field(default_factory=list)
     compared: int = 0  # masks that were compared with the case's own
@@ -153,7 +152,6 @@ def _look_at(case: Case, trial: Trial, heard: list[collect.Collected]) -> None:
     sites = [site for one in heard for graph in one.graphs for site in graph.sites]
     missed = [missed for one in heard for graph in one.graphs for missed in graph.missed]
     trial.sites = len(sites)
-    trial.forms = sorted({site.form + (" kept" if site.rules else "") for site in sites})
     trial.predicates = [site.predicate for site in sites]
     trial.reasons = [one.reason for one in missed]
     if wrong := problem(case, len(sites), missed, len(heard)):
