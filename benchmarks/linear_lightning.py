@@ -108,7 +108,7 @@ def some_rows(out: Tensor) -> Tensor:
 
 def sweep(suite: harness.Suite, given: tuple[Tensor, ...], case: str) -> None:
     """Every combination of tiles and parts, forward."""
-    from effattn.lowering.kernels.linear_spec import LinearTiles
+    from effattn.lowering.kernels.linear.spec import LinearTiles
     from effattn.runtime.targets.triton import linear as linear_triton
 
     views = [tensor.transpose(1, 2) for tensor in given]

@@ -6,7 +6,7 @@ from typing import Any
 
 from specs import ARCHS
 
-from effattn.lowering.kernels.linear_spec import LinearKind, LinearSpec
+from effattn.lowering.kernels.linear.spec import LinearKind, LinearSpec
 from effattn.lowering.schedules import linear as linear_configs
 
 

@@ -11,8 +11,8 @@ import torch
 from comparing import assert_close
 from linear_cases import CASES, Case
 
-from effattn.lowering.kernels.linear_source import file_name, generate
-from effattn.lowering.kernels.linear_spec import LinearTiles
+from effattn.lowering.kernels.linear.source import file_name, generate
+from effattn.lowering.kernels.linear.spec import LinearTiles
 from effattn.runtime.ops.linear import SCHEMAS
 from effattn.runtime.reference.linear import quadratic
 from effattn.runtime.targets.triton import linear as linear_triton

@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from effattn.lowering.dialects.triton.module import module_from
-from effattn.lowering.kernels import hopper, hopper_backward, linear_source
+from effattn.lowering.kernels import hopper, hopper_backward
 from effattn.lowering.kernels.generate import file_name, generate
-from effattn.lowering.kernels.linear_spec import LinearSpec
+from effattn.lowering.kernels.linear import source as linear_source
+from effattn.lowering.kernels.linear.spec import LinearSpec
 from effattn.lowering.kernels.parameters import Param, kernel_constants, parameters
 from effattn.lowering.kernels.selection import block_map, pick, score
 from effattn.lowering.kernels.selection.block_map import MapSpec

@@ -6,7 +6,7 @@ The sm90 rows for 128 features are the fastest of 24 at 32,768 tokens on an H100
 
 from __future__ import annotations
 
-from effattn.lowering.kernels.linear_spec import LinearKind, LinearTiles
+from effattn.lowering.kernels.linear.spec import LinearKind, LinearTiles
 from effattn.lowering.kernels.spec import padded
 from effattn.lowering.schedules.attention import RELATIVES
 

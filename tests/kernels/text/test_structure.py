@@ -8,9 +8,9 @@ import pytest
 from reading import Kernel, calls
 from specs import compiled, listed, spec
 
-from effattn.lowering.kernels import linear_source
 from effattn.lowering.kernels.generate import generate
-from effattn.lowering.kernels.linear_spec import LinearSpec
+from effattn.lowering.kernels.linear import source as linear_source
+from effattn.lowering.kernels.linear.spec import LinearSpec
 from effattn.lowering.kernels.parameters import LISTS, kernel_constants
 from effattn.lowering.kernels.selection import block_map, pick, score
 from effattn.lowering.kernels.selection.block_map import MapSpec

@@ -14,8 +14,8 @@ from torch import Tensor
 from effattn.ir.refusal import Refusal, Why
 from effattn.ir.site import Site
 from effattn.lowering.dialects.triton.module import module_from
-from effattn.lowering.kernels.linear_source import file_name, generate
-from effattn.lowering.kernels.linear_spec import (
+from effattn.lowering.kernels.linear.source import file_name, generate
+from effattn.lowering.kernels.linear.spec import (
     MAX_FEATURES,
     MAX_VALUE_DIM,
     STEP_TOKENS,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from typing import Any
 
-from effattn.lowering.kernels.linear_spec import LinearSpec
+from effattn.lowering.kernels.linear.spec import LinearSpec
 from effattn.lowering.kernels.parameters import Param
 from effattn.lowering.kernels.rendering import template_named, tidy
 from effattn.lowering.kernels.spec import DTYPES
