@@ -173,10 +173,11 @@ def compiled() -> dict[str, tuple[KernelSpec | ScoreSpec | MapSpec | int, str, s
         for kernel in ("grad_query", "grad_key_value"):
             found[f"dropout {kernel} {arch}"] = (dropped["backward"], arch, kernel)
         for name, capture, owned in LEARNED:
-            one = replace(spec(name, arch, "backward"), wanted=(WantedGradient(capture, owned),))
-            one = replace(one, tiles=configs.beside_captures(one.tiles))
-            kernels = sorted({CAPTURED[term.reduced] for term in captured_terms(one)})
-            found |= {f"learned {name} {kernel} {arch}": (one, arch, kernel) for kernel in kernels}
+            for kind in ("backward", "distances"):
+                one = replace(spec(name, arch, kind), wanted=(WantedGradient(capture, owned),))
+                one = replace(one, tiles=configs.beside_captures(one.tiles)) if kind == "backward" else one
+                kernels = sorted({CAPTURED[term.reduced] for term in captured_terms(one)})
+                found |= {f"learned {name} {kernel} {arch}": (one, arch, kernel) for kernel in kernels}
     return found
 
 

@@ -12,8 +12,7 @@ from plans import CASES, Sizes, tensors
 
 import effattn.runtime.ops  # noqa: F401  (registers torch.ops.effattn)
 from effattn.ir.refusal import Why
-from effattn.lowering.kernels.backward import no_backward
-from effattn.lowering.kernels.generate import generate
+from effattn.lowering.kernels.generate import generate, no_backward
 from effattn.lowering.kernels.spec import KernelSpec, Tiles
 from effattn.runtime.reference.attention import reference
 from effattn.runtime.targets import triton as triton_target

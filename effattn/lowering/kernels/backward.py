@@ -2,43 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Mapping
 from functools import reduce
 from typing import Any
 
 import sympy
 
 from effattn.ir import expr
-from effattn.ir.attention import AttentionSpec
 from effattn.ir.derivative import affine_slope, derivative
-from effattn.ir.fold import UnknownOperation, fold
-from effattn.ir.refusal import Refusal, Why
+from effattn.ir.fold import fold
 from effattn.lowering.dialects.triton.terms import COMPARE, KEYS, ROWS, TILE, UNARY, UNLIMITED, Lines, Source, Value
 from effattn.lowering.kernels.parameters import CAPTURED, parameters
 from effattn.lowering.kernels.range_source import Ranges, flatten, listed, rows_of
 from effattn.lowering.kernels.score_facts import LARGE_LSE, CapturedTerm, captured_terms, loses_totals
 from effattn.lowering.kernels.source import Generator, Sweep
-from effattn.lowering.kernels.spec import KernelSpec, Tiles, WantedGradient
-
-WIDEST = 256  # head_dim; two accumulators of a key tile must fit in registers
-
-
-def no_backward(
-    attention: AttentionSpec, head_dim: int, value_dim: int, wanted: tuple[str, ...] = ()
-) -> Refusal | None:
-    """Why there is no generated backward for a plan and the captured tensors in ``wanted``; None if there is one."""
-    if max(head_dim, value_dim) > WIDEST:
-        return Refusal(Why.HEAD_DIM, f"head dimensions over {WIDEST}")
-    grads = tuple(WantedGradient(name, False) for name in wanted)
-    try:
-        made = KernelSpec("backward", "exact", attention, "bfloat16", 64, 64, 1, Tiles(16, 16, 4, 1), wanted=grads)
-        made = replace(made, key_ranges=False, list_block=16, list_unit=16)
-        BackwardGenerator(made).source()
-    except (UnknownOperation, KeyError) as error:
-        return Refusal(Why.GRADIENT, f"no kernel can compute the derivative of the score: {error}")
-    return None
-
+from effattn.lowering.kernels.spec import KernelSpec
 
 Loop = tuple[list[str], list[str], str]  # lines before it, lines in it that set the tile number, trip count
 # loops over the entries of a list, full ones or partial ones, by the name of the tile number
@@ -164,16 +142,21 @@ class BackwardGenerator(Generator):
         return sweep
 
 
-def term_lines(term: CapturedTerm, algebra: Source) -> list[str]:
-    """Statements of a loop over tiles. ``of_score`` holds the gradient of the scores."""
+def term_lines(term: CapturedTerm, algebra: Source, held: Mapping[Any, Any] | None = None) -> list[str]:
+    """Statements of a loop over tiles, where ``of_score`` holds the gradient of the scores.
+
+    ``held``: loads to the symbols that stand for them.
+    """
     value = "of_score"
     if not term.read.slope.is_number:
-        slope = fold(term.read.slope, algebra).spread(TILE, UNARY)
+        slope = fold(term.read.slope.xreplace(held or {}), algebra).spread(TILE, UNARY)
         if term.read.slope.has(expr.s):  # before the raw scores become scores
             slope = algebra.inside.assign("slope", slope)
         value = f"tl.where(weights == 0.0, 0.0, of_score * {slope})"
     elif term.owned and term.read.slope != 1:
         value = f"of_score * {float(term.read.slope)!r}"
+    if term.reduced == "distances":
+        return [f"sum_{term.number} += {value}"]
     if term.reduced != "pairs":
         return [f"sum_{term.number} += tl.sum({value}, 1)"]
     indices = [fold(index, algebra) for index in term.read.load.indices]

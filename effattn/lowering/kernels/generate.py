@@ -3,23 +3,32 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 
 import sympy
 
 from effattn.ir import expr
+from effattn.ir.attention import AttentionSpec
+from effattn.ir.fold import UnknownOperation
+from effattn.ir.refusal import Refusal, Why
 from effattn.lowering.iteration.tile_ranges import tile_ranges
 from effattn.lowering.kernels.backward import BackwardGenerator
+from effattn.lowering.kernels.distances import DistancesGenerator
 from effattn.lowering.kernels.hopper import HopperForward
 from effattn.lowering.kernels.hopper_backward import HopperBackward
 from effattn.lowering.kernels.listed import ListedGenerator
+from effattn.lowering.kernels.score_facts import captured_terms
 from effattn.lowering.kernels.source import Generator
-from effattn.lowering.kernels.spec import DTYPES, KernelSpec, Kind
+from effattn.lowering.kernels.spec import DTYPES, KernelSpec, Kind, Tiles, WantedGradient
+
+WIDEST = 256  # head_dim of a backward; two accumulators of a key tile must fit in registers
 
 GENERATORS: dict[Kind, type[Generator]] = {
     "prefill": Generator,
     "decode": Generator,
     "listed": ListedGenerator,
     "backward": BackwardGenerator,
+    "distances": DistancesGenerator,
 }
 
 
@@ -50,3 +59,21 @@ def file_name(spec: KernelSpec, source: str) -> str:
     kind += "_hopper" if spec.tiles.consumers else ""
     digest = hashlib.sha256(source.encode()).hexdigest()[:8]
     return f"{spec.form}_{mask}{kind}_{DTYPES[spec.dtype]}_{width}_g{spec.groups}_{digest}.py"
+
+
+def no_backward(
+    attention: AttentionSpec, head_dim: int, value_dim: int, wanted: tuple[str, ...] = ()
+) -> Refusal | None:
+    """Why there is no generated backward for a plan and the captured tensors in ``wanted``; None if there is one."""
+    if max(head_dim, value_dim) > WIDEST:
+        return Refusal(Why.HEAD_DIM, f"head dimensions over {WIDEST}")
+    grads = tuple(WantedGradient(name, False) for name in wanted)
+    made = KernelSpec("backward", "exact", attention, "bfloat16", 64, 64, 1, Tiles(16, 16, 4, 1), wanted=grads)
+    apart = replace(made, kind="distances")
+    try:
+        generate(replace(made, key_ranges=False, list_block=16, list_unit=16))
+        if captured_terms(apart):
+            generate(apart)
+    except (UnknownOperation, KeyError) as error:
+        return Refusal(Why.GRADIENT, f"no kernel can compute the derivative of the score: {error}")
+    return None

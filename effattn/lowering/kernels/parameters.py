@@ -24,8 +24,10 @@ BACKWARD: dict[str, tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]] = 
     "row_totals": (("query", "key"), ("lse", "greatest", "log_totals"), ()),
     "grad_query": (_INPUTS, _ROWS, ("grad_of_query",)),
     "grad_key_value": (_INPUTS, _ROWS, ("grad_of_key", "grad_of_value")),
+    "grad_distances": (_INPUTS, _ROWS, ()),
 }
-CAPTURED = {"rows": "grad_query", "keys": "grad_key_value", "pairs": "grad_query"}  # the kernel that reduces a term
+# the kernel that reduces a term
+CAPTURED = {"rows": "grad_query", "keys": "grad_key_value", "pairs": "grad_query", "distances": "grad_distances"}
 
 
 @dataclass(frozen=True)

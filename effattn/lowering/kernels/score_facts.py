@@ -2,7 +2,8 @@
 
 In the backward, an element of a captured tensor that depends on the query alone (a temperature, a slope for each head)
 is summed up by the program of a tile of queries, one that depends on the key alone by that of a tile of keys. Both
-write a number for each query or key of each head, which the caller adds up. An element for each pair is stored, or
+write a number for each query or key of each head, which the caller adds up. One that depends on the distance of query
+and key is summed up by a kernel whose programs go along the diagonals of tiles. An element for each pair is stored, or
 added where several scores read it: as a whole number of a unit that the caller finds, so that the order of the sums
 does not matter and every run gives the same bits. Only where the slope is data itself are float32 numbers added, in any
 order.
@@ -19,10 +20,11 @@ import sympy
 from effattn.ir import expr
 from effattn.ir.bounds import UNKNOWN, Interval, around, interval
 from effattn.ir.derivative import Reads, affine_slope, reads_of
+from effattn.ir.distance import of_distance
 from effattn.lowering.dialects.triton.terms import NARROW
 from effattn.lowering.kernels.spec import KernelSpec
 
-Reduced = Literal["rows", "keys", "pairs"]
+Reduced = Literal["rows", "keys", "distances", "pairs"]
 LARGE_LSE = 1024.0  # beyond it float32 keeps fewer than 14 bits of the logarithm of a sum
 
 
@@ -101,16 +103,23 @@ class CapturedTerm:
 
 
 def captured_terms(spec: KernelSpec) -> tuple[CapturedTerm, ...]:
-    """The terms of a backward, in the order of the spec's captured tensors."""
+    """The terms that a kernel of gradients reduces, in the order of the spec's captured tensors."""
     dtypes = {load.name: load.dtype for load in spec.attention.captures}
     found: list[CapturedTerm] = []
     for wanted in spec.wanted:
         for read in reads_of(spec.attention.score, wanted.name):
-            by_row, by_key = read.load.has(expr.q), read.load.has(expr.k)
-            reduced: Reduced = "pairs" if by_row and by_key else "keys" if by_key else "rows"
-            owned = wanted.owned and reduced == "pairs"
-            found.append(CapturedTerm(len(found), wanted.name, dtypes[wanted.name], read, reduced, owned))
+            reduced = _reduced(read.load, wanted.owned)
+            if (reduced == "distances") == (spec.kind == "distances"):
+                owned = wanted.owned and reduced == "pairs"
+                found.append(CapturedTerm(len(found), wanted.name, dtypes[wanted.name], read, reduced, owned))
     return tuple(found)
+
+
+def _reduced(load: expr.Load, owned: bool) -> Reduced:
+    by_row, by_key = load.has(expr.q), load.has(expr.k)
+    if by_row and by_key:
+        return "pairs" if owned or of_distance(load) is None else "distances"
+    return "keys" if by_key else "rows"
 
 
 def may_own(score: Any, name: str) -> bool:

@@ -7,7 +7,7 @@ from typing import Literal
 
 from effattn.ir.attention import AttentionSpec
 
-Kind = Literal["prefill", "listed", "decode", "backward"]
+Kind = Literal["prefill", "listed", "decode", "backward", "distances"]
 DTYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}  # torch's name -> Triton's
 MAX_HEAD_DIM = 512
 MIN_TILE = 16  # smallest side of a tile for tl.dot

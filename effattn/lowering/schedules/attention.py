@@ -87,8 +87,18 @@ BACKWARD: dict[tuple[str, int], tuple[tuple[int, Tiles], ...]] = {
     ("interpreter", 16): ((512, Tiles(32, 32, 4, 1)),),
     ("interpreter", 32): ((512, Tiles(32, 32, 4, 1)),),
 }
+# gradients of what is read by the distance of query and key: square tiles
+DISTANCES: dict[tuple[str, int], tuple[tuple[int, Tiles], ...]] = {
+    ("sm90", 16): ((64, Tiles(64, 64, 4, 3)), (128, Tiles(64, 64, 8, 2)), (256, Tiles(32, 32, 4, 2))),
+    ("sm100", 16): ((64, Tiles(64, 64, 4, 3)), (128, Tiles(64, 64, 8, 2)), (256, Tiles(32, 32, 8, 1))),
+    ("sm80", 16): ((64, Tiles(64, 64, 4, 2)), (128, Tiles(64, 64, 8, 1)), (256, Tiles(32, 32, 8, 1))),
+    ("gfx942", 16): ((128, Tiles(32, 32, 4, 1)), (256, Tiles(32, 32, 4, 1))),
+    ("any", 32): ((64, Tiles(32, 32, 4, 1)), (128, Tiles(32, 32, 4, 1)), (256, Tiles(16, 16, 4, 1))),
+    ("interpreter", 16): ((512, Tiles(32, 32, 4, 1)),),
+    ("interpreter", 32): ((512, Tiles(32, 32, 4, 1)),),
+}
 NARROW = 32  # key tiles narrower than this are slower than gathering
-TABLES = {"prefill": PREFILL, "listed": PREFILL, "decode": DECODE, "backward": BACKWARD}
+TABLES = {"prefill": PREFILL, "listed": PREFILL, "decode": DECODE, "backward": BACKWARD, "distances": DISTANCES}
 # architectures without rows of their own use those of a relative with no more shared memory
 RELATIVES = {"sm86": "sm80", "sm89": "sm80", "sm120": "sm80", "sm103": "sm100"}
 

@@ -120,7 +120,7 @@ class Source:
             before: receives assignments that do not vary along keys.
             inside: receives the others (the loop body); None where nothing varies along keys.
             key_mask: name of the mask of keys in bounds; empty if all keys of the tile are.
-            row_mask: the same for queries.
+            row_mask: the same for queries, and empty where only indices are tested.
             longest: an inner expression with a longer text gets a name.
             share: so does every tanh, exp, ..., because derivatives read it again.
         """
@@ -208,7 +208,7 @@ class Source:
     def address(self, pointer: str, strides: str, name: str, indices, axes) -> tuple[str, list[str]]:
         """The address of an element of a tensor with the sizes of ``name``, and the masks under which it exists."""
         parts, masks = [pointer], []
-        if "q" in axes:
+        if "q" in axes and self.row_mask:
             masks.append(Value(self.row_mask, ROWS).spread(axes))
         if "k" in axes and self.key_mask:
             masks.append(Value(self.key_mask, KEYS).spread(axes))

@@ -12,7 +12,7 @@ from effattn import settings
 from effattn.ir.plan import Plan
 from effattn.lowering.dialects.triton.starting import allocator
 from effattn.lowering.kernels.score_facts import CapturedTerm, captured_terms, loses_totals
-from effattn.lowering.kernels.spec import Tiles
+from effattn.lowering.kernels.spec import KernelSpec, Tiles
 from effattn.lowering.schedules.attention import beside_captures
 from effattn.runtime import kernels
 from effattn.runtime.launching import Known, LaunchCache, architecture, far, launch_key, narrow, on_device, too_narrow
@@ -42,6 +42,9 @@ class _Call:
     terms: tuple[CapturedTerm, ...] = ()
     blocks: tuple[int, int] | None = None  # sizes of the blocks of the block map that it visits
     totals: Callable[..., tuple] | None = None  # finds what the LSE of large scores does not hold, for Gluon kernels
+    of_distances: Callable[..., Known] | None = None  # launches the kernel that reduces ``distances``
+    distances: tuple[CapturedTerm, ...] = ()
+    tile: int = 0  # its tiles' queries, and keys
     narrowed: bool = False
     empty_rows: bool = False  # whether queries without keys have gradients
     known: Known | None = None
@@ -117,7 +120,10 @@ def prepare_backward(
     spec = spec_of(plan, query.dtype, query.shape[2], groups, *widths, query.device, "backward", config)
     spec = replace(spec, wide=far(*query.shape[:3], *key.shape[:3], *scalars))
     spec = replace(spec, wanted=wanted_gradients(plan.spec, wanted, captures, shape))
-    if config is None and captured_terms(spec):
+    apart = _for_distances(plan, spec, query.device, config)
+    if not captured_terms(spec):
+        spec = replace(spec, wanted=())
+    elif config is None:
         spec = replace(spec, tiles=beside_captures(spec.tiles))
         spec = over_map(spec) if spec.list_block else spec
     grads = tuple((tuple(each.shape), strides_of(plan.dispatch.layout, each.shape)) for each in inputs[:3])
@@ -135,9 +141,21 @@ def prepare_backward(
         terms=captured_terms(spec),
         blocks=(spec.list_block, spec.list_unit) if spec.list_block else None,
         totals=totals,
+        of_distances=None if apart is None else kernels.load(apart).module.launch,
+        distances=() if apart is None else captured_terms(apart),
+        tile=0 if apart is None else apart.tiles.block_n,
         narrowed=any(each is not tensor for each, tensor in zip(narrowed, inputs, strict=True)),
         empty_rows=have_gradients(plan.spec),
     )
+
+
+def _for_distances(plan: Plan, spec: KernelSpec, device: torch.device, config: Tiles | None) -> KernelSpec | None:
+    """The kernel for captured tensors that are read by the distance of query and key; None if there are none."""
+    square = None if config is None else replace(config, block_m=config.block_n)
+    sizes = (spec.groups, spec.head_dim, spec.value_dim)
+    found = spec_of(plan, getattr(torch, spec.dtype), 0, *sizes, device, "distances", square)
+    found = replace(found, wide=spec.wide, wanted=spec.wanted)
+    return found if captured_terms(found) else None
 
 
 def start_backward(
@@ -157,16 +175,17 @@ def start_backward(
     assert call.empty is not None
     assert call.launch is not None
     own: tuple = ()
-    filled, unit = [], None
+    filled, sums, unit = [], [], None
+    if call.wanted:
+        by_name = dict(zip((load.name for load in call.plan.spec.captures), captures, strict=True))
+        filled, sums = buffers(call.terms, by_name, shape), buffers(call.distances, by_name, shape, call.tile)
     if call.terms:
-        names = (load.name for load in call.plan.spec.captures)
-        filled = buffers(call.terms, dict(zip(names, captures, strict=True)), shape)
         if any(term.whole for term in call.terms):
             unit = inverse_unit(value, grad_out, lse, grad_lse, call.plan.spec.kept_scale)
         own = ((*filled, unit),)
-    found = {"totals": None, "launch": None} if known is None else known
+    found = {"totals": None, "launch": None, "distances": None} if known is None else known
     rows: tuple[Tensor, ...] = (lse,)
-    of_totals = None
+    of_totals = of_distances = None
     with on_device(device):
         of_query, of_key, of_value = grads = [call.empty(*each, dtype) for each in call.grads]
         lists = _both_ways(call.plan, shape, data, call.blocks, device) if call.blocks is not None else ()
@@ -174,9 +193,13 @@ def start_backward(
             *rows, of_totals = call.totals(query, key, lse, *data, found["totals"])  # type: ignore[assignment]
         inputs = (query, key, value, out, *rows, grad_out, grad_lse, grads, *own, *data, *lists)
         launched = call.launch(*inputs, found["launch"])
+        if call.of_distances is not None:
+            inputs = (query, key, value, out, lse, grad_out, grad_lse, sums, *data)
+            of_distances = call.of_distances(*inputs, found["distances"])
     if known is None:
-        known = {"totals": of_totals, "launch": launched}
-    of_captures = gradients(call.plan.spec, call.terms, filled, unit, call.wanted, data, shape) if call.wanted else []
+        known = {"totals": of_totals, "launch": launched, "distances": of_distances}
+    terms, filled = (*call.terms, *call.distances), [*filled, *sums]
+    of_captures = gradients(call.plan.spec, terms, filled, unit, call.wanted, data, shape) if call.wanted else []
     every = (of_query, of_key, of_value, of_captures)
     if call.empty_rows:
         add_empty_rows(call.plan, every, run_backward, given, data, call.wanted)

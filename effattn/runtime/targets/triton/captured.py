@@ -36,15 +36,21 @@ def wanted_gradients(
 
 
 def buffers(
-    terms: Sequence[CapturedTerm], captures: dict[str, Tensor], shape: tuple[int, int, int, int]
+    terms: Sequence[CapturedTerm], captures: dict[str, Tensor], shape: tuple[int, int, int, int], tile: int = 0
 ) -> list[Tensor]:
-    """What kernels fill: a number for each query or key of each head, or the elements themselves, which begin at 0."""
+    """What kernels fill: a number for each query or key of each head, or the elements themselves, which begin at 0.
+
+    Or two rows of ``tile`` distances for each diagonal of square tiles.
+    """
     batch, heads, q_len, k_len = shape
     found = []
     for term in terms:
         like, dtype = captures[term.name], getattr(torch, term.type)
         if term.reduced == "pairs":
             found.append(torch.zeros(like.shape, dtype=dtype, device=like.device))
+        elif term.reduced == "distances":
+            diagonals = -(-q_len // tile) - (-k_len // tile) - 1
+            found.append(like.new_empty((batch, heads, diagonals, 2, tile), dtype=dtype))
         else:
             found.append(like.new_empty((batch, heads, q_len if term.reduced == "rows" else k_len), dtype=dtype))
     return found
@@ -87,8 +93,9 @@ def gradients(
         if term.reduced == "pairs":
             total = buffer if unit is None or not term.whole else buffer.double() / unit
         else:
+            buffer, first = _by_distance(buffer, shape[3]) if term.reduced == "distances" else (buffer, 0)
             total = torch.zeros(like.shape, dtype=torch.float32, device=like.device)
-            add_at(total, _indices(term, buffer, {**symbols, "Nq": shape[2], "Nk": shape[3]}, captures), buffer)
+            add_at(total, _indices(term, buffer, first, {**symbols, "Nq": shape[2], "Nk": shape[3]}, captures), buffer)
         total = total if term.factor == 1 else total * term.factor
         found[term.name] = found[term.name] + total if term.name in found else total
     zeros = (torch.zeros_like(captures[name], memory_format=torch.contiguous_format) for name in wanted)
@@ -98,10 +105,24 @@ def gradients(
     ]
 
 
-def _indices(term: CapturedTerm, buffer: Tensor, symbols: dict[str, Any], captures: dict[str, Tensor]) -> list[Any]:
-    """The indices of a load for each query or key of each head, [B, Hq, N]."""
-    for dim, name in enumerate(("b", "h", "q" if term.reduced == "rows" else "k")):
+def _by_distance(diagonals: Tensor, k_len: int) -> tuple[Tensor, int]:
+    """The sums for all distances of queries and keys, [B, Hq, distances], and the first of them.
+
+    Two diagonals of tiles have a part of each. ``diagonals``: [B, Hq, diagonals, 2, tile].
+    """
+    tile = diagonals.shape[4]
+    found = torch.nn.functional.pad(diagonals[:, :, :, 0], (0, 0, 0, 1))
+    found[:, :, 1:] += diagonals[:, :, :, 1]
+    return found.flatten(2), 1 - -(-k_len // tile) * tile
+
+
+def _indices(
+    term: CapturedTerm, buffer: Tensor, first: int, symbols: dict[str, Any], captures: dict[str, Tensor]
+) -> list[Any]:
+    """The indices of a load for each query, key or distance from ``first`` on of each head, [B, Hq, N]."""
+    symbols["k"] = 0  # a distance is that of a query and the first key
+    for dim, name in enumerate(("b", "h", "k" if term.reduced == "keys" else "q")):
         size = [1, 1, 1]
         size[dim] = buffer.shape[dim]
-        symbols[name] = torch.arange(buffer.shape[dim], device=buffer.device).view(size)
+        symbols[name] = torch.arange(buffer.shape[dim], device=buffer.device).view(size) + (first if dim == 2 else 0)
     return [evaluate(index, symbols, captures, torch.float32, buffer.device) for index in term.read.load.indices]

@@ -14,8 +14,7 @@ from effattn.ir.fold import UnknownOperation
 from effattn.ir.plan import Plan
 from effattn.ir.refusal import Refusal, Why
 from effattn.lowering.device import device_type
-from effattn.lowering.kernels.backward import no_backward
-from effattn.lowering.kernels.generate import generate
+from effattn.lowering.kernels.generate import generate, no_backward
 from effattn.lowering.kernels.spec import DTYPES, MAX_HEAD_DIM, KernelSpec, Tiles
 
 
