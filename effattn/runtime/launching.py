@@ -134,13 +134,6 @@ def architecture(device: torch.device) -> str:
 
 
 @lru_cache(maxsize=64)
-def multiprocessors(device: torch.device) -> int:
-    if interpreted(device):
-        return 4
-    return torch.get_device_module(device).get_device_properties(device).multi_processor_count
-
-
-@lru_cache(maxsize=64)
 def interpreted(device: torch.device) -> bool:
     """Whether kernels run by Triton's interpreter there."""
     return device_type(device.type).kernels == "interpreted"

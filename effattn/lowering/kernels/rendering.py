@@ -12,7 +12,15 @@ import jinja2
 from effattn.lowering.dialects.triton import starting
 from effattn.lowering.dialects.triton.device_functions import DEVICE_FUNCTIONS
 
-STARTING = ("allocator", "data_strides", "described", "sizes_of", "start", "strides")  # for use in launchers
+STARTING = (  # for use in launchers
+    "allocator",
+    "data_strides",
+    "described",
+    "multiprocessors",
+    "sizes_of",
+    "start",
+    "strides",
+)
 
 
 @cache

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from effattn.lowering.device import device_type
 from effattn.versions import quick_empty
 
 KNOWN_VERSIONS = ("3.6.", "3.7.")  # of Triton: how its launchers are made
@@ -158,6 +159,15 @@ def allocator(device: torch.device) -> Callable[[tuple[int, ...], tuple[int, ...
 
 def _empty(device: torch.device, shape: tuple[int, ...], steps: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     return torch.empty_strided(shape, steps, dtype=dtype, device=device)
+
+
+@lru_cache(maxsize=64)
+def multiprocessors(device: torch.device) -> int:
+    """How many programs of a large kernel run at the same time."""
+    if device_type(device.type).kernels == "interpreted":
+        return 4
+    count: int = torch.get_device_module(device).get_device_properties(device).multi_processor_count
+    return count
 
 
 def strides(tensor: Any) -> list[int]:

@@ -10,7 +10,7 @@ import torch
 
 from effattn import settings
 from effattn.ir.plan import Plan
-from effattn.lowering.dialects.triton.starting import allocator
+from effattn.lowering.dialects.triton.starting import allocator, multiprocessors
 from effattn.lowering.iteration.block_rule import RuleAlone, rule_alone
 from effattn.lowering.iteration.tile_ranges import by_formula
 from effattn.lowering.kernels.spec import Kind, Tiles
@@ -21,7 +21,6 @@ from effattn.runtime.launching import (
     architecture,
     far,
     launch_key,
-    multiprocessors,
     narrow,
     on_device,
     too_narrow,

@@ -14,6 +14,7 @@ from torch import Tensor
 from effattn.ir.refusal import Refusal, Why
 from effattn.ir.site import Site
 from effattn.lowering.dialects.triton.module import module_from
+from effattn.lowering.dialects.triton.starting import multiprocessors
 from effattn.lowering.kernels.linear.source import file_name, generate
 from effattn.lowering.kernels.linear.spec import (
     MAX_FEATURES,
@@ -30,7 +31,6 @@ from effattn.runtime.launching import (
     Known,
     LaunchCache,
     architecture,
-    multiprocessors,
     narrow,
     on_device,
     tensor_key,
