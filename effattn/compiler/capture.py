@@ -86,3 +86,8 @@ class Tapped:
         outcome = observe_sites(gm, observe, example_inputs)
         self.missed += outcome.missed
         return gm.forward
+
+
+def capture(model: Any, receive: Callable[[Captured], None], *args: Any, **kwargs: Any) -> int:
+    """Run a model once as :class:`Tapped`."""
+    return Tapped(model).run(receive, *args, **kwargs)

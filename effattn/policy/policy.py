@@ -178,6 +178,10 @@ class Policy(BaseModel):
             return Match(rule, index, tuple(notes))
         return Match(None, None, tuple(notes))
 
+    def rule_for(self, site: Site) -> Rule | None:
+        """The first rule that matches; None: the site stays exact. ``min_length`` is applied by the op."""
+        return self.match(site).rule
+
     def check_layers(self, count: int, classes: Iterable[str] | None = None) -> None:
         """Check the layer ranges against a model of ``count`` layers.
 

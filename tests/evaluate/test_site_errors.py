@@ -11,7 +11,7 @@ from evaluating import POWER, WINDOW, ids, llama, policy
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from effattn.compiler.capture import Tapped
+from effattn.compiler.capture import capture
 from effattn.errors import EvaluationError
 from effattn.evaluate.tasks import kept
 from effattn.evaluate.tasks.site_errors import lower, site_errors
@@ -51,7 +51,7 @@ def captured_from(model, batch: int = 1, **kwargs):
         sharp = {"query": captured.query * 20, "key": captured.key * 20}
         got.append(type(captured)(**{**vars(captured), **sharp}))
 
-    reached = Tapped(model).run(receive, ids(LENGTH).expand(batch, -1), use_cache=False, **kwargs)
+    reached = capture(model, receive, ids(LENGTH).expand(batch, -1), use_cache=False, **kwargs)
     assert reached == len(got) == 2
     assert [captured.number for captured in got] == [0, 1]
     return got
@@ -195,7 +195,7 @@ def test_nothing_is_as_large_as_the_square(monkeypatch):
             site_errors(captured, forms)
         sizes.append(largest.elements)
 
-    Tapped(model()).run(receive, ids(length), use_cache=False)
+    capture(model(), receive, ids(length), use_cache=False)
     assert max(sizes) <= 2 * 128 * length  # two heads of a group, one block of rows
 
 
@@ -225,4 +225,4 @@ def test_what_receive_raises_ends_the_run():
         raise KeyError("stop")
 
     with pytest.raises(KeyError, match="stop"):
-        Tapped(model()).run(receive, torch.ones(1, 8, dtype=torch.long), use_cache=False)
+        capture(model(), receive, torch.ones(1, 8, dtype=torch.long), use_cache=False)

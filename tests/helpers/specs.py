@@ -85,6 +85,9 @@ def hopper() -> dict[str, KernelSpec]:
     """Kernels in the Gluon dialect, which exists for one architecture."""
     found = {f"{name} D {dim}": on_hopper(name, dim) for name in ("causal", "soft_cap", "alibi") for dim in (64, 128)}
     found |= {f"causal D {dim}": on_hopper("causal", dim) for dim in (96, 256)}
+    found |= {f"window D {dim}": on_hopper("window", dim) for dim in (64, 128)}
+    found["power_128 listed D 64"] = on_hopper("power_128", 64, kind="listed")
+    found["units of 32 keys"] = replace(on_hopper("causal", 64, kind="listed"), list_unit=32, tests_data=True)
     found["causal D 192, values 128"] = on_hopper("causal", 192, 128)
     for name in ("documents", "left_padding", "bias", "power_128"):
         found[f"{name} listed"] = on_hopper(name, 128, kind="listed")
@@ -101,8 +104,10 @@ def hopper_backward() -> dict[str, KernelSpec]:
 
 
 def on_hopper(name: str, dim: int, value_dim: int | None = None, kind="prefill", dtype="bfloat16") -> KernelSpec:
-    tiles = configs.on_hopper(kind, dim, value_dim or dim, name == "causal")
-    one = spec(name, "sm90", kind, dtype, dim, value_dim, tiles=tiles)
+    one = spec(name, "sm90", kind, dtype, dim, value_dim)
+    tiles = configs.on_hopper(kind, dim, value_dim or dim, one.attention.rule, name == "causal")
+    assert tiles is not None
+    one = replace(one, tiles=tiles)
     return replace(over_map(one) if kind == "listed" else one, precise=False)
 
 

@@ -76,6 +76,7 @@ def test_first_matching_rule(given_site, index):
     match = POLICY.match(given_site)
     assert match.index == index
     assert match.rule is (None if index is None else POLICY.rules[index])
+    assert POLICY.rule_for(given_site) is match.rule
     assert match.notes == ()
 
 

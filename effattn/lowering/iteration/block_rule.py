@@ -44,6 +44,9 @@ class BlockRule:
     by_batch: bool  # whether any part of the rule depends on the batch
     by_head: bool
 
+    def of_side(self, *sides: str) -> tuple[Table, ...]:
+        return tuple(table for table in self.tables if table.side in sides)
+
 
 @dataclass(frozen=True)
 class RuleAlone:

@@ -56,6 +56,7 @@ class TileRanges:
     powers: PowerList | None = None
     structural: Any = sympy.true  # the conditions above as one predicate: tested on partial tiles
     residual: Any = sympy.true  # conditions on data: tested on every tile
+    others: Any = sympy.true  # all that ``lower`` and ``upper`` do not say: the choice and the residual
 
 
 def tile_ranges(predicate) -> TileRanges:
@@ -64,6 +65,7 @@ def tile_ranges(predicate) -> TileRanges:
     upper: list = []
     structural: list = []
     residual: list = []
+    others: list = []
     choice: TileRanges | None = None
     for part in expr.conjuncts(predicate):
         bounds = [_bound(atom) for atom in _atoms(part)]
@@ -73,8 +75,10 @@ def tile_ranges(predicate) -> TileRanges:
             structural.append(part)
         elif isinstance(part, sympy.Or) and choice is None and (choice := _choice(part)) is not None:
             structural.append(part)
+            others.append(part)
         else:
             residual.append(part)
+            others.append(part)
     near = choice or TileRanges()
     return TileRanges(
         lower=tuple(lower),
@@ -86,6 +90,7 @@ def tile_ranges(predicate) -> TileRanges:
         powers=near.powers,
         structural=sympy.And(*structural),
         residual=sympy.And(*residual),
+        others=sympy.And(*others),
     )
 
 
@@ -93,6 +98,13 @@ def tile_ranges(predicate) -> TileRanges:
 def by_formula(predicate) -> bool:
     """Whether the ranges say all there is to know; else the tiles to visit come from a block map."""
     return tile_ranges(predicate).residual == sympy.true
+
+
+def within_band(ranges: TileRanges) -> Any:
+    """The predicate and ``k < Nk``, with one bound for each side, which is computed once for each query."""
+    bounds = [k < sympy.Min(expr.Nk, *ranges.upper)]
+    bounds += [k >= sympy.Max(*ranges.lower)] if ranges.lower else []
+    return sympy.And(*bounds, ranges.others)
 
 
 def key_conditions(residual) -> tuple:

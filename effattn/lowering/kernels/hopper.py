@@ -7,7 +7,6 @@ predicate is tested.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import reduce
 from typing import Any, ClassVar
 
 import sympy
@@ -19,7 +18,7 @@ from effattn.ir.refusal import Refusal, Why
 from effattn.ir.text import text
 from effattn.lowering.dialects.gluon.terms import GLUON_FUNCTIONS, FastSource, GluonSource, in_gluon
 from effattn.lowering.dialects.triton.terms import KEYS, ROWS, SCALAR, TILE, Lines, Value, all_symbols
-from effattn.lowering.iteration.tile_ranges import tile_ranges
+from effattn.lowering.iteration.tile_ranges import tile_ranges, within_band
 from effattn.lowering.kernels.parameters import Param, data_parameters, data_sizes, sizes_tested
 from effattn.lowering.kernels.range_source import flatten, visits
 from effattn.lowering.kernels.rendering import helpers_for, template_named, tidy
@@ -29,8 +28,9 @@ from effattn.lowering.kernels.spec import DTYPES, KernelSpec
 
 WIDEST = 256  # head_dim
 NARROWEST = 64  # padded head_dim
-# consumer warpgroups -> (registers per thread when the program starts, of the other consumers, of the producer)
-REGISTERS = {2: (168, 240, 24), 3: (128, 160, 32)}
+# (consumer warpgroups, programs that share a multiprocessor) -> registers per thread (when the program starts, of the
+# other consumers, of the producer)
+REGISTERS = {(2, 1): (168, 240, 24), (3, 1): (128, 160, 32), (2, 2): (80, 104, 24)}
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,8 @@ class Place:
 
 MOST_KEYS = 1 << 23  # longer calls go to the Triton dialect
 POSITION = Interval(0, MOST_KEYS)
-OWN = ("query", "key", "value", "out", "together")  # parameters that are not handed to every partition
+SHARED_MEMORY = 226 << 10  # bytes for tiles; barriers take the rest
+OWN = ("query", "key", "value", "out", "works", "together")  # parameters that are not handed to every partition
 LAYOUT = "element_bitwidth=16, rank=4, transposed=False, fp4_padded=False, cga_layout=[]"
 LIST_SIZES = (
     "list_batch",
@@ -89,13 +90,23 @@ def why_not(spec: KernelSpec) -> Refusal | None:
         return refusal
     if spec.kind == "listed":
         tiles = spec.tiles
-        if spec.list_block % tiles.block_m or spec.list_unit % tiles.block_n:
+        if spec.list_block % tiles.block_m or (spec.list_unit % tiles.block_n and units_of(spec) == 1):
             return Refusal(Why.EXPRESSION, "the blocks of the list are smaller than tiles")
         return None
     ranges = tile_ranges(spec.attention.rule)
     if spec.kind != "prefill" or ranges.residual != sympy.true or ranges.powers is not None:
         return Refusal(Why.EXPRESSION, "the tiles to visit need a list")
     return None
+
+
+def units_of(spec: KernelSpec) -> int:
+    """How many units of a list make up a tile of keys; 1: a tile lies within a unit.
+
+    A row of a tile has to be one row of the swizzling pattern, so that units beside each other are a tile.
+    """
+    unit, tile = spec.list_unit, spec.tiles.block_n
+    gathered = 16 <= unit < tile and tile % unit == 0 and spec.block_d == spec.block_dv == 64
+    return tile // unit if gathered else 1
 
 
 def tile_param(spec: KernelSpec, name: str, rows: int, width: int) -> Param:
@@ -107,15 +118,24 @@ def tile_param(spec: KernelSpec, name: str, rows: int, width: int) -> Param:
 def parameters(spec: KernelSpec) -> list[Param]:
     """The parameters of ``forward``, in order."""
     tiles = spec.tiles
-    found = [tile_param(spec, "query", 64, spec.block_d), tile_param(spec, "key", tiles.block_n, spec.block_d)]
-    found += [tile_param(spec, "value", tiles.block_n, spec.block_dv), tile_param(spec, "out", 64, spec.block_dv)]
+    keys = tiles.block_n // units_of(spec)
+    found = [tile_param(spec, "query", 64, spec.block_d), tile_param(spec, "key", keys, spec.block_d)]
+    found += [tile_param(spec, "value", keys, spec.block_dv), tile_param(spec, "out", 64, spec.block_dv)]
     found.append(Param("lse", "*fp32"))
     if spec.kind == "listed":
         found += [Param(name, "*i32") for name in ("kv_indices", "kv_num_blocks", "partial_blocks")]
         found += [Param(name, "i32", False) for name in LIST_SIZES]
     found += data_parameters(spec.attention)
-    found += [Param(name, "i32", False) for name in ("together", "heads", "q_len", "k_len")]
+    found += [Param(name, "i32", False) for name in ("works", "together", "heads", "q_len", "k_len")]
     return found + data_sizes(spec.attention)
+
+
+def shares_buffers(spec: KernelSpec) -> bool:
+    """Whether the output leaves through the buffer of the queries, since there is no room for two."""
+    tiles = spec.tiles
+    keys = tiles.stages * tiles.block_n * (spec.block_d + spec.block_dv)
+    queries = (2 if tiles.consumers == 2 else 4) * 64 * (spec.block_d + spec.block_dv)
+    return 2 * (keys + queries) > SHARED_MEMORY and spec.block_d == spec.block_dv
 
 
 def swizzle(width: int) -> int:
@@ -161,9 +181,9 @@ class HopperForward:
     def context(self) -> dict[str, Any]:
         spec, tiles = self.spec, self.spec.tiles
         place = self.listed(spec.list_block, spec.list_unit) if spec.kind == "listed" else self.by_formula()
-        partial = self.scores(self.attention.rule, partial=True)
+        partial = self.scores(within_band(self.tile_ranges), partial=True)
         full = self.scores(self.everywhere(), partial=False)
-        start, consumers, producer = REGISTERS[tiles.consumers]
+        start, consumers, producer = REGISTERS[tiles.consumers, tiles.programs]
         params = parameters(spec)
         reads_keys = any(load.has(expr.k) for load in self.loads)
         return {
@@ -187,6 +207,10 @@ class HopperForward:
             "listed": spec.kind == "listed",
             "tested": list(sizes_tested(self.attention).values()),
             "together": heads_together(spec),
+            "units": units_of(spec),
+            "bytes_of": f"{units_of(spec)} * " if units_of(spec) > 1 else "",
+            "slots": 2 if tiles.consumers == 2 else 4,  # a power of two
+            "shares_buffers": shares_buffers(spec),
         }
 
     def everywhere(self) -> Any:
@@ -208,6 +232,9 @@ class HopperForward:
 
     def listed(self, block: int, unit: int) -> Place:
         """Tiles from the list of each ``block`` queries, whose units have ``unit`` keys."""
+        units = units_of(self.spec)
+        if units > 1:
+            return self.gathered(block, units)
         ratio = unit // self.spec.tiles.block_n
         place = "i" if ratio == 1 else f"i // {ratio}"
         more = "" if ratio == 1 else f" * {ratio} + i % {ratio}"
@@ -218,14 +245,23 @@ class HopperForward:
         ]
         return Place(found, [f"key_tile = gl.load(listed + {place}){more}"])
 
+    def gathered(self, block: int, units: int) -> Place:
+        """Tiles of several units from the list. Where the number of units is no multiple, the first tile has less."""
+        found = [
+            f"row_block = tile_row // {block}",
+            *list_of("kv_indices", "kv_num_blocks", "head", "row_block", ""),
+            f"missing = gl.where(visited > 0, ({units} - visited % {units}) % {units}, {units})",
+            f"visited = (visited + missing) // {units}",
+            f"partial_visited = gl.minimum((partial_visited + missing + {units - 1}) // {units}, visited)",
+        ]
+        return Place(found, [])
+
     def scores(self, condition: Any, partial: bool) -> Scores:
         inside = self.before.inner()
         algebra = self.algebra(self.symbols(), self.captures, self.before, inside, key_mask="key_ok" if partial else "")
         score = "" if self.scale is not None else fold(self.attention.score, algebra).spread(TILE)
         keep = [] if condition == sympy.true else [fold(condition, algebra)]
-        if partial:
-            keep.append(Value("key_ok", KEYS, "bool"))
-        kept = reduce(lambda x, y: algebra.call("and", x, y), keep).spread(TILE) if keep else ""
+        kept = keep[0].spread(TILE) if keep else ""
         used = " ".join([*inside.lines, score, kept])
         return Scores(inside.lines, score, kept, partial or "keys" in used, "key_numbers" in used, partial)
 

@@ -19,7 +19,7 @@ from effattn.ir.refusal import Refusal, Why
 from effattn.ir.text import text
 from effattn.lowering.dialects.gluon.terms import in_gluon
 from effattn.lowering.dialects.triton.terms import KEYS, ROWS, TILE, UNLIMITED, Lines, Value
-from effattn.lowering.iteration.tile_ranges import tile_ranges
+from effattn.lowering.iteration.tile_ranges import tile_ranges, within_band
 from effattn.lowering.kernels import hopper
 from effattn.lowering.kernels.hopper import LIST_SIZES, POSITION, HopperForward, Place, list_of, tile_param
 from effattn.lowering.kernels.parameters import Param, data_parameters, data_sizes, sizes_tested
@@ -149,8 +149,8 @@ class HopperBackward(HopperForward):
     def rows(self, partial: bool) -> Gradients:
         """For a program that owns queries."""
         reads = any(load.has(expr.k) for load in expr.loads_of(self.attention.score))
-        mask = Value("key_ok", KEYS, "bool")
-        return self.gradients(partial, self.symbols(), self.before, "key_ok", "row_ok", reads, mask, "key")
+        rule = within_band(self.tile_ranges)
+        return self.gradients(partial, self.symbols(), self.before, "key_ok", "row_ok", reads, rule, None, "key")
 
     def keys(self, partial: bool, before: Lines) -> Gradients:
         """For a program that owns keys: these are the first axis of a tile, queries the second."""
@@ -161,9 +161,10 @@ class HopperBackward(HopperForward):
             k=Value("keys", ROWS, plain=True, bounds=POSITION, as_float=key_numbers),
         )
         mask = None if self.scale is not None else Value("row_ok", KEYS, "bool")
-        return self.gradients(partial, symbols, before, "row_ok", "key_ok", reads, mask, "row")
+        rule = self.attention.rule
+        return self.gradients(partial, symbols, before, "row_ok", "key_ok", reads, rule, mask, "row")
 
-    def gradients(self, partial, symbols, before: Lines, passing: str, owned: str, reads: bool, mask, name: str):
+    def gradients(self, partial, symbols, before: Lines, passing: str, owned: str, reads: bool, rule, mask, name: str):
         inside = before.inner()
         # the head changes while keys are owned: what depends on it is not computed before the loop
         by_head = any(sympy.sympify(term).has(expr.h) for term in (self.attention.score, self.attention.rule))
@@ -176,7 +177,7 @@ class HopperBackward(HopperForward):
             slope = "" if self.slope is None else fold(self.slope, algebra).spread(TILE)
         keep: list[Value] = []
         if partial:
-            keep = [] if self.attention.rule == sympy.true else [fold(self.attention.rule, algebra)]
+            keep = [] if rule == sympy.true else [fold(rule, algebra)]
             keep += [] if mask is None else [mask]
         kept = reduce(lambda x, y: algebra.call("and", x, y), keep).spread(TILE) if keep else ""
         used = " ".join([*inside.lines, score, slope, kept])

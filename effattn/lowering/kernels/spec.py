@@ -27,10 +27,13 @@ class Tiles:
     heads_together: int = 0  # heads that run side by side; 0: as many groups as have keys that fit in the L2 cache
     block_q: int = 0  # Gluon backward: queries of a tile that passes by; ``partial_stages`` of them are on their way
     consumers: int = 0  # warpgroups of 64 queries each, fed by a warp that copies: the Gluon dialect; 0: the Triton one
+    programs: int = 1  # Gluon: programs that share a multiprocessor
+    persistent: bool = False  # Gluon: one program for each multiprocessor, which takes one block after the other
 
     def __str__(self) -> str:
         programs = f"{self.consumers} consumer warpgroups" if self.consumers else f"{self.warps} warps"
-        return f"{self.block_m} queries x {self.block_n} keys, {programs}, {self.stages} stages"
+        stay = ", persistent" if self.persistent else ""
+        return f"{self.block_m} queries x {self.block_n} keys, {programs}, {self.stages} stages{stay}"
 
 
 @dataclass(frozen=True)

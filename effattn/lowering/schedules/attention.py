@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Any
 
 from effattn.ir.chosen import blocks_of_choice
 from effattn.ir.plan import Plan
@@ -50,22 +51,41 @@ SPARSE: dict[tuple[str, int, str, int], Tiles] = {
     ("sm90", 16, "list", 128): Tiles(128, 128, 8, 2),
     ("sm90", 16, "band", 128): Tiles(64, 64, 4, 3),
 }
-# The Gluon dialect. H200, bf16, heads 32/8, 33,024 tokens, time over that of cuDNN's causal kernel: causal, D 128 0.89,
-# D 256 0.93, D 64 0.94 with three consumers, 1.04 with two. Power, D 64, over FlexAttention: 0.77 with two, 0.91 with
-# three.
-# Backward, over cuDNN's causal one, 32,768 tokens: causal, D 128 1.04, with tiles of 128 keys 1.11; D 64 0.93 with
-# tiles of 128 keys and 128 queries, 1.05 with 64 and 64; soft-cap there 2.45 and 1.44, since the large tiles spill.
-# (largest padded head_dim, kind, only scores that are a multiple of the raw one) -> tiles
-HOPPER: tuple[tuple[int, Kind, bool, Tiles], ...] = (
-    (64, "prefill", False, Tiles(192, 128, 4, 2, consumers=3)),
-    (64, "listed", False, Tiles(128, 128, 4, 2, consumers=2)),
-    (64, "backward", True, Tiles(128, 128, 4, 2, consumers=2, block_q=128, partial_stages=2)),
-    (64, "backward", False, Tiles(128, 64, 4, 4, consumers=2, block_q=64, partial_stages=3)),
-    (128, "prefill", False, Tiles(128, 128, 4, 2, consumers=2)),
-    (128, "listed", False, Tiles(128, 128, 4, 2, consumers=2)),
-    (128, "backward", False, Tiles(128, 64, 4, 4, consumers=2, block_q=64, partial_stages=3)),
-    (256, "prefill", False, Tiles(128, 64, 4, 2, consumers=2)),
-    (256, "listed", False, Tiles(128, 64, 4, 2, consumers=2)),
+
+
+@dataclass(frozen=True)
+class HopperRow:
+    """Tiles of the Gluon dialect for padded head dimensions up to ``width``."""
+
+    width: int
+    kind: Kind
+    tiles: Tiles
+    shape: str | None = None  # of the mask: see shape_of; None: any
+    multiple: bool = False  # only scores that are a multiple of the raw one
+
+
+# H200, bf16, heads 32/8, 32,768 tokens, calls of the variants take turns. Over cuDNN's causal kernel: causal, D 128
+# 0.94, persistent 0.95; D 256 0.96, persistent 0.98; D 64 0.88 with three consumers, persistent 0.94, two consumers
+# 1.00, two programs 1.06. Over FlexAttention's: window of 1,024, D 128 0.71, persistent 0.59; window with sinks, D
+# 128 0.68, persistent 0.65; D 64 1.24 with three consumers, two 1.08, persistent 1.00, two programs 0.94. Power, D
+# 128 0.58, persistent 0.56; D 64 1.04, persistent 0.97, two programs 0.89. Documents of 5,000: 0.70 to 0.77,
+# persistent 0.82, since their blocks see different numbers of keys.
+# Backward, over cuDNN's causal one: causal, D 128 1.01, with tiles of 128 keys 1.11; D 64 0.93 with tiles of 128 keys
+# and 128 queries, 1.05 with 64 and 64; soft-cap there 2.45 and 1.44, since the large tiles spill.
+HOPPER: tuple[HopperRow, ...] = (
+    HopperRow(64, "prefill", Tiles(128, 64, 4, 3, consumers=2, programs=2), shape="band"),
+    HopperRow(64, "prefill", Tiles(192, 128, 4, 2, consumers=3)),
+    HopperRow(64, "listed", Tiles(128, 64, 4, 3, consumers=2, programs=2), shape="powers"),
+    HopperRow(64, "listed", Tiles(128, 128, 4, 2, consumers=2)),
+    HopperRow(64, "backward", Tiles(128, 128, 4, 2, consumers=2, block_q=128, partial_stages=2), multiple=True),
+    HopperRow(64, "backward", Tiles(128, 64, 4, 4, consumers=2, block_q=64, partial_stages=3)),
+    HopperRow(128, "prefill", Tiles(128, 128, 4, 2, consumers=2, persistent=True), shape="band"),
+    HopperRow(128, "prefill", Tiles(128, 128, 4, 2, consumers=2)),
+    HopperRow(128, "listed", Tiles(128, 128, 4, 2, consumers=2, persistent=True), shape="powers"),
+    HopperRow(128, "listed", Tiles(128, 128, 4, 2, consumers=2)),
+    HopperRow(128, "backward", Tiles(128, 64, 4, 4, consumers=2, block_q=64, partial_stages=3)),
+    HopperRow(256, "prefill", Tiles(128, 64, 4, 2, consumers=2)),
+    HopperRow(256, "listed", Tiles(128, 64, 4, 2, consumers=2)),
 )
 DECODE: dict[tuple[str, int], tuple[tuple[int, Tiles], ...]] = {
     ("sm90", 16): ((128, Tiles(16, 64, 4, 3)), (256, Tiles(16, 64, 4, 2)), (512, Tiles(16, 32, 8, 2))),
@@ -103,11 +123,11 @@ TABLES = {"prefill": PREFILL, "listed": PREFILL, "decode": DECODE, "backward": B
 RELATIVES = {"sm86": "sm80", "sm89": "sm80", "sm120": "sm80", "sm103": "sm100"}
 
 
-def on_hopper(kind: Kind, head_dim: int, value_dim: int, multiple: bool) -> Tiles | None:
+def on_hopper(kind: Kind, head_dim: int, value_dim: int, rule: Any, multiple: bool) -> Tiles | None:
     """The tiles of a Gluon kernel; None if there is none. ``multiple``: the score is a multiple of the raw one."""
-    width = padded(max(head_dim, value_dim))
-    rows = (row for row in HOPPER if width <= row[0] and row[1] == kind and multiple >= row[2])
-    return next((tiles for *_, tiles in rows), None)
+    width, shape = padded(max(head_dim, value_dim)), shape_of(rule)
+    fitting = (row for row in HOPPER if width <= row.width and kind == row.kind and multiple >= row.multiple)
+    return next((row.tiles for row in fitting if row.shape in (None, shape)), None)
 
 
 def choose(kind: Kind, plan: Plan, arch: str, bits: int, head_dim: int, value_dim: int, rows: int = 0) -> Tiles:
@@ -137,9 +157,17 @@ def mask_kind(plan: Plan) -> str:
     """ "list": power-of-two blocks that tiles of 128 divide; "band": queries keep no keys far behind."""
     if plan.sparsity.select is not None:
         return "list" if plan.sparsity.select.expand.unit % 128 == 0 else "small list"
-    keys = tile_ranges(plan.spec.rule)
+    powers, shape = tile_ranges(plan.spec.rule).powers, shape_of(plan.spec.rule)
+    if powers is None:
+        return shape
+    return "list" if powers.block % 128 == 0 else "small list"
+
+
+def shape_of(rule: Any) -> str:
+    """ "powers": blocks at power-of-two distances; "band": queries keep no keys far behind; "dense"."""
+    keys = tile_ranges(rule)
     if keys.powers is not None:
-        return "list" if keys.powers.block % 128 == 0 else "small list"
+        return "powers"
     return "band" if keys.lower or keys.near_lower else "dense"
 
 

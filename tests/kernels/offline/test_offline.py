@@ -45,8 +45,6 @@ SPILLS = {
         "documents prefill sm100": 104,
         "lightning outputs sm90": 32,
         "fp16 outputs sm90": 32,
-        "tables tabulate_pairs sm90": 112,
-        "tables tabulate_pairs sm100": 112,
     },
 }
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ast
 import builtins
+import inspect
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import sympy
@@ -12,6 +14,7 @@ import torch
 from plans import BY_HEAD, CASES, Sizes
 
 from effattn.ir.expr import Modulo, k
+from effattn.lowering.dialects.triton.module import module_from
 from effattn.lowering.kernels.generate import generate
 from effattn.lowering.kernels.spec import KernelSpec
 from effattn.runtime.targets.triton.specialise import in_gluon
@@ -20,15 +23,16 @@ CPU = torch.device("cpu")
 KINDS = ("prefill", "listed", "backward")
 
 
-def spec(name: str, kind: str, groups: int = 2) -> KernelSpec | None:
+def spec(name: str, kind: str, groups: int = 2, dim: int = 64) -> KernelSpec | None:
     """The Gluon kernel of a case; None where there is none."""
-    plan = CASES[name](Sizes(head_dim=64, value_dim=64), CPU).plan.complete
-    base = KernelSpec(kind, plan.form, plan.spec, "bfloat16", 64, 64, groups, tiles=None)
+    plan = CASES[name](Sizes(head_dim=dim, value_dim=dim), CPU).plan.complete
+    base = KernelSpec(kind, plan.form, plan.spec, "bfloat16", dim, dim, groups, tiles=None)
     return in_gluon(base, "sm90", False)
 
 
 def made() -> dict[str, KernelSpec]:
     found = {f"{name} {kind}": spec(name, kind) for name in CASES for kind in KINDS}
+    found |= {f"{name} {kind}, D 128": spec(name, kind, dim=128) for name in CASES for kind in ("prefill", "listed")}
     found |= {f"{name} backward, a key head for each": spec(name, "backward", groups=1) for name in BY_HEAD}
     return {name: one for name, one in found.items() if one is not None}
 
@@ -74,6 +78,12 @@ def unknown(function: ast.FunctionDef, outside: set[str]) -> set[str]:
     return missing
 
 
+def every_round(function):
+    """What a partition does for each of its blocks of queries; the backward has one for each program."""
+    loops = [node for node in function.body if isinstance(node, ast.For)]
+    return next((loop.body for loop in loops if ast.unparse(loop.iter) == "range(rounds)"), function.body)
+
+
 def test_most_cases_have_kernels():
     assert sum(name.endswith("listed") for name in MADE) >= len(CASES) - 5
     assert sum(name.endswith("backward") for name in MADE) > len(CASES) // 3
@@ -94,15 +104,50 @@ def test_copied_and_computed_tiles_are_the_same(name):
     """Producer and consumers find the tiles to visit by the same lines."""
     made = functions(generate(MADE[name]))
     copies, computes = ("copy_keys", "differentiate_rows") if "copy_keys" in made else ("copy_tiles", "attend_rows")
-    lines = [ast.unparse(line) for line in made[copies].body if isinstance(line, ast.Assign)]
-    others = {ast.unparse(line) for line in made[computes].body if isinstance(line, ast.Assign)}
+    lines = [ast.unparse(line) for line in every_round(made[copies]) if isinstance(line, ast.Assign)]
+    others = {ast.unparse(line) for line in every_round(made[computes]) if isinstance(line, ast.Assign)}
+    lines = [line for line in lines if not line.startswith("kv_head = ")]
     assert len(lines) > 4
     assert [line for line in lines if line not in others] == []
 
 
+@pytest.mark.parametrize("name", MADE)
+def test_launchers_pass_what_kernels_take(name, monkeypatch):
+    one = MADE[name]
+    module = module_from(generate(one), Path(f"{name}.py"))
+    started = []
+    monkeypatch.setattr(module, "start", lambda known, kernel, grid, *given, **options: started.append((kernel, given)))
+    module.launch(**{name: given_to_launchers(one)[name] for name in inspect.signature(module.launch).parameters})
+    assert len(started) == (3 if one.kind == "backward" else 2 if one.attention.empty_output == "mean" else 1)
+    for kernel, given in started:
+        assert len(given) == len(kernel.arg_names)
+
+
+def given_to_launchers(one: KernelSpec) -> dict:
+    """What the launcher of a kernel is called with: batch 1, one key head, 70 queries and keys."""
+    query, key = (torch.zeros(1, heads, 70, one.head_dim, dtype=torch.bfloat16) for heads in (one.groups, 1))
+    value, out = (torch.zeros(1, heads, 70, one.value_dim, dtype=torch.bfloat16) for heads in (1, one.groups))
+    rows = torch.zeros(1, one.groups, 70)
+    lists = [torch.zeros(1, 1, 1, 1, dtype=torch.int32), *(torch.zeros(1, 1, 1, dtype=torch.int32) for _ in range(2))]
+    named = dict(zip(("kv_indices", "kv_num_blocks", "partial_blocks"), lists, strict=True))
+    tensors = {"query": query, "key": key, "value": value, "out": out, "lse": rows, "log_totals": rows, "grad_out": out}
+    return {
+        **tensors,
+        **named,
+        "grad_lse": None,
+        "grads": (query, key, value),
+        "captures": [torch.zeros([4] * capture.ndim) for capture in one.attention.captures],
+        "scalars": [1 for _ in one.attention.scalars],
+        "numbers": [1.0 for _ in one.attention.numbers],
+        "lists": lists,
+        "transposed_lists": lists,
+        "known": None,
+    }
+
+
 def test_a_missing_definition_is_noticed():
     source = generate(MADE["causal prefill"])
-    changed = source.replace("    full_end = every_end // BLOCK_N\n", "", 1)
+    changed = source.replace("        full_end = every_end // BLOCK_N\n", "", 1)
     assert changed != source
     assert unknown(functions(changed)["copy_tiles"], known(changed)) == {"full_end"}
 
@@ -115,7 +160,7 @@ def test_what_a_selector_does_not_know_is_tested_on_every_tile():
     for name, rule in (("plain", plain), ("some keys", plain & sympy.Eq(Modulo(k, 7), 0))):
         spec = replace(one, attention=replace(one.attention, predicate=rule))
         consumer = functions(generate(spec))["attend_rows"]
-        loops[name] = [ast.unparse(node) for node in consumer.body if isinstance(node, ast.For)]
+        loops[name] = [ast.unparse(node) for node in every_round(consumer) if isinstance(node, ast.For)]
     assert len(loops["plain"]) == 1
     assert "if i < partial_visited" in loops["plain"][0]
     assert len(loops["some keys"]) == 2

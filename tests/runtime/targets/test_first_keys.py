@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from effattn.compiler.capture import Tapped
+from effattn.compiler.capture import capture
 from effattn.compiler.options import Options
 from effattn.compiler.report import collect
 from effattn.evaluate.tasks.site_errors import lower, site_errors
@@ -125,7 +125,7 @@ def test_it_can_be_evaluated(form):
     q, k, v = tensors(2)
     mask = padded([0, 16])
     torch._dynamo.reset()
-    assert Tapped(square).run(measure, q, k, v, mask) == 1
+    assert capture(square, measure, q, k, v, mask) == 1
     exact, out = causal(q, k, v, mask)[1, :, 16:], run(form, None, q, k, v, mask)
     assert 0 < found[0].error < 1
     assert 0 < torch.linalg.vector_norm(out[1, :, 16:] - exact) < torch.linalg.vector_norm(exact)

@@ -136,7 +136,7 @@ def in_gluon(spec: KernelSpec, arch: str, precise: bool) -> KernelSpec | None:
     multiple = linear_scale(spec.attention.score, spec) is not None
     kinds: tuple[Kind, ...] = ("prefill", "listed") if spec.kind == "prefill" else (spec.kind,)
     for kind in kinds:
-        tiles = configs.on_hopper(kind, spec.head_dim, spec.value_dim, multiple)
+        tiles = configs.on_hopper(kind, spec.head_dim, spec.value_dim, spec.attention.rule, multiple)
         if tiles is None:
             continue
         found = replace(spec, tiles=tiles, precise=precise)
