@@ -19,6 +19,8 @@ EmptyRows = Literal["never", "zero", "nan", "mean", "uniform"]
 EMPTY_ROWS: tuple[EmptyRows, ...] = ("never", "zero", "nan", "mean", "uniform")
 DROPOUT_SEED = "dropout_seed"  # the captured tensor from which random bits are made
 
+DROPOUT_STEPS = 2**16  # a probability is rounded to a multiple of one over it
+
 
 @dataclass(frozen=True)
 class CaptureSpec:
@@ -61,13 +63,17 @@ class AttentionSpec:
 
     @property
     def kept_scale(self) -> float:
-        """What dropout multiplies the weights by that it keeps."""
-        return 1.0 / (1.0 - self.dropout)
+        """What dropout multiplies the weights by that it keeps, so that their mean stays as it is."""
+        return DROPOUT_STEPS / (DROPOUT_STEPS - self._steps_dropped)
+
+    @property
+    def _steps_dropped(self) -> int:
+        return min(round(self.dropout * DROPOUT_STEPS), DROPOUT_STEPS - 1)
 
     @property
     def least_kept(self) -> int:
-        """The least random word of 32 bits, as a signed number, with which dropout keeps a weight."""
-        return min(round(self.dropout * 2**32), 2**32 - 1) - 2**31
+        """The least random number of 16 bits, signed, with which dropout keeps a weight."""
+        return self._steps_dropped - DROPOUT_STEPS // 2
 
     @cached_property
     def seeded(self) -> AttentionSpec:

@@ -1,9 +1,9 @@
 """Which weights of attention dropout keeps: a function of the seed and of a weight's place, and of nothing else.
 
 So every kernel of every target finds the same ones, forward and backward, whatever its tiles. It is Philox 4x32-7
-(Salmon et al., Parallel random numbers: as easy as 1, 2, 3), with the seed as its key. A call gives four words: for
-queries q and q + 8 and keys k and k + 8, since these are the places of a tile that one thread holds, with queries as
-rows or with keys. ``_kept_tile`` of ``effattn/lowering/dialects/triton/device_functions.py`` is the same in Triton.
+(Salmon et al., Parallel random numbers: as easy as 1, 2, 3), with the seed as its key. A call gives eight numbers of 16
+bits: for queries q and q + 8 and keys k, k + 8, k + 16 and k + 24, since these are places of a tile that one thread
+holds. ``_kept_tile`` of ``effattn/lowering/dialects/triton/device_functions.py`` is the same in Triton.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from torch import Tensor
 
 SEEDS = 2**63 - 1  # a seed is drawn from the numbers below
 ROUNDS = 7
-SHARED = 16  # queries, and keys, of which pairs at a distance of half of it share a call
-_WORD, _SIGN = 0xFFFFFFFF, 0x80000000
+EIGHT = 8  # the distance of queries, and of keys, that share a call
+_WORD, _HALF, _SIGN = 0xFFFFFFFF, 0xFFFF, 0x8000
 _FACTORS, _STEPS = (0xD2511F53, 0xCD9E8D57), (0x9E3779B9, 0xBB67AE85)
 
 
@@ -46,21 +46,22 @@ def kept(seed: Tensor, least: int, pairs: Tensor, rows: tuple[int, int], keys: S
     Returns:
         bool [..., rows, keys].
     """
-    # words are compared as signed numbers
-    parts = [(_words(seed, pairs, rows, part) ^ _SIGN) >= least + _SIGN for part in keys]
+    # numbers are compared as signed ones
+    parts = [(_numbers(seed, pairs, rows, part) ^ _SIGN) >= least + _SIGN for part in keys]
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
 
-def _words(seed: Tensor, pairs: Tensor, rows: tuple[int, int], keys: tuple[int, int]) -> Tensor:
-    """The words of a tile, int64 [..., rows, keys]."""
+def _numbers(seed: Tensor, pairs: Tensor, rows: tuple[int, int], keys: tuple[int, int]) -> Tensor:
+    """The random numbers of a tile, int64 [..., rows, keys], of 16 bits."""
     calls, inside = [], []
-    for start, stop in (rows, keys):
-        first, last = start // SHARED * SHARED, -(-stop // SHARED) * SHARED
-        calls.append(torch.arange(first // 2, last // 2, device=seed.device))
-        inside.append(slice(start - first, stop - first))
+    for (start, stop), shared in ((rows, 2 * EIGHT), (keys, 4 * EIGHT)):
+        first, last = start // shared, -(-stop // shared)
+        calls.append(torch.arange(first * EIGHT, last * EIGHT, device=seed.device))
+        inside.append(slice(start - first * shared, stop - first * shared))
     words = torch.stack(torch.broadcast_tensors(*philox(seed, calls[0][:, None], calls[1], pairs, 0)), dim=-1)
-    half = SHARED // 2
-    words = words.unflatten(-1, (2, 2)).unflatten(-3, (-1, half)).unflatten(-5, (-1, half))
-    order = (-6, -2, -5, -4, -1, -3)  # of queries: sixteen, half, place in it; of keys the same
-    words = words.permute(*range(words.ndim - 6), *(words.ndim + dim for dim in order))
-    return words.flatten(-3, -1).flatten(-4, -2)[..., inside[0], inside[1]]
+    halves = torch.stack((words & _HALF, words >> 16), dim=-1)
+    # queries: sixteen, place in eight; keys: thirty-two, place in eight; which eight of queries, of keys, pair of these
+    halves = halves.unflatten(-2, (2, 2)).unflatten(-4, (-1, EIGHT)).unflatten(-6, (-1, EIGHT))
+    order = (-7, -3, -6, -5, -1, -2, -4)
+    halves = halves.permute(*range(halves.ndim - 7), *(halves.ndim + dim for dim in order))
+    return halves.flatten(-4, -1).flatten(-4, -2)[..., inside[0], inside[1]]

@@ -169,7 +169,7 @@ class Generator:
             "score_expression": self.scale is None,
             "tested": list(sizes_tested(spec.attention).values()),
             "dropout": self.attention.dropout,
-            "least_kept": self.attention.least_kept,
+            "least_kept": self.attention.least_kept << 16,
             "kept_scale": self.attention.kept_scale,
             "listed": spec.kind == "listed",
             "gathered": False,

@@ -197,8 +197,8 @@ def aligned(tiles: Tiles, plan: Plan) -> Tiles:
 
 
 def beside_dropout(tiles: Tiles) -> Tiles:
-    """Tiles of a kernel that draws which weights it keeps, whose words take registers, too."""
-    return replace(tiles, block_n=max(tiles.block_n // 2, MIN_TILE))
+    """Tiles of a kernel that draws which weights it keeps: random numbers take registers, too, for 32 keys at once."""
+    return replace(tiles, block_n=min(tiles.block_n, max(tiles.block_n // 2, 32)))
 
 
 def beside_captures(tiles: Tiles) -> Tiles:

@@ -67,7 +67,11 @@ class Dropout:
     def read(cls, node: fx.Node, probability: Any, index: tuple[Any, ...]) -> Dropout:
         """Raises Refused if the probability is no constant below 1."""
         if not isinstance(probability, (int, float)):
-            raise Refused(Why.DROPOUT, "the probability of attention dropout is decided when the model runs")
+            raise Refused(
+                Why.DROPOUT,
+                "the probability of attention dropout is decided when the model runs",
+                "let only batch and length be dynamic: torch._dynamo.mark_dynamic(tensor, dim) instead of dynamic=True",
+            )
         if not 0 < probability < 1:
             raise Refused(Why.DROPOUT, f"attention dropout p={probability} drops every weight", "make p less than 1")
         return cls(node, float(probability), index)

@@ -252,6 +252,45 @@ def test_forms(form):
     assert form == "window" or "dropout is live" in site.reason
 
 
+@pytest.mark.parametrize("function", [bert, llama, rows_without_keys], ids=lambda function: function.__name__)
+def test_sdpas_own_dropout_where_it_needs_no_large_tensor(function, monkeypatch):
+    """As on a GPU: a mask that SDPA has no kernel for is ours."""
+    monkeypatch.setattr("effattn.runtime.targets.sdpa.drops", lambda device: True)
+    report, out = run(function, *qkv(3, 1 if function is llama else 3))
+    (site,) = report.sites
+    assert site.replaced
+    assert ("dropout_p = 0.3" in report.graph()) == (function is llama)
+    assert ("effattn.attend" in report.graph()) == (function is not llama)
+    assert out.requires_grad
+
+
+def test_kept_sdpa_draws_what_it_draws_alone(monkeypatch):
+    monkeypatch.setattr("effattn.runtime.targets.sdpa.drops", lambda device: True)
+
+    def seeded(q, k, v):
+        torch.manual_seed(1)
+        return plain_sdpa(q, k, v)
+
+    report, out = run(seeded, *qkv())
+    assert not report.sites[0].replaced
+    assert_close(out, seeded(*qkv()))
+
+
+def test_lengths_may_change():
+    def call(q, k, v, hidden):
+        return F.dropout((q @ k.mT).masked_fill(hidden, -1e9).softmax(-1), P) @ v
+
+    torch._dynamo.reset()
+    fast = torch.compile(call, backend="effattn", options={"rest": "eager", "strict": True, "verify": True})
+    with collect.listening() as heard:
+        for length in (17, 21, 30):
+            q, k, v = (torch.randn(2, 3, length, 8, requires_grad=True) for _ in range(3))
+            fast(q, k, v, torch.arange(length) > torch.arange(length)[:, None]).sum().backward()
+    report = heard.report(Options.read({"rest": "eager"}))
+    assert report.missed == []
+    assert len(report.sites) == 2  # one for each graph
+
+
 def fast_bert(**options):
     torch._dynamo.reset()
     return torch.compile(bert, backend="effattn", options={"rest": "eager", **options})

@@ -9,28 +9,55 @@ def _kept_tile(
     seed, first_row, first_key, pair,
     LEAST: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, KEYS_FIRST: tl.constexpr,
 ):
-    """Which weights of a tile dropout keeps; :func:`_kept` for all of it, with a quarter of the work.
+    """Which weights of a tile dropout keeps; :func:`_kept` for all of it, with little of the work.
 
-    Queries q and q + 8, keys k and k + 8 share a call. ``first_row`` and ``first_key`` are multiples of 16.
+    A call of Philox serves queries q and q + 8 and keys k, k + 8, k + 16 and k + 24. The last two of these are in other
+    threads where keys are the rows of a tile, or in other tiles: half of the words is not used there.
+    ``first_row`` and ``first_key`` are multiples of 16.
     """
     rows = first_row // 2 + tl.arange(0, QUERIES // 2)
-    keys = first_key // 2 + tl.arange(0, KEYS // 2)
-    if KEYS_FIRST:
-        a, c, b, d = tl.philox(seed, rows[None, :], keys[:, None], pair, 0, 7)
-        words = tl.reshape(tl.join(tl.join(a, b), tl.join(c, d)), [KEYS // 16, 8, QUERIES // 16, 8, 2, 2])
+    if KEYS_FIRST or KEYS < 32:
+        keys = first_key // 2 + tl.arange(0, KEYS // 2)
+        high = keys & 8
+        keys = keys // 16 * 8 + keys % 8
+        if KEYS_FIRST:
+            a, c, b, d = tl.philox(seed, rows[None, :], keys[:, None], pair, 0, 7)
+            high = high[:, None]
+        else:
+            a, b, c, d = tl.philox(seed, rows[:, None], keys[None, :], pair, 0, 7)
+            high = high[None, :]
+        ab = tl.join(_enough(a, high, LEAST), _enough(b, high, LEAST))
+        cd = tl.join(_enough(c, high, LEAST), _enough(d, high, LEAST))
+        FIRST: tl.constexpr = KEYS if KEYS_FIRST else QUERIES
+        SECOND: tl.constexpr = QUERIES if KEYS_FIRST else KEYS
+        kept = tl.reshape(tl.join(ab, cd), [FIRST // 16, 8, SECOND // 16, 8, 2, 2])
+        return tl.reshape(tl.permute(kept, (0, 5, 1, 2, 4, 3)), [FIRST, SECOND])
     else:
+        keys = first_key // 4 + tl.arange(0, KEYS // 4)
         a, b, c, d = tl.philox(seed, rows[:, None], keys[None, :], pair, 0, 7)
-        words = tl.reshape(tl.join(tl.join(a, b), tl.join(c, d)), [QUERIES // 16, 8, KEYS // 16, 8, 2, 2])
-    words = tl.permute(words, (0, 5, 1, 2, 4, 3)).to(tl.int32, bitcast=True)
-    return tl.reshape(words, [KEYS, QUERIES] if KEYS_FIRST else [QUERIES, KEYS]) >= LEAST
+        ab = tl.join(_both_enough(a, LEAST), _both_enough(b, LEAST))
+        cd = tl.join(_both_enough(c, LEAST), _both_enough(d, LEAST))
+        kept = tl.reshape(tl.join(ab, cd), [QUERIES // 16, 8, KEYS // 32, 8, 2, 2, 2])
+        return tl.reshape(tl.permute(kept, (0, 6, 1, 2, 4, 5, 3)), [QUERIES, KEYS])
 ''',
+    "_both_enough": """
+@triton.jit
+def _both_enough(word, LEAST: tl.constexpr):
+    return tl.join(_enough(word, 0, LEAST), _enough(word, 1, LEAST))
+""",
     "_kept": '''
 @triton.jit
 def _kept(seed, rows, keys, pair, LEAST: tl.constexpr):
-    """Which weights dropout keeps: those whose word of Philox, as a signed number, is at least ``LEAST``."""
-    a, b, c, d = tl.philox(seed, rows // 16 * 8 + rows % 8, keys // 16 * 8 + keys % 8, pair, 0, 7)
+    """Which weights dropout keeps."""
+    a, b, c, d = tl.philox(seed, rows // 16 * 8 + rows % 8, keys // 32 * 8 + keys % 8, pair, 0, 7)
     word = tl.where((rows & 8) == 0, tl.where((keys & 8) == 0, a, b), tl.where((keys & 8) == 0, c, d))
-    return word.to(tl.int32, bitcast=True) >= LEAST
+    return _enough(word, keys & 16, LEAST)
+''',
+    "_enough": '''
+@triton.jit
+def _enough(word, high, LEAST: tl.constexpr):
+    """Whether a half of a word, as a signed number, is at least that of ``LEAST``, whose low half is 0."""
+    return tl.where(high != 0, word, word << 16).to(tl.int32, bitcast=True) >= LEAST
 ''',
     "_listed_from": '''
 @triton.jit
