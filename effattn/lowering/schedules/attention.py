@@ -111,7 +111,7 @@ BACKWARD: dict[tuple[str, int], tuple[tuple[int, Tiles], ...]] = {
 DISTANCES: dict[tuple[str, int], tuple[tuple[int, Tiles], ...]] = {
     ("sm90", 16): ((64, Tiles(64, 64, 4, 3)), (128, Tiles(64, 64, 8, 2)), (256, Tiles(32, 32, 4, 2))),
     ("sm100", 16): ((64, Tiles(64, 64, 4, 3)), (128, Tiles(64, 64, 8, 2)), (256, Tiles(32, 32, 8, 1))),
-    ("sm80", 16): ((64, Tiles(64, 64, 4, 2)), (128, Tiles(64, 64, 8, 1)), (256, Tiles(32, 32, 8, 1))),
+    ("sm80", 16): ((64, Tiles(64, 64, 4, 2)), (128, Tiles(32, 32, 4, 2)), (256, Tiles(32, 32, 8, 1))),
     ("gfx942", 16): ((128, Tiles(32, 32, 4, 1)), (256, Tiles(32, 32, 4, 1))),
     ("any", 32): ((64, Tiles(32, 32, 4, 1)), (128, Tiles(32, 32, 4, 1)), (256, Tiles(16, 16, 4, 1))),
     ("interpreter", 16): ((512, Tiles(32, 32, 4, 1)),),
