@@ -12,6 +12,7 @@ from effattn.ir import expr
 from effattn.ir.attention import AttentionSpec
 from effattn.ir.derivative import affine_slope, reads_of
 from effattn.ir.plan import Plan
+from effattn.lowering.device import on_host
 from effattn.runtime.algebra import bindings, evaluate
 from effattn.runtime.targets.target import Gradients
 
@@ -48,7 +49,7 @@ def add_empty_rows(
     if spec.empty_rows == "nan":
         # weights of NaN reach every value; a mask that replaces scores keeps them from query and key
         of_value += torch.where(empty.unflatten(1, heads).any(dim=3).any(dim=2), torch.nan, 0.0)[..., None, None]
-    if spec.empty_output != "mean":
+    if spec.empty_output != "mean" or (on_host(empty) and not empty.any()):
         return
     if spec.dropout or (spec.empty_rows == "uniform" and not _closed(spec, wanted)):
         captures, *rest = data

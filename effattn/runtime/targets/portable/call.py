@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -215,11 +216,16 @@ def _mask(score: Tensor, conditions: list[tuple[slice, Tensor | bool]]) -> None:
             score[..., columns].fill_(-torch.inf)
 
 
-def dropped_mean(call: Call, piece: Piece) -> Tensor:
-    """The output of queries without keys, where it is a mean, after dropout: [b, hkv, G, rows, Dv]."""
-    kept = call.kept(piece, [(0, call.k_len)]).to(call.dtype).mul_(call.plan.spec.kept_scale / max(call.k_len, 1))
-    values = call.value[piece.batches, piece.kv_heads].to(call.dtype)
-    return (kept.flatten(2, 3) @ values).unflatten(2, kept.shape[2:4])
+def dropped_mean(call: Call, piece: Piece, like: Tensor) -> Tensor:
+    """The output of queries without keys, where it is a mean, after dropout: [b, hkv, G, rows, Dv], as ``like``."""
+    found = torch.empty_like(like, dtype=call.dtype)
+    share = call.plan.spec.kept_scale / max(call.k_len, 1)
+    batches, heads = range(call.batch)[piece.batches], range(call.kv_heads)[piece.kv_heads]
+    for b, h in itertools.product(range(len(batches)), range(len(heads))):  # all keys, however few the piece visits
+        one = Piece(slice(batches[b], batches[b] + 1), slice(heads[h], heads[h] + 1), piece.chunk)
+        kept = call.kept(one, [(0, call.k_len)])[0, 0].to(call.dtype) * share
+        found[b, h] = kept @ call.value[batches[b], heads[h]].to(call.dtype)
+    return found
 
 
 def empty_output(spec: AttentionSpec, value: Tensor, dtype: torch.dtype) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from effattn.ir.plan import Plan
+from effattn.lowering.device import on_host
 from effattn.runtime.targets.memory_order import allocate_output
 from effattn.runtime.targets.portable import flash, listed
 from effattn.runtime.targets.portable.call import OF_DROPOUT, Call, Piece, dropped_mean, empty_output
@@ -37,20 +38,25 @@ def run(
     compute = by_flash_kernel if call.takes_flash_kernel() else by_products
     for piece in call.pieces():
         out_rows, lse_rows = call.rows(grouped_out, piece), call.rows(grouped_lse, piece)
-        instead = fill[piece.batches, piece.kv_heads].expand_as(out_rows)
-        if plan.spec.dropout and plan.spec.empty_output == "mean":
-            instead = dropped_mean(call, piece)
         if not piece.chunk.runs:
-            out_rows.copy_(instead)
+            out_rows.copy_(_without_keys(call, piece, fill, out_rows))
             lse_rows.fill_(-torch.inf)
             continue
         result, result_lse, empty = compute(call, piece)
         if empty is not None:
-            result = torch.where(empty[..., None], instead, result)
+            result = torch.where(empty[..., None], _without_keys(call, piece, fill, out_rows, empty), result)
             result_lse = torch.where(empty, -torch.inf, result_lse)
         out_rows.copy_(result)
         lse_rows.copy_(result_lse)
     return out, lse
+
+
+def _without_keys(call: Call, piece: Piece, fill: Tensor, like: Tensor, empty: Tensor | None = None) -> Tensor:
+    """The output of the queries of a piece that have no keys, ``like`` its output; ``empty``: which these are."""
+    spec, nobody = call.plan.spec, empty is not None and on_host(empty) and not empty.any()
+    if spec.dropout and spec.empty_output == "mean" and not nobody:
+        return dropped_mean(call, piece, like)
+    return fill[piece.batches, piece.kv_heads].expand_as(like)
 
 
 def by_products(call: Call, piece: Piece) -> tuple[Tensor, Tensor, Tensor | None]:
