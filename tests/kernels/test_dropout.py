@@ -10,6 +10,7 @@ import torch
 from checking import check, check_gradients
 from comparing import assert_close
 from plans import CASES, Call, Sizes, tensors
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from effattn.errors import PlanError
 from effattn.ir.attention import AttentionSpec
@@ -122,6 +123,30 @@ def test_sizes(q_len, k_len):
 def test_half_precision(dtype):
     sizes = Sizes(heads=2, kv_heads=1)
     check(with_dropout("causal", sizes), *tensors(sizes, dtype=dtype))
+
+
+class LargestTensor(TorchDispatchMode):
+    """Records how many elements the largest result of any ATen call has."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, tuple) else (result,):
+            self.elements = max(self.elements, tensor.numel() if isinstance(tensor, torch.Tensor) else 0)
+        return result
+
+
+@pytest.mark.parametrize("name", ["causal", "empty_rows_mean"])
+def test_no_n_by_n_tensor(name, monkeypatch):
+    monkeypatch.setattr(portable_call, "ROWS", 32)
+    monkeypatch.setattr(portable_call, "SCORES", 2**19)
+    sizes = Sizes(1, 4, 2, 1024, 1024)
+    call, inputs = with_dropout(name, sizes), tensors(sizes)
+    with LargestTensor() as largest:
+        out, lse = portable.run(call.plan, *inputs, call.captures)
+        portable.run_backward(call.plan, out, None, *inputs, out, lse, call.captures)
+    assert largest.elements <= max(8 * 32 * 1024, 4 * 1024 * 16)
 
 
 def ones(p: float, seed: int, sizes: Sizes) -> torch.Tensor:
