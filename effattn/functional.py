@@ -26,6 +26,8 @@ from effattn.lowering.forms.form import CAUSAL
 from effattn.lowering.forms.linear import CAUSAL_WINDOW
 from effattn.policy.fields import params_of
 from effattn.policy.problems import spelled, unknown
+from effattn.runtime.ops.attend import attend
+from effattn.runtime.ops.autograd import reaches_kernels
 from effattn.runtime.ops.feature_attention import feature_attention
 
 SCALE = expr.number("scale")
@@ -100,7 +102,9 @@ def attention(
     plan = _plan(form, bool(causal), tuple(params.items()), boundaries is not None, sizes)
     factor = 1.0 / math.sqrt(q.shape[3]) if scale is None else scale
     captures = [] if boundaries is None else [_checked_boundaries(boundaries, k)]
-    return torch.ops.effattn.attend.default(q, k, v, captures, [], [factor], plan)[0]
+    direct = not torch.compiler.is_compiling() and reaches_kernels(q, k, v, *captures)
+    run = attend if direct else torch.ops.effattn.attend.default
+    return run(q, k, v, captures, [], [factor], plan)[0]
 
 
 def _without_softmax(

@@ -16,6 +16,8 @@ import effattn
 import effattn.runtime.ops
 from effattn.ir.plan import Plan
 from effattn.runtime import kernels, launching
+from effattn.runtime.selection import triton_block_map
+from effattn.runtime.selection.block_list import sizes_of_parts
 from effattn.runtime.targets import sdpa
 
 CPU = torch.device("cpu")
@@ -167,3 +169,15 @@ def test_pytorchs_choice_among_its_kernels_is_kept(monkeypatch):
     with torch.no_grad():
         assert [run(), run()] == [5, 5]
     assert len(chosen) == 5
+
+
+def test_a_compiled_kernel_takes_the_addresses_of_a_block_map(monkeypatch):
+    shape, asked = (2, 3, 5, 7), triton_block_map.lists_in
+    parts = torch.zeros(sum(sizes_of_parts(shape)), dtype=torch.int32)
+    tensors = asked(parts, shape, first=True)
+    assert [tuple(each.shape) for each in tensors] == [shape, shape[:3], shape[:3]]
+    assert all(
+        isinstance(each, torch.Tensor) for each in asked(parts, shape, first=False)
+    )  # the interpreter needs them
+    monkeypatch.setattr(triton_block_map, "interpreted", lambda device: False)
+    assert asked(parts, shape, first=False) == tuple(each.data_ptr() for each in tensors)

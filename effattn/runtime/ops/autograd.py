@@ -119,14 +119,17 @@ def autograd_kernel(
     return autograd
 
 
-def reaches_kernels(tensor: torch.Tensor) -> bool:
-    """Whether an op of ours that is called now with tensors like this one is nothing but its kernel.
+def reaches_kernels(*tensors: torch.Tensor) -> bool:
+    """Whether an op of ours that is called now with these tensors is nothing but its kernel.
 
     No gradient, mode, transform, profiler or subclass of tensors has a part in it.
     """
     if torch.is_grad_enabled() or _profiler_enabled():
         return False
-    keys = (_dispatch_keys(tensor) | _dispatch_tls_local_include_set()) - _dispatch_tls_local_exclude_set()
+    keys = _dispatch_tls_local_include_set()
+    for tensor in tensors:
+        keys = keys | _dispatch_keys(tensor)
+    keys = keys - _dispatch_tls_local_exclude_set()
     raw = keys.raw_repr()
     if raw not in _PLAIN:
         for key in _PASSED:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from math import prod
 
 import torch
@@ -81,6 +82,13 @@ def sizes_of_parts(shape: Sequence[int]) -> tuple[int, int, int]:
     """Elements of a block map's tensors where they lie one behind another; each begins at a multiple of 16 bytes."""
     few = _aligned(prod(shape[:3]))
     return _aligned(prod(shape)), few, few
+
+
+@lru_cache(maxsize=1024)
+def places_of_parts(shape: tuple[int, ...]) -> tuple[int, int, int]:
+    """Where these tensors begin, in bytes."""
+    first, second, _ = sizes_of_parts(shape)
+    return 0, 4 * first, 4 * (first + second)
 
 
 def _aligned(elements: int) -> int:

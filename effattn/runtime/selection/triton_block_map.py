@@ -12,9 +12,9 @@ from torch import Tensor
 from effattn.ir.attention import AttentionSpec
 from effattn.lowering.kernels.selection.block_map import MapSpec, generate
 from effattn.runtime import kernels
-from effattn.runtime.launching import Known, LaunchCache, far, on_device, tensor_key, width
+from effattn.runtime.launching import Known, LaunchCache, far, interpreted, on_device, tensor_key, width
 from effattn.runtime.selection import block_map as portable
-from effattn.runtime.selection.block_list import BlockList
+from effattn.runtime.selection.block_list import BlockList, places_of_parts
 from effattn.runtime.selection.block_map import Wanted
 
 
@@ -40,6 +40,18 @@ def parts_of_map(wanted: Wanted) -> Tensor:
     # by id, since hashing expressions is slow; the call keeps the record alive
     key = (id(attention), block, unit, transposed, sizes, device, *map(tensor_key, captures), *map(width, scalars))
     return CALLS.run(key, prepared, started)
+
+
+def lists_in(parts: Tensor, shape: tuple[int, ...], *, first: bool) -> tuple[Any, Any, Any]:
+    """The three tensors of a block map for a kernel; ``shape``: of ``kv_indices``.
+
+    ``first``: whether the kernel is not compiled yet. Later it takes addresses, too, which are found sooner.
+    """
+    if first or interpreted(parts.device):
+        return BlockList.of_parts(parts, shape, 0, 0).tensors()
+    address = parts.data_ptr()
+    indices, counts, partial = places_of_parts(shape)
+    return address + indices, address + counts, address + partial
 
 
 @dataclass(frozen=True)

@@ -94,7 +94,7 @@ def parameters(spec: MapSpec, kernel: str) -> list[Param]:
     """The parameters of one of ``KERNELS``, in order."""
     tables = [Param("ints", "*i64"), Param("floats", "*fp32")]
     pairs = [Param("int_pairs", "*i64"), Param("float_pairs", "*fp32")]
-    lists = [Param(name, "*i32") for name in ("indices", "counts", "partial_counts")]
+    lists = [Param("indices", "*i32")]
     pointers = {"tabulate": tables, "tabulate_pairs": pairs, "list_blocks": [*tables, *pairs, *lists]}[kernel]
     sizes = {
         "tabulate": ("table_heads",),

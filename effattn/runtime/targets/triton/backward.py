@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ from effattn.lowering.schedules.attention import beside_captures
 from effattn.runtime import kernels
 from effattn.runtime.launching import Known, LaunchCache, architecture, far, launch_key, narrow, on_device, too_narrow
 from effattn.runtime.selection.block_map import Wanted
-from effattn.runtime.selection.triton_block_map import block_map
+from effattn.runtime.selection.triton_block_map import lists_in, parts_of_map
 from effattn.runtime.targets import portable
 from effattn.runtime.targets.empty_rows import add_empty_rows, have_gradients
 from effattn.runtime.targets.memory_order import allocate, strides_of
@@ -41,6 +42,7 @@ class _Call:
     launch: Callable[..., Known] | None = None
     terms: tuple[CapturedTerm, ...] = ()
     blocks: tuple[int, int] | None = None  # sizes of the blocks of the block map that it visits
+    maps: tuple[tuple[int, ...], ...] = ()  # sizes of the ``kv_indices`` of both its directions
     totals: Callable[..., tuple] | None = None  # finds what the LSE of large scores does not hold, for Gluon kernels
     of_distances: Callable[..., Known] | None = None  # launches the kernel that reduces ``distances``
     distances: tuple[CapturedTerm, ...] = ()
@@ -133,13 +135,19 @@ def prepare_backward(
     if fast is not None and fits_gluon((*narrowed, *written)):
         totals = kernels.load(spec).module.totals if loses_totals(plan.spec.score) else None
         spec = fast
+    blocks = (spec.list_block, spec.list_unit) if spec.list_block else None
+    maps: tuple[tuple[int, ...], ...] = ()
+    if blocks is not None:
+        given = (plan.spec, shape, captures, scalars, numbers, *blocks, query.device)
+        maps = tuple(Wanted(*given, transposed).shape for transposed in (False, True))
     return replace(
         call,
         grads=grads,
         empty=allocator(query.device),
         launch=kernels.load(spec).module.launch,
         terms=captured_terms(spec),
-        blocks=(spec.list_block, spec.list_unit) if spec.list_block else None,
+        blocks=blocks,
+        maps=maps,
         totals=totals,
         of_distances=None if apart is None else kernels.load(apart).module.launch,
         distances=() if apart is None else captured_terms(apart),
@@ -188,7 +196,10 @@ def start_backward(
     of_totals = of_distances = None
     with on_device(device):
         of_query, of_key, of_value = grads = [call.empty(*each, dtype) for each in call.grads]
-        lists = _both_ways(call.plan, shape, data, call.blocks, device) if call.blocks is not None else ()
+        lists: list[Any] = []
+        if call.blocks is not None:
+            maps = _both_ways(call.plan, shape, data, call.blocks, device)
+            lists = [lists_in(*each, first=known is None) for each in zip(maps, call.maps, strict=True)]
         if call.totals is not None:
             *rows, of_totals = call.totals(query, key, lse, *data, found["totals"])  # type: ignore[assignment]
         inputs = (query, key, value, out, *rows, grad_out, grad_lse, grads, *own, *data, *lists)
@@ -206,10 +217,9 @@ def start_backward(
     return every, known
 
 
-def _both_ways(plan: Plan, shape, data: Data, blocks: tuple[int, int], device: torch.device):
+def _both_ways(plan: Plan, shape, data: Data, blocks: tuple[int, int], device: torch.device) -> list[Tensor]:
     """The block map of a call, for blocks of queries and for blocks of keys."""
-    given = (plan.spec, shape, *data, *blocks, device)
-    return tuple(block_map(Wanted(*given, transposed)).tensors() for transposed in (False, True))
+    return [parts_of_map(Wanted(plan.spec, shape, *data, *blocks, device, transposed)) for transposed in (False, True)]
 
 
 def _widened(plan: Plan, tensors: Differentiated, data: Data, wanted: Sequence[str], config: Tiles | None) -> Gradients:

@@ -26,10 +26,9 @@ from effattn.runtime.launching import (
     too_narrow,
 )
 from effattn.runtime.selection import triton_steps
-from effattn.runtime.selection.block_list import BlockList
 from effattn.runtime.selection.block_map import Wanted
 from effattn.runtime.selection.run import select
-from effattn.runtime.selection.triton_block_map import block_map
+from effattn.runtime.selection.triton_block_map import lists_in, parts_of_map
 from effattn.runtime.targets.memory_order import strides_of
 from effattn.runtime.targets.triton.limits import check
 from effattn.runtime.targets.triton.specialise import (
@@ -96,11 +95,11 @@ def start(call: _Call, query, key, value, captures, scalars, numbers, known: Kno
         numbers = [float(number) for number in numbers]
         if call.plan.sparsity.select is not None:
             extra = select(call.plan, query, key, captures, scalars, numbers, triton_steps).tensors()
-        elif call.given_map is not None and blocks is not None:
-            extra = BlockList.of_parts(blocks, call.given_map, *call.blocks).tensors()
         elif call.map is not None:
-            sizes, given = (*query.shape[:3], key.shape[2]), call.map.given(captures, scalars, numbers)
-            extra = block_map(Wanted(call.map.spec, sizes, *given, *call.blocks, query.device)).tensors()
+            if blocks is None or not call.takes_map:
+                sizes, given = (*query.shape[:3], key.shape[2]), call.map.given(captures, scalars, numbers)
+                blocks = parts_of_map(Wanted(call.map.spec, sizes, *given, *call.blocks, query.device))
+            extra = lists_in(blocks, call.of_map, first=known is None)
         known = call.launch(query, key, value, out, lse, captures, scalars, numbers, *extra, known)
     return (out, lse), known
 
@@ -121,7 +120,8 @@ class _Call:
     splits: tuple[int, ...] = ()  # one number for decode
     map: RuleAlone | None = None  # of the block map that it visits
     blocks: tuple[int, int] = (0, 0)  # sizes of its blocks
-    given_map: tuple[int, ...] | None = None  # where they are those of the plan: the shape of the map that is passed
+    of_map: tuple[int, ...] = ()  # the sizes of its ``kv_indices``
+    takes_map: bool = False  # whether its blocks are those of the plan, so that the map that is passed serves
     known: Known | None = None
 
 
@@ -175,10 +175,8 @@ def prepare(
         given_map = over_given_map(spec, plan.sparsity.blocks)
         spec = given_map or spec
         sizes = (spec.list_block, spec.list_unit)
-        call = replace(call, map=rule_alone(plan.spec), blocks=sizes)
-        if given_map is not None:
-            wanted = Wanted(plan.spec, (*query.shape[:3], k_len), captures, scalars, numbers, *sizes, device)
-            call = replace(call, given_map=wanted.shape)
+        of_map = Wanted(plan.spec, (*query.shape[:3], k_len), captures, scalars, numbers, *sizes, device).shape
+        call = replace(call, map=rule_alone(plan.spec), blocks=sizes, of_map=of_map, takes_map=given_map is not None)
     return replace(call, launch=kernels.load(spec).module.launch, narrowed=narrowed, splits=parts)
 
 
