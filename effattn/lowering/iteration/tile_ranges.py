@@ -101,7 +101,9 @@ def by_formula(predicate) -> bool:
 
 
 def within_band(ranges: TileRanges) -> Any:
-    """The predicate and ``k < Nk``, with one bound for each side, which is computed once for each query."""
+    """The predicate and ``k < Nk``; where it is a band, as one bound for each side, computed once for each query."""
+    if ranges.others != sympy.true:
+        return sympy.And(ranges.structural, ranges.residual, k < expr.Nk)
     bounds = [k < sympy.Min(expr.Nk, *ranges.upper)]
     bounds += [k >= sympy.Max(*ranges.lower)] if ranges.lower else []
     return sympy.And(*bounds, ranges.others)

@@ -16,8 +16,11 @@ from specs import ARCHS
 # Triton, which brings its own assembler. A release that is not listed is held to the last one that is.
 HOPPER = {  # every release: masks and scores read so much at once, and smaller tiles cost more than they save
     "hopper alibi D 64 sm90": 24,
-    "hopper bias listed sm90": 120,
-    "hopper documents listed sm90": 8,
+    "hopper bias listed sm90": 144,
+    "hopper documents listed sm90": 16,
+    "hopper power_128 listed sm90": 64,
+    "hopper power_128 listed D 64 sm90": 40,
+    "hopper window D 64 sm90": 16,
     "hopper alibi D 128 grad_key_value sm90": 40,
     "hopper causal D 64 grad_key_value sm90": 8,
     "hopper causal D 128 grad_key_value sm90": 8,
