@@ -20,6 +20,7 @@ from benchmarks.harness import EAGER, EFFATTN, INDUCTOR
 NO_MASK, ONES, PADDED, PACKED = "no mask", "mask of ones", "left padding", "packed documents"
 KINDS = (NO_MASK, ONES, PADDED, PACKED)
 DOCUMENT = 5000  # tokens of one of the packed documents
+AT_MOST = {NO_MASK: 0.32, ONES: 0.33, PADDED: 0.30}  # of Inductor's time, 65,536 tokens
 BACKENDS = (EAGER, INDUCTOR, EFFATTN)
 # the most telling first: the time on a lent machine may end
 CASES = (
@@ -62,10 +63,10 @@ def prefill(function: Any, given: dict[str, Any]) -> Callable[[], torch.Tensor]:
 def bars(suite: harness.Suite, case: str, kind: str, length: int) -> None:
     """What has to be reached."""
     if length == 65_536:
-        suite.bar(case, EFFATTN, INDUCTOR, 0.36 if kind == NO_MASK else 0.45)
+        suite.bar(case, EFFATTN, INDUCTOR, AT_MOST[kind])
         suite.bar(case, EFFATTN, EAGER, 1.0, "peak_gib")
-        if kind == NO_MASK:
-            suite.bar(case, EFFATTN, EAGER, 0.92)
+        if kind != PADDED:
+            suite.bar(case, EFFATTN, EAGER, 0.86)
     elif kind == NO_MASK:
         suite.bar(case, EFFATTN, (EAGER, INDUCTOR), 1.0)
 
