@@ -28,7 +28,7 @@ class Tiles:
     block_q: int = 0  # Gluon backward: queries of a tile that passes by; ``partial_stages`` of them are on their way
     consumers: int = 0  # warpgroups of 64 queries each, fed by a warp that copies: the Gluon dialect; 0: the Triton one
     programs: int = 1  # Gluon: programs that share a multiprocessor
-    persistent: bool = False  # Gluon: one program for each multiprocessor, which takes one block after the other
+    persistent: bool = False  # Gluon: as many programs as run at the same time, each takes one block after the other
 
     def __str__(self) -> str:
         programs = f"{self.consumers} consumer warpgroups" if self.consumers else f"{self.warps} warps"
