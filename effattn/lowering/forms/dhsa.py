@@ -29,6 +29,7 @@ from effattn.lowering.forms import boundary_weights
 from effattn.lowering.forms.form import (
     CAUSAL,
     FROM_THE_START,
+    NO_DROPOUT,
     ONLY_CAUSAL,
     PLAIN_SCORE,
     PREFILL,
@@ -202,7 +203,7 @@ DHSA = Form(
     summary="chunks of keys ranked by their means: the best within a budget, recent keys and sinks",
     source="Xiong et al., Dynamic Hierarchical Sparse Attention, arXiv 2510.24606",
     params=DhsaParams,
-    rules=(CAUSAL, ONLY_CAUSAL, PREFILL, PLAIN_SCORE, FROM_THE_START, BOUNDARIES, WEIGHTS),
+    rules=(CAUSAL, ONLY_CAUSAL, PREFILL, PLAIN_SCORE, FROM_THE_START, BOUNDARIES, WEIGHTS, NO_DROPOUT),
     kept_keys=kept_keys,
     select=select,
     selector_work=selector_work,

@@ -85,8 +85,7 @@ class Form:
 
     def refusals(self, site: Site, params: Params) -> tuple[Refusal, ...]:
         """All reasons why this form does not apply to ``site``; () if it does."""
-        own = () if self.select is None and self.softmax else (NO_DROPOUT,)
-        found = (rule.refusal(site, params) for rule in (*own, *self.rules))
+        found = (rule.refusal(site, params) for rule in self.rules)
         return tuple(refusal for refusal in found if refusal is not None)
 
     def cost(self, site: Site, params: Params) -> Cost:

@@ -19,7 +19,7 @@ from effattn.ir.refusal import Why
 from effattn.ir.site import Site
 from effattn.lowering.cost import Cost, Work
 from effattn.lowering.forms.feature_maps import FEATURE_MAPS
-from effattn.lowering.forms.form import FROM_THE_START, PLAIN_SCORE, PREFILL, Form, Params, Rule
+from effattn.lowering.forms.form import FROM_THE_START, NO_DROPOUT, PLAIN_SCORE, PREFILL, Form, Params, Rule
 
 SCORE_BYTES = 24  # bytes moved per score in a window: float32, written and read by product, mask, exp and product
 CHUNK = 64  # tokens per chunk, for costs
@@ -157,7 +157,19 @@ LINEAR = LinearForm(
     summary="feature maps of query and key instead of a softmax, except in a window: a state of fixed size, O(N)",
     source="Katharopoulos et al., Transformers are RNNs, arXiv 2006.16236",
     params=LinearParams,
-    rules=(ACCEPTED, TRAINED, PREFILL, WHOLE, FROM_THE_START, PLAIN_SCORE, SINK, CAUSAL_WINDOW, PLAIN_WINDOW, LAYER),
+    rules=(
+        ACCEPTED,
+        TRAINED,
+        PREFILL,
+        WHOLE,
+        FROM_THE_START,
+        PLAIN_SCORE,
+        SINK,
+        CAUSAL_WINDOW,
+        PLAIN_WINDOW,
+        LAYER,
+        NO_DROPOUT,
+    ),
     kept_keys=lambda params: Nk,
     reference=reference,
     softmax=False,

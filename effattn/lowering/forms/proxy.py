@@ -13,6 +13,7 @@ from effattn.ir.site import Layout, Site
 from effattn.lowering.cost import CHOICE, Work
 from effattn.lowering.forms.form import (
     CAUSAL,
+    NO_DROPOUT,
     ONLY_CAUSAL,
     PLAIN_SCORE,
     PREFILL,
@@ -152,7 +153,7 @@ PROXY = Form(
     summary="blocks ranked by pooled heads on few queries; each head takes as many as cover its last queries' mass",
     source="Wang et al., ProxyAttn, arXiv 2509.24745",
     params=ProxyParams,
-    rules=(CAUSAL, ONLY_CAUSAL, PREFILL, PLAIN_SCORE, SAME_MASK, GROUPS),
+    rules=(CAUSAL, ONLY_CAUSAL, PREFILL, PLAIN_SCORE, SAME_MASK, GROUPS, NO_DROPOUT),
     kept_keys=lambda params: sympy.Min(Nk, sympy.Max(params.least, ASSUMED_SHARE * Nk)),
     select=select,
     selector_work=selector_work,

@@ -15,6 +15,8 @@ from effattn.compiler.options import Options
 from effattn.compiler.report import collect
 from effattn.errors import VerificationError
 from effattn.ir.refusal import Why
+from effattn.lowering.forms import FORMS
+from effattn.lowering.forms.form import NO_DROPOUT
 from effattn.runtime import philox
 
 N, P = 21, 0.3
@@ -250,6 +252,11 @@ def test_forms(form):
     (site,) = report.sites
     assert site.form == (form if form == "window" else "exact")
     assert form == "window" or "dropout is live" in site.reason
+
+
+def test_forms_without_dropout_say_so():
+    none = {name for name, form in FORMS.items() if form.select is not None or not form.softmax}
+    assert {name for name, form in FORMS.items() if NO_DROPOUT in form.rules} == none
 
 
 @pytest.mark.parametrize("function", [bert, llama, rows_without_keys], ids=lambda function: function.__name__)
