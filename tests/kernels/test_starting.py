@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import triton
 from triton import knobs
 from triton.runtime.driver import driver
 
@@ -76,9 +77,10 @@ def test_later_calls_skip_triton():
     assert kernel.compiled.runs == [(5, 1, 1, 307, "function", "metadata", None, None, None, "b", 2)]
 
 
-def test_the_function_in_c(a_device):
+def test_the_function_in_c(a_device, monkeypatch):
     """Of the launcher that Triton makes for NVIDIA GPUs."""
     for version in ("3.6", "3.7"):
+        monkeypatch.setattr(triton, "__version__", f"{version}.0")
         kernel, known = Kernel(Compiled()), {}
         kernel.compiled.run = CudaLauncher(kernel.compiled, version)
         for argument in "ab":
@@ -91,8 +93,6 @@ def test_the_function_in_c(a_device):
 
 
 def test_the_launcher_of_another_triton_is_called(monkeypatch, a_device):
-    import triton
-
     monkeypatch.setattr(triton, "__version__", "3.99.0")
     kernel, known, called = Kernel(Compiled()), {}, []
     has = {"__call__": lambda self, *given: called.append(given)}
@@ -178,6 +178,7 @@ def test_descriptors_are_filled_once_for_each_address(version, tiles_of, monkeyp
         return [f"map of {len(filled)}", *descriptor.shape, *descriptor.strides]
 
     monkeypatch.setattr(nvidia, "make_tensordesc_arg", fill)
+    monkeypatch.setattr(triton, "__version__", f"{version}.0")
     kernel, known = Kernel(Compiled(described=2)), {}
     kernel.compiled.run = CudaLauncher(kernel.compiled, version, described=2)
     addresses = [tensor.data_ptr() for tensor in TENSORS]
