@@ -27,6 +27,7 @@ from torch import Tensor
 from benchmarks import keeping, measuring, ratios, tables
 from benchmarks.measuring import commit, device_name, versions
 from benchmarks.tables import number
+from effattn.bench.clock import peak_bytes, timed
 
 EAGER, INDUCTOR, EFFATTN = "eager", "inductor", "effattn"
 
@@ -129,6 +130,67 @@ class Suite:
         print(f"  {case} | {variant} | {_line(row)}", flush=True)
         self.save()
         return row
+
+    def measure_in_turns(
+        self,
+        case: str,
+        variants: dict[str, Callable[[], tuple[Callable[[], Any], Any, str | None]]],
+        compare: dict[str, Callable[[Any], Tensor]],
+        seconds: float = 0.5,
+    ) -> None:
+        """Time the variants of a case in turns, so that a device that gets hot favours none of them.
+
+        Args:
+            variants: name -> what makes the function to time, its first result, and a remark.
+            compare: name -> the tensor to compare; see :meth:`measure`.
+            seconds: of calls of each.
+        """
+        if self.out_of_time():
+            for name in variants:
+                self.note(f"{keeping.LATE}{case}, {name}")
+            return
+        functions: dict[str, Callable[[], Any]] = {}
+        rows = {name: Row(case, name) for name in variants}
+        measuring.forget(self.device)
+        try:
+            for name, make in variants.items():
+                with quiet(), self._recorded(rows[name]):
+                    functions[name] = self._prepared(rows[name], make, compare.get(name))
+            times = dict(zip(functions, timed(list(functions.values()), self.device, seconds), strict=True))
+        finally:
+            functions.clear()
+            measuring.forget(self.device)
+        for name, timing in times.items():
+            with self._recorded(rows[name]):
+                if isinstance(timing, Exception):
+                    raise timing
+                rows[name].ms, rows[name].fastest, rows[name].runs = timing.median, timing.fastest, timing.runs
+        for row in rows.values():
+            self.add(row)
+
+    @contextlib.contextmanager
+    def _recorded(self, row: Row) -> Iterator[None]:
+        """One that fails must not take the others with it."""
+        try:
+            yield
+        except Exception as error:
+            row.error = _told(error)
+
+    def _prepared(self, row: Row, make: Callable[[], Any], compare: Callable[[Any], Tensor] | None) -> Any:
+        self._keep_reference_of(row.case)
+        before = measuring.allocated_gib(self.device)
+        row.first_s, (function, value, remark) = measuring.wall_seconds(make, self.device)
+        if remark is not None:
+            row.more["options"] = remark
+        held = self._held_gib()
+        if compare is not None:
+            self._compare(row, compare(value))
+        del value
+        used = measuring.allocated_gib(self.device) - before - (self._held_gib() - held)
+        peak = peak_bytes(function, self.device)
+        if peak is not None:
+            row.peak_gib = row.above_gib = used + peak / measuring.GIB
+        return function
 
     def add(self, row: Row) -> None:
         """Keep a row that was measured elsewhere, as in a process of its own."""

@@ -20,9 +20,9 @@ import torch
 
 from benchmarks import harness
 from effattn.bench.mods import MASKS, SCORES, chosen, fields
-from effattn.bench.peers import EFFATTN, PEERS, Given, Peer
+from effattn.bench.peers import EFFATTN, PEERS, Given
 from effattn.bench.problem import Mod, Pairs, Problem
-from effattn.bench.run import BACKWARD, FORWARD, built, parts_of
+from effattn.bench.run import BACKWARD, FORWARD, parts_of, ready
 from effattn.ir import expr
 from effattn.ir.attention import AttentionSpec, CaptureSpec
 from effattn.lowering.forms import FORMS
@@ -126,17 +126,14 @@ def measure(suite: harness.Suite, target: Target) -> None:
     case, pairs = case_of(one, target), Pairs.of(one, one.make_mask(one))
     given = Given(one, one.make_mask(one), one.make_score(one), target.direction == BACKWARD)
     names = target.against if given.on_gpu else ON_CPU
-    for peer in (PEERS[EFFATTN], *(PEERS[name] for name in names)):
-        if peer.why_not(given) is None:
-            _measure_one(suite, case, given, peer, pairs)
-    suite.bar(case, EFFATTN, target.against, target.at_most)
+    peers = [peer for peer in (PEERS[EFFATTN], *(PEERS[name] for name in names)) if peer.why_not(given) is None]
 
-
-def _measure_one(suite: harness.Suite, case: str, given: Given, peer: Peer, pairs: Pairs) -> None:
     def compared(results: tuple[torch.Tensor, ...]) -> torch.Tensor:
-        return torch.cat([part.flatten() for part in parts_of(given.problem, pairs, results)])
+        return torch.cat([part.flatten() for part in parts_of(one, pairs, results)])
 
-    suite.measure(case, peer.name, partial(built, given, peer), compare=compared if peer.same else None)
+    makers = {peer.name: partial(ready, given, peer) for peer in peers}
+    suite.measure_in_turns(case, makers, {peer.name: compared for peer in peers if peer.same})
+    suite.bar(case, EFFATTN, target.against, target.at_most)
 
 
 def block_map(suite: harness.Suite) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ class Given:
     mask: Mod | None
     score: Mod | None
     backward: bool
+    options: Mapping[str, int] = field(default_factory=dict)  # of the peer's kernels; empty: it chooses
 
     @property
     def on_gpu(self) -> bool:
@@ -44,6 +45,7 @@ class Peer:
     name: str
     why_not: Callable[[Given], str | None]
     make: Callable[[Given], Run]  # what it needs besides query, key and value is made here, and is not timed
+    fallbacks: tuple[Mapping[str, int], ...] = ()  # options to try one after another where its own choice fails
     same: bool = True  # False: it computes causal attention without the rest of the mask and score, as a yardstick
 
 
@@ -140,7 +142,14 @@ def _flex(given: Given) -> Run:
         blocks = create_block_mask(given.mask.function, *size, device=problem.device, _compile=True)
     score = None if given.score is None else given.score.function
     call = torch.compile(flex_attention, dynamic=False)
-    return lambda q, k, v: call(q, k, v, score_mod=score, block_mask=blocks, enable_gqa=problem.groups > 1)
+    options: Any = dict(given.options) or None
+    more = {"score_mod": score, "block_mask": blocks, "enable_gqa": problem.groups > 1, "kernel_options": options}
+    return lambda q, k, v: call(q, k, v, **more)
+
+
+# smaller tiles of the backward's kernels, which may need more shared memory than there is
+_SMALLER = {"BLOCK_M1": 32, "BLOCK_N1": 64, "BLOCK_M2": 64, "BLOCK_N2": 32, "num_stages": 1}
+_SMALLEST = {"BLOCK_M1": 32, "BLOCK_N1": 32, "BLOCK_M2": 32, "BLOCK_N2": 32, "num_stages": 1}
 
 
 def _no_flex(given: Given) -> str | None:
@@ -225,7 +234,7 @@ PEERS = {
     peer.name: peer
     for peer in (
         Peer(EFFATTN, lambda given: None, _effattn),
-        Peer("FlexAttention", _no_flex, _flex),
+        Peer("FlexAttention", _no_flex, _flex, (_SMALLER, _SMALLEST)),
         Peer("SDPA flash", _only_plain_on_gpu, _sdpa(FLASH, None)),
         Peer("SDPA cuDNN", _only_plain_on_gpu, _sdpa(CUDNN, None)),
         Peer("SDPA", _no_sdpa_with_mask, _sdpa_with_mask),

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 import effattn
-from effattn.bench.clock import timed
+from effattn.bench.clock import Timing, peak_bytes, timed
 from effattn.bench.peers import EFFATTN, Given, Peer
 from effattn.bench.problem import Pairs, Problem, flops, traffic
 from effattn.evaluate.bodies import quiet
@@ -43,6 +43,7 @@ class Row:
     peak_gib: float | None = None  # above inputs and outputs
     difference: float | None = None  # from effattn's result: the largest, over the largest value
     tolerated: float | None = None
+    options: str | None = None  # of its kernels, where it does not run by its own choice
     why_not: str | None = None  # it cannot compute the problem
     error: str | None = None  # it failed
 
@@ -91,41 +92,61 @@ def bench(
             for direction in directions
         }
         for direction in directions:
-            reference: Parts | None = None
-            for peer in peers:
-                row, result = measure(problem, peer, direction, seconds, pairs, reference, tell)
-                rows.append(row)
-                reference = result if peer.name == EFFATTN else reference
-                done()
+            rows += _side_by_side(problem, peers, direction, seconds, pairs, tell, done)
     return Bench(about(problems, work), tuple(_with_ratios(rows)))
 
 
-def measure(
+def _side_by_side(
     problem: Problem,
-    peer: Peer,
+    peers: Sequence[Peer],
     direction: str,
     seconds: float,
     pairs: Pairs,
-    reference: Parts | None,
     tell: Callable[[str], None],
-) -> tuple[Row, Parts | None]:
-    """The row of one peer, and what of its results others are compared with."""
-    where = (problem.name, problem.tokens, direction, peer.name)
-    given = Given(problem, problem.make_mask(problem), problem.make_score(problem), direction == BACKWARD)
-    if (reason := peer.why_not(given)) is not None:
-        return Row(*where, why_not=reason), None
-    tell(f"{problem.name}: {direction}, {peer.name}")
-    device = torch.device(problem.device)
-    try:
-        with quiet(), freed():
-            function = built(given, peer)
-            parts = parts_of(problem, pairs, function())
-            timing = timed(function, device, seconds)
-    except Exception as error:  # one that fails must not take the others with it
-        return Row(*where, error=_first_line(error)), None
-    peak = None if timing.peak_bytes is None else timing.peak_bytes / 2**30
-    row = Row(*where, timing.median, timing.fastest, timing.runs, peak_gib=peak)
-    return (_compared(row, problem, pairs, parts, reference) if peer.same else row), parts
+    done: Callable[[], None],
+) -> list[Row]:
+    """A row for each peer: each is built and compared, then all are timed in turns."""
+    device, reference = torch.device(problem.device), None
+    rows: list[Row] = []
+    functions: dict[int, Callable[[], Parts]] = {}  # by the place of its row
+    with quiet(), freed():
+        for peer in peers:
+            where = (problem.name, problem.tokens, direction, peer.name)
+            given = Given(problem, problem.make_mask(problem), problem.make_score(problem), direction == BACKWARD)
+            if (reason := peer.why_not(given)) is not None:
+                rows.append(Row(*where, why_not=reason))
+            else:
+                tell(f"{problem.name}: {direction}, {peer.name}")
+                try:
+                    function, results, options = ready(given, peer)
+                    parts = parts_of(problem, pairs, results)
+                    del results
+                    peak = peak_bytes(function, device)
+                    row = Row(*where, options=options, peak_gib=None if peak is None else peak / 2**30)
+                    row = _compared(row, problem, parts, reference) if peer.same else row
+                    functions[len(rows)] = function
+                    reference = parts if peer.name == EFFATTN else reference
+                except Exception as error:  # one that fails must not take the others with it
+                    row = Row(*where, error=_first_line(error))
+                rows.append(row)
+            done()
+        for place, timing in zip(functions, timed(list(functions.values()), device, seconds), strict=True):
+            rows[place] = _with_time(rows[place], timing, problem, pairs, peers[place])
+        functions.clear()
+    return rows
+
+
+def ready(given: Given, peer: Peer) -> tuple[Callable[[], Parts], Parts, str | None]:
+    """What is timed, its first result, and the options of its kernels where it does not run by its own choice."""
+    failed: Exception | None = None
+    for options in ({}, *peer.fallbacks):
+        try:
+            function = built(replace(given, options=options), peer)
+            return function, function(), ", ".join(f"{name} {value}" for name, value in options.items()) or None
+        except Exception as error:  # its own choice says best what is wrong
+            failed = failed or error
+    assert failed is not None
+    raise failed
 
 
 def built(given: Given, peer: Peer) -> Callable[[], tuple[Tensor, ...]]:
@@ -154,15 +175,20 @@ def parts_of(problem: Problem, pairs: Pairs, results: tuple[Tensor, ...]) -> tup
     return (first, *rows)
 
 
-def _compared(row: Row, problem: Problem, pairs: Pairs, parts: Parts, reference: Parts | None) -> Row:
-    """With what holds of a peer that computes the problem itself."""
-    assert row.ms is not None
-    tflops = flops(problem, pairs.density, row.direction == BACKWARD) / row.ms / 1e9
+def _compared(row: Row, problem: Problem, parts: Parts, reference: Parts | None) -> Row:
+    """With how far the result is from effattn's."""
     if reference is None:
-        return replace(row, tflops=tflops)
+        return row
     apart = [_apart(one, other) for one, other in zip(parts, reference, strict=True)]
     worst = next((share for share in apart if share != share), max(apart))  # NaN first
-    return replace(row, tflops=tflops, difference=worst, tolerated=TOLERANCE[problem.dtype])
+    return replace(row, difference=worst, tolerated=TOLERANCE[problem.dtype])
+
+
+def _with_time(row: Row, timing: Timing | Exception, problem: Problem, pairs: Pairs, peer: Peer) -> Row:
+    if isinstance(timing, Exception):
+        return Row(row.problem, row.tokens, row.direction, row.peer, error=_first_line(timing))
+    tflops = flops(problem, pairs.density, row.direction == BACKWARD) / timing.median / 1e9 if peer.same else None
+    return replace(row, ms=timing.median, fastest=timing.fastest, runs=timing.runs, tflops=tflops)
 
 
 def _apart(one: Tensor, other: Tensor) -> float:

@@ -42,7 +42,7 @@ def left_out(done: Bench) -> list[tuple[str, str]]:
 
 def _cells(row: Row, memory: bool) -> list[str]:
     peak = [_number(row.peak_gib)] if memory else []
-    note = row.error or ""
+    note = row.error or (f"with {row.options}" if row.options else "")
     if row.wrong:
         note = f"another result: up to {_number(row.tolerated)} is rounding"
     return [

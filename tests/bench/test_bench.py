@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import time
 import xml.etree.ElementTree as ET
 from dataclasses import replace
 
@@ -210,9 +212,49 @@ def test_tables_json_and_picture(tmp_path):
         draw(done, tmp_path / "nowhere" / "roof.svg")
 
 
-def test_times_are_of_the_function():
+def test_functions_are_timed_in_turns():
+    calls: list[str] = []
+    functions = [lambda: calls.append("a"), lambda: calls.append("b") or time.sleep(0.001)]
+    first, second = clock.timed(functions, torch.device("cpu"), seconds=0.01)
+    warm, timed = calls[:2], calls[2:]
+    assert warm == ["a", "b"]
+    assert timed.count("a") == first.runs
+    assert timed.count("b") == second.runs
+    turns = [name for name, _ in itertools.groupby(timed)]
+    assert len(turns) >= 2 * clock.FEWEST
+    assert first.fastest <= first.median
+    assert second.fastest >= 1.0  # ms
+
+
+@pytest.mark.parametrize("fails_at", [1, 2, 4])
+def test_what_fails_while_it_is_timed_is_told(fails_at):
     calls = []
-    timing = clock.timed(lambda: calls.append(1), torch.device("cpu"), seconds=0.0)
-    assert timing.runs == clock.FEWEST == len(calls) - 1
-    assert timing.fastest <= timing.median
-    assert timing.peak_bytes is None
+
+    def fails():
+        calls.append(1)
+        if len(calls) == fails_at:
+            raise RuntimeError("no memory")
+
+    bad, good = clock.timed([fails, lambda: None], torch.device("cpu"), seconds=0.0)
+    assert isinstance(bad, RuntimeError)
+    assert good.runs == clock.FEWEST
+    assert len(calls) == fails_at  # it is left alone then
+
+
+def test_options_are_tried_where_a_peer_fails_by_its_own_choice():
+    def make(given):
+        def run(q, k, v):
+            if given.options.get("tiles") != 32:
+                raise RuntimeError(f"no room for {dict(given.options)}")
+            return PEERS["SDPA"].make(given)(q, k, v)
+
+        return run
+
+    peer = Peer("large", lambda given: None, make, ({"tiles": 64}, {"tiles": 32, "stages": 1}))
+    (row,) = run.bench([problem()], [peer], seconds=0.0).rows
+    assert (row.error, row.options) == (None, "tiles 32, stages 1")
+    assert row.ms > 0
+    (row,) = run.bench([problem()], [replace(peer, fallbacks=({"tiles": 64},))], seconds=0.0).rows
+    assert row.error == "RuntimeError: no room for {}"  # the first says best what is wrong
+    (row,) = measured(problem(), "SDPA").values()
+    assert row.options is None
