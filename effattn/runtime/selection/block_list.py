@@ -10,6 +10,8 @@ from math import prod
 import torch
 from torch import Tensor
 
+ALIGNED = 16  # bytes; Triton specialises on it
+
 
 @dataclass(frozen=True)
 class BlockList:
@@ -40,12 +42,13 @@ class BlockList:
     def of_parts(parts: Tensor, shape: Sequence[int], block: int, unit: int) -> BlockList:
         """The block map whose tensors lie one behind another in ``parts``; ``shape``: of ``kv_indices``."""
         lists, rows, width = shape[1:]
-        first, second, _ = sizes_of_parts(shape)
+        sizes = sizes_of_parts(shape)
+        second = parts.storage_offset() + sizes[0]
         few, of_few = shape[:3], (lists * rows, rows, 1)
         return BlockList(
             parts.as_strided(shape, (lists * rows * width, rows * width, width, 1)),
-            parts.as_strided(few, of_few, first),
-            parts.as_strided(few, of_few, first + second),
+            parts.as_strided(few, of_few, second),
+            parts.as_strided(few, of_few, second + sizes[1]),
             block,
             unit,
         )
@@ -84,6 +87,23 @@ def sizes_of_parts(shape: Sequence[int]) -> tuple[int, int, int]:
     return _aligned(prod(shape)), few, few
 
 
+def checked_parts(parts: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """The parts of a block map that a caller passes, as kernels take for granted: no launch key holds what they are.
+
+    Raises:
+        ValueError: they are not those of a block map whose ``kv_indices`` have this shape.
+    """
+    needed = _all_parts(shape)
+    if parts.dtype != torch.int32 or parts.shape != needed or not parts.is_contiguous():
+        raise ValueError(f"a block map of {shape} is int32 {list(needed)}, not {parts.dtype} {list(parts.shape)}")
+    return parts.clone() if parts.data_ptr() % ALIGNED else parts
+
+
+@lru_cache(maxsize=1024)
+def _all_parts(shape: tuple[int, ...]) -> tuple[int]:
+    return (sum(sizes_of_parts(shape)),)
+
+
 @lru_cache(maxsize=1024)
 def places_of_parts(shape: tuple[int, ...]) -> tuple[int, int, int]:
     """Where these tensors begin, in bytes."""
@@ -92,4 +112,5 @@ def places_of_parts(shape: tuple[int, ...]) -> tuple[int, int, int]:
 
 
 def _aligned(elements: int) -> int:
-    return (elements + 3) // 4 * 4
+    each = ALIGNED // 4
+    return (elements + each - 1) // each * each

@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from compiled import compiled
 from torch.utils.checkpoint import checkpoint
 
+from effattn.runtime.selection.block_list import BlockList, checked_parts
+
 B, H, N, D = 2, 2, 50, 16
 
 
@@ -166,11 +168,23 @@ def test_gradients(function, number):
         torch.testing.assert_close(got, want, atol=5e-5, rtol=5e-5)
 
 
+def test_a_map_that_is_passed_is_that_of_the_call():
+    """What it is is no part of the launch key."""
+    found = torch.arange(32, dtype=torch.int32)
+    shifted = torch.cat([found[:1], found])[1:]
+    assert checked_parts(found, (2, 1, 4, 2)) is found
+    aligned = checked_parts(shifted, (2, 1, 4, 2))
+    assert torch.equal(aligned, found)
+    assert aligned.data_ptr() % 16 == 0
+    for wrong in (found[:-1], found.long(), found[None], torch.stack([found, found], 1)[:, 0]):
+        with pytest.raises(ValueError, match="a block map of"):
+            checked_parts(wrong, (2, 1, 4, 2))
+
+
 def test_the_op():
     from effattn.ir.attention import AttentionSpec, CaptureSpec
     from effattn.ir.expr import b, k, load, q, s
     from effattn.ir.plan import Plan, Sparsity
-    from effattn.runtime.selection.block_list import BlockList
 
     rule = (k <= q) & (load("document", [b, k], integer=True) > 1)
     spec = AttentionSpec(s, rule, captures=(CaptureSpec("document", "int64", 2),))
@@ -183,5 +197,8 @@ def test_the_op():
     listed = BlockList.of_parts(found, (B, 1, 4, 2), 16, 32)
     assert listed.kv_num_blocks.tolist() == [[[1, 1, 2, 2]]] * B
     assert torch.equal(listed.parts(), found)
+    shifted = torch.cat([found[:1], found])[1:]  # neither at the beginning of its memory nor aligned
+    for got, want in zip(BlockList.of_parts(shifted, (B, 1, 4, 2), 16, 32).tensors(), listed.tensors(), strict=True):
+        assert torch.equal(got, want)
     empty = [x[:, :, :0] for x in (query, key)]
     assert torch.ops.effattn.block_map(*empty, [documents()], [], [], plan).shape == (0,)

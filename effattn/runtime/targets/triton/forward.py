@@ -26,6 +26,7 @@ from effattn.runtime.launching import (
     too_narrow,
 )
 from effattn.runtime.selection import triton_steps
+from effattn.runtime.selection.block_list import checked_parts
 from effattn.runtime.selection.block_map import Wanted
 from effattn.runtime.selection.run import select
 from effattn.runtime.selection.triton_block_map import lists_in, parts_of_map
@@ -99,6 +100,8 @@ def start(call: _Call, query, key, value, captures, scalars, numbers, known: Kno
             if blocks is None or not call.takes_map:
                 sizes, given = (*query.shape[:3], key.shape[2]), call.map.given(captures, scalars, numbers)
                 blocks = parts_of_map(Wanted(call.map.spec, sizes, *given, *call.blocks, query.device))
+            else:
+                blocks = checked_parts(blocks, call.of_map)
             extra = lists_in(blocks, call.of_map, first=known is None)
         known = call.launch(query, key, value, out, lse, captures, scalars, numbers, *extra, known)
     return (out, lse), known
