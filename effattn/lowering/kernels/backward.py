@@ -99,6 +99,7 @@ class BackwardGenerator(Generator):
             "varying_slope": self.factor is None,
             "by_head": self.by_head,
             "listed": self.over_map,
+            "long": self.spec.long_tiles,
             "rows_before": self.rows_before.lines,
             "head_before": self.head_before.lines if self.by_head else [],
             "rows_lines": ranges.lines,

@@ -39,6 +39,10 @@ class Param:
     specialise: bool = True  # integers: Triton may specialise on divisibility by 16 and on the value 1
 
 
+# for programs that share the queries of long tiles: their sums, and how many they are
+PARTS = [Param("key_parts", "*fp32"), Param("value_parts", "*fp32"), Param("splits", "i32", False)]
+
+
 def parameters(spec: KernelSpec, kernel: str = "forward") -> list[Param]:
     """The parameters of a kernel of the file, in order.
 
@@ -57,6 +61,7 @@ def parameters(spec: KernelSpec, kernel: str = "forward") -> list[Param]:
         found += [*list_pointers(spec), *(Param(name, element) for name in grads)]
         found += [Param(term.pointer, f"*{_POINTER.get(term.type, term.type)}") for term in terms]
         found += [Param("units", "*fp32")] if any(term.whole for term in terms) else []
+        found += PARTS if spec.long_tiles and kernel == "grad_key_value" else []
         found += data_parameters(spec.attention)
         found += [Param(f"{name}_stride_{dim}", "i32") for name in (*inputs, *grads) for dim in "bhnd"]
         for term in terms:

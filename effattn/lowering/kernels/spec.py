@@ -63,6 +63,8 @@ class KernelSpec:
     tests_data: bool = False  # listed by a selector: conditions on data are tested on every unit
     precise: bool = True  # tanh to single precision; else the chip's own, where the dialect has it
     wanted: tuple[WantedGradient, ...] = ()  # backward: captured tensors that need a gradient
+    # backward: first tiles of keys that all later queries see, whose queries are therefore spread over programs
+    long_tiles: int = 0
     wide: bool = False  # lengths or scalars may be large, so sums of them need 64 bits
 
     @property

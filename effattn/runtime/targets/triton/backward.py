@@ -11,12 +11,21 @@ from torch import Tensor
 
 from effattn import settings
 from effattn.ir.plan import Plan
-from effattn.lowering.dialects.triton.starting import allocator
+from effattn.lowering.dialects.triton.starting import allocator, multiprocessors
 from effattn.lowering.kernels.score_facts import CapturedTerm, captured_terms, loses_totals
 from effattn.lowering.kernels.spec import KernelSpec, Tiles
 from effattn.lowering.schedules.attention import beside_captures
 from effattn.runtime import kernels
-from effattn.runtime.launching import Known, LaunchCache, architecture, far, launch_key, narrow, on_device, too_narrow
+from effattn.runtime.launching import (
+    Known,
+    LaunchCache,
+    architecture,
+    far,
+    launch_key,
+    narrow,
+    on_device,
+    too_narrow,
+)
 from effattn.runtime.selection.block_map import Wanted
 from effattn.runtime.selection.triton_block_map import lists_in, parts_of_map
 from effattn.runtime.targets import portable
@@ -25,7 +34,14 @@ from effattn.runtime.targets.memory_order import allocate, strides_of
 from effattn.runtime.targets.target import Differentiated, Gradients
 from effattn.runtime.targets.triton.captured import buffers, gradients, inverse_unit, wanted_gradients
 from effattn.runtime.targets.triton.limits import UnsupportedCall, why_no_backward
-from effattn.runtime.targets.triton.specialise import fits_gluon, in_gluon, over_map, spec_of
+from effattn.runtime.targets.triton.specialise import (
+    fits_gluon,
+    in_gluon,
+    long_tiles,
+    over_map,
+    spec_of,
+    splits_of_long,
+)
 
 Data = tuple[Sequence[Tensor], Sequence[int], Sequence[float]]  # captured tensors, scalars, numbers
 
@@ -47,6 +63,7 @@ class _Call:
     of_distances: Callable[..., Known] | None = None  # launches the kernel that reduces ``distances``
     distances: tuple[CapturedTerm, ...] = ()
     tile: int = 0  # its tiles' queries, and keys
+    parts: tuple[tuple[int, ...], ...] = ()  # sizes of what programs leave that share the queries of some keys
     narrowed: bool = False
     empty_rows: bool = False  # whether queries without keys have gradients
     known: Known | None = None
@@ -135,6 +152,12 @@ def prepare_backward(
     if fast is not None and fits_gluon((*narrowed, *written)):
         totals = kernels.load(spec).module.totals if loses_totals(plan.spec.score) else None
         spec = fast
+    long, pairs = long_tiles(spec), key.shape[0] * key.shape[1]
+    splits = splits_of_long(spec, long, pairs, query.shape[2], key.shape[2], multiprocessors(query.device))
+    if splits > 1:
+        spec, rows = replace(spec, long_tiles=long), long * spec.tiles.block_m
+        parts = tuple((splits, *key.shape[:2], rows, width) for width in (spec.block_d, spec.block_dv))
+        call = replace(call, parts=parts)
     blocks = (spec.list_block, spec.list_unit) if spec.list_block else None
     maps: tuple[tuple[int, ...], ...] = ()
     if blocks is not None:
@@ -202,8 +225,14 @@ def start_backward(
             lists = [lists_in(*each, first=known is None) for each in zip(maps, call.maps, strict=True)]
         if call.totals is not None:
             *rows, of_totals = call.totals(query, key, lse, *data, found["totals"])  # type: ignore[assignment]
-        inputs = (query, key, value, out, *rows, grad_out, grad_lse, grads, *own, *data, *lists)
+        parts: list[Tensor] = []
+        if call.parts:
+            parts = [query.new_empty(sizes, dtype=torch.float32) for sizes in call.parts]
+        split = ((*parts, call.parts[0][0]),) if parts else ()
+        inputs = (query, key, value, out, *rows, grad_out, grad_lse, grads, *own, *data, *lists, *split)
         launched = call.launch(*inputs, found["launch"])
+        for part, grad in zip(parts, grads[1:], strict=False):
+            grad[:, :, : part.shape[3]] = part.sum(0)[:, :, : grad.shape[2], : grad.shape[3]]
         if call.of_distances is not None:
             inputs = (query, key, value, out, lse, grad_out, grad_lse, sums, *data)
             of_distances = call.of_distances(*inputs, found["distances"])

@@ -23,6 +23,9 @@ from effattn.runtime.launching import architecture, tf32
 MAX_SPLITS = 128
 KEYS_PER_SPLIT = 256  # a split with fewer keys costs more to combine than it saves
 WAVES = 2  # programs per multiprocessor: all run at the same time, with no short last wave
+MOST_LONG_TILES = 4  # more of them fill the machine by themselves
+MOST_PARTS = 32  # programs that share a long tile
+LEAST_TURNS = 32  # tiles of queries of such a program; their sums are written and read again
 MAX_DESCRIPTOR_DIM = 256  # largest box side of a tensor descriptor
 
 
@@ -160,6 +163,23 @@ def splits_for(pairs: int, k_len: int, multiprocessors: int) -> int:
     """Number of programs that share the keys of one (batch, key head) pair; depends on sizes only."""
     wanted = max(1, WAVES * multiprocessors // max(1, pairs))
     return max(1, min(wanted, MAX_SPLITS, -(-k_len // KEYS_PER_SPLIT)))
+
+
+def long_tiles(spec: KernelSpec) -> int:
+    """Of a backward: the first tiles of keys that all later queries see; 0 if there are none, or many."""
+    prefix = tile_ranges(spec.attention.rule).prefix
+    if spec.wanted or spec.tiles.consumers or prefix is None or not prefix.is_Integer:
+        return 0
+    tiles = -(-int(prefix) // spec.tiles.block_m)
+    return tiles if 0 < tiles <= MOST_LONG_TILES else 0
+
+
+def splits_of_long(spec: KernelSpec, long: int, pairs: int, q_len: int, k_len: int, multiprocessors: int) -> int:
+    """Number of programs that share the queries of each of the first ``long`` tiles of keys; depends on sizes only."""
+    if not long or k_len <= (long - 1) * spec.tiles.block_m:
+        return 1
+    turns = -(-q_len // (spec.tiles.block_q or spec.tiles.block_n)) * spec.groups
+    return max(1, min(multiprocessors // (pairs * long), MOST_PARTS, turns // LEAST_TURNS))
 
 
 def describable(tensor: torch.Tensor) -> bool:
