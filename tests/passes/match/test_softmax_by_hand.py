@@ -273,8 +273,17 @@ def test_one_more_in_the_denominator_is_a_sink(function):
     assert report.missed == []
 
 
+def name_of(function) -> str:
+    """The same in every process, unlike ``str``; an operator of ATen and its overload differ."""
+    return (
+        str(function)
+        if isinstance(function, torch._ops.OperatorBase | torch._ops.OpOverloadPacket)
+        else function.__name__
+    )
+
+
 @pytest.mark.parametrize("fill", [-torch.inf, torch.finfo(torch.float32).min])
-@pytest.mark.parametrize("softmax", [*SAFE, logarithm_of_weights, torch.special.softmax], ids=str)
+@pytest.mark.parametrize("softmax", [*SAFE, logarithm_of_weights, torch.special.softmax], ids=name_of)
 def test_rows_without_keys(softmax, fill):
     """A safe softmax gives 0 where -inf hides all keys; any other gives NaN."""
 
