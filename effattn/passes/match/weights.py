@@ -53,6 +53,7 @@ def follow_weights(
     node, factor, nan_is_zero = softmax, sympy.Integer(1), False
     zeroed: list[Zeroed] = []
     dropout: Dropout | None = None
+    whole = softmax  # a node that has each weight once
     while True:
         users = _who_read_values(view, node)
         if users and (call := _zeroing_in_place(view, reader, users[0], node)) is not None:
@@ -76,9 +77,9 @@ def follow_weights(
         if call.name == "dropout" and not is_dead_dropout(call):
             if dropout is not None:
                 raise Refused(Why.DROPOUT, "weights are dropped twice between softmax and value", at=user)
-            dropout = _live_dropout(view, call, softmax, index, columns)
+            dropout = _live_dropout(view, call, whole, index, columns)
         if columns is not None and k in index and dropped_columns(view, call, index.index(k)) == columns:
-            columns = None
+            columns, whole = None, user
         elif call.name == "reshape" or (call.name == "getitem" and only_new_dims(call.get("index"))):
             # from the element of the view back to the element of the weights
             moved = (
@@ -103,11 +104,11 @@ def follow_weights(
         node = user
 
 
-def _live_dropout(view: GraphView, call: Call, softmax: fx.Node, index: tuple, columns: Columns | None) -> Dropout:
+def _live_dropout(view: GraphView, call: Call, whole: fx.Node, index: tuple, columns: Columns | None) -> Dropout:
     """Raises Refused if it does not drop each weight on its own."""
     if not drops_elements(call) or call.get("training", True) is not True:
         raise Refused(Why.DROPOUT, f"{spelled(call.node)} is live, and is no plain dropout", at=call.node)
-    sizes = (sympy.prod(view.shape(node)) for node in (softmax, call.node))
+    sizes = (sympy.prod(view.shape(node)) for node in (whole, call.node))
     if columns is not None or not equal(view, *sizes):
         raise Refused(Why.DROPOUT, "not each weight of the attention is dropped on its own", at=call.node)
     return Dropout.read(call.node, call.get("p", 0.5), index)
