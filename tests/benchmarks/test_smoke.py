@@ -40,7 +40,7 @@ def run(name: str, folder: pathlib.Path, options: list[str]) -> dict:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-SLOW = ("selectors", "decode_static", "train_step")  # most of their time is Inductor's
+SLOW = ("decode_static", "train_step")  # most of their time is Inductor's
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in SLOW)) for n in BENCHMARKS])
