@@ -71,6 +71,37 @@ def test_output_over_the_list(name, dtype):
     assert_close(lse.double(), scores.logsumexp(-1), 1e-3)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
+@pytest.mark.parametrize("name", CASES)
+def test_gradients_over_the_chosen_keys(name, dtype):
+    """Of the keys that the op chose; nothing waits for the device, and runs give the same bits."""
+    plan, given = plan_of(name), [x.requires_grad_() for x in qkv(dtype=dtype)]
+    expand, places = plan.sparsity.select.expand, torch.arange(1500, device="cuda")
+    units, _ = torch.ops.effattn.chosen_keys(*(x.detach() for x in given[:2]), [], [], [], plan.encode())
+    kept = units[:, :, places // expand.block][..., places // expand.unit].repeat_interleave(8 // units.shape[1], 1)
+    kept &= places <= places[:, None]
+    wide = [x.detach().double().requires_grad_() for x in given]
+    scores = (wide[0] @ wide[1].repeat_interleave(4, 1).mT / 8).masked_fill(~kept, -torch.inf)
+    out = scores.softmax(-1) @ wide[2].repeat_interleave(4, 1)
+    grad = torch.randn_like(out)
+    wanted = [out, *torch.autograd.grad(out, wide, grad)]
+
+    def run():
+        found = torch.ops.effattn.attend(*given, [], [], [], plan.encode())[0]
+        return [found.detach(), *torch.autograd.grad(found, given, grad.to(dtype))]
+
+    first = run()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        second = run()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    tolerance = 3e-2 if dtype == torch.bfloat16 else 5e-5
+    for one, other, want in zip(first, second, wanted, strict=True):
+        assert torch.equal(one, other)
+        assert_close(one, want, tolerance, exact_dtype=False)
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_a_recorded_call_follows_its_inputs(name):
     plan, given = plan_of(name).encode(), qkv()
