@@ -119,6 +119,10 @@ def _op(writer: Writer, choice: Choice) -> Emitted:
     args = op_arguments(writer, choice.match)
     if nodes.dropout is not None:
         args[3].append(_seed(writer, nodes.dropout))
+    first_keys = writer.maps.first_keys(writer, plan, args, _when(writer, nodes))
+    if first_keys is not None:
+        args[3].append(first_keys)
+        plan = plan.complete
     plan, blocks = writer.maps.of(writer, plan, args, _when(writer, nodes))
     both = writer.call(torch.ops.effattn.attend.default, *args, plan.encode(), *([] if blocks is None else [blocks]))
     out = writer.call(operator.getitem, both, 0)

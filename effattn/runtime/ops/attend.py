@@ -28,7 +28,7 @@ from effattn.runtime.ops.autograd import reaches_kernels
 from effattn.runtime.ops.registry import Op, register
 from effattn.runtime.targets import sdpa
 from effattn.runtime.targets.choice import ANYWHERE, TARGETS, asked_for, named, serving, why_generated
-from effattn.runtime.targets.first_keys import empty_first_keys, lacks_first_keys, with_first_keys
+from effattn.runtime.targets.first_keys import empty_first_keys, lacks_first_keys, unread_first_keys, with_first_keys
 from effattn.runtime.targets.memory_order import allocate, allocate_output
 from effattn.runtime.targets.target import Differentiated, Gradients, PreparingTarget, Target
 
@@ -90,6 +90,7 @@ class _Call:
 
     plan: Plan  # the one for this number of keys
     lacks_first_keys: bool
+    unread: bool = False  # whether the last captured tensor, the first keys, is for other numbers of keys
     dense: sdpa.Dense | None = None  # SDPA's kernel, if it computes such calls
     target: Target | None = None  # what runs them otherwise
     preparing: PreparingTarget | None = None  # the same target, if it has prepared them
@@ -104,19 +105,21 @@ CALLS = LaunchCache()
 def _prepare(plan: str, query, key, value, captures, scalars, numbers) -> _Call:
     _check_shapes(query, key, value)
     decoded = Plan.decode(plan).at(key.shape[2])
-    lacks = lacks_first_keys(decoded, captures)
+    lacks, unread = lacks_first_keys(decoded, captures), unread_first_keys(Plan.decode(plan), decoded, captures)
+    captures = captures[:-1] if unread else captures
     check_counts(decoded.spec.given if lacks else decoded.spec, captures, scalars, numbers)
     dense = _dense(decoded, query, key, value)
+    call = _Call(decoded, lacks, unread, dense)
     if dense is not None:
-        return _Call(decoded, lacks, dense)
+        return call
     if lacks:
         captures = [*captures, empty_first_keys(decoded, query)]
     target = target_of(decoded, query, value)
     preparing = _preparing(target)
     if preparing is None:
-        return _Call(decoded, lacks, None, target)
+        return replace(call, target=target)
     prepared = preparing.prepare(decoded, query, key, value, captures, scalars, numbers)
-    return _Call(decoded, lacks, None, target, preparing, prepared)
+    return replace(call, target=target, preparing=preparing, prepared=prepared)
 
 
 def _preparing(target: Any) -> PreparingTarget | None:
@@ -138,6 +141,8 @@ def _dense(plan: Plan, query: Tensor, key: Tensor, value: Tensor) -> sdpa.Dense 
 def _start(call: _Call, query, key, value, captures, scalars, numbers, blocks) -> tuple[tuple[Tensor, Tensor], Any]:
     if call.lacks_first_keys:
         captures = with_first_keys(call.plan, query, key, captures, scalars, numbers)
+    elif call.unread:
+        captures = captures[:-1]
     if call.preparing is not None:
         return call.preparing.start(call.prepared, query, key, value, captures, scalars, numbers, call.known, blocks)
     done = None if call.dense is None else call.dense.run(query, key, value, scalars, numbers)
@@ -193,11 +198,12 @@ def _prepare_backward(plan: str, inputs: Differentiated, captures, scalars, numb
     decoded = Plan.decode(plan).at(key.shape[2])
     # the plan may read one more, which the op itself computes
     names = tuple(load.name for load, needed in zip(decoded.spec.captures, wanted, strict=False) if needed)
-    lacks = lacks_first_keys(decoded, captures)
+    lacks, unread = lacks_first_keys(decoded, captures), unread_first_keys(Plan.decode(plan), decoded, captures)
+    captures = captures[:-1] if unread else captures
     target = target_of(decoded, query, value)
     if target.why_no_backward(decoded.spec, query.shape[3], value.shape[3], names) is not None:
         target = TARGETS[ANYWHERE]
-    call, preparing = _Call(decoded, lacks, target=target, wanted=names), _preparing(target)
+    call, preparing = _Call(decoded, lacks, unread, target=target, wanted=names), _preparing(target)
     if preparing is None:
         return call
     if lacks:
@@ -209,6 +215,8 @@ def _prepare_backward(plan: str, inputs: Differentiated, captures, scalars, numb
 def _start_backward(call: _Call, inputs: Differentiated, captures, scalars, numbers) -> tuple[Gradients, Any]:
     if call.lacks_first_keys:
         captures = with_first_keys(call.plan, inputs[2], inputs[3], captures, scalars, numbers)
+    elif call.unread:
+        captures = captures[:-1]
     if call.preparing is not None:
         return call.preparing.start_backward(call.prepared, *inputs, captures, scalars, numbers, call.known)
     assert call.target is not None

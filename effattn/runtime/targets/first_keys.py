@@ -28,6 +28,13 @@ def lacks_first_keys(plan: Plan, captures: Sequence[Tensor]) -> bool:
     return len(read) > len(captures) and read[-1].name == FIRST_KEY
 
 
+def unread_first_keys(plan: Plan, at: Plan, captures: Sequence[Tensor]) -> bool:
+    """Whether a call passes ``FIRST_KEY``, as its last captured tensor, that what runs (``at``) reads not."""
+    names = [spec.captures[-1].name if spec.captures else "" for spec in (plan.spec, at.spec)]
+    passed = names[0] == FIRST_KEY and len(captures) == len(plan.spec.captures)
+    return passed and names[1] != FIRST_KEY
+
+
 def empty_first_keys(plan: Plan, query: Tensor) -> Tensor:
     """An uninitialised tensor in the shape and dtype of ``FIRST_KEY``: int32 [B] or [B, Nq]."""
     return query.new_empty(query.shape[:3:2][: plan.spec.captures[-1].ndim], dtype=torch.int32)
