@@ -1,7 +1,7 @@
 """Every benchmark, one after the other, within a time; one short table last.
 
     python -m benchmarks.gpu_all --out benchmarks/results --minutes 8
-    python -m benchmarks.gpu_all --out benchmarks/results --only prefill_llama,power_vs_flex
+    python -m benchmarks.gpu_all --out benchmarks/results --only prefill_llama,kernels
 
 Each runs in a process of its own and writes after every variant, so what has been measured is kept when the time is up.
 Cases that an earlier run measured and this one has no time for stay in the files (``--fresh`` drops them).
@@ -29,7 +29,6 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 BENCHMARKS = {
     "prefill_llama": 5,
     "kernels": 6,
-    "power_vs_flex": 3,
     "selectors": 4,
     "linear_lightning": 2,
     "decode_static": 3,

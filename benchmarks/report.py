@@ -21,7 +21,6 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 ORDER = (
     "prefill_llama",
     "kernels",
-    "power_vs_flex",
     "selectors",
     "linear_lightning",
     "decode_static",
@@ -43,11 +42,6 @@ ABOUT = {
         'kernels where they compute it, or ("plain causal") without the rest of the mask. Block masks are made '
         "beforehand. The same is `effattn bench` for any sizes ([bench.md](bench.md)).",
     ),
-    "power_vs_flex": (
-        "Sparse forms against FlexAttention",
-        "Forward of `effattn.attention` and of compiled `flex_attention` with the same mask and static shapes. "
-        "FlexAttention also needs a block mask; the time to make it has its own line and is in no other figure.",
-    ),
     "selectors": (
         "Forms that select keys at run time",
         "Dense attention, whole forms, and their selections alone, on queries and keys captured from SmolLM2; then the "
@@ -67,8 +61,8 @@ ABOUT = {
     ),
     "train_step": (
         "A training step",
-        "Loss and all gradients of two sequences, without a mask and with left padding. Difference: of the gradients "
-        "of the query, key and value projections from eager's.",
+        "Loss and all gradients of two sequences, without a mask, with left padding and of packed documents. "
+        "Difference: of the gradients of the query, key and value projections from eager's.",
     ),
     "host": (
         "The host's part of a call",

@@ -15,7 +15,6 @@ TINY = ["--tiny", "--device", "cpu", "--repeats", "1"]
 # benchmark -> (more options, the largest difference from the reference that rounding explains)
 BENCHMARKS = {
     "prefill_llama": (["--kinds", "left padding"], 1e-5),
-    "power_vs_flex": (["--forms", "power"], 1e-5),
     "selectors": ([], 1e-5),
     "decode_static": ([], 1e-5),
     "train_step": (["--kinds", "left padding"], 1e-6),
