@@ -21,6 +21,7 @@ from torch._C import (
     _dispatch_keys,
     _dispatch_tls_local_exclude_set,
     _dispatch_tls_local_include_set,
+    _len_torch_function_stack,
 )
 from torch._C._autograd import _profiler_enabled
 
@@ -124,10 +125,12 @@ def reaches_kernels(*tensors: torch.Tensor) -> bool:
 
     No gradient, mode, transform, profiler or subclass of tensors has a part in it.
     """
-    if torch.is_grad_enabled() or _profiler_enabled():
+    if torch.is_grad_enabled() or _profiler_enabled() or _len_torch_function_stack():
         return False
     keys = _dispatch_tls_local_include_set()
     for tensor in tensors:
+        if type(tensor) not in (torch.Tensor, torch.nn.Parameter):
+            return False
         keys = keys | _dispatch_keys(tensor)
     keys = keys - _dispatch_tls_local_exclude_set()
     raw = keys.raw_repr()

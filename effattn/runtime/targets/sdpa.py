@@ -185,7 +185,7 @@ class Dense:
         out, lse = found
         if out.dtype is not dtype:
             out = out.to(dtype)
-        if lse.ndim != 3 or lse.dtype is not torch.float32 or not lse.is_contiguous():
+        if lse.shape != shape[:3] or lse.dtype is not torch.float32 or not lse.is_contiguous():
             lse = lse.reshape(shape[:3]).float().contiguous()
         return (out if out.stride() == self.strides else in_layout(out, self.plan.dispatch.layout)), lse
 

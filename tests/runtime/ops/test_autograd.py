@@ -115,6 +115,10 @@ def test_what_is_negative_by_a_flag_is_made_plain_first():
     torch.testing.assert_close(found, wanted)
 
 
+class Subclass(torch.Tensor):
+    """One that only functions see."""
+
+
 class Noting(TorchDispatchMode):
     """Notes which ops it sees."""
 
@@ -140,6 +144,9 @@ def test_who_has_a_part_in_an_op_besides_its_kernel():
             assert not reaches_kernels(plain)
         with torch.profiler.profile():
             assert not reaches_kernels(plain)
+        with torch.device("cpu"):  # as every mode of functions
+            assert not reaches_kernels(plain)
+        assert not reaches_kernels(plain, plain.as_subclass(Subclass))
         with torch._subclasses.fake_tensor.FakeTensorMode():
             fake = torch.empty(3)
         assert not reaches_kernels(fake)
