@@ -45,6 +45,8 @@ def _captures() -> dict[str, torch.Tensor]:
     times = torch.rand(BATCH, LONGEST, generator=made).cumsum(-1)
     times[1, 40] = math.nan
     times[1, 60:] = math.inf
+    slopes = torch.linspace(-3, 3, 2 * LONGEST)
+    slopes[LONGEST + 50] = math.nan
     stamps = ints(5, BATCH, LONGEST)
     stamps[0, 33], stamps[1, 50] = 2**63 - 1, -(2**63)
     return {
@@ -63,6 +65,9 @@ def _captures() -> dict[str, torch.Tensor]:
         "grades": torch.rand(13, 13, generator=made),
         "far": torch.rand(2 * LONGEST, generator=made) > 0.5,
         "none": torch.tensor(math.nan),
+        "steps": (torch.arange(LONGEST) // torch.tensor([[5], [16], [30]])).to(torch.int16),
+        "slopes": slopes,
+        "band": (torch.arange(2 * LONGEST) - LONGEST - 20).abs() < 20,
     }
 
 
@@ -181,6 +186,9 @@ def atoms(draw):
         lambda: sympy.Ne(of("blocks", h, FloorDiv(q + scalar("past"), 16), FloorDiv(k, 16)), 0),
         lambda: relation(of("grades", FloorDiv(q, 16), FloorDiv(k, 8)), 0.5),
         lambda: sympy.Ne(of("far", q - k + LONGEST), 0),
+        lambda: sympy.Ne(of("band", q - k + LONGEST), 0),
+        lambda: relation(of("steps", h, sympy.Abs(q - k)), of("kinds", b, k) + 1),
+        lambda: relation(of("slopes", LONGEST - q + k), 0.01 * other),
         lambda: relation(draw(floats(q)), draw(floats(k))),
         lambda: relation(draw(floats(q)) + draw(floats(k)), 0.5 * h),
         lambda: relation(BitXor(q, k), other),

@@ -110,6 +110,27 @@ def test_lists_are_shared_where_the_rule_is():
             assert found.kv_num_blocks.shape == found.partial.shape == (*shape, 3)
 
 
+BY_DISTANCE = {
+    "band": sympy.Ne(of("band", q - k + LONGEST), 0),
+    "steps": of("steps", h, sympy.Abs(q - k)) < 2,
+    "slopes": of("slopes", q - k + LONGEST) > 0.5,
+}
+
+
+@pytest.mark.parametrize("module", [block_map, triton_block_map])
+@pytest.mark.parametrize("name", BY_DISTANCE)
+def test_tables_by_distance(name, module):
+    """Of many elements the least and the greatest are found in chunks, so that only a few pairs are tested in vain."""
+    sizes, blocks = (LONGEST, LONGEST), (16, 16)
+    some, every = listed(module, BY_DISTANCE[name], sizes, blocks)
+    kept, whole = of_blocks(dense(BY_DISTANCE[name], *sizes), *blocks)
+    assert not (kept & ~some).any()
+    assert not (every & ~whole).any()
+    assert (some & ~kept).double().mean() < 0.2
+    assert (whole & ~every).double().mean() < 0.2
+    assert undecided(BY_DISTANCE[name]) == ()
+
+
 def test_what_cannot_be_decided_is_tested():
     """Powers of two and strides say little of blocks: such a pair is tested, and never skipped for that."""
     for rule in (sympy.Eq(Modulo(q - k, 3), 0), IsPowerOfTwo(q - k), sympy.Ne(of("far", q - k + LONGEST), 0)):

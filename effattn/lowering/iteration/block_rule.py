@@ -104,9 +104,15 @@ def _is_undecided(atom: Any, tables: set[str]) -> bool:
     """Whether an operation of it mixes single queries with single keys unevenly."""
     return any(
         _side(part.xreplace({whole: sympy.Integer(0) for whole in part.atoms(FloorDiv)})) == "qk"
-        and not (isinstance(part, Load) and part.name in tables)
+        and not (isinstance(part, Load) and (part.name in tables or _is_by_one_index(part)))
         for part in atom.atoms(Modulo, IsPowerOfTwo, expr.Bits, Load)
     )
+
+
+def _is_by_one_index(load: Load) -> bool:
+    """Whether one index alone depends on positions, so that the least and greatest element in its range are found."""
+    moving = [index for index in load.indices if _side(index)]
+    return len(moving) == 1 and not expr.loads_of(moving[0])
 
 
 class _Builder:

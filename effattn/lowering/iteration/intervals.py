@@ -11,7 +11,7 @@ is widened by more than such a rounding. An end that is NaN says that nothing is
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import product
 from math import prod
 
@@ -34,6 +34,8 @@ ROUNDING = 2.0**-20  # relative, of one floating point operation
 OF_FUNCTION = 2.0**-12  # of exp, tanh, ... on any device
 TINY = 1e-30
 LARGEST = 3.0e38
+# dtypes of which PyTorch finds the least and the greatest
+ORDERED = frozenset(["bool", "uint8", "int8", "int16", "int32", "int64", "float16", "bfloat16", "float32", "float64"])
 
 
 class BlockAlgebra:
@@ -159,12 +161,69 @@ class BlockAlgebra:
         return Range(self.least(*values), self.most(*values), x.kind)
 
 
+@dataclass(frozen=True)
+class Chunks:
+    """The least and the greatest of so many consecutive elements of a dimension of a captured tensor.
+
+    Both are tensors like it, with an element for each chunk in that dimension.
+    """
+
+    name: str
+    dim: int
+    size: int
+
+    @property
+    def names(self) -> tuple[str, str]:
+        """Those of both tensors; no captured tensor has such a name."""
+        return tuple(f"{self.name}__{which}_{self.dim}_{self.size}" for which in ("least", "most"))  # type: ignore
+
+
+def element(
+    algebra: BlockAlgebra, name: str, indices: Sequence[Range], dtype: str, given: Callable[[Chunks], bool]
+) -> Range:
+    """The range of an element of a captured tensor.
+
+    ``given``: whether the algebra below may read both tensors of some chunks.
+    """
+    spans = [None if index.span is None else index.span + 1 for index in indices]
+    if None in spans or dtype not in ORDERED:
+        return few_elements(algebra, name, indices, dtype)
+    widest = max(range(len(spans)), key=lambda dim: spans[dim] or 0, default=0)
+    others = prod(span for dim, span in enumerate(spans) if dim != widest)  # type: ignore[misc]
+    chunks = Chunks(name, widest, 1)
+    while others * _touched(spans[widest] if spans else 1, chunks.size) > MOST_READ:
+        if others > MOST_READ // 2:
+            return _any_element(algebra, dtype)
+        chunks = replace(chunks, size=2 * chunks.size)
+    if chunks.size == 1:
+        return few_elements(algebra, name, indices, dtype)
+    if not given(chunks):
+        return _any_element(algebra, dtype)
+    size = algebra.constant(chunks.size)
+    places = [algebra.call("floordiv", index, size) if dim == widest else index for dim, index in enumerate(indices)]
+    least, most = (few_elements(algebra, each, places, dtype) for each in chunks.names)
+    return Range(least.low, most.high, least.kind, least.bounds)
+
+
+def _touched(elements: int | None, size: int) -> int:
+    """Chunks of which so many consecutive elements are part."""
+    return 1 if elements is None else elements if size == 1 else (elements - 1) // size + 2
+
+
+def _any_element(algebra: BlockAlgebra, dtype: str) -> Range:
+    return algebra.unknown_float() if _is_float(dtype) else algebra.unknown(_of(dtype))
+
+
+def _is_float(dtype: str) -> bool:
+    return dtype.startswith(("float", "bfloat"))
+
+
 def few_elements(algebra: BlockAlgebra, name: str, indices: Sequence[Range], dtype: str) -> Range:
     """The range of an element of a captured tensor: of the few that the indices may mean, or of its dtype."""
     spans = [None if index.span is None else index.span + 1 for index in indices]
-    floating = dtype.startswith(("float", "bfloat"))
+    floating = _is_float(dtype)
     if None in spans or prod(spans) > MOST_READ:  # type: ignore[arg-type]
-        return algebra.unknown_float() if floating else algebra.unknown(_of(dtype))
+        return _any_element(algebra, dtype)
     places = [_places(algebra, index, span) for index, span in zip(indices, spans, strict=True)]  # type: ignore[arg-type]
     values = [algebra.below.load(name, list(place)) for place in product(*places)]
     if len(values) == 1:

@@ -10,13 +10,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from effattn.ir import bounds
 from effattn.ir.attention import AttentionSpec
 from effattn.ir.fold import fold
 from effattn.lowering.iteration.block_rule import Table, block_rule
-from effattn.lowering.iteration.intervals import BlockAlgebra, few_elements
+from effattn.lowering.iteration.intervals import BlockAlgebra, Chunks, element
 from effattn.lowering.iteration.ranges import Range, Truth
 from effattn.runtime.algebra import TorchAlgebra, bindings, evaluate
 from effattn.runtime.selection.block_list import BlockList
@@ -92,18 +93,36 @@ def block_grid(
     parts = block_rule(rule)
     grid = _Grid(sizes, names, captures, block_m, block_n, device, dtype)
     tables = {table.name: grid.table(table) for table in parts.tables}
+    captures = dict(captures)
     below = TorchAlgebra({**names, **grid.symbols(4)}, captures, dtype, device)
+
+    def given(chunks: Chunks) -> bool:
+        if chunks.names[0] not in captures:
+            captures.update(zip(chunks.names, extremes(captures[chunks.name], chunks), strict=True))
+        return True
 
     def load(name: str, indices: Sequence[Range]) -> Range:
         if name in tables:
             return tables[name]
-        return few_elements(algebra, name, indices, str(captures[name].dtype).removeprefix("torch."))
+        return element(algebra, name, indices, str(captures[name].dtype).removeprefix("torch."), given)
 
     algebra = BlockAlgebra(below, {"q": grid.range(0), "k": grid.range(1)}, load, POSITIONS)
     truth: Truth = fold(parts.rule, algebra)
     shape = (sizes[0] if parts.by_batch else 1, sizes[1] if parts.by_head else 1, *grid.counts)
     some, every = (torch.as_tensor(value, device=device).expand(shape) for value in (truth.some, truth.every))
     return some, every
+
+
+def extremes(tensor: Tensor, chunks: Chunks) -> tuple[Tensor, Tensor]:
+    """The least and the greatest of each chunk, NaN if one of its elements is; of booleans as uint8.
+
+    What is missing of the last chunk is 0, as kernels read it.
+    """
+    missing = -tensor.shape[chunks.dim] % chunks.size
+    tensor = tensor.to(torch.uint8) if tensor.dtype == torch.bool else tensor
+    padded = F.pad(tensor, [0, 0] * (tensor.ndim - 1 - chunks.dim) + [0, missing])
+    cut = padded.unflatten(chunks.dim, (-1, chunks.size))
+    return cut.amin(chunks.dim + 1), cut.amax(chunks.dim + 1)
 
 
 class _Grid:

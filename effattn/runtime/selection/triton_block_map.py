@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
 from torch import Tensor
 
 from effattn.ir.attention import AttentionSpec
-from effattn.lowering.kernels.selection.block_map import MapSpec, generate
+from effattn.lowering.iteration.intervals import Chunks
+from effattn.lowering.kernels.selection.block_map import MapSpec, chunks_of, generate
 from effattn.runtime import kernels
 from effattn.runtime.launching import Known, LaunchCache, far, interpreted, on_device, tensor_key, width
 from effattn.runtime.selection import block_map as portable
@@ -31,11 +32,16 @@ def parts_of_map(wanted: Wanted) -> Tensor:
 
     def prepared() -> _Call:
         spec = MapSpec(attention, *wanted.tile, transposed, far(*sizes, *scalars))
-        return _Call(attention, _launcher(spec))
+        spec = replace(spec, chunks=chunks_of(spec))
+        return _Call(attention, _launcher(spec), spec.chunks)
 
     def started(call: _Call) -> tuple[Tensor, Known]:
+        given = captures
+        if call.chunks:
+            by_name = dict(zip((load.name for load in attention.captures), captures, strict=True))
+            given = [*captures, *(end for one in call.chunks for end in portable.extremes(by_name[one.name], one))]
         with on_device(device):
-            return call.launch(*sizes, captures, scalars, [float(each) for each in numbers], device, call.known)
+            return call.launch(*sizes, given, scalars, [float(each) for each in numbers], device, call.known)
 
     # by id, since hashing expressions is slow; the call keeps the record alive
     key = (id(attention), block, unit, transposed, sizes, device, *map(tensor_key, captures), *map(width, scalars))
@@ -58,6 +64,7 @@ def lists_in(parts: Tensor, shape: tuple[int, ...], *, first: bool) -> tuple[Any
 class _Call:
     given: AttentionSpec
     launch: Callable[..., Any]
+    chunks: tuple[Chunks, ...] = ()  # whose extremes it reads, after the captured tensors
     known: Known | None = None
 
 

@@ -9,13 +9,13 @@ Rows are queries, or keys where the map is transposed.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import sympy
 
 from effattn.ir import expr
-from effattn.ir.attention import AttentionSpec
+from effattn.ir.attention import AttentionSpec, CaptureSpec
 from effattn.ir.bounds import INT32, INT64, TRUTH, Interval
 from effattn.ir.fold import fold
 from effattn.ir.text import text
@@ -35,7 +35,7 @@ from effattn.lowering.dialects.triton.terms import (
     tested_dims,
 )
 from effattn.lowering.iteration.block_rule import BlockRule, Table, block_rule
-from effattn.lowering.iteration.intervals import BlockAlgebra, few_elements
+from effattn.lowering.iteration.intervals import BlockAlgebra, Chunks, element
 from effattn.lowering.iteration.ranges import Range
 from effattn.lowering.kernels.parameters import Param, data_parameters, data_sizes
 from effattn.lowering.kernels.rendering import helpers_for, template_named, tidy
@@ -56,9 +56,22 @@ class MapSpec:
     transposed: bool = False
     wide: bool = False  # as in KernelSpec
 
+    chunks: tuple[Chunks, ...] = ()  # whose tensors follow the captured ones: see :func:`chunks_of`
+
     @property
     def rule(self) -> BlockRule:
         return block_rule(self.attention.rule)
+
+    @property
+    def captured(self) -> tuple[CaptureSpec, ...]:
+        """All captured tensors, in the order in which they are passed."""
+        given = {load.name: load for load in self.attention.captures}
+        found = list(self.attention.captures)
+        for chunks in self.chunks:
+            load = given[chunks.name]
+            dtype = "uint8" if load.dtype == "bool" else load.dtype
+            found += [CaptureSpec(name, dtype, load.ndim) for name in chunks.names]
+        return tuple(found)
 
 
 @dataclass(frozen=True)
@@ -77,16 +90,18 @@ class Entry:
         return self.kind == "int" and self.bounds.within(INT32)
 
 
-def sizes_tested(attention: AttentionSpec) -> dict[str, list[int]]:
+def sizes_tested(spec: MapSpec) -> dict[str, list[int]]:
     """Captured tensor -> dimensions whose index kernels check: more than attention kernels do, as q is a block here."""
-    tested: dict[str, set[int]] = {load.name: set() for load in attention.captures}
-    rule = block_rule(attention.rule)
+    tested: dict[str, set[int]] = {load.name: set() for load in spec.captured}
+    rule = spec.rule
     for load in expr.loads_of(*(table.term for table in rule.tables), sympy.true):
         tested[load.name].update(tested_dims(load))
     for load in expr.loads_of(rule.rule):
         if load.name in tested:
             positions = [dim for dim, index in enumerate(load.indices) if index in (expr.q, expr.k)]
             tested[load.name].update(tested_dims(load), positions)
+    for chunks in spec.chunks:
+        tested |= dict.fromkeys(chunks.names, tested[chunks.name])
     return {name: sorted(dims) for name, dims in tested.items()}
 
 
@@ -101,9 +116,10 @@ def parameters(spec: MapSpec, kernel: str) -> list[Param]:
         "tabulate_pairs": ("pair_heads",),
         "list_blocks": ("map_heads", "table_stride_b", "table_stride_h", "pair_stride_b", "pair_stride_h"),
     }[kernel]
-    found = [*pointers, *data_parameters(spec.attention)]
+    attention = replace(spec.attention, captures=spec.captured)
+    found = [*pointers, *data_parameters(attention)]
     found += [Param(name, "i32", False) for name in (*sizes, "q_blocks", "k_blocks", "q_len", "k_len")]
-    return found + data_sizes(spec.attention, sizes_tested(spec.attention))
+    return found + data_sizes(attention, sizes_tested(spec))
 
 
 class MapSource(Source):
@@ -121,7 +137,8 @@ class MapGenerator:
 
     def __init__(self, spec: MapSpec):
         self.spec, self.rule = spec, spec.rule
-        self.captures = {load.name: load for load in spec.attention.captures}
+        self.captures = {load.name: load for load in spec.captured}
+        self.chunks: list[Chunks] = []  # that it would read
         whole = Lines()
         self.lines = {side: whole.inner() for side in ("q", "k", "qk")}
         self.entries: dict[str, Entry] = {}
@@ -196,7 +213,7 @@ class MapGenerator:
             "inside": inside,
             "some": some,
             "every": every,
-            "tested": list(sizes_tested(spec.attention).values()),
+            "tested": list(sizes_tested(spec).values()),
             "listed": False,
         }
 
@@ -214,12 +231,16 @@ class MapGenerator:
         def load(name: str, indices: Sequence[Range]) -> Range:
             if name in self.entries:
                 return self.looked_up(self.entries[name], before, inside)
-            return few_elements(algebra, name, indices, self.captures[name].dtype)
+            return element(algebra, name, indices, self.captures[name].dtype, self.given)
 
         ranges = {"q": self.positions("q"), "k": self.positions("k")}
         algebra = BlockAlgebra(below, ranges, load, FAR if self.spec.wide else NARROW)
         truth = fold(self.rule.rule, algebra)
         return before.lines, inside.lines, truth.some.at(ATOM), truth.every.at(ATOM)
+
+    def given(self, chunks: Chunks) -> bool:
+        self.chunks.append(chunks)
+        return chunks in self.spec.chunks
 
     def is_row(self, side: str) -> bool:
         return (side == "k") == self.spec.transposed
@@ -250,6 +271,13 @@ class MapGenerator:
             wide = entry.kind == "int" and not entry.narrow
             ends.append(Value(name, axes, entry.kind, bounds=entry.bounds, wide=wide))
         return Range(ends[0], ends[1], entry.kind, entry.bounds)
+
+
+def chunks_of(spec: MapSpec) -> tuple[Chunks, ...]:
+    """The chunks of captured tensors whose extremes say what many of their elements may be."""
+    made = MapGenerator(spec)
+    made.condition()
+    return tuple(dict.fromkeys(made.chunks))
 
 
 def generate(spec: MapSpec) -> str:
