@@ -18,6 +18,7 @@ from torch import Tensor
 
 from effattn.ir.plan import LAYOUTS
 from effattn.runtime.ops.attend import NoGradient
+from effattn.runtime.ops.autograd import reaches_kernels
 from effattn.runtime.ops.registry import Op, register
 from effattn.runtime.targets.choice import TARGETS, serving
 from effattn.runtime.targets.linear_backward import run_backward
@@ -270,9 +271,9 @@ def _backward(ctx, grad_out, grad_state):
     rest = [None] * (1 + len(ctx.meaning))
     if grad_out is None and grad_state is None:
         return None, None, None, *rest, None
-    *grads, of_state = torch.ops.effattn.linear_backward(
-        grad_out, grad_state, query, key, value, log_decay, state, out, *ctx.meaning
-    )
+    grad = grad_state if grad_out is None else grad_out
+    run = linear_backward if reaches_kernels(grad) else torch.ops.effattn.linear_backward.default
+    *grads, of_state = run(grad_out, grad_state, query, key, value, log_decay, state, out, *ctx.meaning)
     return *grads, None, None if state is None else of_state, *[None] * len(ctx.meaning)
 
 

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from effattn.runtime.ops.attend import NoGradient
+from effattn.runtime.ops.autograd import reaches_kernels
 from effattn.runtime.ops.registry import Op, register
 from effattn.runtime.targets.memory_order import allocate
 from effattn.runtime.targets.window_blocks import Rest, Window
@@ -196,7 +197,8 @@ def _setup_context(ctx, inputs, output) -> None:
 def _backward(ctx, grad, _grad_total):
     if grad is None:
         return (None,) * (6 + len(ctx.meaning))
-    grads = torch.ops.effattn.window_linear_backward(grad, *ctx.saved_tensors, *ctx.meaning)
+    run = window_linear_backward if reaches_kernels(grad) else torch.ops.effattn.window_linear_backward.default
+    grads = run(grad, *ctx.saved_tensors, *ctx.meaning)
     return *grads, *[None] * len(ctx.meaning)
 
 
