@@ -115,6 +115,15 @@ def test_dtypes(dtype, dim):
     check_gradients(call, tensors(sizes, dtype=dtype), tolerance, config=None)
 
 
+@pytest.mark.parametrize("tile", [16, 32])
+def test_dropout(tile):
+    sizes = Sizes(1, 4, 2, 40, 60)
+    call = learned(*SCORES["one for each head"](99, sizes.scale))
+    call.plan = replace(call.plan, spec=replace(call.plan.spec, dropout=0.3).seeded)
+    call.captures.append(torch.tensor(2**40 + 7))
+    check_gradients(call, tensors(sizes), config=Tiles(16, tile, 4, 1))
+
+
 def test_large_scores():
     """An LSE of a million keeps no digits of the logarithm of a sum."""
     sizes = Sizes(heads=4, kv_heads=2, q_len=40, k_len=40)
