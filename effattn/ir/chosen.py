@@ -56,7 +56,7 @@ def over_chosen(plan: Plan, heads: int, kv_heads: int) -> Plan:
     assert select is not None
     block, unit = select.expand.block, select.expand.unit
     chosen = heads_of_choice(select, heads, kv_heads)
-    head: Any = h if chosen == heads else FloorDiv(h, heads // chosen) if chosen > 1 else sympy.Integer(0)
+    head: Any = h if chosen == heads else FloorDiv(h, int(heads // chosen)) if chosen > 1 else sympy.Integer(0)
 
     def loaded(name: str, width: int) -> Any:
         keys = FloorDiv(k, width) if width > 1 else k

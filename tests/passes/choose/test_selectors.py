@@ -172,6 +172,25 @@ def test_training(name, rest):
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_training_of_a_function(name):
+    """In eager mode, and in one graph for any number of queries."""
+    form, params = CASES[name]
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+
+    def function(*given):
+        return effattn.attention(*given, form=form, **params)
+
+    fast = torch.compile(function, backend="aot_eager", fullgraph=True)
+    for length in (90, 41):
+        wanted = gradients(lambda *given: expected(form, params, *given), qkv(length))
+        for run, free in ((function, False), (fast, True)):
+            for got, want in zip(gradients(run, qkv(length), free), wanted, strict=True):
+                assert_close(got, want)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
 def in_a_checkpoint(q, k, v):
     return checkpoint(lambda *given: attention(*given).tanh(), q * 2, k, v, use_reentrant=False)
 
