@@ -100,7 +100,9 @@ def hopper_backward() -> dict[str, KernelSpec]:
         for name in ("causal", "soft_cap", "alibi")
         for dim in (64, 128)
     }
-    return found | {"documents": replace(on_hopper("documents", 128, kind="backward"), list_block=128, list_unit=128)}
+    shared = replace(on_hopper("wide_window_and_sinks", 128, kind="backward"), long_tiles=1)
+    listed = replace(on_hopper("documents", 128, kind="backward"), list_block=128, list_unit=128)
+    return found | {"documents": listed, "shared sinks": shared}
 
 
 def on_hopper(name: str, dim: int, value_dim: int | None = None, kind="prefill", dtype="bfloat16") -> KernelSpec:

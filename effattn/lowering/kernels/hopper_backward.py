@@ -22,7 +22,7 @@ from effattn.lowering.dialects.triton.terms import KEYS, ROWS, TILE, UNLIMITED, 
 from effattn.lowering.iteration.tile_ranges import tile_ranges, within_band
 from effattn.lowering.kernels import hopper
 from effattn.lowering.kernels.hopper import LIST_SIZES, POSITION, HopperForward, Place, list_of, tile_param
-from effattn.lowering.kernels.parameters import Param, data_parameters, data_sizes, sizes_tested
+from effattn.lowering.kernels.parameters import PARTS, Param, data_parameters, data_sizes, sizes_tested
 from effattn.lowering.kernels.range_source import rows_of
 from effattn.lowering.kernels.score_facts import loses_totals
 from effattn.lowering.kernels.source import LOG2_E, heads_together
@@ -87,6 +87,8 @@ def handed(spec: KernelSpec, kernel: str) -> list[Param]:
     """The parameters that every partition of a kernel gets."""
     names = ["row_lse", *(["row_total"] if loses_totals(spec.attention.score) else []), "row_delta"]
     found = [Param(name, "*fp32") for name in names if kernel == "grad_query"]
+    if spec.long_tiles and kernel == "grad_key_value":
+        found += PARTS
     if spec.list_block:
         found += [Param(name, "*i32") for name in (*LISTS[kernel], "partial_blocks")]
         found += [Param(name, "i32", False) for name in LIST_SIZES]
@@ -141,6 +143,7 @@ class HopperBackward(HopperForward):
             "of_keys": names["grad_key_value"],
             "unspecialised": sorted({p.name for p in plain if p.type in ("i32", "fp32") and not p.specialise}),
             "listed": self.is_listed,
+            "long": spec.long_tiles,
             "totals": loses_totals(self.attention.score),
             "tested": list(sizes_tested(self.attention).values()),
             "together": heads_together(spec),

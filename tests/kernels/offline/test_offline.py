@@ -26,6 +26,7 @@ HOPPER = {  # every release: masks and scores read so much at once, and smaller 
     "hopper causal D 128 grad_key_value sm90": 8,
     "hopper soft_cap D 128 grad_key_value sm90": 96,
     "hopper documents grad_key_value sm90": 96,
+    "hopper shared sinks grad_key_value sm90": 40,
 }
 SPILLS = {
     "3.6": {

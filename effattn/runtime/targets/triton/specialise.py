@@ -168,7 +168,7 @@ def splits_for(pairs: int, k_len: int, multiprocessors: int) -> int:
 def long_tiles(spec: KernelSpec) -> int:
     """Of a backward: the first tiles of keys that all later queries see; 0 if there are none, or many."""
     prefix = tile_ranges(spec.attention.rule).prefix
-    if spec.wanted or spec.tiles.consumers or prefix is None or not prefix.is_Integer:
+    if spec.wanted or prefix is None or not prefix.is_Integer:
         return 0
     tiles = -(-int(prefix) // spec.tiles.block_m)
     return tiles if 0 < tiles <= MOST_LONG_TILES else 0
