@@ -67,9 +67,9 @@ class HopperRow:
 # H200, bf16, heads 32/8, 32,768 tokens, calls of the variants take turns. Over cuDNN's causal kernel: causal, D 128
 # 0.94, persistent 0.95; D 256 0.96, persistent 0.98; D 64 0.88 with three consumers, persistent 0.94, two consumers
 # 1.00, two programs 1.06. Over FlexAttention's: window of 1,024, D 128 0.71, persistent 0.59; window with sinks, D
-# 128 0.68, persistent 0.65; D 64 1.24 with three consumers, two 1.08, persistent 1.00, two programs 0.94. Power, D
-# 128 0.58, persistent 0.56; D 64 1.04, persistent 0.97, two programs 0.89. Documents of 5,000: 0.70 to 0.77,
-# persistent 0.82, since their blocks see different numbers of keys.
+# 128 0.68, persistent 0.65 to 0.70; D 64 1.24 with three consumers, two 1.08, persistent 1.00, two programs 0.94 to
+# 0.97. Power, D 128 0.58, persistent 0.56 to 0.62; D 64 1.04, persistent 0.97, two programs 0.89 to 0.92. Documents
+# of 5,000: 0.70 to 0.77, persistent 0.82, since their blocks see different numbers of keys.
 # Backward, over cuDNN's causal one: causal, D 128 1.01, with tiles of 128 keys 1.11; D 64 0.93 with tiles of 128 keys
 # and 128 queries, 1.05 with 64 and 64; soft-cap there 2.45 and 1.44, since the large tiles spill.
 HOPPER: tuple[HopperRow, ...] = (
