@@ -3,9 +3,8 @@
     attend(query, key, value, captures, scalars, numbers, plan) -> (out, lse)
 
 ``numbers`` is ``Scalar[]`` rather than ``float[]``. A scale from ``item()`` of a 0-d tensor is an unbacked SymFloat
-under
-``torch.compile``, which ``float[]`` refuses; and ``Scalar[]`` does not specialise a symbolic size that a scale is
-computed from. Floats, ints, SymFloats and SymInts may be passed.
+under ``torch.compile``, which ``float[]`` refuses; and ``Scalar[]`` does not specialise a symbolic size that a scale
+is computed from. Floats, ints, SymFloats and SymInts may be passed.
 """
 
 from __future__ import annotations
