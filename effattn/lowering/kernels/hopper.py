@@ -24,7 +24,7 @@ from effattn.lowering.kernels.range_source import flatten, visits
 from effattn.lowering.kernels.rendering import helpers_for, template_named, tidy
 from effattn.lowering.kernels.score_facts import linear_scale, may_overflow
 from effattn.lowering.kernels.source import LOG2_E, heads_together
-from effattn.lowering.kernels.spec import DTYPES, KernelSpec
+from effattn.lowering.kernels.spec import DTYPES, KernelSpec, Tiles
 
 WIDEST = 256  # head_dim
 NARROWEST = 64  # padded head_dim
@@ -130,11 +130,16 @@ def parameters(spec: KernelSpec) -> list[Param]:
     return found + data_sizes(spec.attention)
 
 
+def slots(tiles: Tiles) -> int:
+    """Buffers of queries: one for each consumer, up to a power of two."""
+    return 1 << (tiles.consumers - 1).bit_length()
+
+
 def shares_buffers(spec: KernelSpec) -> bool:
     """Whether the output leaves through the buffer of the queries, since there is no room for two."""
     tiles = spec.tiles
     keys = tiles.stages * tiles.block_n * (spec.block_d + spec.block_dv)
-    queries = (2 if tiles.consumers == 2 else 4) * 64 * (spec.block_d + spec.block_dv)
+    queries = slots(tiles) * 64 * (spec.block_d + spec.block_dv)
     return 2 * (keys + queries) > SHARED_MEMORY and spec.block_d == spec.block_dv
 
 
@@ -209,7 +214,7 @@ class HopperForward:
             "together": heads_together(spec),
             "units": units_of(spec),
             "bytes_of": f"{units_of(spec)} * " if units_of(spec) > 1 else "",
-            "slots": 2 if tiles.consumers == 2 else 4,  # a power of two
+            "slots": slots(tiles),
             "shares_buffers": shares_buffers(spec),
         }
 
@@ -232,36 +237,22 @@ class HopperForward:
 
     def listed(self, block: int, unit: int) -> Place:
         """Tiles from the list of each ``block`` queries, whose units have ``unit`` keys."""
+        row_block = f"row_block = tile_row // {block}"
         units = units_of(self.spec)
         if units > 1:
-            return self.gathered(block, units)
+            return Place([row_block, *gathered(units)])
         ratio = unit // self.spec.tiles.block_n
         place = "i" if ratio == 1 else f"i // {ratio}"
         more = "" if ratio == 1 else f" * {ratio} + i % {ratio}"
         times = "" if ratio == 1 else f" * {ratio}"
-        found = [
-            f"row_block = tile_row // {block}",
-            *list_of("kv_indices", "kv_num_blocks", "head", "row_block", times),
-        ]
+        found = [row_block, *list_of("kv_indices", "kv_num_blocks", "head", "row_block", times)]
         return Place(found, [f"key_tile = gl.load(listed + {place}){more}"])
-
-    def gathered(self, block: int, units: int) -> Place:
-        """Tiles of several units from the list. Where the number of units is no multiple, the first tile has less."""
-        found = [
-            f"row_block = tile_row // {block}",
-            *list_of("kv_indices", "kv_num_blocks", "head", "row_block", ""),
-            f"missing = gl.where(visited > 0, ({units} - visited % {units}) % {units}, {units})",
-            f"visited = (visited + missing) // {units}",
-            f"partial_visited = gl.minimum((partial_visited + missing + {units - 1}) // {units}, visited)",
-        ]
-        return Place(found, [])
 
     def scores(self, condition: Any, partial: bool) -> Scores:
         inside = self.before.inner()
         algebra = self.algebra(self.symbols(), self.captures, self.before, inside, key_mask="key_ok" if partial else "")
         score = "" if self.scale is not None else fold(self.attention.score, algebra).spread(TILE)
-        keep = [] if condition == sympy.true else [fold(condition, algebra)]
-        kept = keep[0].spread(TILE) if keep else ""
+        kept = "" if condition == sympy.true else fold(condition, algebra).spread(TILE)
         used = " ".join([*inside.lines, score, kept])
         return Scores(inside.lines, score, kept, partial or "keys" in used, "key_numbers" in used, partial)
 
@@ -279,6 +270,16 @@ def list_of(indices: str, counts: str, head: str, block: str, times: str) -> lis
         f"visited = gl.load({counts} + item){times}",
         item("partial"),
         f"partial_visited = gl.minimum(gl.load(partial_blocks + item){times}, visited)",
+    ]
+
+
+def gathered(units: int) -> list[str]:
+    """The same for tiles of so many units. Where the length of a list is no multiple, the first tile has less."""
+    return [
+        *list_of("kv_indices", "kv_num_blocks", "head", "row_block", ""),
+        f"missing = gl.where(visited > 0, ({units} - visited % {units}) % {units}, {units})",
+        f"visited = (visited + missing) // {units}",
+        f"partial_visited = gl.minimum((partial_visited + missing + {units - 1}) // {units}, visited)",
     ]
 
 

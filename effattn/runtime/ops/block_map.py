@@ -60,15 +60,5 @@ def block_map_fake(query, key, captures, scalars, numbers, plan):
     return query.new_empty(sum(sizes_of_parts(shape)), dtype=torch.int32)
 
 
-def _no_gradient(ctx, *grads):
-    """Block numbers have none."""
-    return None, None, [None] * ctx.captures, None, None, None
-
-
-def _setup_context(ctx, inputs, output) -> None:
-    ctx.captures = len(inputs[2])
-    ctx.mark_non_differentiable(output)
-
-
-OPS = {"block_map": Op(SCHEMAS["block_map"], block_map, block_map_fake, _no_gradient, _setup_context)}
+OPS = {"block_map": Op.of_choices(SCHEMAS["block_map"], block_map, block_map_fake)}
 _LIBRARY = register(OPS) or globals().get("_LIBRARY")

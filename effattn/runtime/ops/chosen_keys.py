@@ -79,15 +79,5 @@ def chosen_keys_fake(query, key, captures, scalars, numbers, plan):
     return query.new_empty(units, dtype=torch.bool), query.new_empty(cells or (0,), dtype=torch.int8)
 
 
-def _no_gradient(ctx, *grads):
-    """A choice has none."""
-    return None, None, [None] * ctx.captures, None, None, None
-
-
-def _setup_context(ctx, inputs, output) -> None:
-    ctx.captures = len(inputs[2])
-    ctx.mark_non_differentiable(*output)
-
-
-OPS = {"chosen_keys": Op(SCHEMA, chosen_keys, chosen_keys_fake, _no_gradient, _setup_context)}
+OPS = {"chosen_keys": Op.of_choices(SCHEMA, chosen_keys, chosen_keys_fake)}
 _LIBRARY = register(OPS) or globals().get("_LIBRARY")

@@ -60,15 +60,5 @@ def first_keys_fake(query, key, captures, scalars, numbers, plan):
     return empty_first_keys(Plan.decode(plan).complete, query)
 
 
-def _no_gradient(ctx, *grads):
-    """Positions have none."""
-    return None, None, [None] * ctx.captures, None, None, None
-
-
-def _setup_context(ctx, inputs, output) -> None:
-    ctx.captures = len(inputs[2])
-    ctx.mark_non_differentiable(output)
-
-
-OPS = {"first_keys": Op(SCHEMAS["first_keys"], first_keys, first_keys_fake, _no_gradient, _setup_context)}
+OPS = {"first_keys": Op.of_choices(SCHEMAS["first_keys"], first_keys, first_keys_fake)}
 _LIBRARY = register(OPS) or globals().get("_LIBRARY")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -20,6 +21,21 @@ class Op:
     backward: Callable
     setup_context: Callable | None = None
     differentiable: Callable[..., tuple] | None = None  # see :func:`autograd_kernel`
+
+    @classmethod
+    def of_choices(cls, schema: str, kernel: Callable, fake: Callable) -> Op:
+        """An op of query, key, captures, scalars, numbers and plan whose results, block numbers or positions, have no
+        gradient.
+        """
+
+        def setup_context(ctx: Any, inputs: Sequence[Any], output: Any) -> None:
+            ctx.captures = len(inputs[2])
+            ctx.mark_non_differentiable(*(output if isinstance(output, tuple) else (output,)))
+
+        def backward(ctx: Any, *grads: Any) -> tuple:
+            return None, None, [None] * ctx.captures, None, None, None
+
+        return cls(schema, kernel, fake, backward, setup_context)
 
 
 def register(ops: Mapping[str, Op]) -> torch.library.Library | None:
